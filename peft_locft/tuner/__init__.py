@@ -1,0 +1,55 @@
+"""The PEFT tuner. Importing it registers `PeftType.LOCFT`; nothing else of PEFT is touched."""
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import PeftType, hotswap, register_peft_method
+
+
+def _add_peft_type(name: str) -> None:
+    """Append a member to the closed enum `PeftType`.
+
+    PEFT has no door for tuners outside of it: `register_peft_method` takes members of this enum alone, and a plain
+    string in its mappings breaks transformers' `load_adapter`. A member that is appended works everywhere that one
+    written in PEFT's source does: lookup, iteration, copy, pickle, JSON.
+    """
+    member = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType.__members__)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    # EnumMeta.__setattr__ refuses; without the attribute Python 3.12 and newer do not find PeftType.LOCFT
+    type.__setattr__(PeftType, name, member)
+
+
+if "LOCFT" not in PeftType.__members__:
+    _add_peft_type("LOCFT")
+
+from .arithmetic import compose_weight, tensor_sha256  # noqa: E402
+from .config import LocFTConfig  # noqa: E402  (the config class needs PeftType.LOCFT)
+from .layer import LocFTLayer  # noqa: E402
+from .model import LocFTModel  # noqa: E402
+from .presets import Location, default_location, find_decoder_layers  # noqa: E402
+
+_registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType.LOCFT)
+if _registered is None:
+    register_peft_method(name="locft", config_cls=LocFTConfig, model_cls=LocFTModel)
+    # hot-swap asks which config keys must agree: none, since a delta has no rank or alpha
+    hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LOCFT] = []
+elif (_registered.__module__, _registered.__qualname__) != (LocFTConfig.__module__, LocFTConfig.__qualname__):
+    raise ImportError(
+        f"PEFT already has a method LOCFT, registered by {_registered.__module__}. peft_locft cannot register a "
+        "second one: remove the other package, or use it instead of peft_locft."
+    )
+
+__all__ = [
+    "LocFTConfig",
+    "LocFTLayer",
+    "LocFTModel",
+    "Location",
+    "compose_weight",
+    "default_location",
+    "find_decoder_layers",
+    "tensor_sha256",
+]

@@ -1,0 +1,45 @@
+"""The arithmetic of an edited weight, and the fingerprint of a base weight. No model needed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+
+
+def compose_weight(weight: torch.Tensor, deltas: Sequence[tuple[torch.Tensor, float]]) -> torch.Tensor:
+    """Return `(W.float() + Σ scale · delta.float()).to(W.dtype)`: the one arithmetic of every edited weight.
+
+    The unmerged forward, the merge and a merge on disk all call this, so their results are the same bits: what was
+    evaluated is what is deployed. There is one rounding to the base's dtype, at the end.
+
+    Args:
+        weight: the base weight, any shape, any float dtype (float64 is computed in float64).
+        deltas: pairs of a delta, of the weight's shape, and its scale.
+
+    Returns:
+        A tensor of the weight's shape, dtype and device. Gradients flow to the deltas.
+    """
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    total = weight.to(wide)
+    for delta, scale in deltas:
+        step = delta.to(device=weight.device, dtype=wide)
+        total = total + (step if scale == 1.0 else scale * step)
+    return total.to(weight.dtype)
+
+
+def tensor_sha256(tensor: torch.Tensor) -> str:
+    """Return the sha256 of a tensor's values, in row-major order.
+
+    A float tensor is hashed as float32 (float64 as itself), so that a bfloat16 checkpoint has one hash whether it was
+    loaded as bfloat16 or as float32; any other tensor, such as a quantized one, by its raw bytes.
+    """
+    tensor = tensor.detach().cpu()
+    if tensor.is_floating_point() and tensor.dtype != torch.float64:
+        tensor = tensor.to(torch.float32)
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    digest = hashlib.sha256()
+    for start in range(0, flat.numel(), 1 << 24):
+        digest.update(flat[start : start + (1 << 24)].numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,88 @@
+"""What differs by the kind of module: its features, and the delta's output where it cannot be composed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import LocFTConfig
+from .delta import full_shape, quantization_backend
+from .layer import LocFTLayer
+
+
+class Linear(LocFTLayer):
+    """A Linear, a quantized linear or transformers' Conv1D. ("all-linear" finds tuner layers by this class's name.)"""
+
+    def _features(self) -> tuple[int | None, int | None]:
+        base = self.get_base_layer()
+        return tuple(full_shape(base.weight)) if isinstance(base, Conv1D) else super()._features()  # type: ignore[return-value]
+
+    def _delta_output(self, x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        x = x.to(delta.dtype)
+        return x @ delta if isinstance(self.get_base_layer(), Conv1D) else F.linear(x, delta)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        # LoRA has no place for a delta of the bias
+        return adapter_name not in self.locft_delta or self.locft_delta[adapter_name].bias is None
+
+
+class Embedding(LocFTLayer):
+    def _features(self) -> tuple[int | None, int | None]:
+        base: Any = self.get_base_layer()
+        return base.num_embeddings, base.embedding_dim
+
+    def _delta_output(self, x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        output = F.embedding(x, delta)
+        scale = self._get_embed_scale()
+        return output if scale is None else output * scale.to(output)
+
+
+class Convolution(LocFTLayer):
+    def _delta_output(self, x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        base: Any = self.get_base_layer()
+        return base._conv_forward(x.to(delta.dtype), delta, None)
+
+
+class ParamWrapper(LocFTLayer):
+    """A parameter named by `target_parameters`. (PEFT finds nested wrappers by this class's name.)"""
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        wrapper: nn.Module = self
+        while isinstance(wrapper, ParamWrapper):
+            if merge:
+                wrapper.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            wrapper = wrapper.base_layer
+        return wrapper
+
+
+def wrap(
+    target: nn.Module, adapter_name: str, config: LocFTConfig, parameter_name: str | None, **kwargs: Any
+) -> LocFTLayer:
+    """Return the tuner layer for a module of the base model, or for one of its parameters.
+
+    Raises:
+        ValueError: if the module has no weight that a delta could be added to.
+    """
+    if parameter_name is not None:
+        return ParamWrapper(target, adapter_name, config, parameter_name)
+    layer_class: type[LocFTLayer]
+    if isinstance(target, nn.Linear | Conv1D) or quantization_backend(target, kwargs) is not None:
+        layer_class = Linear
+    elif isinstance(target, nn.Embedding):
+        layer_class = Embedding
+    elif isinstance(target, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        layer_class = Convolution
+    else:
+        layer_class = LocFTLayer
+    return layer_class(target, adapter_name, config, **kwargs)
+
+
+def has_own_weight(module: nn.Module) -> bool:
+    """Whether a delta can be put beside this module's own `weight`."""
+    return isinstance(module._parameters.get("weight"), nn.Parameter)
