@@ -4,6 +4,28 @@ Importing the package registers `LOCFT` with PEFT, and does nothing else.
 """
 
 from ._version import __version__
+from .adapter_folder import AdapterSummary, inspect_adapter, save_adapter
+from .edits import Edit, Probe, edits_sha256, read_edits
+from .encoding import encode_edits, encode_prompts
+from .recipe import BreadthFirstConfig
+from .trainer import BreadthFirstTrainer
+from .training_run import train_edits
 from .tuner import LocFTConfig, LocFTModel
 
-__all__ = ["LocFTConfig", "LocFTModel", "__version__"]
+__all__ = [
+    "AdapterSummary",
+    "BreadthFirstConfig",
+    "BreadthFirstTrainer",
+    "Edit",
+    "LocFTConfig",
+    "LocFTModel",
+    "Probe",
+    "__version__",
+    "edits_sha256",
+    "encode_edits",
+    "encode_prompts",
+    "inspect_adapter",
+    "read_edits",
+    "save_adapter",
+    "train_edits",
+]

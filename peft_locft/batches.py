@@ -1,0 +1,78 @@
+"""In which order the edits are trained, and the losses that the floor is held against."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+
+
+class EditBatches(Sampler[list[int]]):
+    """The indices of every batch of one epoch, each edit exactly once; the order follows from seed and epoch alone.
+
+    Depth-first (`steps_per_edit` given) has as many epochs as each edit has steps, and as many batches in each as
+    there are edits: the run is edit 0 so many times, then edit 1, and so on, cut into epochs of equal length.
+    """
+
+    def __init__(self, num_edits: int, batch_size: int, seed: int, steps_per_edit: int | None = None) -> None:
+        self.num_edits = num_edits
+        self.batch_size = batch_size
+        self.seed = seed
+        self.steps_per_edit = steps_per_edit
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return math.ceil(self.num_edits / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        if self.steps_per_edit:
+            first = self.epoch * self.num_edits
+            for step in range(first, first + self.num_edits):
+                yield [step // self.steps_per_edit]
+            return
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(self.num_edits, generator=generator).tolist()
+        for start in range(0, self.num_edits, self.batch_size):
+            yield order[start : start + self.batch_size]
+
+
+@dataclass
+class LossRecord:
+    """The losses of a run; part of every checkpoint, so that a resumed run goes on with the same numbers."""
+
+    epoch_losses: list[float] = field(default_factory=list)
+    step_loss: float = math.inf
+    epoch_sum: float = 0.0
+    epoch_edits: int = 0
+    edits_seen: int = 0
+
+    def add_step(self, loss: float, num_edits: int) -> None:
+        self.step_loss = loss
+        self.epoch_sum += loss * num_edits
+        self.epoch_edits += num_edits
+        self.edits_seen += num_edits
+
+    def end_epoch(self) -> float:
+        """Close a breadth-first epoch; return its mean loss, weighted by batch size."""
+        self.epoch_losses.append(self.epoch_sum / self.epoch_edits)
+        self.epoch_sum, self.epoch_edits = 0.0, 0
+        return self.epoch_losses[-1]
+
+    def end_edit(self) -> None:
+        """Close a depth-first edit: its last loss is what counts."""
+        self.epoch_losses.append(self.step_loss)
+        self.step_loss = math.inf
+
+    def state(self) -> dict[str, Any]:
+        # JSON has no infinity
+        return asdict(self) | {"step_loss": None if math.isinf(self.step_loss) else self.step_loss}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.epoch_losses[:] = state["epoch_losses"]
+        self.step_loss = math.inf if state["step_loss"] is None else state["step_loss"]
+        self.epoch_sum, self.epoch_edits = state["epoch_sum"], state["epoch_edits"]
+        self.edits_seen = state["edits_seen"]

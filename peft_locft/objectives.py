@@ -1,0 +1,82 @@
+"""The losses, as pure functions of logits and labels."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+Objective = Literal["target_new", "prompt_last", "full"]
+LossAveraging = Literal["edit", "token"]
+
+IGNORED = -100
+
+
+def labels_for(
+    objective: Objective, input_ids: torch.Tensor, attention_mask: torch.Tensor, target_start: torch.Tensor
+) -> torch.Tensor:
+    """Return the token ids that an objective scores, and -100 everywhere else.
+
+    Args:
+        objective: `"full"` scores every token, `"target_new"` and `"prompt_last"` the target alone.
+        input_ids: (B, T) token ids, padded on the right.
+        attention_mask: (B, T), 0 on padding.
+        target_start: (B,) position of the first target token.
+
+    Returns:
+        (B, T) token ids.
+    """
+    if objective == "full":
+        # nothing comes before the first token, so nothing predicts it
+        scored = attention_mask.bool() & (torch.arange(input_ids.shape[1], device=input_ids.device) > 0)
+    else:
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        scored = attention_mask.bool() & (positions >= target_start.unsqueeze(1))
+    return input_ids.masked_fill(~scored, IGNORED)
+
+
+def token_losses(logits: torch.Tensor, labels: torch.Tensor, objective: Objective) -> torch.Tensor:
+    """Return -log p of every labelled token, in float32.
+
+    `"target_new"` (LocFT-BF with EOS, FT-M without) and `"full"` are autoregressive: the token at position t is scored
+    by the logits at t - 1. `"prompt_last"` (FT-L) scores every target token by the logits of the last prompt token, as
+    EasyEdit does: -log p(y_t | x). That is no language model's likelihood once a target has two tokens; it is here as
+    the field's baseline.
+
+    Args:
+        logits: (B, T, V).
+        labels: (B, T) token ids, -100 where nothing is scored; position 0 is never scored.
+
+    Returns:
+        (B, T) losses, 0 where nothing is scored.
+    """
+    rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    columns = columns + 1
+    last_of_prompt = (labels != IGNORED).int().argmax(dim=1) - 1
+    sources = last_of_prompt[rows] if objective == "prompt_last" else columns - 1
+    scored = F.cross_entropy(logits[rows, sources].float(), labels[rows, columns], reduction="none")
+    return torch.zeros(labels.shape, device=logits.device).index_put((rows, columns), scored)
+
+
+def sum_losses(losses: torch.Tensor, labels: torch.Tensor, loss_averaging: LossAveraging) -> torch.Tensor:
+    """Sum token losses over a batch, so that dividing by [`loss_weight`] gives the batch's loss.
+
+    Args:
+        losses: (B, T) from [`token_losses`].
+        labels: (B, T).
+        loss_averaging: `"edit"`: Σ_b (1/|y_b|) Σ_t -log p(y_b,t), every edit counts the same (the published loss);
+            `"token"`: every token does.
+
+    Returns:
+        A scalar.
+    """
+    per_edit = losses.sum(dim=1)
+    if loss_averaging == "edit":
+        per_edit = per_edit / (labels[:, 1:] != IGNORED).sum(dim=1)
+    return per_edit.sum()
+
+
+def loss_weight(num_scored_tokens: list[int], loss_averaging: LossAveraging) -> int:
+    """Return what [`sum_losses`] over the whole batch is divided by: its edits, or its scored tokens."""
+    return len(num_scored_tokens) if loss_averaging == "edit" else sum(num_scored_tokens)

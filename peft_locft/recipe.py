@@ -1,0 +1,82 @@
+"""The arguments of the breadth-first trainer, with the published recipe as defaults."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from transformers import TrainingArguments
+
+from .objectives import LossAveraging, Objective
+
+EditOrder = Literal["breadth_first", "depth_first"]
+
+
+@dataclass
+class BreadthFirstConfig(TrainingArguments):
+    """Arguments of [`BreadthFirstTrainer`]: all of `transformers.TrainingArguments`, with the published recipe.
+
+    The defaults are those of Yang et al., "Fine-tuning Done Right in Model Editing" (arXiv 2509.22072v4): batches of
+    100, at most 25 epochs, Adam at a constant rate of 5e-4, no weight decay, no clipping. Small models want a larger
+    rate: 5e-3 suits one of 135M parameters.
+
+    Args:
+        objective (`str`, defaults to `"target_new"`):
+            What is scored: `"target_new"`, the target given the prompt; `"prompt_last"`, every target token by the
+            last prompt token's logits (FT-L); `"full"`, prompt and target.
+        loss_averaging (`str`, defaults to `"edit"`):
+            `"edit"`: every edit counts the same in a batch; `"token"`: every scored token does.
+        edit_order (`str`, defaults to `"breadth_first"`):
+            `"depth_first"` trains one edit after the other, each for at most `num_train_epochs` steps or down to the
+            loss floor, with a fresh optimizer: the field's older habit, here for comparison.
+        append_eos (`bool`, defaults to `True`):
+            End every target with the tokenizer's EOS token, so that the model learns to stop.
+        chat_template (`bool`, defaults to `False`):
+            Render prompt and target with the tokenizer's chat template.
+        loss_floor (`float`, defaults to `1e-2`):
+            A batch whose loss is below it takes no step; training stops after an epoch whose mean loss is below it.
+
+    Raises:
+        ValueError: if a field does not have one of the values named here.
+    """
+
+    learning_rate: float = field(default=5e-4, metadata={"help": "Constant learning rate of Adam."})
+    num_train_epochs: float = field(default=25, metadata={"help": "Passes over all the edits, at most."})
+    per_device_train_batch_size: int = field(default=100, metadata={"help": "Edits in a batch."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "The published recipe keeps the rate."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0, as published, is none."})
+    logging_strategy: str = field(default="epoch", metadata={"help": "When to log: epoch, steps or no."})
+    save_strategy: str = field(default="no", metadata={"help": "When to write checkpoints: no, epoch or steps."})
+
+    objective: Objective = field(default="target_new", metadata={"help": "What is scored."})
+    loss_averaging: LossAveraging = field(default="edit", metadata={"help": "What counts the same in a batch."})
+    edit_order: EditOrder = field(
+        default="breadth_first", metadata={"help": "Epochs over all the edits, or one edit after the other."}
+    )
+    append_eos: bool = field(default=True, metadata={"help": "End every target with the tokenizer's EOS token."})
+    chat_template: bool = field(default=False, metadata={"help": "Render edits with the tokenizer's chat template."})
+    loss_floor: float = field(default=1e-2, metadata={"help": "No step below it, and the end of training."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, allowed in (("objective", Objective), ("loss_averaging", LossAveraging), ("edit_order", EditOrder)):
+            value, known = getattr(self, name), get_args(allowed)
+            if value not in known:
+                raise ValueError(f"BreadthFirstConfig.{name}={value!r}: expected one of {', '.join(known)}.")
+        if not (math.isfinite(self.loss_floor) and self.loss_floor >= 0):
+            raise ValueError(f"BreadthFirstConfig.loss_floor={self.loss_floor!r}: expected a number from 0 upwards.")
+        if self.dataloader_drop_last:
+            raise ValueError("BreadthFirstConfig.dataloader_drop_last would leave edits out of every epoch: drop it.")
+        if self.edit_order == "depth_first":
+            if self.per_device_train_batch_size not in (1, type(self).per_device_train_batch_size):
+                raise ValueError(
+                    f"BreadthFirstConfig.per_device_train_batch_size={self.per_device_train_batch_size}: depth-first "
+                    "trains one edit at a time. Give 1, or leave it out."
+                )
+            self.per_device_train_batch_size = 1
+
+    @property
+    def steps_per_edit(self) -> int | None:
+        """Steps that depth-first spends on one edit at most; `None` for breadth-first."""
+        return math.ceil(self.num_train_epochs) if self.edit_order == "depth_first" else None

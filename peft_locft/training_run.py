@@ -1,0 +1,83 @@
+"""One call from a model's name and a file of edits to a saved adapter: what `locft train` does."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import datasets
+from peft import PeftConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .adapter_folder import AdapterSummary, inspect_adapter
+from .edits import Edit, read_edits
+from .recipe import BreadthFirstConfig
+from .trainer import BreadthFirstTrainer
+from .tuner import LocFTConfig
+from .tuner.presets import default_location
+
+logger = logging.getLogger(__name__)
+
+
+def train_edits(
+    model_name_or_path: str | os.PathLike[str],
+    edits: str | os.PathLike[str] | Sequence[Edit] | datasets.Dataset,
+    peft_config: PeftConfig | None = None,
+    args: BreadthFirstConfig | None = None,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    on_conflict: Literal["warn", "error", "last"] = "warn",
+) -> AdapterSummary:
+    """Write edits into a model and save the adapter to `args.output_dir`.
+
+    Args:
+        model_name_or_path: the base model: a folder or a name on the Hub.
+        edits: whatever `read_edits` reads.
+        peft_config: what to train; `None` is `LocFTConfig()`. Any other PEFT method works too.
+        args: the recipe, and where to save; `None` is the published one.
+        revision: branch, tag or commit of the base model on the Hub.
+        dtype: `"auto"` (as the checkpoint says), `"float32"`, `"bfloat16"` or `"float16"`, for the base model.
+        trust_remote_code: run the code that comes with the base model; leave it off unless you have read that code.
+        on_conflict: what to do about one prompt with two targets, see `read_edits`.
+
+    Returns:
+        What was saved.
+
+    Raises:
+        ValueError: if the edits, the location or the recipe cannot be used; nothing is trained or written then.
+
+    Example:
+        >>> summary = train_edits("Qwen/Qwen2.5-7B-Instruct", "edits.json", args=BreadthFirstConfig(output_dir="out"))
+        >>> print(summary)
+    """
+    args = BreadthFirstConfig() if args is None else args
+    peft_config = LocFTConfig() if peft_config is None else peft_config
+    if peft_config.task_type is None:
+        peft_config.task_type = "CAUSAL_LM"  # lets AutoPeftModelForCausalLM load it
+    # a mistake in the edits should not wait for a large model to load
+    read = read_edits(edits, on_conflict=on_conflict)
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **source)
+    model = AutoModelForCausalLM.from_pretrained(model_name_or_path, dtype=dtype, **source)
+    if isinstance(peft_config, LocFTConfig) and peft_config.target_modules is None:
+        _warn_of_other_rate(default_location(model).learning_rate, args.learning_rate)
+    trainer = BreadthFirstTrainer(
+        model=get_peft_model(model, peft_config, revision=revision),
+        args=args,
+        train_dataset=read,
+        processing_class=tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+    return inspect_adapter(args.output_dir)
+
+
+def _warn_of_other_rate(published: float | None, chosen: float) -> None:
+    if published is not None and published != chosen:
+        logger.warning(
+            "The published learning rate for this model and location is %g; this run uses %g.", published, chosen
+        )
