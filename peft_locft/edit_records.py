@@ -1,0 +1,142 @@
+"""Fields of records, in the vocabularies of the field: whichever columns say prompt, target and probes."""
+
+import math
+import re
+import reprlib
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+ProbeFields = tuple[str, str | None]  # prompt and answer
+
+# the columns of prompt and target: records are read as the one vocabulary whose columns they have
+VOCABULARIES = {
+    ("prompt", "target"): "peft_locft",
+    ("prompt", "target_new"): "EasyEdit",
+    ("src", "alt"): "ZsRE",
+    ("prompt", "completion"): "TRL",
+    ("requested_rewrite",): "CounterFact as first published",
+}
+NESTED_PROBE_KEYS = (("prompt", "answer"), ("prompt", "ground_truth"), ("New Question", "New Answer"))
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def find_vocabulary(rows: list[tuple[str, object]]) -> tuple[str, ...]:
+    records = [row for _, row in rows if isinstance(row, Mapping)]
+    columns = dict.fromkeys(chain.from_iterable(records))
+    found = [vocabulary for vocabulary in VOCABULARIES if columns.keys() >= set(vocabulary)]
+    if records and len(found) != 1:
+        known = "; ".join(f"{' and '.join(names)} ({owner})" for names, owner in VOCABULARIES.items())
+        raise ValueError(
+            f"{rows[0][0]}: found the columns {', '.join(map(str, columns))}, which fit {len(found)} vocabularies; "
+            f"expected exactly one of {known}: rename or remove columns"
+        )
+    return found[0] if records else ()
+
+
+def flatten_rewrite(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a record of CounterFact's first form the columns of EasyEdit's."""
+    rewrite = record["requested_rewrite"]
+    try:
+        template, subject = rewrite["prompt"], rewrite["subject"]
+        new, old = rewrite["target_new"]["str"], rewrite["target_true"]["str"]
+        prompt = template.replace("{}", subject)
+    except (TypeError, KeyError, AttributeError):
+        expected = "expected prompt (with {} for the subject), subject, target_new.str and target_true.str, all text"
+        raise ValueError(f"field 'requested_rewrite': found {reprlib.repr(rewrite)}; {expected}") from None
+    neighbours = texts(record.get("neighborhood_prompts"), "neighborhood_prompts")
+    return {
+        **record,
+        "prompt": prompt,
+        "target_new": new,
+        "subject": subject,
+        "ground_truth": old,
+        "locality_prompt": neighbours,
+        "locality_ground_truth": [old] * len(neighbours),
+    }
+
+
+def turn(value: object, name: str, role: str) -> str:
+    """Read text, or TRL's conversation of one message."""
+    if not isinstance(value, (list, tuple)):
+        return text(value, name)
+    message = value[0] if len(value) == 1 else None
+    if not isinstance(message, Mapping) or message.get("role") != role:
+        expected = f"expected text, or one message of the {role}: an edit is one question and one answer"
+        raise ValueError(f"field {name!r}: found {reprlib.repr(value)}; {expected}")
+    return text(message.get("content"), f"{name}.content")
+
+
+def probes(value: object, name: str) -> Iterator[ProbeFields]:
+    """Read nested probes: a list of them, or a mapping from their kind ("Forgetfulness") to a list."""
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from probes(item, name)
+    elif isinstance(value, Mapping):
+        keys = next((keys for keys in NESTED_PROBE_KEYS if value.keys() >= set(keys)), None)
+        if keys or "prompt" in value:
+            yield from paired(value, *(keys or NESTED_PROBE_KEYS[0]), parent=f"{name}.")
+        else:
+            for kind, item in value.items():
+                yield from probes(item, f"{name}.{kind}")
+    elif not _absent(value):
+        expected = 'expected records such as {"prompt": "…", "answer": "…"}: mend it, or use the columns '
+        columns = "locality_prompt and locality_ground_truth (or portability_…)"
+        raise ValueError(f"field {name!r}: found {reprlib.repr(value)}; {expected}{columns}")
+
+
+def paired(record: Mapping[str, Any], prompt: str, answer: str, parent: str = "") -> Iterator[ProbeFields]:
+    """Read probes from a field of prompts and one of answers: one of each, or equally long lists."""
+    prompts, answers = record.get(prompt), record.get(answer)
+    if _absent(prompts) and _absent(answers):
+        return
+    if not isinstance(prompts, (list, tuple)):
+        prompts, answers = [prompts], [answers]
+    elif _absent(answers):
+        answers = [None] * len(prompts)
+    if not isinstance(answers, (list, tuple)) or len(answers) != len(prompts):
+        found = f"{len(prompts)} prompts and {reprlib.repr(answers)}"
+        raise ValueError(f"field {parent + answer!r}: found {found}; expected one answer for each {parent + prompt!r}")
+    for one_prompt, one_answer in zip(prompts, answers, strict=True):
+        yield text(one_prompt, parent + prompt), first_text(one_answer, parent + answer)
+
+
+def texts(value: object, name: str) -> tuple[str, ...]:
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return tuple(text(item, name) for item in items if not _absent(item))
+
+
+def first_text(value: object, name: str) -> str | None:
+    # an answer is text, a list of aliases, or a list of such lists
+    while isinstance(value, (list, tuple)):
+        value = value[0] if value else None
+    return None if _absent(value) else text(value, name)
+
+
+def optional_text(value: object, name: str) -> None:
+    if value is not None:
+        text(value, name)
+
+
+def text(value: object, name: str) -> str:
+    if _absent(value):
+        raise ValueError(f"field {name!r}: found nothing ({value!r}); expected text: fill it in, or remove the record")
+    if not isinstance(value, str):
+        advice = f': write "{value}", in quotes' if isinstance(value, (int, float)) else ""
+        raise ValueError(
+            f"field {name!r}: found {reprlib.repr(value)} ({type(value).__name__}); expected text{advice}"
+        )
+    if SURROGATE.search(value):
+        found = f"half a character in {reprlib.repr(value)}"
+        raise ValueError(
+            f"field {name!r}: found {found}; expected whole characters: write the file anew from its source"
+        )
+    return value
+
+
+def _absent(value: object) -> bool:
+    # a table has no other way to leave a cell out than empty text, null or NaN
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or value == [] or (isinstance(value, float) and math.isnan(value))
