@@ -24,7 +24,7 @@ from peft_locft.adapter_folder import inspect_adapter
 
 FACTS = Path(__file__).parent / "facts.jsonl"
 # late, where general ability is kept best; a small model wants a larger rate than the published 5e-4
-LAYER = 20
+LAYER = 24
 RECIPE = {"learning_rate": 5e-3, "per_device_train_batch_size": 20, "num_train_epochs": 25}
 MAX_NEW_TOKENS = 32
 

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -44,24 +45,46 @@ def save_adapter(
         state_dict: the model's state, where it had to be gathered from several processes.
 
     Raises:
-        NotADirectoryError: if `folder` is a file.
+        NotADirectoryError: if `folder` or one above it is a file.
     """
-    folder = Path(folder).absolute()
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"Cannot save an adapter to {folder}: it is a file. Give a folder.")
+    # a link to a folder must stay one, and what is exchanged below is the folder
+    folder = Path(folder).resolve()
+    check_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in [*folder.parent.glob(f"{STAGING_PREFIX}{folder.name}-*"), *folder.glob(f"{STAGING_PREFIX}*")]:
-        shutil.rmtree(leftover)  # of a save that was killed
+    _remove_leftovers(folder)
     inside = folder if folder.exists() else folder.parent
     staging = Path(tempfile.mkdtemp(prefix=f"{STAGING_PREFIX}{folder.name}-", dir=inside))
     try:
         model.save_pretrained(str(staging), state_dict=state_dict)
         for config_file in list(staging.rglob(CONFIG_NAME)):
-            _describe(config_file.parent, record)
+            adapter_name = "default" if config_file.parent == staging else config_file.parent.name
+            # the run is known of the adapters that it trained, not of others that were loaded beside them
+            _describe(config_file.parent, record if adapter_name in model.active_adapters else None)
         _sync(staging)
         _put_in_place(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_folder(folder: str | os.PathLike[str]) -> None:
+    """Check that an adapter can be saved to `folder`, which need not be there.
+
+    Raises:
+        NotADirectoryError: if it or one above it is a file.
+    """
+    for place in (Path(folder), *Path(folder).parents):
+        if place.exists() and not place.is_dir():
+            raise NotADirectoryError(f"Cannot save an adapter to {folder}: {place} is a file. Give a folder.")
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what saves that were killed left in `folder` and beside it."""
+    # the ending as mkdtemp makes it: a save into "run-2" may be under way beside this one into "run"
+    staging = re.compile(re.escape(f"{STAGING_PREFIX}{folder.name}-") + "[a-z0-9_]{8}")
+    for place in (folder, folder.parent):
+        for leftover in list(place.iterdir()) if place.is_dir() else []:
+            if staging.fullmatch(leftover.name):
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _describe(adapter: Path, record: dict[str, Any] | None) -> None:
@@ -77,7 +100,7 @@ def _put_in_place(staging: Path, folder: Path) -> None:
     if not folder.exists():
         staging.chmod(0o777 & ~_umask())  # mkdtemp makes it private
         os.rename(staging, folder)
-    elif not (folder / CONFIG_NAME).exists() or not _exchange(staging, folder):
+    elif not _replaces_an_adapter(staging, folder) or not _exchange(staging, folder):
         # without its configuration a folder is no adapter, so a new one appears with the last of these
         for file in sorted(_files(staging), key=lambda path: path.name == CONFIG_NAME):
             target = folder / file.relative_to(staging)
@@ -85,6 +108,10 @@ def _put_in_place(staging: Path, folder: Path) -> None:
             os.replace(file, target)
     _sync_folder(folder)
     _sync_folder(folder.parent)
+
+
+def _replaces_an_adapter(staging: Path, folder: Path) -> bool:
+    return any((folder / config.relative_to(staging)).exists() for config in staging.rglob(CONFIG_NAME))
 
 
 def _exchange(staging: Path, folder: Path) -> bool:
@@ -96,7 +123,10 @@ def _exchange(staging: Path, folder: Path) -> bool:
     """
     if Path.cwd().is_relative_to(folder):
         return False  # the working directory would be gone
-    complete = Path(tempfile.mkdtemp(prefix=f"{STAGING_PREFIX}{folder.name}-", dir=folder.parent))
+    try:
+        complete = Path(tempfile.mkdtemp(prefix=f"{STAGING_PREFIX}{folder.name}-", dir=folder.parent))
+    except OSError:
+        return False  # the folder alone can be written to
     try:
         new_files = {file.relative_to(staging) for file in _files(staging)}
         ignored = [str(folder / name) for name in new_files] + [str(staging)]
@@ -107,6 +137,7 @@ def _exchange(staging: Path, folder: Path) -> bool:
         shutil.copytree(folder, complete, copy_function=os.link, symlinks=True, dirs_exist_ok=True, ignore=ignore)
         shutil.copytree(staging, complete, copy_function=os.link, dirs_exist_ok=True)
         shutil.copystat(folder, complete)
+        _sync_folder(complete)
         _swap(complete, folder)
     except (OSError, shutil.Error):
         return False
@@ -135,9 +166,12 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _sync(folder: Path) -> None:
-    for file in _files(folder):
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_dir():
+            _sync_folder(path)
+        else:
+            with open(path, "rb") as handle:
+                os.fsync(handle.fileno())
 
 
 def _sync_folder(folder: Path) -> None:
@@ -174,7 +208,7 @@ class AdapterSummary:
         rows = [
             ("method", str(getattr(self.config.peft_type, "value", self.config.peft_type))),
             ("base model", self.config.base_model_name_or_path or "not recorded"),
-            ("size", f"{self.num_bytes / 1e6:.1f} MB"),
+            ("size", f"{self.num_bytes / 1e6:.1f} MB" if self.num_bytes >= 1e5 else f"{self.num_bytes / 1e3:.1f} kB"),
         ]
         for name, (dtype, shape) in self.tensors.items():
             rows.append(("trained", f"{_short(name)}  {dtype} {' x '.join(map(str, shape))}"))
@@ -183,7 +217,8 @@ class AdapterSummary:
             rows.append(("edits", str(self.facts["edits"]["count"])))
             rows.append(("recipe", ", ".join(f"{key} {value}" for key, value in recipe.items())))
             if losses:
-                rows.append(("loss", f"{losses[0]:.4f} → {losses[-1]:.4f} in {len(losses)} epochs"))
+                unit = "edits" if recipe["edit_order"] == "depth_first" else "epochs"
+                rows.append(("loss", f"{losses[0]:.4f} → {losses[-1]:.4f} in {len(losses)} {unit}"))
         table = "\n".join(f"{key:<12}{value}" for key, value in rows)
         return f"{table}\n\nLoad it with:\n\n{usage_lines(self.config, str(self.folder))}"
 
@@ -199,7 +234,7 @@ def inspect_adapter(folder: str | os.PathLike[str]) -> AdapterSummary:
         folder: a local adapter folder, of any PEFT method.
 
     Raises:
-        ValueError: if it is no adapter folder, or its weights are not a readable safetensors file.
+        ValueError: if it is no adapter folder, or one of its files cannot be read.
     """
     folder = Path(folder)
     weights = folder / SAFETENSORS_WEIGHTS_NAME
@@ -217,6 +252,21 @@ def inspect_adapter(folder: str | os.PathLike[str]) -> AdapterSummary:
         raise ValueError(
             f"{weights} is not a readable safetensors file ({error}). Download or save it again."
         ) from None
-    facts_file = folder / PROVENANCE_NAME
-    facts = json.loads(facts_file.read_text(encoding="utf-8")) if facts_file.is_file() else {}
-    return AdapterSummary(folder, PeftConfig.from_pretrained(str(folder)), tensors, weights.stat().st_size, facts)
+    return AdapterSummary(folder, _read_config(folder), tensors, weights.stat().st_size, _read_facts(folder))
+
+
+def _read_config(folder: Path) -> PeftConfig:
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder / CONFIG_NAME} is not the configuration of a PEFT method ({error}). Download or save it again."
+        ) from None
+
+
+def _read_facts(folder: Path) -> dict[str, Any]:
+    file = folder / PROVENANCE_NAME
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is not readable ({error}). Download it again, or remove it.") from None

@@ -40,21 +40,52 @@ class EditBatches(Sampler[list[int]]):
             yield order[start : start + self.batch_size]
 
 
+def micro_batches(indices: torch.Tensor, lengths: torch.Tensor, max_tokens: int) -> list[torch.Tensor]:
+    """Cut a batch into micro-batches of similar length, so that little of what is computed is padding.
+
+    Args:
+        indices: (B,) edits of the batch.
+        lengths: (edits,) tokens of every edit.
+        max_tokens: of a micro-batch, padding included; an edit that is longer by itself is one alone.
+
+    Returns:
+        Indices, the shortest edits first.
+    """
+    by_length = indices[torch.argsort(lengths[indices], stable=True)]
+    cuts, start = [], 0
+    for end, length in enumerate(lengths[by_length].tolist()):
+        # the last of a micro-batch is its longest
+        if end > start and (end + 1 - start) * length > max_tokens:
+            cuts.append(by_length[start:end])
+            start = end
+    return [*cuts, by_length[start:]]
+
+
 @dataclass
 class LossRecord:
     """The losses of a run; part of every checkpoint, so that a resumed run goes on with the same numbers."""
 
     epoch_losses: list[float] = field(default_factory=list)
-    step_loss: float = math.inf
+    step_loss: float = math.inf  # of the last step that was whole
+    open_loss: float = 0.0  # of the batches so far, where gradients accumulate
+    open_edits: int = 0
     epoch_sum: float = 0.0
     epoch_edits: int = 0
     edits_seen: int = 0
 
-    def add_step(self, loss: float, num_edits: int) -> None:
-        self.step_loss = loss
-        self.epoch_sum += loss * num_edits
-        self.epoch_edits += num_edits
-        self.edits_seen += num_edits
+    def add_batch(self, share: float, num_edits: int) -> None:
+        """Add one batch's share of its step's loss."""
+        self.open_loss += share
+        self.open_edits += num_edits
+
+    def end_step(self) -> float:
+        """Close a step; return its loss."""
+        self.step_loss = self.open_loss
+        self.epoch_sum += self.open_loss * self.open_edits
+        self.epoch_edits += self.open_edits
+        self.edits_seen += self.open_edits
+        self.open_loss, self.open_edits = 0.0, 0
+        return self.step_loss
 
     def end_epoch(self) -> float:
         """Close a breadth-first epoch; return its mean loss, weighted by batch size."""
@@ -72,7 +103,8 @@ class LossRecord:
         return asdict(self) | {"step_loss": None if math.isinf(self.step_loss) else self.step_loss}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.epoch_losses[:] = state["epoch_losses"]
+        for name, value in state.items():
+            setattr(self, name, value)
+        # the list in the state is part of a checkpoint, or of what an earlier run has returned
+        self.epoch_losses = list(state["epoch_losses"])
         self.step_loss = math.inf if state["step_loss"] is None else state["step_loss"]
-        self.epoch_sum, self.epoch_edits = state["epoch_sum"], state["epoch_edits"]
-        self.edits_seen = state["edits_seen"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,9 +68,11 @@ def provenance(config: PeftConfig, record: dict[str, Any] | None) -> dict[str, A
 def usage_lines(config: PeftConfig, adapter: str) -> str:
     """Return the lines of Python that load an adapter."""
     registers = "import peft_locft  # registers LOCFT with PEFT\n" if config.peft_type == "LOCFT" else ""
+    # a string of JSON is one of Python too, whatever quotes and backslashes are in a folder's name
+    name = json.dumps(adapter, ensure_ascii=False)
     return (
         f"{registers}from peft import AutoPeftModelForCausalLM\n"
-        f'model = AutoPeftModelForCausalLM.from_pretrained("{adapter}")\n'
+        f"model = AutoPeftModelForCausalLM.from_pretrained({name})\n"
     )
 
 
@@ -83,7 +86,7 @@ def model_card(config: PeftConfig, facts: dict[str, Any], location: Sequence[str
     """
     base = config.base_model_name_or_path or ""
     # a path on somebody's machine is no Hub id, and the Hub refuses it in the card's header
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None and not Path(base).exists()
+    is_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base) is not None and not Path(base).exists()
     data = ModelCardData(
         base_model=base if is_hub_id else None,
         library_name="peft",

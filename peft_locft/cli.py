@@ -47,7 +47,8 @@ def train(argv: list[str]) -> None:
     arguments = parse_train(argv)
     begun = time.perf_counter()
     summary = train_edits(**arguments)
-    print(f"Trained in {time.perf_counter() - begun:.0f} s, saved to {summary.folder}\n\n{summary}")
+    if arguments["args"].process_index == 0:  # of several, under torchrun or accelerate launch
+        print(f"Trained in {time.perf_counter() - begun:.0f} s, saved to {summary.folder}\n\n{summary}")
 
 
 def inspect(argv: list[str]) -> None:

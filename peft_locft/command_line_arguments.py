@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from peft import PeftConfig
+from peft.utils import CONFIG_NAME
 from transformers import HfArgumentParser
 
 from .recipe import BreadthFirstConfig
 from .tuner import LocFTConfig
 from .tuner.config import ALL_LINEAR, ENTIRE_LAYER
+
+USAGE = "locft train --model_name_or_path MODEL --edits FILE --output_dir FOLDER [--config FILE.yaml] [FLAG ...]"
 
 
 @dataclass
@@ -64,40 +70,58 @@ def parse_train(argv: list[str]) -> dict[str, Any]:
     `--config FILE.yaml` gives flags by name; flags on the command line go before it.
 
     Raises:
-        ValueError: if the YAML file cannot be read or has a key that is no flag, if `output_dir` is missing, or if
-            flags of LocFTConfig come with `--peft_config`.
+        ValueError: if the YAML file cannot be read or has a key that is no flag or has no value, if fields of the
+            configuration contradict each other, or if flags of LocFTConfig come with `--peft_config`.
         SystemExit: from argparse, if a flag is unknown, missing or malformed.
     """
-    parser = HfArgumentParser((RunArguments, LocationArguments, BreadthFirstConfig), prog="locft train")
+    parser = HfArgumentParser(
+        (RunArguments, LocationArguments, BreadthFirstConfig), prog="locft train", usage=USAGE, allow_abbrev=False
+    )
+    flags = {action.dest: action for action in parser._actions if action.dest != "help"}
+    # TrainingArguments has a folder of its own choice, and takes one name alone
+    flags["output_dir"].required = True
+    flags["report_to"].nargs = "+"
+    # the file's words first: of two with the same name argparse takes the later one
+    words = [*_config_file_words(argv, set(flags)), *argv]
     parser.add_argument("--config", help="A YAML file with any of these flags as keys.")
-    known = {action.dest: action for action in parser._actions}
-    given = _config_file(argv)
-    unknown = sorted(set(given) - set(known))
+    run, location, args, _, unknown = parser.parse_args_into_dataclasses(
+        words, return_remaining_strings=True, look_for_args_file=False
+    )
     if unknown:
-        raise ValueError(f"--config: unknown keys {', '.join(unknown)}. `locft train --help` lists the known ones.")
-    for name in given:
-        known[name].required = False
-    parser.set_defaults(**given)
-    run, location, args, _ = parser.parse_args_into_dataclasses(argv)
-    if "output_dir" not in given and not any(word.split("=")[0] == "--output_dir" for word in argv):
-        raise ValueError("--output_dir is missing: say where the adapter is to be saved.")
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}; `locft train --help` lists the known ones")
     arguments = vars(run)
     return arguments | {"peft_config": _peft_config(arguments["peft_config"], location), "args": args}
 
 
-def _config_file(argv: list[str]) -> dict[str, Any]:
-    early = HfArgumentParser((), add_help=False, allow_abbrev=False)
+def _config_file_words(argv: list[str], flags: set[str]) -> list[str]:
+    """Return what the YAML file of `--config` says as words of a command line, so that both are checked alike."""
+    early = argparse.ArgumentParser(prog="locft train", usage=USAGE, add_help=False, allow_abbrev=False)
     early.add_argument("--config", type=Path)
     path = early.parse_known_args(argv)[0].config
     if path is None:
-        return {}
+        return []
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"--config {path}: cannot be read as YAML: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"--config {path}: found {type(content).__name__}, expected flags as `name: value` lines.")
-    return content
+    unknown = sorted(str(name) for name in content if name not in flags)
+    if unknown:
+        raise ValueError(
+            f"--config {path}: unknown keys {', '.join(unknown)}. `locft train --help` lists the known ones."
+        )
+    empty = [name for name, value in content.items() if value is None or value == []]
+    if empty:
+        raise ValueError(f"--config {path}: {', '.join(empty)} without a value. Give one, or remove the line.")
+    return [word for name, value in content.items() for word in _words(name, value)]
+
+
+def _words(name: str, value: Any) -> list[str]:
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    # in one word, so that a value may begin with a minus
+    return [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"]
 
 
 def _peft_config(path: str | None, location: LocationArguments) -> PeftConfig:
@@ -107,10 +131,22 @@ def _peft_config(path: str | None, location: LocationArguments) -> PeftConfig:
             raise ValueError(
                 f"--peft_config says what to train, and so do {', '.join(fields)}: give one or the other."
             )
-        config = PeftConfig.from_pretrained(str(Path(path).parent if Path(path).is_file() else path))
-        config.inference_mode = False
-        return config
+        return _read_peft_config(Path(path))
     target = fields.get("target_modules")
-    if isinstance(target, list) and len(target) == 1 and target[0] in (ALL_LINEAR, ENTIRE_LAYER):
+    # names are words and dots; anything else that stands alone is a regular expression
+    if target and len(target) == 1 and (target[0] in (ALL_LINEAR, ENTIRE_LAYER) or re.search(r"[^\w.]", target[0])):
         fields["target_modules"] = target[0]
     return LocFTConfig(**fields)
+
+
+def _read_peft_config(path: Path) -> PeftConfig:
+    file = path / CONFIG_NAME if path.is_dir() else path
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        # where an adapter was saved this says of which base, at which revision; what is trained here has its own
+        content |= {"base_model_name_or_path": None, "revision": None, "inference_mode": False}
+        return PeftConfig.from_peft_type(**content)
+    except OSError as error:
+        raise ValueError(f"--peft_config {path}: cannot be read: {error}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--peft_config {path}: not the configuration of a PEFT method: {error!r}") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +36,16 @@ def labels_for(
     return input_ids.masked_fill(~scored, IGNORED)
 
 
-def token_losses(logits: torch.Tensor, labels: torch.Tensor, objective: Objective) -> torch.Tensor:
-    """Return -log p of every labelled token, in float32.
+class Scored(NamedTuple):
+    """Which logits score which tokens: the token at (rows, columns) by the logits at (rows, sources)."""
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    sources: torch.Tensor
+
+
+def scored_positions(labels: torch.Tensor, objective: Objective) -> Scored:
+    """Return the positions that an objective scores.
 
     `"target_new"` (LocFT-BF with EOS, FT-M without) and `"full"` are autoregressive: the token at position t is scored
     by the logits at t - 1. `"prompt_last"` (FT-L) scores every target token by the logits of the last prompt token, as
@@ -45,18 +53,30 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor, objective: Objectiv
     the field's baseline.
 
     Args:
-        logits: (B, T, V).
         labels: (B, T) token ids, -100 where nothing is scored; position 0 is never scored.
 
     Returns:
-        (B, T) losses, 0 where nothing is scored.
+        Three tensors of one length, an entry a scored token, row by row.
     """
     rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
     columns = columns + 1
     last_of_prompt = (labels != IGNORED).int().argmax(dim=1) - 1
-    sources = last_of_prompt[rows] if objective == "prompt_last" else columns - 1
-    scored = F.cross_entropy(logits[rows, sources].float(), labels[rows, columns], reduction="none")
-    return torch.zeros(labels.shape, device=logits.device).index_put((rows, columns), scored)
+    return Scored(rows, columns, last_of_prompt[rows] if objective == "prompt_last" else columns - 1)
+
+
+def token_losses(logits: torch.Tensor, labels: torch.Tensor, scored: Scored) -> torch.Tensor:
+    """Return -log p of every scored token, in float32.
+
+    Args:
+        logits: (scored tokens, V), at `scored.sources`.
+        labels: (B, T) token ids, -100 where nothing is scored.
+        scored: from [`scored_positions`].
+
+    Returns:
+        (B, T) losses, 0 where nothing is scored.
+    """
+    losses = F.cross_entropy(logits.float(), labels[scored.rows, scored.columns], reduction="none")
+    return torch.zeros(labels.shape, device=logits.device).index_put((scored.rows, scored.columns), losses)
 
 
 def sum_losses(losses: torch.Tensor, labels: torch.Tensor, loss_averaging: LossAveraging) -> torch.Tensor:
@@ -77,6 +97,10 @@ def sum_losses(losses: torch.Tensor, labels: torch.Tensor, loss_averaging: LossA
     return per_edit.sum()
 
 
-def loss_weight(num_scored_tokens: list[int], loss_averaging: LossAveraging) -> int:
-    """Return what [`sum_losses`] over the whole batch is divided by: its edits, or its scored tokens."""
-    return len(num_scored_tokens) if loss_averaging == "edit" else sum(num_scored_tokens)
+def loss_weight(num_scored: torch.Tensor, loss_averaging: LossAveraging) -> int:
+    """Return what [`sum_losses`] over the whole batch is divided by: its edits, or its scored tokens.
+
+    Args:
+        num_scored: (B,) scored tokens of every edit in the batch.
+    """
+    return len(num_scored) if loss_averaging == "edit" else int(num_scored.sum())

@@ -11,6 +11,13 @@ from transformers import TrainingArguments
 from .objectives import LossAveraging, Objective
 
 EditOrder = Literal["breadth_first", "depth_first"]
+CachePlace = Literal["auto", "memory", "disk", "off"]
+CHOICES = (
+    ("objective", Objective),
+    ("loss_averaging", LossAveraging),
+    ("edit_order", EditOrder),
+    ("activation_cache", CachePlace),
+)
 
 
 @dataclass
@@ -36,6 +43,14 @@ class BreadthFirstConfig(TrainingArguments):
             Render prompt and target with the tokenizer's chat template.
         loss_floor (`float`, defaults to `1e-2`):
             A batch whose loss is below it takes no step; training stops after an epoch whose mean loss is below it.
+        activation_cache (`str`, defaults to `"auto"`):
+            The layers before the first trained one are run once, and the states that leave them kept: in `"memory"`,
+            on `"disk"` (a memory-mapped scratch file in `output_dir`), or not at all (`"off"`). `"auto"` is memory
+            where they take less than half of what is free, else disk; where keeping them would be wrong it is off, and
+            says why.
+        max_tokens_per_micro_batch (`int`, *optional*):
+            A batch is computed in pieces of at most so many tokens, padding included, which changes nothing but speed
+            and memory. `None`: chosen by the device, and halved when memory runs out.
 
     Raises:
         ValueError: if a field does not have one of the values named here.
@@ -57,15 +72,26 @@ class BreadthFirstConfig(TrainingArguments):
     append_eos: bool = field(default=True, metadata={"help": "End every target with the tokenizer's EOS token."})
     chat_template: bool = field(default=False, metadata={"help": "Render edits with the tokenizer's chat template."})
     loss_floor: float = field(default=1e-2, metadata={"help": "No step below it, and the end of training."})
+    activation_cache: CachePlace = field(
+        default="auto", metadata={"help": "Where the states that enter the first trained layer are kept."}
+    )
+    max_tokens_per_micro_batch: int | None = field(
+        default=None,
+        metadata={"help": "Tokens in one forward, padding included; changes nothing but speed and memory."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, allowed in (("objective", Objective), ("loss_averaging", LossAveraging), ("edit_order", EditOrder)):
+        for name, allowed in CHOICES:
             value, known = getattr(self, name), get_args(allowed)
             if value not in known:
                 raise ValueError(f"BreadthFirstConfig.{name}={value!r}: expected one of {', '.join(known)}.")
         if not (math.isfinite(self.loss_floor) and self.loss_floor >= 0):
             raise ValueError(f"BreadthFirstConfig.loss_floor={self.loss_floor!r}: expected a number from 0 upwards.")
+        if self.max_tokens_per_micro_batch is not None and self.max_tokens_per_micro_batch < 1:
+            raise ValueError(
+                f"BreadthFirstConfig.max_tokens_per_micro_batch={self.max_tokens_per_micro_batch}: expected 1 or more."
+            )
         if self.dataloader_drop_last:
             raise ValueError("BreadthFirstConfig.dataloader_drop_last would leave edits out of every epoch: drop it.")
         if self.edit_order == "depth_first":
@@ -75,6 +101,16 @@ class BreadthFirstConfig(TrainingArguments):
                     "trains one edit at a time. Give 1, or leave it out."
                 )
             self.per_device_train_batch_size = 1
+            if self.gradient_accumulation_steps != 1:
+                raise ValueError(
+                    f"BreadthFirstConfig.gradient_accumulation_steps={self.gradient_accumulation_steps}: depth-first "
+                    "takes a step for one edit. Leave it out."
+                )
+            if self.max_steps > 0:
+                raise ValueError(
+                    f"BreadthFirstConfig.max_steps={self.max_steps}: depth-first takes num_train_epochs steps for "
+                    "every edit. Give those instead."
+                )
 
     @property
     def steps_per_edit(self) -> int | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,25 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .activation_cache import ActivationCache, CacheUnusable, cache_trunk, logits_at
 from .adapter_folder import save_adapter
-from .batches import EditBatches, LossRecord
+from .batches import EditBatches, LossRecord, micro_batches
 from .card import training_record
-from .edits import Edit, read_edits
-from .encoding import EncodedEdit, collate, encode_edits
-from .objectives import labels_for, loss_weight, sum_losses, token_losses
+from .edits import Edit, edits_sha256, read_edits
+from .encoding import EncodedEdits, collate, encode_edits
+from .model_state import check_vocabulary, configuration_unchanged, dropout_off, max_length
+from .objectives import labels_for, loss_weight, scored_positions, sum_losses, token_losses
 from .recipe import BreadthFirstConfig
+from .resume import check_same_edits, invalidate, whole_checkpoint
 from .training_callbacks import EditProgress, FloorAndRecord
+
+logger = logging.getLogger(__name__)
+
+# in one forward: what keeps an accelerator busy, and what stays in a CPU's cache
+MAX_TOKENS = {False: 8192, True: 1024}
 
 
 class BreadthFirstTrainer(Trainer):
@@ -58,6 +65,7 @@ class BreadthFirstTrainer(Trainer):
     """
 
     args: BreadthFirstConfig
+    train_dataset: EncodedEdits
 
     def __init__(
         self,
@@ -83,12 +91,14 @@ class BreadthFirstTrainer(Trainer):
             processing_class,
             append_eos=args.append_eos,
             chat_template=args.chat_template,
-            max_length=_max_length(model),
+            max_length=max_length(model),
         )
-        _check_vocabulary(model, encoded.token_ids)
+        check_vocabulary(model, encoded.token_ids)
         self.record = LossRecord()
-        self._step_loss, self._step_edits = 0.0, 0
-        with _configuration_unchanged(model):
+        self.cache: ActivationCache | None = None
+        self._cache_refused = False
+        self.max_tokens = args.max_tokens_per_micro_batch or MAX_TOKENS[args.device.type == "cpu"]
+        with configuration_unchanged(model):
             super().__init__(
                 model=model, args=args, train_dataset=encoded, processing_class=processing_class, **kwargs
             )
@@ -104,20 +114,23 @@ class BreadthFirstTrainer(Trainer):
         """Train, as `Trainer.train` does. `resume_from_checkpoint=True` takes the last checkpoint that is whole.
 
         Raises:
-            ValueError: if there is no whole checkpoint to resume from.
+            ValueError: if there is no whole checkpoint to resume from, or the one named is not whole or of a run on
+                other edits.
             RuntimeError: if the loss becomes NaN or infinite.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(_last_whole_checkpoint(Path(self.args.output_dir)))
-        if not resume_from_checkpoint:
-            self.record.restore(LossRecord().state())
-        with _configuration_unchanged(self.model):
+        if resume_from_checkpoint:
+            checkpoint = whole_checkpoint(self.args.output_dir, resume_from_checkpoint)
+            check_same_edits(checkpoint, edits_sha256(self.edits))
+            resume_from_checkpoint = str(checkpoint)
+        # the trunk may have changed since an earlier call
+        self.cache, self._cache_refused = None, False
+        with configuration_unchanged(self.model):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     # ------------------------------------------------------------------ data
 
-    def get_train_dataloader(self) -> DataLoader[EncodedEdit]:
-        """Return a loader that gives every process every batch whole; `training_step` takes this process' share."""
+    def get_train_dataloader(self) -> DataLoader[int]:
+        """Return a loader of indices that gives every process every batch whole; `training_step` takes its share."""
         args = self.args
         depth_first = args.edit_order == "depth_first"
         batches = EditBatches(
@@ -126,59 +139,112 @@ class BreadthFirstTrainer(Trainer):
             seed=args.seed if args.data_seed is None else args.data_seed,
             steps_per_edit=args.steps_per_edit,
         )
-        return DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=list)
+        return DataLoader(range(len(self.train_dataset)), batch_sampler=batches, collate_fn=list)  # type: ignore[arg-type]
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[list[EncodedEdit]], num_batches: int, device: torch.device
-    ) -> tuple[list[list[EncodedEdit]], int]:
+        self, epoch_iterator: Iterator[list[int]], num_batches: int, device: torch.device
+    ) -> tuple[list[list[int]], int]:
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        return batches, self._weight([edit for batch in batches for edit in batch])
+        return batches, self._weight(torch.tensor([index for batch in batches for index in batch]))
 
-    def _weight(self, edits: Sequence[EncodedEdit]) -> int:
-        starts = [1 if self.args.objective == "full" else edit.target_start for edit in edits]
-        num_scored = [len(edit.input_ids) - start for edit, start in zip(edits, starts, strict=True)]
-        return loss_weight(num_scored, self.args.loss_averaging)
+    def _weight(self, indices: torch.Tensor) -> int:
+        starts = (
+            torch.ones_like(indices) if self.args.objective == "full" else self.train_dataset.target_starts[indices]
+        )
+        return loss_weight(self.train_dataset.lengths[indices] - starts, self.args.loss_averaging)
 
     # ------------------------------------------------------------------ one step
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: Sequence[EncodedEdit],
+        inputs: torch.Tensor | Sequence[int],
         return_outputs: bool = False,
         num_items_in_batch: int | None = None,
     ) -> Any:
-        """Return the summed loss of some edits over `num_items_in_batch`, the weight of the batch they are part of."""
-        batch = self._prepare_inputs(collate(inputs, pad_token_id=0))
+        """Return the summed loss of some edits over `num_items_in_batch`, the weight of the batch they are part of.
+
+        `inputs` are indices of edits.
+        """
+        indices = torch.as_tensor(inputs)
+        batch = self._prepare_inputs(collate([self.train_dataset[i] for i in indices.tolist()], pad_token_id=0))
         labels = labels_for(self.args.objective, batch["input_ids"], batch["attention_mask"], batch["target_start"])
-        outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-        losses = token_losses(outputs.logits, labels, self.args.objective)
-        loss = sum_losses(losses, labels, self.args.loss_averaging) / (num_items_in_batch or self._weight(inputs))
+        scored = scored_positions(labels, self.args.objective)
+        with self.cache.replayed(indices) if self.cache else nullcontext():
+            outputs = logits_at(model, scored.rows, scored.sources, self._forward_inputs(batch))
+        losses = token_losses(outputs.logits, labels, scored)
+        loss = sum_losses(losses, labels, self.args.loss_averaging) / (num_items_in_batch or self._weight(indices))
         return (loss, outputs) if return_outputs else loss
 
+    def _forward_inputs(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+        # under a causal mask padding on the right changes nothing to its left, and without one attention is faster;
+        # the cache was checked against a forward that had it
+        names = ("input_ids",) if self.cache else ("input_ids", "attention_mask")
+        return {name: batch[name] for name in names} | {"use_cache": False}
+
     def training_step(
-        self, model: nn.Module, inputs: list[EncodedEdit], num_items_in_batch: int | None = None
+        self, model: nn.Module, inputs: list[int], num_items_in_batch: int | None = None
     ) -> torch.Tensor:
-        """Forward and, unless the step's loss is below the floor, backward; return this batch's share of that loss."""
-        _dropout_off(model)
+        """Forward and backward, piece by piece; drop the gradient if the step's loss is below the floor.
+
+        Returns the batch's share of that loss.
+        """
+        dropout_off(model)
         if self._edit_is_done():
             return torch.zeros((), device=self.args.device)
-        with self.compute_loss_context_manager():
-            mine = inputs[self.args.process_index :: self.args.world_size]
-            # a process without edits in a short last batch still joins the others' gradient
-            loss = self.compute_loss(model, mine or inputs[:1], num_items_in_batch=num_items_in_batch)
-            loss = loss if mine else loss * 0
-        share = self.accelerator.reduce(loss.detach().clone(), reduction="sum")
+        if self.cache is None and self.args.activation_cache != "off" and not self._cache_refused:
+            self._cache_trunk(model)
+        share = self._forward_and_backward(model, inputs, num_items_in_batch)
         self._check_finite(share)
-        self._step_loss += share.item()
-        self._step_edits += len(inputs)
-        if self.accelerator.sync_gradients and self._end_step() < self.args.loss_floor:
-            # drops what earlier batches of this step left, where gradients accumulate; Adam stands still without any
+        self.record.add_batch(share.item(), len(inputs))
+        if self.accelerator.sync_gradients and self.record.end_step() < self.args.loss_floor:
+            # Adam stands still without a gradient
             model.zero_grad()
-        else:
-            # gradients are averaged over processes, and the loss is already a share of the whole
-            self.accelerator.backward(loss * self.args.world_size)
         return share
+
+    def _forward_and_backward(
+        self, model: nn.Module, inputs: list[int], num_items_in_batch: int | None
+    ) -> torch.Tensor:
+        mine = inputs[self.args.process_index :: self.args.world_size]
+        # a process without edits in a short last batch still joins the others' gradient
+        pieces = micro_batches(torch.tensor(mine or inputs[:1]), self.train_dataset.lengths, self.max_tokens)
+        share = torch.zeros((), device=self.args.device)
+        for piece in pieces:
+            with nullcontext() if piece is pieces[-1] else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    loss = self.compute_loss(model, piece, num_items_in_batch=num_items_in_batch)
+                loss = loss if mine else loss * 0
+                share += loss.detach()
+                # gradients are averaged over processes, and the loss is already a share of the whole
+                self.accelerator.backward(loss * self.args.world_size)
+        return self.accelerator.reduce(share, reduction="sum")
+
+    def _cache_trunk(self, model: nn.Module) -> None:
+        unwrapped = self.accelerator.unwrap_model(model)
+        pieces = micro_batches(torch.arange(len(self.train_dataset)), self.train_dataset.lengths, self.max_tokens)
+
+        def inputs(indices: torch.Tensor) -> dict[str, torch.Tensor]:
+            batch = collate([self.train_dataset[i] for i in indices.tolist()], pad_token_id=0)
+            return self._prepare_inputs({name: batch[name] for name in ("input_ids", "attention_mask")})
+
+        try:
+            with self.compute_loss_context_manager():
+                self.cache = cache_trunk(
+                    unwrapped,
+                    self.train_dataset.offsets,
+                    pieces,
+                    inputs,
+                    self.args.activation_cache,
+                    self.args.output_dir,
+                )
+        except CacheUnusable as reason:
+            if self.args.activation_cache != "auto":
+                raise ValueError(
+                    f"activation_cache={self.args.activation_cache!r} cannot be used with this model and location: "
+                    f"{reason}. Leave it on 'auto'."
+                ) from None
+            self._cache_refused = True
+            logger.warning("Every epoch runs the whole model: %s.", reason)
 
     def _edit_is_done(self) -> bool:
         """Depth-first: begin every edit with a fresh optimizer, and leave it once it is below the floor."""
@@ -188,24 +254,36 @@ class BreadthFirstTrainer(Trainer):
             self.optimizer.state.clear()
         return self.record.step_loss < self.args.loss_floor
 
-    def _end_step(self) -> float:
-        self.record.add_step(self._step_loss, self._step_edits)
-        self._step_loss, self._step_edits = 0.0, 0
-        return self.record.step_loss
-
     def _check_finite(self, loss: torch.Tensor) -> None:
-        if not torch.isfinite(loss):
+        if torch.isfinite(loss):
+            return
+        step = self.state.global_step
+        if step == 0:
             raise RuntimeError(
-                f"The loss became {loss.item()} at step {self.state.global_step + 1} of {self.state.max_steps}: the "
-                f"learning rate, {self._get_learning_rate():g}, is too high for this model and location. Train again "
-                "with a lower one."
+                f"The loss is {loss.item()} before the first step: this model, in its dtype, gives no finite answer "
+                "to these edits. Load it in float32 or bfloat16."
             )
+        raise RuntimeError(
+            f"The loss became {loss.item()} at step {step + 1} of {self.state.max_steps}: the learning rate, "
+            f"{self._get_learning_rate():g}, is too high for this model and location. Train again with a lower one."
+        )
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Trainer asks only after the first step of an epoch
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
 
     def floating_point_ops(self, inputs: Any) -> int:
         # the estimate of transformers counts every layer and every parameter as trained, and none of that holds here
         return 0
 
     # ------------------------------------------------------------------ saving
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.args.should_save:
+            # an older run may have left one of this name, which must not pass for whole while it is replaced
+            invalidate(Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
+        super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -218,58 +296,3 @@ class BreadthFirstTrainer(Trainer):
                 record=training_record(self.edits, self.args, self.record, self.state.global_step),
                 state_dict=state_dict,
             )
-
-
-def _last_whole_checkpoint(output_dir: Path) -> Path:
-    """Return the newest checkpoint whose last file was written: a kill while saving leaves one without it."""
-    for checkpoint in sorted(output_dir.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
-        try:
-            json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return checkpoint
-    raise ValueError(
-        f"{output_dir} holds no whole checkpoint to resume from. Train without resume_from_checkpoint, with "
-        "save_strategy='epoch' if it should be possible to resume."
-    )
-
-
-def _dropout_off(model: nn.Module) -> None:
-    """Put the model into evaluation mode, and leave gradient checkpointing on where it was asked for."""
-    model.eval()
-    for module in model.modules():
-        # checkpointing happens in training mode alone; the layer's children, and their dropout, stay in evaluation
-        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
-            module.training = True
-            for name, value in vars(module).items():
-                if "dropout" in name and isinstance(value, float):
-                    setattr(module, name, 0.0)
-
-
-@contextmanager
-def _configuration_unchanged(model: nn.Module) -> Iterator[None]:
-    """Undo what `Trainer` does to the model's configuration: `use_cache`, and the tokenizer's special tokens."""
-    configurations = [getattr(model, name, None) for name in ("config", "generation_config")]
-    before = [(vars(config), dict(vars(config))) for config in configurations if config is not None]
-    try:
-        yield
-    finally:
-        for attributes, kept in before:
-            attributes.clear()
-            attributes.update(kept)
-
-
-def _max_length(model: nn.Module) -> int | None:
-    config: Any = getattr(model, "config", None)
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text_config, "max_position_embeddings", None)
-
-
-def _check_vocabulary(model: Any, input_ids: torch.Tensor) -> None:
-    vocabulary_size = model.get_input_embeddings().weight.shape[0]
-    largest = int(input_ids.max())
-    if largest >= vocabulary_size:
-        raise ValueError(
-            f"The tokenizer gives token id {largest}, but the model's embedding has {vocabulary_size} rows: they do "
-            "not belong together. Load both from the same place."
-        )

@@ -22,8 +22,7 @@ class FloorAndRecord(TrainerCallback):
         self.args = args
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if STATE_KEY in state.stateful_callbacks:
-            self.record.restore(state.stateful_callbacks[STATE_KEY])
+        self.record.restore(state.stateful_callbacks.get(STATE_KEY, LossRecord().state()))
 
     def on_epoch_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, train_dataloader: Any = None, **kwargs: Any
@@ -31,16 +30,23 @@ class FloorAndRecord(TrainerCallback):
         batches = train_dataloader.batch_sampler
         assert isinstance(batches, EditBatches)
         batches.epoch = int(state.epoch)
+        if self.args.steps_per_edit is None and self.record.epoch_losses:
+            # a run that is resumed after its last epoch ends there again
+            control.should_training_stop = self.record.epoch_losses[-1] < self.args.loss_floor
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.args.steps_per_edit is not None and state.global_step % self.args.steps_per_edit == 0:
+        steps_per_edit = self.args.steps_per_edit
+        if steps_per_edit is None and state.epoch.is_integer():
+            # here and not in on_epoch_end: a checkpoint of this step comes before that, and is resumed after it
+            control.should_training_stop |= self.record.end_epoch() < self.args.loss_floor
+        elif steps_per_edit is not None and state.global_step % steps_per_edit == 0:
             self.record.end_edit()
         state.stateful_callbacks[STATE_KEY] = self.record.state()
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.args.steps_per_edit is None and self.record.end_epoch() < self.args.loss_floor:
-            control.should_training_stop = True
-        state.stateful_callbacks[STATE_KEY] = self.record.state()
+        if self.args.steps_per_edit is None and self.record.epoch_edits:
+            self.record.end_epoch()  # cut short, by max_steps or another callback
+            state.stateful_callbacks[STATE_KEY] = self.record.state()
 
 
 class EditProgress(ProgressCallback):

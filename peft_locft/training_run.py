@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -11,9 +13,10 @@ import datasets
 from peft import PeftConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .adapter_folder import AdapterSummary, inspect_adapter
+from .adapter_folder import AdapterSummary, check_folder, inspect_adapter
 from .edits import Edit, read_edits
 from .recipe import BreadthFirstConfig
+from .resume import whole_checkpoint
 from .trainer import BreadthFirstTrainer
 from .tuner import LocFTConfig
 from .tuner.presets import default_location
@@ -49,31 +52,46 @@ def train_edits(
 
     Raises:
         ValueError: if the edits, the location or the recipe cannot be used; nothing is trained or written then.
+        NotADirectoryError: if `args.output_dir` is a file.
+        OSError: if the base model or its tokenizer cannot be loaded.
 
     Example:
         >>> summary = train_edits("Qwen/Qwen2.5-7B-Instruct", "edits.json", args=BreadthFirstConfig(output_dir="out"))
         >>> print(summary)
     """
     args = BreadthFirstConfig() if args is None else args
-    peft_config = LocFTConfig() if peft_config is None else peft_config
+    peft_config = LocFTConfig() if peft_config is None else copy.deepcopy(peft_config)
     if peft_config.task_type is None:
         peft_config.task_type = "CAUSAL_LM"  # lets AutoPeftModelForCausalLM load it
-    # a mistake in the edits should not wait for a large model to load
+    # a mistake should not wait for a large model to load, or to be trained
+    check_folder(args.output_dir)
     read = read_edits(edits, on_conflict=on_conflict)
-    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **source)
-    model = AutoModelForCausalLM.from_pretrained(model_name_or_path, dtype=dtype, **source)
+    if args.resume_from_checkpoint:
+        whole_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    model, tokenizer = _load(model_name_or_path, dtype, revision=revision, trust_remote_code=trust_remote_code)
     if isinstance(peft_config, LocFTConfig) and peft_config.target_modules is None:
         _warn_of_other_rate(default_location(model).learning_rate, args.learning_rate)
-    trainer = BreadthFirstTrainer(
-        model=get_peft_model(model, peft_config, revision=revision),
-        args=args,
-        train_dataset=read,
-        processing_class=tokenizer,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* prompts have several targets")  # said by read_edits, once
+        trainer = BreadthFirstTrainer(
+            model=get_peft_model(model, peft_config, revision=revision),
+            args=args,
+            train_dataset=read,
+            processing_class=tokenizer,
+        )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
+    trainer.accelerator.wait_for_everyone()  # one process writes what all of them read now
     return inspect_adapter(args.output_dir)
+
+
+def _load(model_name_or_path: str | os.PathLike[str], dtype: str, **source: Any) -> tuple[Any, Any]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **source)
+        return AutoModelForCausalLM.from_pretrained(model_name_or_path, dtype=dtype, **source), tokenizer
+    except OSError as error:
+        # where there is no network, its message does not say what was asked for
+        raise OSError(f"{model_name_or_path}: the base model and its tokenizer cannot be loaded: {error}") from error
 
 
 def _warn_of_other_rate(published: float | None, chosen: float) -> None:

@@ -109,6 +109,8 @@ class LocFTConfig(PeftConfig):
             self.layers_to_transform = [self.layers_to_transform]
         if isinstance(self.delta_dtype, torch.dtype):
             self.delta_dtype = str(self.delta_dtype).removeprefix("torch.")
+        if isinstance(self.target_modules, str) and self.target_modules.lower() in (ALL_LINEAR, ENTIRE_LAYER):
+            self.target_modules = self.target_modules.lower()
         self._check_location()
         self._check_numbers()
         if isinstance(self.target_modules, list):

@@ -2,35 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
-from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, resolve_quantization_backend
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .config import LocFTConfig
 
+Result = TypeVar("Result")
+DeltaTensors = dict[str, torch.Tensor]
+
 
 class Delta(nn.Module):
-    """The trained tensors of one adapter at one location: `weight`, and `bias` where the bias is trained too."""
+    """The trained tensors of one adapter at one module, by the names of the base parameters that they belong to.
 
-    def __init__(self, weight_shape: torch.Size, bias_shape: torch.Size | None, config: LocFTConfig) -> None:
+    `weight`, `bias` where biases are trained too, or the parameters named by `target_parameters`.
+    """
+
+    def __init__(self) -> None:
         super().__init__()
-        dtype = getattr(torch, config.delta_dtype)
-        self.weight = nn.Parameter(torch.zeros(weight_shape, dtype=dtype))
-        self.bias = None if bias_shape is None else nn.Parameter(torch.zeros(bias_shape, dtype=dtype))
-        if not config.init_weights:
-            for parameter in self.parameters():
-                nn.init.normal_(parameter, std=0.1)
+        self.names: tuple[str, ...] = ()
+
+    def add(self, shapes: Mapping[str, torch.Size], config: LocFTConfig) -> None:
+        for name, shape in shapes.items():
+            tensor = torch.zeros(shape, dtype=getattr(torch, config.delta_dtype))
+            if not config.init_weights:
+                nn.init.normal_(tensor, std=0.1)
+            self.register_parameter(name, nn.Parameter(tensor))
+        self.names = tuple(dict.fromkeys([*self.names, *shapes]))
+
+    def tensors(self) -> DeltaTensors:
+        return {name: getattr(self, name) for name in self.names}
+
+    def forward(self, use: Callable[[DeltaTensors], Result]) -> Result:
+        """Call `use` with the tensors.
+
+        They are used inside of this forward, not after it, because that is when they are whole: FSDP (where its wrap
+        policy makes every delta a unit of its own) and accelerate's offloading gather before it and shard after it.
+        """
+        return use(self.tensors())
 
 
-def quantization_backend(base: nn.Module, kwargs: dict[str, Any]) -> Any:
-    try:
-        return resolve_quantization_backend(base, **kwargs)
-    except ValueError:
-        # quantized by torchao itself, not through transformers: PEFT cannot tell how to quantize it again
-        return ForwardOnlyQuantizationBackend("torchao")
+def with_deltas(deltas: Sequence[nn.Module], use: Callable[[list[DeltaTensors]], Result]) -> Result:
+    """Return `use` of the tensors of all `deltas`, called inside of all their forwards."""
+
+    def inside(found: list[DeltaTensors]) -> Result:
+        if len(found) == len(deltas):
+            return use(found)
+        return deltas[len(found)](lambda tensors: inside([*found, tensors]))
+
+    return inside([])
 
 
 def full_shape(parameter: torch.Tensor) -> torch.Size:
@@ -38,8 +61,13 @@ def full_shape(parameter: torch.Tensor) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def check_finite(tensors: dict[str, torch.Tensor], adapters: Sequence[str]) -> None:
-    for name, tensor in tensors.items():
+def is_whole(tensor: torch.Tensor, shape: torch.Size) -> bool:
+    """Whether all values are here: not offloaded to the meta device, and not the local shard of something larger."""
+    return not (tensor.is_meta or isinstance(tensor, DTensor)) and tensor.shape == shape
+
+
+def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], adapters: Sequence[str]) -> None:
+    for name, tensor in tensors:
         if not torch.isfinite(tensor).all():
             raise ValueError(
                 f"Merging {', '.join(adapters)} would put NaN or infinite values into {name}: the adapter seems to be "

@@ -1,24 +1,21 @@
-"""The forward with `W + scale * delta`, the merge, and the exact unmerge."""
+"""The tuner layer: its deltas, and the forward with `W + scale * delta`."""
 
 from __future__ import annotations
 
-import copy
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from .arithmetic import compose_weight
 from .config import LocFTConfig
-from .delta import Delta, check_finite, full_shape, quantization_backend
+from .delta import Delta, DeltaTensors, full_shape, with_deltas
+from .merging import MergeableLayer
+from .quantized import quantization_backend
+from .substitute import substituted
 
 
-class LocFTLayer(nn.Module, BaseTunerLayer):
+class LocFTLayer(MergeableLayer):
     """A module of the base model with deltas beside its `weight`, one for each adapter.
 
     The forward runs the base module's own forward with the composed weight in place of its parameter, whatever the
@@ -26,10 +23,11 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
     to be added to (quantized, on the meta device, sharded), the delta's own output is added to the base's instead.
 
     Args:
-        base_layer: the module to edit; another tuner layer where several parameters of one module are edited.
+        base_layer: the module to edit.
         adapter_name: name of the first adapter.
         config: its configuration.
-        parameter_name: the edited parameter of the base module.
+        parameter_name: the edited parameter of the base module; `None` means its weight, and its bias if
+            `config.train_bias`.
 
     Raises:
         ValueError: if the base module has no float parameter of that name.
@@ -43,50 +41,64 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
         base_layer: nn.Module,
         adapter_name: str,
         config: LocFTConfig,
-        parameter_name: str = "weight",
+        parameter_name: str | None = None,
         **quantization_kwargs: Any,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.parameter_name = parameter_name
         self.locft_delta = nn.ModuleDict()
         self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter = adapter_name
-        # what a merge replaced, by parameter name: subtracting would not bring back the same bits
-        self._originals: dict[str, torch.Tensor] = {}
-        self._quantized_original: nn.Module | None = None
-        self.quantization_backend = quantization_backend(self.get_base_layer(), quantization_kwargs)
+        self._originals = {}
+        self._quantized_originals = []
+        self._shapes = {}
+        # another parameter than the weight is what it is, beside a quantized weight or not
+        self.quantization_backend = (
+            quantization_backend(base_layer, quantization_kwargs) if parameter_name is None else None
+        )
         self.in_features, self.out_features = self._features()
-        self.update_layer(adapter_name, config)
+        self.update_layer(adapter_name, config, parameter_name)
 
     def _features(self) -> tuple[int | None, int | None]:
-        base = self.get_base_layer()
-        return getattr(base, "in_features", None), getattr(base, "out_features", None)
+        return getattr(self.base_layer, "in_features", None), getattr(self.base_layer, "out_features", None)
 
-    def update_layer(self, adapter_name: str, config: LocFTConfig) -> None:
-        """Add a delta of zero for `adapter_name`."""
-        base = self.get_base_layer()
-        bias = getattr(base, "bias", None) if config.train_bias and self.parameter_name == "weight" else None
-        self.locft_delta[adapter_name] = Delta(
-            self._weight_shape(), None if bias is None else full_shape(bias), config
-        )
+    def update_layer(self, adapter_name: str, config: LocFTConfig, parameter_name: str | None = None) -> None:
+        """Add a delta of zero for `adapter_name`, or for one more parameter to the one that it has."""
+        names = [parameter_name or "weight"]
+        if parameter_name is None and config.train_bias and getattr(self.base_layer, "bias", None) is not None:
+            names.append("bias")
+        for name in names:
+            # once, since the base may be sharded by the time of the next adapter
+            self._shapes.setdefault(name, self._full_shape(name))
+        if adapter_name not in self.locft_delta:
+            self.locft_delta[adapter_name] = Delta()
+        self._delta(adapter_name).add({name: self._shapes[name] for name in names}, config)
         self.scaling[adapter_name] = config.scale
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _weight_shape(self) -> torch.Size:
-        # a quantized weight is packed: its own shape says nothing
-        if self.quantization_backend is not None:
+    def _full_shape(self, name: str) -> torch.Size:
+        if name == "weight" and self.quantization_backend is not None:
+            # a quantized weight is packed: its own shape says nothing
             return torch.Size((self.out_features, self.in_features))  # type: ignore[arg-type]
-        return full_shape(getattr(self.get_base_layer(), self.parameter_name))
+        parameter = self.base_layer._parameters.get(name)
+        if parameter is None or not parameter.is_floating_point():
+            raise ValueError(
+                f"{type(self.base_layer).__name__} has no parameter {name} of a float dtype, so there is nothing to "
+                "add a delta to. (A torch parametrization or a weight norm computes it; remove that first. A weight "
+                "quantized by other means than PEFT knows cannot be edited.)"
+            )
+        return full_shape(parameter)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own version also casts to the base's dtype; the precision of a delta is the user's choice
         delta = self.locft_delta[adapter_name]
         if device is None:
-            device = getattr(self.get_base_layer(), self.parameter_name).device
+            # some quantized linears have no `weight`
+            tensor = getattr(self.base_layer, next(iter(self._shapes)), None)
+            device = next(self.base_layer.parameters()).device if tensor is None else tensor.device
         if device.type != "meta" and not any(parameter.is_meta for parameter in delta.parameters()):
             delta.to(device)
 
@@ -101,23 +113,6 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
         if adapter in self.scaling:
             self.scaling[adapter] = scale
 
-    def _delta(self, adapter: str) -> Delta:
-        return cast(Delta, self.locft_delta[adapter])
-
-    def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """Return `scale * delta` in float32, of the weight's shape; zeros if the adapter is not on this layer."""
-        if adapter not in self.locft_delta:
-            return torch.zeros(self._weight_shape(), device=self.base_tensors()[self.parameter_name].device)
-        return self._delta(adapter).weight.float() * self.scaling[adapter]
-
-    def base_tensors(self) -> dict[str, torch.Tensor]:
-        """Return the base tensors that have a delta, by parameter name, as they are without any merged edit."""
-        base = self.get_base_layer() if self._quantized_original is None else self._quantized_original
-        names = [self.parameter_name]
-        if any(delta.bias is not None for delta in self.locft_delta.values()):
-            names.append("bias")
-        return {name: self._originals.get(name, getattr(base, name)) for name in names}
-
     # ------------------------------------------------------------------ forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -128,171 +123,46 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
         names = [] if self.merged else self._present(self.active_adapters)
         if not names:
             return self.base_layer(*args, **kwargs)
-        if self._can_compose():
-            with self._in_place_of_base(self._compose(names)):
-                return self.base_layer(*args, **kwargs)
-        return self._add_delta_output(self.base_layer(*args, **kwargs), names, *args)
 
-    def _present(self, adapters: Sequence[str]) -> list[str]:
-        return [name for name in adapters if name in self.locft_delta]
+        def use(tensors: list[DeltaTensors]) -> Any:
+            if self._can_compose():
+                with substituted(self.base_layer, self._compose(names, tensors)):
+                    return self.base_layer(*args, **kwargs)
+            return self._add_delta_output(self.base_layer(*args, **kwargs), names, tensors, args)
 
-    def _can_compose(self) -> bool:
-        """Whether the base weight is there, whole, on the module that computes with it."""
-        if self.quantization_backend is not None:
-            return False
-        base = self.get_base_layer()
-        # an FSDP unit around the module forwards attribute reads but computes with its inner module's weight
-        if self.parameter_name not in base._parameters and self.parameter_name not in base.__dict__:
-            return False
-        weight = getattr(base, self.parameter_name)
-        return not (weight.is_meta or isinstance(weight, DTensor)) and weight.shape == self._delta_shape()
+        return with_deltas([self._delta(name) for name in names], use)
 
-    def _delta_shape(self) -> torch.Size:
-        return self._delta(next(iter(self.locft_delta))).weight.shape
+    @property
+    def weight(self) -> torch.Tensor:
+        # some modules compute with another's weight and never call it, as torch's MultiheadAttention with its out_proj
+        return self._effective("weight")
 
-    def _compose(self, adapters: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Return the edited tensors by parameter name, composed from the original ones."""
-        # in one fixed order, so that the order in which adapters are activated or merged cannot change a bit
-        adapters = sorted(adapters)
-        base: Any = self.get_base_layer()
-        deltas = [(self._delta(name), self.scaling[name]) for name in adapters]
-        name = self.parameter_name
-        composed = {
-            name: compose_weight(
-                self._originals.get(name, getattr(base, name)), [(delta.weight, scale) for delta, scale in deltas]
-            )
-        }
-        biases = [(delta.bias, scale) for delta, scale in deltas if delta.bias is not None]
-        if biases:
-            composed["bias"] = compose_weight(self._originals.get("bias", base.bias), biases)
-        return composed
+    @property
+    def bias(self) -> torch.Tensor:
+        return self._effective("bias")
 
-    @contextmanager
-    def _in_place_of_base(self, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
-        """Let the base module read `tensors` where it reads its parameters.
+    def _effective(self, name: str) -> torch.Tensor:
+        active = [] if self.merged or self.disable_adapters else self._present(self.active_adapters)
+        names = [adapter for adapter in active if name in self._delta(adapter).names]
+        if names and self._can_compose():
+            deltas = [self._delta(adapter) for adapter in names]
+            return with_deltas(deltas, lambda tensors: self._compose(names, tensors)[name])
+        return getattr(super(), name)
 
-        An instance attribute is found before a registered parameter, so the module's own forward, with its hooks,
-        computes with the composed tensor. (`torch.func.functional_call` swaps the registered parameter instead, which
-        FSDP swaps back in its own pre-forward: the delta would be dropped without a word.)
-        """
-        base = self.get_base_layer()
-        before = {name: base.__dict__[name] for name in tensors if name in base.__dict__}
-        base.__dict__.update(tensors)
-        try:
-            for name, tensor in tensors.items():
-                if getattr(base, name) is not tensor:
-                    raise RuntimeError(
-                        f"{type(base).__name__}.{name} is a property of its class (a torch parametrization?), so a "
-                        "delta beside it would have no effect. Remove the parametrization before adding the adapter."
-                    )
-            yield
-        finally:
-            for name in tensors:
-                del base.__dict__[name]
-            base.__dict__.update(before)
-
-    def _add_delta_output(self, result: torch.Tensor, adapters: Sequence[str], x: torch.Tensor) -> torch.Tensor:
-        total = result.float()
-        for name in adapters:
-            delta = self._delta(name)
-            output = self._delta_output(x, delta.weight).to(total)
-            if delta.bias is not None:
-                output = output + delta.bias.to(total)
-            total = total + self.scaling[name] * output
+    def _add_delta_output(
+        self, result: torch.Tensor, adapters: Sequence[str], tensors: Sequence[DeltaTensors], inputs: Sequence[Any]
+    ) -> torch.Tensor:
+        total = result.to(torch.promote_types(result.dtype, torch.float32))
+        for adapter, delta in zip(adapters, tensors, strict=True):
+            total = total + self.scaling[adapter] * self._delta_output(inputs[0], **delta).to(total)
         return total.to(result.dtype)
 
-    def _delta_output(self, x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    def _delta_output(self, x: torch.Tensor, **delta: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError(
-            f"The {self.parameter_name} of {type(self.get_base_layer()).__name__} is quantized, offloaded or sharded, "
-            "and this module's output is not linear in it, so that a delta cannot be applied beside it. Keep this "
-            "module in full on its device, or leave it out of target_modules."
+            f"The {' and '.join(delta)} of {type(self.base_layer).__name__} is quantized, offloaded or sharded, and "
+            "this module's output is not linear in it, so that a delta cannot be applied beside it. Keep this module "
+            "in full on its device, or leave it out of target_modules."
         )
-
-    # ------------------------------------------------------------------ merge
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put the composed weight into the base module and keep the original, on the CPU, for `unmerge`.
-
-        Args:
-            safe_merge: refuse a weight that is not finite.
-            adapter_names: adapters to merge; `None` means the active ones.
-
-        Raises:
-            ValueError: if `safe_merge` finds a value that is not finite, or if the base cannot be merged into.
-        """
-        names = self._present(check_adapters_to_merge(self, adapter_names))
-        if not names:
-            return
-        self.check_mergeable()
-        if self.quantization_backend is not None:
-            self._merge_quantized(names, safe_merge)
-        else:
-            base = self.get_base_layer()
-            with torch.no_grad():
-                composed = self._compose([*self.merged_adapters, *names])
-            if safe_merge:
-                check_finite(composed, names)
-            for name, tensor in composed.items():
-                parameter = getattr(base, name)
-                self._originals.setdefault(name, parameter.data.cpu())
-                parameter.data = tensor
-        self.merged_adapters.extend(names)
-
-    def check_mergeable(self) -> None:
-        """Raise a ValueError, with the way forward, if the base weight cannot take the delta."""
-        kind = type(self.get_base_layer()).__name__
-        if self.quantization_backend is not None:
-            if not self.quantization_backend.supports_merge:
-                raise ValueError(
-                    f"Cannot merge into {kind}: its backend, {self.quantization_backend.backend_name}, cannot write a "
-                    "changed weight back. Load the base model without quantization and merge there, or keep the "
-                    "adapter unmerged."
-                )
-        elif not self._can_compose():
-            raise ValueError(
-                f"Cannot merge into {kind}: its {self.parameter_name} is offloaded or sharded and not here in full. "
-                "Gather it first (load the base model on one device, without FSDP, ZeRO-3 or disk offload), or keep "
-                "the adapter unmerged."
-            )
-
-    def _merge_quantized(self, names: list[str], safe_merge: bool) -> None:
-        backend: Any = self.quantization_backend
-        # the backend changes the module, or replaces it: work on a copy, keep the original
-        original = self.base_layer if self._quantized_original is None else self._quantized_original
-        self._quantized_original, self.base_layer = original, copy.deepcopy(original)
-        with torch.no_grad():
-            base_weight = backend.get_base_weight(original)
-            delta = torch.stack([self.get_delta_weight(name) for name in [*self.merged_adapters, *names]]).sum(0)
-            edited = base_weight.float() + delta
-            try:
-                if safe_merge:
-                    check_finite({self.parameter_name: edited}, names)
-                backend.set_base_weight(self, edited.to(base_weight.dtype))
-            except Exception:
-                if not self.merged_adapters:
-                    self.base_layer, self._quantized_original = original, None
-                raise
-            error = (backend.get_base_weight(self.get_base_layer()).float() - edited).norm()
-        warnings.warn(
-            f"Merged into a {backend.backend_name} weight: rounding to the quantized values moved it by {error:.3g}, "
-            f"where the delta's own norm is {delta.norm():.3g}. To deploy the edit as it was evaluated, merge into "
-            "the base model without quantization, or keep the adapter unmerged.",
-            stacklevel=2,
-        )
-
-    def unmerge(self) -> None:
-        """Put the original weight back, bit for bit."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        if self._quantized_original is not None:
-            self.base_layer, self._quantized_original = self._quantized_original, None
-        base = self.get_base_layer()
-        for name, original in self._originals.items():
-            parameter = getattr(base, name)
-            parameter.data = original.to(parameter)
-        self._originals = {}
-        self.merged_adapters = []
 
     def __repr__(self) -> str:
         return "locft." + super().__repr__()

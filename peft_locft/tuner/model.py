@@ -10,21 +10,19 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from peft.utils import get_quantization_kwargs
+from peft.utils.other import _set_adapter
 from torch import nn
 
-from .arithmetic import tensor_sha256
-from .combine import COMBINATIONS, combine_deltas
+from .combine import check_combination, combine_deltas, combined_config
 from .config import LocFTConfig
-from .delta import full_shape, quantization_backend
+from .delta import Delta
 from .layer import LocFTLayer
-from .modules import ParamWrapper, has_own_weight, wrap
+from .modules import ParamWrapper, wrap
 from .presets import resolve_location
-
-UNTIE = """
-    model = AutoModelForCausalLM.from_pretrained(base, tie_word_embeddings=False)
-    model.lm_head.weight.data = model.get_input_embeddings().weight.data.clone()"""
+from .provenance import base_sha256, drop_base_weights, locft_layers, warn_of_other_base
+from .targets import check_targets
 
 
 class LocFTModel(BaseTuner):
@@ -51,37 +49,7 @@ class LocFTModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: LocFTConfig, model: nn.Module) -> None:
-        """Refuse what cannot be edited before the first module is replaced."""
-        users = defaultdict(list)
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            users[id(parameter)].append(_clean(name))
-        for name, parameter in self._targeted_parameters(peft_config, model):
-            if len(users[id(parameter)]) > 1:
-                others = [user for user in users[id(parameter)] if user != name]
-                raise ValueError(
-                    f"{name} is tied to {', '.join(others)}: a delta would change both, or neither after a merge. "
-                    f"Target another module, or untie them first:{UNTIE}"
-                )
-
-    def _targeted_parameters(self, config: LocFTConfig, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LocFTLayer))
-        for name, module in model.named_modules():
-            if not name or name.startswith(inside) or not self._check_target_module_exists(config, name):
-                continue
-            base: Any = module.get_base_layer() if isinstance(module, LocFTLayer) else module
-            if quantization_backend(base, get_quantization_kwargs(model)) is not None:
-                continue
-            if not has_own_weight(base):
-                raise ValueError(
-                    f"target_modules matches {name}, a {type(base).__name__}, which has no weight of its own. Name "
-                    "the modules inside it (a Linear, Conv1D, Embedding, convolution or norm), its parameters by "
-                    "target_parameters, or whole decoder layers by target_modules='entire-layer'."
-                )
-            yield f"{name}.weight", base.weight
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            clean = _clean(name)
-            if any(clean == target or clean.endswith(f".{target}") for target in config.target_parameters or []):
-                yield clean, parameter
+        check_targets(peft_config, model, self._check_target_module_exists)
 
     def _create_and_replace(
         self,
@@ -93,10 +61,12 @@ class LocFTModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if isinstance(target, LocFTLayer) and (
-            parameter_name is None or (isinstance(target, ParamWrapper) and target.parameter_name == parameter_name)
-        ):
-            target.update_layer(adapter_name, peft_config)
+        if isinstance(target, Delta):
+            return  # PEFT looks for parameters of that name in the tuner's own layers, too
+        # with a further parameter of a wrapped module, PEFT comes by the base module, inside of the wrapper
+        wrapped = parent if isinstance(parent, LocFTLayer) else target
+        if isinstance(wrapped, LocFTLayer):
+            wrapped.update_layer(adapter_name, peft_config, parameter_name)
             return
         layer = wrap(target, adapter_name, peft_config, parameter_name, **get_quantization_kwargs(self))
         if adapter_name not in self.active_adapters:
@@ -125,10 +95,33 @@ class LocFTModel(BaseTuner):
             safe_merge: refuse weights that are not finite.
 
         Raises:
-            ValueError: if `safe_merge` finds a value that is not finite, or if a base weight cannot be merged into.
+            ValueError: if an adapter does not exist, if `safe_merge` finds a value that is not finite, or if a base
+                weight cannot be merged into.
         """
-        with self._all_or_nothing():
+        unknown = [] if isinstance(adapter_names, str) else set(adapter_names or []) - set(self.peft_config)
+        if unknown:
+            raise ValueError(
+                f"No adapter {sorted(unknown)} to merge: expected names out of {sorted(self.peft_config)}."
+            )
+        names = self.active_adapters if adapter_names is None else adapter_names
+        pending = any(
+            name in layer.locft_delta and name not in layer.merged_adapters
+            for _, layer in locft_layers(self.model)
+            for name in names
+        )
+        with self._all_or_nothing(), warnings.catch_warnings():
+            if pending:  # then it is no news of a layer that it has nothing to merge
+                warnings.filterwarnings("ignore", message="All adapters are already merged")
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Put the original base weights back, bit for bit, wherever an adapter is merged."""
+        merged = [layer for _, layer in locft_layers(self.model) if layer.merged]
+        if not merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        for layer in merged:
+            with onload_layer(layer):
+                layer.unmerge()
 
     def _unload_and_optionally_merge(  # type: ignore[override]  # BaseTuner returns the model, annotated None
         self,
@@ -137,11 +130,14 @@ class LocFTModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        # BaseTuner merges and replaces one module after the other; a refusal must come before the first replacement
-        if merge:
-            self.merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="All adapters are already merged")
+            if merge:
+                # BaseTuner merges and replaces one module after the other; a refusal must come before the first
+                self.merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+            elif any(layer.merged for _, layer in locft_layers(self.model)):
+                # unload() is to give back the base model, and what is merged is not the base
+                self.unmerge_adapter()
             return super()._unload_and_optionally_merge(  # type: ignore[return-value]
                 merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
             )
@@ -151,13 +147,64 @@ class LocFTModel(BaseTuner):
         before = [(layer, list(layer.merged_adapters)) for _, layer in locft_layers(self.model)]
         try:
             yield
-        except Exception:
+        except BaseException:  # an interrupt from the keyboard, too
             for layer, merged in before:
                 if layer.merged_adapters != merged:
                     layer.unmerge()
                     if merged:
                         layer.merge(adapter_names=merged)
             raise
+
+    # ------------------------------------------------------------------ adapters
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:  # which PEFT would drop
+            raise ValueError(
+                "adapter_names: the rows of one batch cannot have different LocFT adapters, since each changes the "
+                "weight itself. Run them one after the other, with set_adapter."
+            )
+        yield
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the strength of an adapter at all of its locations, and in its config: `W + scale * delta`.
+
+        Raises:
+            ValueError: if the adapter does not exist or is merged, or if the scale is not a finite number.
+        """
+        if adapter not in self.peft_config:
+            raise ValueError(f"No adapter '{adapter}': expected one of {sorted(self.peft_config)}.")
+        config = replace(self.peft_config[adapter], scale=scale)  # checks the number
+        layers = [layer for _, layer in locft_layers(self.model)]
+        if any(adapter in layer.merged_adapters for layer in layers):
+            raise ValueError(f"Cannot set the scale of adapter '{adapter}' while it is merged: unmerge it first.")
+        for layer in layers:
+            layer.set_scale(adapter, scale)
+        self.peft_config[adapter].scale = config.scale
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; if no active one is left, the first of the others, by name, becomes active.
+
+        Raises:
+            ValueError: if the adapter does not exist or is merged.
+        """
+        active = [name for name in self.active_adapters if name != adapter_name]
+        was_active = adapter_name in self.active_adapters
+        with warnings.catch_warnings():
+            # every layer chooses among the adapters that it has itself: the choice is made below, for all of them
+            warnings.filterwarnings("ignore", message=".*was active which is now deleted")
+            super().delete_adapter(adapter_name)
+        if was_active and not active and self.peft_config:
+            active = sorted(self.peft_config)[:1]
+            warnings.warn(
+                f"Adapter {adapter_name} was active and is deleted now: {active[0]} becomes active.", stacklevel=2
+            )
+        self.active_adapter = active
+        if was_active:
+            # not self.set_adapter, which would unmerge the others
+            _set_adapter(self.model, active)
+            for _, layer in locft_layers(self.model):
+                layer.set_adapter(active)
 
     # ------------------------------------------------------------------ combine
 
@@ -182,108 +229,46 @@ class LocFTModel(BaseTuner):
 
         Raises:
             ValueError: if an adapter does not exist, the new name does, the lists differ in length, the type is
-                unknown, or `density` is missing or out of range.
+                unknown, `density` is missing or out of range, or an adapter holds more than deltas.
         """
-        self._check_weighted(adapters, weights, adapter_name, combination_type, density)
-        layers = [
-            (name, layer)
-            for name, layer in locft_layers(self.model)
-            if any(adapter in layer.locft_delta for adapter in adapters)
-        ]
-        self.peft_config[adapter_name] = replace(
-            self.peft_config[adapters[0]],
-            target_modules=[name for name, layer in layers if not isinstance(layer, ParamWrapper)],
-            target_parameters=[
-                f"{name}.{layer.parameter_name}" for name, layer in layers if isinstance(layer, ParamWrapper)
-            ]
-            or None,
-            exclude_modules=None,
-            layers_to_transform=None,
-            layers_pattern=None,
-            train_bias=any(self.peft_config[adapter].train_bias for adapter in adapters),
-            scale=1.0,
-            base_sha256=None,
+        check_combination(self.peft_config, adapters, weights, adapter_name, combination_type, density)
+        terms = defaultdict(list)
+        for name, layer in locft_layers(self.model):
+            for adapter, weight in zip(adapters, weights, strict=True):
+                for kind, delta in layer.scaled_deltas(adapter).items():
+                    terms[name, isinstance(layer, ParamWrapper), kind].append((delta.detach(), weight))
+        self.peft_config[adapter_name] = combined_config(
+            [self.peft_config[adapter] for adapter in adapters],
+            modules=sorted({name for name, by_parameter, _ in terms if not by_parameter}),
+            parameters=sorted(f"{name}.{kind}" for name, by_parameter, kind in terms if by_parameter),
         )
         self.inject_adapter(self.model, adapter_name)
-        for _, layer in layers:
-            sources = [(a, w) for a, w in zip(adapters, weights, strict=True) if a in layer.locft_delta]
-            for kind, parameter in layer.locft_delta[adapter_name].named_parameters():
-                parameter.requires_grad_(False)
-                terms = [
-                    (layer.scaling[a] * tensor.detach().float(), w)
-                    for a, w in sources
-                    if (tensor := getattr(layer.locft_delta[a], kind)) is not None
-                ]
-                if terms:
-                    parameter.data.copy_(combine_deltas(terms, combination_type, density, majority_sign_method))
-
-    def _check_weighted(
-        self,
-        adapters: list[str],
-        weights: list[float],
-        adapter_name: str,
-        combination_type: str,
-        density: float | None,
-    ) -> None:
-        unknown = [adapter for adapter in adapters if adapter not in self.peft_config]
-        if unknown or not adapters:
-            raise ValueError(f"adapters={adapters}: expected names out of {sorted(self.peft_config)}.")
-        if adapter_name in self.peft_config:
-            raise ValueError(f"Adapter '{adapter_name}' exists already: delete it first, or choose another name.")
-        if len(weights) != len(adapters):
-            raise ValueError(f"{len(adapters)} adapters but {len(weights)} weights: expected one weight an adapter.")
-        if combination_type not in COMBINATIONS:
-            raise ValueError(f"combination_type={combination_type!r}: expected one of {', '.join(COMBINATIONS)}.")
-        if combination_type != "linear" and (density is None or not 0 < density <= 1):
-            raise ValueError(f"density={density!r}: {combination_type} needs the share of values to keep, in (0, 1].")
+        layers = dict(locft_layers(self.model))
+        for (name, _, kind), pairs in terms.items():
+            combined = combine_deltas(pairs, combination_type, density, majority_sign_method)
+            getattr(layers[name].locft_delta[adapter_name], kind).data.copy_(combined)
 
     # ------------------------------------------------------------------ provenance
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: LocFTConfig, adapter_name: str, *args: Any, **kwargs: Any
+        cls,
+        model: nn.Module,
+        config: LocFTConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         # every way of saving an adapter comes through here and then writes the config
         config.base_sha256 = base_sha256(model, adapter_name) or config.base_sha256
-        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        drop_base_weights(model, state_dict)
+        return selected
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        disabled = any(layer.disable_adapters for _, layer in locft_layers(model))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        expected = self.peft_config[adapter_name].base_sha256
-        if expected:
-            found = base_sha256(model, adapter_name)
-            differing = sorted(name for name, digest in found.items() if expected.get(name, digest) != digest)
-            if differing:
-                warnings.warn(
-                    f"Adapter '{adapter_name}' was trained on another base: {', '.join(differing[:3])} "
-                    f"{'and others ' if len(differing) > 3 else ''}differ from the weights that its deltas belong to. "
-                    f"Load it onto {self.peft_config[adapter_name].base_model_name_or_path or 'its own base model'}, "
-                    "at the revision and dtype it was trained on, or expect other answers than it was evaluated with.",
-                    stacklevel=2,
-                )
-
-
-def locft_layers(model: nn.Module) -> Iterator[tuple[str, LocFTLayer]]:
-    """Yield every tuner layer with the name that its base module has in the base model."""
-    for name, module in model.named_modules():
-        if isinstance(module, LocFTLayer):
-            yield _clean(name), module
-
-
-def base_sha256(model: nn.Module, adapter_name: str = "default") -> dict[str, str]:
-    """Return the sha256 of every base tensor that has a delta of this adapter, by parameter name.
-
-    The base is hashed as it is without edits, whether or not one is merged now. Tensors that are not here in full
-    (offloaded, sharded) are left out.
-    """
-    return {
-        f"{name}.{kind}": tensor_sha256(tensor)
-        for name, layer in locft_layers(model)
-        if adapter_name in layer.locft_delta
-        for kind, tensor in layer.base_tensors().items()
-        if tensor.shape == full_shape(tensor) and not tensor.is_meta and not hasattr(tensor, "device_mesh")
-    }
-
-
-def _clean(name: str) -> str:
-    return name.removeprefix("base_model.model.").replace(".base_layer", "")
+        if disabled:
+            # new layers know nothing of it
+            self.disable_adapter_layers()
+        warn_of_other_base(model, adapter_name, self.peft_config[adapter_name])

@@ -10,8 +10,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import LocFTConfig
-from .delta import full_shape, quantization_backend
+from .delta import full_shape
 from .layer import LocFTLayer
+from .quantized import quantization_backend
 
 
 class Linear(LocFTLayer):
@@ -21,13 +22,15 @@ class Linear(LocFTLayer):
         base = self.get_base_layer()
         return tuple(full_shape(base.weight)) if isinstance(base, Conv1D) else super()._features()  # type: ignore[return-value]
 
-    def _delta_output(self, x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-        x = x.to(delta.dtype)
-        return x @ delta if isinstance(self.get_base_layer(), Conv1D) else F.linear(x, delta)
+    def _delta_output(self, x: torch.Tensor, **delta: torch.Tensor) -> torch.Tensor:
+        weight, bias = delta["weight"], delta.get("bias")
+        if isinstance(self.get_base_layer(), Conv1D):
+            weight = weight.T
+        return F.linear(x.to(weight.dtype), weight, bias)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         # LoRA has no place for a delta of the bias
-        return adapter_name not in self.locft_delta or self.locft_delta[adapter_name].bias is None
+        return adapter_name not in self.locft_delta or self._delta(adapter_name).names == ("weight",)
 
 
 class Embedding(LocFTLayer):
@@ -35,30 +38,24 @@ class Embedding(LocFTLayer):
         base: Any = self.get_base_layer()
         return base.num_embeddings, base.embedding_dim
 
-    def _delta_output(self, x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-        output = F.embedding(x, delta)
+    def _delta_output(self, x: torch.Tensor, **delta: torch.Tensor) -> torch.Tensor:
+        output = F.embedding(x, delta["weight"])
         scale = self._get_embed_scale()
         return output if scale is None else output * scale.to(output)
 
 
 class Convolution(LocFTLayer):
-    def _delta_output(self, x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    def _delta_output(self, x: torch.Tensor, **delta: torch.Tensor) -> torch.Tensor:
         base: Any = self.get_base_layer()
-        return base._conv_forward(x.to(delta.dtype), delta, None)
+        return base._conv_forward(x.to(delta["weight"].dtype), delta["weight"], delta.get("bias"))
 
 
 class ParamWrapper(LocFTLayer):
-    """A parameter named by `target_parameters`. (PEFT finds nested wrappers by this class's name.)"""
+    """A module of which parameters are named by `target_parameters`. (PEFT finds it by this class's name.)"""
 
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        wrapper: nn.Module = self
-        while isinstance(wrapper, ParamWrapper):
-            if merge:
-                wrapper.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-            wrapper = wrapper.base_layer
-        return wrapper
+    # PEFT wraps one parameter after the other, and asks whether a wrapper is that of the one at hand. This one is the
+    # same for all of a module's, so that what is saved does not depend on which were named first.
+    parameter_name = None
 
 
 def wrap(
@@ -70,6 +67,11 @@ def wrap(
         ValueError: if the module has no weight that a delta could be added to.
     """
     if parameter_name is not None:
+        if parameter_name == "weight" and quantization_backend(target, kwargs) is not None:
+            raise ValueError(
+                f"target_parameters names the weight of a quantized {type(target).__name__}, which is packed. Name "
+                "the module in target_modules instead."
+            )
         return ParamWrapper(target, adapter_name, config, parameter_name)
     layer_class: type[LocFTLayer]
     if isinstance(target, nn.Linear | Conv1D) or quantization_backend(target, kwargs) is not None:

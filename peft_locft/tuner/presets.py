@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from torch import nn
 
 from .config import ALL_LINEAR, ENTIRE_LAYER, LocFTConfig
@@ -66,8 +70,8 @@ def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     ]
     if not stacks:
         raise ValueError(
-            f"{type(model).__name__} has no list of {num_layers or ''} decoder layers that could be found, so there "
-            "is no default location. Name one: LocFTConfig(target_modules=[...])."
+            f"{type(model).__name__} has no list of {f'{num_layers} ' if num_layers else ''}decoder layers that could "
+            "be found, so there is no default location. Name one: LocFTConfig(target_modules=[...])."
         )
     _, name, stack = max(stacks, key=lambda entry: entry[0])
     return name, stack
@@ -131,19 +135,37 @@ def resolve_location(config: LocFTConfig, model: nn.Module) -> None:
     """
     layers = config.layers_to_transform
     assert not isinstance(layers, int)  # made a list by the config itself
+    if config.target_parameters and layers:
+        # PEFT looks at the layers for modules alone
+        config.target_parameters = _parameters_in_layers(config, model)
     if config.target_modules is None and config.target_parameters:
         config.target_modules = set()  # type: ignore[assignment]
+        config.layers_to_transform = config.layers_pattern = None
     elif config.target_modules is None:
         _write(config, default_location(model, layers))
     elif config.target_modules == ENTIRE_LAYER:
         assert layers is not None
         _write(config, entire_layers(model, layers))
-    elif isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR and layers:
-        stack_name, stack = find_decoder_layers(model)
-        _check_layers(layers, stack_name, len(stack))
+    elif config.target_modules == ALL_LINEAR:
         _maybe_include_all_linear_layers(config, model)
-        inside = tuple(f"{stack_name}.{layer}." for layer in layers)
-        _write(config, Location(tuple(name for name in config.target_modules if name.startswith(inside))))
+        if layers:
+            stack_name, stack = find_decoder_layers(model)
+            _check_layers(layers, stack_name, len(stack))
+            inside = tuple(f"{stack_name}.{layer}." for layer in layers)
+            _write(config, Location(tuple(name for name in config.target_modules if name.startswith(inside))))
+
+
+def _parameters_in_layers(config: LocFTConfig, model: nn.Module) -> list[str]:
+    # as names of modules they are matched in the same way
+    as_modules = replace(config, target_modules=config.target_parameters, target_parameters=None, modules_to_save=None)
+    names = (name.replace(".base_layer", "") for name, _ in model.named_parameters(remove_duplicate=False))
+    found = [name for name in names if check_target_module_exists(as_modules, name)]
+    if not found:
+        raise ValueError(
+            f"target_parameters={config.target_parameters}: there is none of that name in layers_to_transform="
+            f"{config.layers_to_transform}. `model.named_parameters()` lists the names."
+        )
+    return found
 
 
 def _write(config: LocFTConfig, location: Location) -> None:

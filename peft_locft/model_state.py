@@ -1,0 +1,56 @@
+"""A model's state around training: dropout, configuration, and what it can take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def dropout_off(model: nn.Module) -> None:
+    """Put the model into evaluation mode, and leave gradient checkpointing on where it was asked for."""
+    model.eval()
+    for module in model.modules():
+        # checkpointing happens in training mode alone; the layer's children, and their dropout, stay in evaluation
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+            module.training = True
+            for name, value in vars(module).items():
+                if "dropout" in name and isinstance(value, float):
+                    setattr(module, name, 0.0)
+
+
+@contextmanager
+def configuration_unchanged(model: nn.Module) -> Iterator[None]:
+    """Undo what `Trainer` does to the model's configuration: `use_cache`, and the tokenizer's special tokens."""
+    configurations: list[Any] = [getattr(model, name, None) for name in ("config", "generation_config")]
+    if hasattr(configurations[0], "get_text_config"):
+        configurations.append(configurations[0].get_text_config())
+    before = [(vars(config), dict(vars(config))) for config in configurations if config is not None]
+    try:
+        yield
+    finally:
+        for attributes, kept in before:
+            attributes.clear()
+            attributes.update(kept)
+
+
+def max_length(model: nn.Module) -> int | None:
+    """Return how many positions the model has; `None` if its configuration does not say."""
+    config: Any = getattr(model, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text_config, "max_position_embeddings", None)
+
+
+def check_vocabulary(model: Any, input_ids: torch.Tensor) -> None:
+    """Raise a ValueError if the model's embedding has no row for one of the token ids."""
+    vocabulary_size = model.get_input_embeddings().weight.shape[0]
+    largest = int(input_ids.max())
+    if largest >= vocabulary_size:
+        raise ValueError(
+            f"The tokenizer gives token id {largest}, but the model's embedding has {vocabulary_size} rows: they do "
+            "not belong together. Load both from the same place."
+        )

@@ -1,0 +1,12 @@
+"""What holds for every test: offline, quiet, one thread."""
+
+import os
+
+# before the first import of transformers, which reads them once
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+import torch
+
+torch.set_num_threads(1)

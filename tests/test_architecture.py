@@ -1,0 +1,205 @@
+"""What is true of the source as a whole: which module may import which, sizes, public names, a quiet import."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import peft_locft
+
+PACKAGE = Path(peft_locft.__file__).parent
+TUNER = "tuner.*"
+ANYTHING = "*"
+
+# module: the modules of this package that it may import. `cli` only inside of functions.
+ARROWS: dict[str, set[str]] = {
+    "__init__": {ANYTHING},
+    "_version": set(),
+    "activation_cache": {"tuner.presets"},
+    "adapter_folder": {"card"},
+    "batches": set(),
+    "card": {"batches", "edits", "recipe"},
+    "cli": {ANYTHING},
+    "command_line_arguments": {TUNER, "edits", "recipe"},
+    "edit_files": set(),
+    "edit_records": set(),
+    "edits": {"edit_files", "edit_records"},
+    "encoding": {"edits"},
+    "model_state": set(),
+    "objectives": set(),
+    "recipe": {"objectives"},
+    "resume": {"adapter_folder"},
+    # not the tuner: it trains any PEFT model
+    "trainer": {
+        "activation_cache",
+        "adapter_folder",
+        "batches",
+        "card",
+        "edits",
+        "encoding",
+        "model_state",
+        "objectives",
+        "recipe",
+        "resume",
+        "training_callbacks",
+    },
+    "training_callbacks": {"batches", "recipe"},
+    "training_run": {TUNER, "adapter_folder", "edits", "recipe", "resume", "trainer"},
+    "tuner.__init__": {TUNER},
+    "tuner.arithmetic": set(),
+    "tuner.combine": {"tuner.config"},
+    "tuner.config": set(),
+    "tuner.delta": {"tuner.config"},
+    "tuner.layer": {"tuner.config", "tuner.delta", "tuner.merging", "tuner.quantized", "tuner.substitute"},
+    "tuner.merging": {"tuner.arithmetic", "tuner.delta", "tuner.quantized"},
+    "tuner.model": {TUNER},
+    "tuner.modules": {"tuner.config", "tuner.delta", "tuner.layer", "tuner.quantized"},
+    "tuner.presets": {"tuner.config", "tuner.modules"},
+    "tuner.provenance": {"tuner.arithmetic", "tuner.config", "tuner.layer"},
+    "tuner.quantized": set(),
+    "tuner.substitute": set(),
+    "tuner.targets": {"tuner.config", "tuner.layer", "tuner.modules", "tuner.provenance", "tuner.quantized"},
+}
+
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+every_source = pytest.mark.parametrize("path", SOURCES, ids=[str(path.relative_to(PACKAGE)) for path in SOURCES])
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def resolve(parts: list[str]) -> str:
+    """Return the module that a dotted name in this package means; a package means its `__init__`."""
+    path = PACKAGE.joinpath(*parts)
+    if path.is_dir():
+        return ".".join([*parts, "__init__"])
+    if path.with_suffix(".py").exists():
+        return ".".join(parts)
+    return resolve(parts[:-1])  # a name inside of a module
+
+
+def imports_of(node: ast.AST, path: Path) -> list[str]:
+    """Return the modules of this package that an import statement reads."""
+    if isinstance(node, ast.Import):
+        dotted = [alias.name.split(".") for alias in node.names]
+        return [resolve(parts[1:]) for parts in dotted if parts[0] == "peft_locft"]
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    module = node.module.split(".") if node.module else []
+    if node.level:
+        here = list(path.relative_to(PACKAGE).parts[: -node.level])
+        module = here + module
+    elif module[:1] == ["peft_locft"]:
+        module = module[1:]
+    else:
+        return []
+    return [resolve([*module, alias.name]) for alias in node.names]
+
+
+def allowed(arrow: str, allowances: set[str]) -> bool:
+    return ANYTHING in allowances or arrow in allowances or (TUNER in allowances and arrow.startswith("tuner."))
+
+
+@every_source
+def test_imports_go_one_way(path: Path) -> None:
+    name = module_name(path)
+    assert name in ARROWS, f"{name} is a new module: add it to ARROWS in {__file__}, with what it may import"
+    found = {target for node in ast.walk(ast.parse(path.read_text())) for target in imports_of(node, path)}
+    wrong = sorted(target for target in found if not allowed(target, ARROWS[name]))
+    assert not wrong, f"{name} may not import {', '.join(wrong)}: allowed are {sorted(ARROWS[name]) or 'none'}"
+
+
+def test_every_arrow_is_of_a_module_that_may_exist() -> None:
+    targets = {target for targets in ARROWS.values() for target in targets} - {ANYTHING, TUNER}
+    assert targets <= set(ARROWS)
+
+
+def test_the_command_line_starts_without_heavy_imports() -> None:
+    path = PACKAGE / "cli.py"
+    if not path.exists():
+        pytest.skip("there is no command line yet")
+    module_level = []
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            continue
+        if isinstance(node, ast.Import):
+            module_level += [alias.name.partition(".")[0] for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module_level.append("." * node.level + (node.module or "").partition(".")[0])
+    heavy = [name for name in module_level if name not in sys.stdlib_module_names]
+    assert not heavy, f"cli.py imports {heavy} at its top: import inside of the function that needs it"
+
+
+def test_a_wrong_arrow_is_seen(tmp_path: Path) -> None:
+    source = "import torch\nfrom ..edits import Edit\nfrom . import model\nimport peft_locft.cli\n"
+    nodes = ast.parse(source).body
+    path = PACKAGE / "tuner" / "config.py"
+    assert [imports_of(node, path) for node in nodes[1:3]] == [["edits"], ["tuner.model"]]
+    assert imports_of(nodes[0], path) == []
+    assert not allowed("edits", ARROWS["tuner.config"])
+    assert not allowed("tuner.model", ARROWS["tuner.config"])
+    assert allowed("tuner.layer", ARROWS["tuner.model"])
+
+
+def lines_of(function: ast.FunctionDef) -> int:
+    """Count the lines of a function without its docstring."""
+    lines = (function.end_lineno or 0) - function.lineno + 1
+    docstring = function.body[0] if ast.get_docstring(function) is not None else None
+    return lines if docstring is None else lines - ((docstring.end_lineno or 0) - docstring.lineno + 1)
+
+
+@every_source
+def test_files_and_functions_are_short(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 300, "split this file"
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    long = [f"{node.name}: {length} lines" for node in functions if (length := lines_of(node)) > 50]
+    assert not long, f"split: {long}"
+
+
+@pytest.mark.parametrize("name", ["peft_locft", "peft_locft.tuner"])
+def test_public_names_are_sorted_and_documented(name: str) -> None:
+    module = importlib.import_module(name)
+    assert module.__all__ == sorted(module.__all__)
+    objects = {name: getattr(module, name) for name in module.__all__ if not name.startswith("__")}
+    assert [name for name, value in objects.items() if not inspect.getdoc(value)] == []
+
+
+# what an import must leave as it is; heavy imports first, which change some of it themselves
+IMPORT_QUIETLY = """
+import json, logging, os, random, warnings
+import numpy, peft, torch, transformers
+
+def snapshot():
+    return {
+        "random": repr(random.getstate()),
+        "numpy": repr(numpy.random.get_state()),
+        "torch": torch.get_rng_state().tolist(),
+        "threads": torch.get_num_threads(),
+        "default dtype": str(torch.get_default_dtype()),
+        "handlers": repr(logging.root.handlers),
+        "levels": {n: logging.getLogger(n).level for n in ("", "transformers", "peft", "peft_locft")},
+        "filters": repr(warnings.filters),
+        "environment": dict(os.environ),
+        "files": sorted(os.listdir()),
+    }
+
+before = snapshot()
+import peft_locft
+after = snapshot()
+print(json.dumps([name for name in before if before[name] != after[name]]))
+"""
+
+
+def test_the_import_does_nothing_but_register(tmp_path: Path) -> None:
+    command = [sys.executable, "-B", "-c", IMPORT_QUIETLY]
+    result = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert json.loads(result.stdout) == []
