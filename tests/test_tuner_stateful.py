@@ -27,6 +27,7 @@ LOCATIONS: dict[str, dict[str, Any]] = {
     "d": {"target_modules": ["self_attn.q_proj", "model.norm"], "scale": 0.5},
 }
 NAMES = st.sampled_from(sorted(LOCATIONS))
+INDICES = st.integers(0, 2)
 SUBSETS = st.lists(NAMES, min_size=1, max_size=3, unique=True)
 SCALES = st.sampled_from([-1.0, 0.0, 0.3, 1.0, 2.0])
 SEEDS = st.integers(0, 2**16)
@@ -138,10 +139,17 @@ class Adapters(RuleBasedStateMachine):
 
     # ------------------------------------------------------------ what can happen
 
-    @rule(name=NAMES)
-    def add(self, name: str) -> None:
-        if name in self.deltas:
-            return
+    def is_merged(self, adapter: str) -> bool:
+        return any(adapter in adapters for adapters, _ in self.merged.values())
+
+    def present(self, index: int) -> str:
+        return sorted(self.deltas)[index % len(self.deltas)]
+
+    @precondition(lambda self: len(self.deltas) < 3)
+    @rule(index=INDICES)
+    def add(self, index: int) -> None:
+        absent = sorted(LOCATIONS.keys() - self.deltas.keys())
+        name = absent[index % len(absent)]
         self.model.add_adapter(name, LocFTConfig(**LOCATIONS[name]))
         self.remember(name)
         self.merged = {}  # PEFT unmerges first
@@ -191,11 +199,10 @@ class Adapters(RuleBasedStateMachine):
         self.merged = {}
 
     @precondition(lambda self: len(self.deltas) > 1)
-    @rule(name=NAMES)
-    def delete(self, name: str) -> None:
-        if name not in self.deltas:
-            return
-        if any(name in adapters for adapters, _ in self.merged.values()):
+    @rule(index=INDICES)
+    def delete(self, index: int) -> None:
+        name = self.present(index)
+        if self.is_merged(name):
             with pytest.raises(ValueError, match="while they are merged"):
                 self.model.delete_adapter(name)
             return
@@ -203,18 +210,17 @@ class Adapters(RuleBasedStateMachine):
         del self.deltas[name], self.scales[name]
         self.active = [active for active in self.active if active != name] or sorted(self.deltas)[:1]
 
-    @rule(name=NAMES, seed=SEEDS)
-    def train(self, name: str, seed: int) -> None:
+    @rule(index=INDICES, seed=SEEDS)
+    def train(self, index: int, seed: int) -> None:
         """Write new values into an adapter, merged or not: what is merged stays as it is until it is unmerged."""
         generator = torch.Generator().manual_seed(seed)
-        for delta in self.deltas.get(name, {}).values():
+        for delta in self.deltas[self.present(index)].values():
             delta.copy_(torch.randn(delta.shape, generator=generator))
 
-    @rule(name=NAMES, scale=SCALES)
-    def set_scale(self, name: str, scale: float) -> None:
-        if name not in self.deltas:
-            return
-        if any(name in adapters for adapters, _ in self.merged.values()):
+    @rule(index=INDICES, scale=SCALES)
+    def set_scale(self, index: int, scale: float) -> None:
+        name = self.present(index)
+        if self.is_merged(name):
             with pytest.raises(ValueError, match="while it is merged"):
                 self.model.base_model.set_scale(name, scale)
             return
@@ -222,13 +228,14 @@ class Adapters(RuleBasedStateMachine):
         self.scales[name] = scale
 
     @precondition(lambda self: len(self.deltas) > 1)
-    @rule(name=NAMES)
-    def save_delete_and_load(self, name: str) -> None:
-        if name not in self.deltas or any(name in adapters for adapters, _ in self.merged.values()):
+    @rule(index=INDICES)
+    def save_delete_and_load(self, index: int) -> None:
+        name = self.present(index)
+        if self.is_merged(name):
             return
         self.model.save_pretrained(self.folder, selected_adapters=[name])
         deltas, scale = self.deltas[name], self.scales[name]
-        self.delete(name)
+        self.delete(index)
         self.model.load_adapter(self.folder / name, adapter_name=name, is_trainable=True)
         self.merged = {}  # PEFT unmerges first
         self.remember(name)
