@@ -26,7 +26,8 @@ FACTS = Path(__file__).parent / "facts.jsonl"
 # late, where general ability is kept best; a small model wants a larger rate than the published 5e-4
 LAYER = 24
 RECIPE = {"learning_rate": 5e-3, "per_device_train_batch_size": 20, "num_train_epochs": 25}
-MAX_NEW_TOKENS = 32
+# a right answer is shorter by far, so that no share depends on it
+MAX_NEW_TOKENS = 16
 
 
 def main() -> None:
@@ -88,27 +89,21 @@ class AtFullStop(StoppingCriteria):
 def answers(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:
     """Return greedy answers, by the published protocol: cut at the first full stop, line break or EOS."""
     model.eval()
-    texts = [""] * len(prompts)
-    stop = AtFullStop(tokenizer)
-    by_length: dict[int, list[int]] = {}
     encoded = encode_prompts(prompts, tokenizer)
-    for index, ids in enumerate(encoded):
-        by_length.setdefault(len(ids), []).append(index)
-    for length, rows in by_length.items():
-        # one length at a time: no padding, so that an answer does not depend on what else is asked
-        input_ids = torch.tensor([encoded[row] for row in rows])
-        generated = model.generate(  # type: ignore[operator]
-            input_ids=input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=MAX_NEW_TOKENS,
-            do_sample=False,
-            pad_token_id=tokenizer.eos_token_id,
-            stopping_criteria=[stop],
-        )
-        for row, ids in zip(rows, generated[:, length:], strict=True):
-            text = tokenizer.decode(ids, skip_special_tokens=True).lstrip()
-            texts[row] = text.split(".")[0].split("\n")[0].strip()
-    return texts
+    length = max(len(ids) for ids in encoded)
+    # padded on the left, where generation needs it
+    input_ids = torch.tensor([[tokenizer.eos_token_id] * (length - len(ids)) + ids for ids in encoded])
+    attention_mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in encoded])
+    generated = model.generate(  # type: ignore[operator]
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        max_new_tokens=MAX_NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=tokenizer.eos_token_id,
+        stopping_criteria=[AtFullStop(tokenizer)],
+    )
+    texts = tokenizer.batch_decode(generated[:, length:], skip_special_tokens=True)
+    return [text.lstrip().split(".")[0].split("\n")[0].strip() for text in texts]
 
 
 def same(answer: str, expected: str) -> bool:

@@ -13,7 +13,15 @@ import torch
 from peft import PeftModel, get_peft_model
 from tiny_models import assert_same_tensors, base_state
 
-from peft_locft import BreadthFirstConfig, BreadthFirstTrainer, LocFTConfig, encode_edits, encode_prompts, read_edits
+from peft_locft import (
+    BreadthFirstConfig,
+    BreadthFirstTrainer,
+    Edit,
+    LocFTConfig,
+    encode_edits,
+    encode_prompts,
+    read_edits,
+)
 from peft_locft.encoding import EncodedEdits
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -48,6 +56,11 @@ def smollm2() -> Iterator[tuple[Any, Any]]:
     assert_same_tensors(base_state(model), before)
 
 
+def first_edits(name: str, count: int) -> list[Edit]:
+    records = json.loads((SHARED / "data" / name).read_text(encoding="utf-8"))
+    return read_edits(records[:count])
+
+
 def location_of(run: dict[str, Any]) -> LocFTConfig:
     layer = re.search(r"model\.layers\.(\d+)\.", run["trained"])
     assert layer
@@ -67,11 +80,10 @@ def test_the_losses_are_those_of_the_authors_own_loop(
     base, tokenizer = smollm2
     before = base_state(base)
     model = get_peft_model(base, location_of(run))
-    # one step an epoch, as there, in batches that need a quarter of the memory
     trainer = trainer_of(
-        model, read_edits(SHARED / "data" / run["data"])[:100], tokenizer, tmp_path,
+        model, first_edits(run["data"], 100), tokenizer, tmp_path,
         num_train_epochs=len(run["losses"]), learning_rate=run["learning_rate"],
-        per_device_train_batch_size=run["batch_size"] // 4, gradient_accumulation_steps=4,
+        per_device_train_batch_size=run["batch_size"],
     )  # fmt: skip
     trainer.train()
     print(f"\n{run['trained']}: {[round(loss, 4) for loss in trainer.epoch_losses]}, the authors': {run['losses']}")
@@ -109,7 +121,7 @@ def test_depth_first_forgets_the_first_edits_and_breadth_first_keeps_them(
     The rate is four times that of the runs above: at theirs depth-first already loses 7 of 20, in no clear order.
     """
     base, tokenizer = smollm2
-    edits = read_edits(SHARED / "data" / "counterfact_3k.json")[:20]
+    edits = first_edits("counterfact_3k.json", 20)
     encoded = encode_edits(edits, tokenizer)
     results = {}
     for order in ("depth_first", "breadth_first"):

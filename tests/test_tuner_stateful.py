@@ -101,8 +101,9 @@ class Adapters(RuleBasedStateMachine):
         }
 
     def answer(self) -> torch.Tensor:
+        # not PeftModel itself, which remembers one active adapter of several, and fails when that one is deleted
         with torch.no_grad():
-            return self.model(IDS).logits
+            return self.model.base_model(IDS).logits
 
     @rule()
     def check_answer(self) -> None:
@@ -193,10 +194,9 @@ class Adapters(RuleBasedStateMachine):
     @precondition(lambda self: self.enabled)
     @rule()
     def disable_for_a_while(self) -> None:
-        with self.model.disable_adapter(), torch.no_grad():
-            expected = functional_call(PRISTINE, ORIGINAL, (IDS,)).logits
-            assert same_bits(self.answer(), expected)
-        self.merged = {}
+        self.disable_or_enable()
+        self.check_answer()
+        self.disable_or_enable()
 
     @precondition(lambda self: len(self.deltas) > 1)
     @rule(index=INDICES)
