@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def compose_weight(weight: torch.Tensor, deltas: Sequence[tuple[torch.Tensor, float]]) -> torch.Tensor:
@@ -33,8 +34,12 @@ def tensor_sha256(tensor: torch.Tensor) -> str:
     """Return the sha256 of a tensor's values, in row-major order.
 
     A float tensor is hashed as float32 (float64 as itself), so that a bfloat16 checkpoint has one hash whether it was
-    loaded as bfloat16 or as float32; any other tensor, such as a quantized one, by its raw bytes.
+    loaded as bfloat16 or as float32; any other tensor, such as a quantized one, by its raw bytes; one that is made of
+    others (torchao's) by theirs.
     """
+    if is_traceable_wrapper_subclass(tensor):
+        inside = [tensor_sha256(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
+        return hashlib.sha256("".join(inside).encode()).hexdigest()
     tensor = tensor.detach().cpu()
     if tensor.is_floating_point() and tensor.dtype != torch.float64:
         tensor = tensor.to(torch.float32)
