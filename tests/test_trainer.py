@@ -252,7 +252,7 @@ DROPOUTS = {
 def test_dropout_is_off_and_checkpointing_changes_no_loss(family: str, checkpointing: bool, tmp_path: Path) -> None:
     dropout = DROPOUTS.get(family, {"attention_dropout": 0.5})
     none = dict.fromkeys(dropout, 0.0)
-    one, other = peft_model(family, **none), peft_model(family, **dropout)
+    one, other = peft_model(family, **none), peft_model(family, **dropout).train()
     plain = make_trainer(tmp_path, one)
     plain.train()
     trainer = make_trainer(tmp_path, other, activation_checkpointing=checkpointing)
@@ -424,6 +424,7 @@ def test_depth_first_leaves_an_edit_at_the_floor(tmp_path: Path) -> None:
     assert all(1 < count < steps for count in num_epochs)
     assert_same_tensors(trained(model), trained(one_by_one))
     assert trainer.epoch_losses == losses
+    assert trainer.record.edits_seen == sum(num_epochs), "steps after that are not computed"
     # the step that finds the loss below the floor changes nothing, nor does any after it
     moves = [bool(changed(*pair)) for pair in zip(spy.weights, spy.weights[1:], strict=False)]
     assert sum(moves) + 1 == sum(num_epochs) - 3

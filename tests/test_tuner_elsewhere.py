@@ -36,6 +36,12 @@ from peft_locft import LocFTConfig
 # ---------------------------------------------------------------- offloaded by accelerate
 
 
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # merging a base on the disk, PEFT writes to the path of its file without the leading slash: into this folder
+    monkeypatch.chdir(tmp_path)
+
+
 def offload(model: nn.Module, where: str, folder: Path) -> None:
     if where == "cpu":
         cpu_offload(model, execution_device=torch.device("cpu"))
@@ -321,7 +327,8 @@ def run(rank, folder):
 
 
 if __name__ == "__main__":
-    torch.multiprocessing.spawn(run, (sys.argv[1],), nprocs=2)
+    # forked, so that all the imports are done once
+    torch.multiprocessing.start_processes(run, (sys.argv[1],), nprocs=2, start_method="fork")
 """
 
 
