@@ -254,6 +254,7 @@ Adapters.TestCase.settings = settings(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Adapter cannot be set when the model is merged")
 @pytest.mark.filterwarnings("ignore:Already following adapters were merged")
 @pytest.mark.filterwarnings("ignore:All adapters are already merged")
