@@ -2,7 +2,8 @@
 
 import os
 
-# before the first import of transformers, which reads them once
+# before the first import of torch and transformers, which read them once; in subprocesses, too
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

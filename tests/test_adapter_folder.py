@@ -223,7 +223,6 @@ def order(process: "subprocess.Popen[str]", **what: Any) -> bool:
     [
         ("adapter", "default"),
         ("adapter", "other"),
-        ("adapter elsewhere", "default"),
         ("checkpoint", "default"),
         ("nothing", "default"),
     ],
@@ -238,17 +237,13 @@ def test_death_at_any_moment_leaves_the_old_adapter_or_the_new(
         folder.parent.mkdir()
         if before != "nothing":
             add_other_files(folder)
-        if before.startswith("adapter"):
+        if before == "adapter":
             shutil.copytree(tmp_path / "clean" / "down", folder, dirs_exist_ok=True)
-        if before == "adapter elsewhere":
-            # the folder is a link, as to a larger disk
-            folder.rename(tmp_path / "place" / "disk")
-            folder.symlink_to("disk")
         name = "up" if adapter_name == "default" else "named up"
         died = order(saving_process, folder=folder, adapter=name, die_at=moment)
         found = content(folder)
         without_configuration = not any("adapter_config.json" in file for file in found)
-        assert found == new or (found == old if before.startswith("adapter") else without_configuration)
+        assert found == new or (found == old if before == "adapter" else without_configuration)
         outcomes.add("new" if found == new else "old")
         if before != "nothing":
             assert_other_files(folder)
@@ -258,7 +253,7 @@ def test_death_at_any_moment_leaves_the_old_adapter_or_the_new(
         if moment % 7 == 0:
             save_adapter(make_adapter("down", adapter_name), folder)
             assert content(folder) == old
-            assert not leftovers(folder.resolve())
+            assert not leftovers(folder)
     assert moment > 5
     assert outcomes == {"old", "new"}
 
@@ -272,12 +267,16 @@ def test_fifty_kills_leave_the_one_adapter_or_the_other(
     add_other_files(folder)
     shutil.copytree(tmp_path / "clean" / "down", folder, dirs_exist_ok=True)
     moments, found = random.Random(0), []
-    for attempt in range(50):
+    for attempt in range(300):
         first = "down" if attempt % 2 else "up"
-        assert order(saving_process, folder=folder, first=first, kill_after=moments.uniform(0.0, 0.1))
+        # later and later, so that on a busy machine, too, some saves are done in time
+        kill_after = moments.uniform(0.0, 0.1 + attempt / 200)
+        assert order(saving_process, folder=folder, first=first, kill_after=kill_after)
         found.append(content(folder))
         assert found[-1] in adapters
         assert_other_files(folder)
+        if attempt >= 49 and all(adapter in found for adapter in adapters):
+            break
     assert all(adapter in found for adapter in adapters)
     save_adapter(make_adapter("up"), folder)
     assert not leftovers(folder)
