@@ -171,6 +171,19 @@ def test_every_kind_of_module_offloaded(kind: str, train_bias: bool) -> None:
             answer(model)
 
 
+def test_an_offloaded_embedding_is_scaled_as_the_base_scales_it() -> None:
+    models = []
+    for _ in range(2):
+        base = build("gemma3", tie_word_embeddings=False)
+        model = get_peft_model(base, LocFTConfig(target_modules=["embed_tokens"]))
+        randomize(model)
+        models.append(model)
+    in_memory, offloaded = models
+    cpu_offload(offloaded.base_model.model.model.embed_tokens, execution_device=torch.device("cpu"))
+    assert offloaded.base_model.model.model.embed_tokens.base_layer.weight.is_meta
+    torch.testing.assert_close(logits(offloaded), logits(in_memory))
+
+
 def test_offloaded_experts_are_refused_by_name() -> None:
     model = get_peft_model(build("mixtral"), LocFTConfig())
     randomize(model)
