@@ -1,28 +1,26 @@
-"""Run the trunk once over all the edits, keep the states that enter the tail, and replay them.
-
-Nothing here knows a model family. The model's own forward runs every time, with its own masks, positions, layer types,
-embedding scale and soft-capping; while it runs, the decoder layers of the trunk hand their input on unchanged, and the
-first layer of the tail is given the states that were kept.
-"""
+"""Run the trunk once over all the edits, keep the states that enter the tail, and replay them."""
 
 from __future__ import annotations
 
+import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from tqdm.auto import tqdm
 
-from .tuner.presets import find_decoder_layers
+from .narrowing import find_narrowable, narrowed
+from .packed_attention import packed_attention
+from .prefixes import Pack, PrefixTree
+from .tail import CacheUnusable, Tail, entering, logits_at, passed_over
 
-
-class CacheUnusable(Exception):
-    """Why the states before the first trained layer cannot stand for the trunk."""
+logger = logging.getLogger(__name__)
 
 
 class _Reached(Exception):
@@ -30,156 +28,135 @@ class _Reached(Exception):
 
 
 @dataclass(frozen=True)
-class Tail:
-    """Where a model is cut: the decoder layers before `first` are the trunk, everything after them is the tail."""
-
-    layers: nn.ModuleList
-    first: int
-
-    @property
-    def door(self) -> nn.Module:
-        return self.layers[self.first]
-
-
-def find_tail(model: nn.Module) -> Tail:
-    """Cut a model before the first decoder layer that has a trainable parameter.
-
-    Raises:
-        CacheUnusable: if there is no stack of decoder layers, if something before the stack is trained, or if its
-            first layer is.
-    """
-    try:
-        name, layers = find_decoder_layers(model)
-    except ValueError as error:
-        raise CacheUnusable(str(error)) from None
-    first = len(layers)
-    before_stack = True
-    for key, parameter in model.named_parameters():
-        in_stack = key.startswith(f"{name}.")
-        before_stack = before_stack and not in_stack
-        if not parameter.requires_grad:
-            continue
-        if before_stack:
-            raise CacheUnusable(f"{key} is trained and comes before the decoder layers")
-        if in_stack:
-            first = min(first, int(key[len(name) + 1 :].split(".")[0]))
-    if first == 0:
-        raise CacheUnusable(f"layer 0 of {name} is trained, so that there is no trunk before it")
-    return Tail(layers, min(first, len(layers) - 1))
-
-
-@contextmanager
-def entering(layer: nn.Module, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
-    """Show `change` the states that come to a layer, (B, T, hidden); what it returns goes in instead."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        states = change(args[0] if args else kwargs["hidden_states"])
-        if states is None:
-            return None
-        return ((states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states})
-
-    handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def passed_over(layers: list[nn.Module]) -> Iterator[None]:
-    """Let layers hand their input on unchanged. An instance's `forward` is found before its class's."""
-    before = [vars(layer).get("forward") for layer in layers]
-    for layer in layers:
-        layer.forward = _hand_on
-    try:
-        yield
-    finally:
-        for layer, forward in zip(layers, before, strict=True):
-            del layer.forward
-            if forward is not None:  # accelerate's hooks put one there
-                layer.forward = forward
-
-
-def _hand_on(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    return hidden_states
-
-
-@dataclass(frozen=True)
-class ActivationCache:
-    """The states that enter the tail, unpadded.
+class Replay:
+    """How a model is run on edits: what was kept of its trunk, and what is left out of its tail.
 
     Args:
-        states: (total tokens, hidden), edit after edit.
-        offsets: (edits + 1,) where each edit begins, and the total.
+        tail: where the model is cut.
+        tree: the prefixes of the edits.
+        device: where forwards run.
+        states: (nodes, hidden), what enters the tail, a row a distinct prefix; `None` runs the trunk every time.
+        packed: whether every distinct prefix is computed once, (1, N, hidden), or the edits padded on the right,
+            (B, T, hidden).
+        narrow: what in the last layer is computed for the scored tokens alone, if packed.
     """
 
     tail: Tail
-    states: torch.Tensor
-    offsets: torch.Tensor
+    tree: PrefixTree
+    device: torch.device
+    states: torch.Tensor | None = None
+    packed: bool = True
+    narrow: tuple[nn.Module, ...] = ()
 
-    def padded(self, indices: torch.Tensor, length: int, device: torch.device) -> torch.Tensor:
-        """Return the states of some edits as (B, length, hidden); what stands on padding does not matter."""
-        begin, end = self.offsets[indices], self.offsets[indices + 1]
-        rows = torch.minimum(begin.unsqueeze(1) + torch.arange(length), end.unsqueeze(1) - 1)
-        return self.states[rows.reshape(-1)].view(len(indices), length, -1).to(device, non_blocking=True)
+    def inputs(self, pack: Pack) -> dict[str, Any]:
+        """Return the arguments of a forward on some edits.
+
+        Under a causal mask padding on the right changes nothing to its left, so that there is no mask.
+        """
+        if self.packed:
+            tensors = {"input_ids": pack.token_ids.unsqueeze(0), "position_ids": pack.positions.unsqueeze(0)}
+        else:
+            tensors = {"input_ids": pack.token_ids[pack.slots]}
+        return {name: values.to(self.device) for name, values in tensors.items()} | {"use_cache": False}
+
+    def where(self, pack: Pack, rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return where in the output of that forward the tokens at (rows, columns) of the edits are."""
+        if not self.packed:
+            return rows, columns
+        columns = pack.slots.to(columns.device)[rows, columns]
+        return torch.zeros_like(columns), columns
 
     @contextmanager
-    def replayed(self, indices: torch.Tensor) -> Iterator[None]:
-        """Let the model's forward on these edits, padded on the right, cost its tail alone."""
+    def replayed(self, pack: Pack, columns: torch.Tensor | None = None) -> Iterator[None]:
+        """Let forward and backward on these edits cost no more than they must.
 
-        def states_for(arriving: torch.Tensor) -> torch.Tensor:
-            return self.padded(indices, arriving.shape[1], arriving.device)
-
+        Args:
+            pack: the edits.
+            columns: where the scored tokens are, from `where`; `None` for all.
+        """
         with ExitStack() as stack:
-            stack.enter_context(passed_over(list(self.tail.layers[: self.tail.first])))
-            stack.enter_context(entering(self.tail.door, states_for))
+            if self.states is not None:
+                nodes = pack.nodes if self.packed else pack.nodes[pack.slots].flatten()
+                states = self.states[nodes].to(self.device, non_blocking=True)
+                stack.enter_context(passed_over(self.tail.trunk))
+                stack.enter_context(entering(self.tail.door, lambda arriving: states.view_as(arriving)))
+            if self.packed:
+                stack.enter_context(packed_attention(self.tail.layers, pack))
+                if columns is not None:
+                    stack.enter_context(narrowed(self.narrow, columns.unique()))
             yield
 
 
+def find_packing(model: nn.Module, replay: Replay, trial: torch.Tensor) -> Replay:
+    """Find out how this model can be run on edits, by running it on some of them.
+
+    Args:
+        trial: indices of a few edits, short and long.
+    """
+    try:
+        if not agrees(model, replay, trial):
+            replay = replace(replay, packed=False)
+    except Exception as error:  # whatever a family's own code says to tokens that are no sequence
+        if should_reduce_batch_size(error):
+            raise
+        logger.debug("not packed: %r", error)
+        replay = replace(replay, packed=False)
+    if not replay.packed:
+        logger.info("Edits are padded, not packed: this model's attention is its own.")
+        return replay
+    pack = replay.tree.pack(trial)
+    last = pack.slots[:, -1].unique().to(replay.device)  # each edit's last token that predicts
+    inputs = replay.inputs(pack)
+
+    def logits() -> torch.Tensor:
+        return logits_at(model, torch.zeros_like(last), last, inputs).logits
+
+    with replay.replayed(pack):
+        narrow = find_narrowable(replay.tail.layers[-1], logits, last, tolerance(model))
+    return replace(replay, narrow=tuple(narrow))
+
+
 def cache_trunk(
-    model: nn.Module,
-    offsets: torch.Tensor,
-    batches: Sequence[torch.Tensor],
-    inputs: Callable[[torch.Tensor], dict[str, torch.Tensor]],
-    place: str,
-    folder: str,
-) -> ActivationCache:
+    model: nn.Module, replay: Replay, batches: Sequence[torch.Tensor], trial: torch.Tensor, place: str, folder: str
+) -> Replay:
     """Run the trunk over all the edits and keep the states that leave it.
 
     Args:
         model: the model, in evaluation mode.
-        offsets: (edits + 1,) where the tokens of each edit begin, and the total.
+        replay: from `find_packing`.
         batches: indices of edits, each edit once.
-        inputs: from indices to the arguments of a forward, padded on the right.
+        trial: indices of a few edits, for which a replay is compared with the whole model.
         place: `"memory"`, `"disk"`, or `"auto"`: memory where the states take less than half of what is free.
         folder: where a scratch file on the disk goes; it is removed when the process ends.
 
     Raises:
         CacheUnusable: if the states cannot stand for the trunk in this model.
     """
-    tail = find_tail(model)
+    if replay.tail.why_whole is not None:
+        raise CacheUnusable(replay.tail.why_whole)
     states: torch.Tensor | None = None
 
     def keep(arriving: torch.Tensor) -> None:
         nonlocal states
         if states is None:
-            states = _allocate((int(offsets[-1]), arriving.shape[-1]), arriving.dtype, place, folder)
-        for row, index in enumerate(batch.tolist()):
-            begin, end = offsets[index : index + 2].tolist()
-            states[begin:end] = arriving[row, : end - begin]
+            states = _allocate((len(replay.tree), arriving.shape[-1]), arriving.dtype, place, folder)
+        rows = arriving.flatten(0, 1)
+        states[pack.nodes] = (rows if replay.packed else rows[pack.places.to(rows.device)]).to(states.device)
         raise _Reached
 
-    with torch.no_grad(), entering(tail.door, keep):
+    with torch.no_grad(), entering(replay.tail.door, keep):
         for batch in tqdm(batches, desc="running the frozen layers once", leave=False, disable=len(batches) < 20):
+            pack = replay.tree.pack(batch)
             try:
-                model(**inputs(batch), use_cache=False)
+                with replay.replayed(pack):
+                    model(**replay.inputs(pack))
             except _Reached:
                 continue
             raise CacheUnusable("its first trained layer is not reached by a forward")
-    assert states is not None
-    cache = ActivationCache(tail, states, offsets)
-    _check(cache, model, batches[0][:4], inputs)
-    return cache
+    replay = replace(replay, states=states)
+    if not agrees(model, replay, trial):
+        raise CacheUnusable("its later layers take more from the earlier ones than their states")
+    return replay
 
 
 def _allocate(shape: tuple[int, int], dtype: torch.dtype, place: str, folder: str) -> torch.Tensor:
@@ -194,43 +171,22 @@ def _allocate(shape: tuple[int, int], dtype: torch.dtype, place: str, folder: st
 
 
 @torch.no_grad()
-def _check(
-    cache: ActivationCache,
-    model: nn.Module,
-    indices: torch.Tensor,
-    inputs: Callable[[torch.Tensor], dict[str, torch.Tensor]],
-) -> None:
-    """Compare a replay with the whole model's forward: a family may hand on more than its states."""
-    batch = inputs(indices)
-    real = batch["attention_mask"].bool()
-    whole = model(**batch, use_cache=False).logits[real].float()
-    with cache.replayed(indices):
-        replayed = model(input_ids=batch["input_ids"], use_cache=False).logits[real].float()
-    tolerance = 1e-3 if cache.states.dtype == torch.float32 else 5e-2
-    if not (whole - replayed).abs().max() <= tolerance * whole.abs().max():
-        raise CacheUnusable("its later layers take more from the earlier ones than their states")
+def agrees(model: nn.Module, replay: Replay, trial: torch.Tensor) -> bool:
+    """Whether a replay gives the logits of the whole model's forward, padded and masked as usual.
 
-
-def logits_at(model: nn.Module, rows: torch.Tensor, columns: torch.Tensor, inputs: dict[str, Any]) -> Any:
-    """Run a forward whose logits are (positions, V), those at (rows, columns) alone.
-
-    The model's own head and whatever scaling or soft-capping follows it are used, on those positions only: with a
-    vocabulary of 50,000 to 260,000 the logits of all positions are the largest cost of a step.
+    A family may hand more from layer to layer than states, or take no notice of positions.
     """
-    unwrapped: Any = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    head = unwrapped.get_output_embeddings()
-    selected = False
+    pack = replay.tree.pack(trial)
+    rows, columns = replay.tree.tokens(trial)
+    mask = torch.zeros(pack.slots.shape, dtype=torch.int64).index_put((rows, columns), torch.tensor(1))
+    ids = pack.token_ids[pack.slots]
+    whole = model(input_ids=ids.to(replay.device), attention_mask=mask.to(replay.device), use_cache=False).logits
+    with replay.replayed(pack):
+        replayed = model(**replay.inputs(pack)).logits
+    expected, found = whole[rows, columns].float(), replayed[replay.where(pack, rows, columns)].float()
+    return bool((expected - found).abs().max() <= tolerance(model) * expected.abs().max())
 
-    def select(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        nonlocal selected
-        selected = True
-        return (args[0][rows, columns].unsqueeze(0), *args[1:])
 
-    handle = head.register_forward_pre_hook(select) if head is not None else None
-    try:
-        outputs = model(**inputs)
-    finally:
-        if handle is not None:
-            handle.remove()
-    outputs.logits = outputs.logits[0] if selected else outputs.logits[rows, columns]
-    return outputs
+def tolerance(model: nn.Module) -> float:
+    """Return by how much two ways to compute the same may differ, as a share of the largest value."""
+    return 1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2

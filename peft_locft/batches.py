@@ -40,25 +40,31 @@ class EditBatches(Sampler[list[int]]):
             yield order[start : start + self.batch_size]
 
 
-def micro_batches(indices: torch.Tensor, lengths: torch.Tensor, max_tokens: int) -> list[torch.Tensor]:
-    """Cut a batch into micro-batches of similar length, so that little of what is computed is padding.
+def micro_batches(
+    indices: torch.Tensor, lengths: torch.Tensor, max_tokens: int, rank: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    """Cut a batch into micro-batches.
 
     Args:
         indices: (B,) edits of the batch.
         lengths: (edits,) tokens of every edit.
-        max_tokens: of a micro-batch, padding included; an edit that is longer by itself is one alone.
+        max_tokens: of a micro-batch; an edit that is longer by itself is one alone.
+        rank: (edits,) an order in which edits that begin alike are neighbours, where what they share is computed once
+            and nothing is padded. Without it the edits are padded, and those of similar length put together.
 
     Returns:
-        Indices, the shortest edits first.
+        Indices, in order of length or rank.
     """
-    by_length = indices[torch.argsort(lengths[indices], stable=True)]
-    cuts, start = [], 0
-    for end, length in enumerate(lengths[by_length].tolist()):
-        # the last of a micro-batch is its longest
-        if end > start and (end + 1 - start) * length > max_tokens:
-            cuts.append(by_length[start:end])
-            start = end
-    return [*cuts, by_length[start:]]
+    order = indices[torch.argsort((lengths if rank is None else rank)[indices], stable=True)]
+    cuts, start, sum_lengths = [], 0, 0
+    for end, length in enumerate(lengths[order].tolist()):
+        sum_lengths += length
+        # the last of a padded micro-batch is its longest
+        size = (end + 1 - start) * length if rank is None else sum_lengths
+        if end > start and size > max_tokens:
+            cuts.append(order[start:end])
+            start, sum_lengths = end, length
+    return [*cuts, order[start:]]
 
 
 @dataclass

@@ -17,22 +17,23 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .activation_cache import ActivationCache, CacheUnusable, cache_trunk, logits_at
 from .adapter_folder import save_adapter
-from .batches import EditBatches, LossRecord, micro_batches
+from .batches import EditBatches, LossRecord
 from .card import training_record
+from .edit_runner import EditRunner
 from .edits import Edit, edits_sha256, read_edits
-from .encoding import EncodedEdits, collate, encode_edits
+from .encoding import EncodedEdits, encode_edits
 from .model_state import check_vocabulary, configuration_unchanged, dropout_off, max_length
-from .objectives import labels_for, loss_weight, scored_positions, sum_losses, token_losses
+from .objectives import loss_weight, sum_losses, token_losses
 from .recipe import BreadthFirstConfig
 from .resume import check_same_edits, invalidate, whole_checkpoint
+from .tail import logits_at
 from .training_callbacks import EditProgress, FloorAndRecord
 
 logger = logging.getLogger(__name__)
 
 # in one forward: what keeps an accelerator busy, and what stays in a CPU's cache
-MAX_TOKENS = {False: 8192, True: 1024}
+MAX_TOKENS = {False: 8192, True: 512}
 
 
 class BreadthFirstTrainer(Trainer):
@@ -95,9 +96,13 @@ class BreadthFirstTrainer(Trainer):
         )
         check_vocabulary(model, encoded.token_ids)
         self.record = LossRecord()
-        self.cache: ActivationCache | None = None
-        self._cache_refused = False
-        self.max_tokens = args.max_tokens_per_micro_batch or MAX_TOKENS[args.device.type == "cpu"]
+        self.runner = EditRunner(
+            encoded,
+            torch.arange(args.process_index, len(encoded), args.world_size),
+            args.objective,
+            args.max_tokens_per_micro_batch or MAX_TOKENS[args.device.type == "cpu"],
+            args.device,
+        )
         with configuration_unchanged(model):
             super().__init__(
                 model=model, args=args, train_dataset=encoded, processing_class=processing_class, **kwargs
@@ -122,8 +127,7 @@ class BreadthFirstTrainer(Trainer):
             checkpoint = whole_checkpoint(self.args.output_dir, resume_from_checkpoint)
             check_same_edits(checkpoint, edits_sha256(self.edits))
             resume_from_checkpoint = str(checkpoint)
-        # the trunk may have changed since an earlier call
-        self.cache, self._cache_refused = None, False
+        self.runner.is_prepared = False  # the trunk may have changed since an earlier call
         with configuration_unchanged(self.model):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -167,20 +171,12 @@ class BreadthFirstTrainer(Trainer):
         `inputs` are indices of edits.
         """
         indices = torch.as_tensor(inputs)
-        batch = self._prepare_inputs(collate([self.train_dataset[i] for i in indices.tolist()], pad_token_id=0))
-        labels = labels_for(self.args.objective, batch["input_ids"], batch["attention_mask"], batch["target_start"])
-        scored = scored_positions(labels, self.args.objective)
-        with self.cache.replayed(indices) if self.cache else nullcontext():
-            outputs = logits_at(model, scored.rows, scored.sources, self._forward_inputs(batch))
-        losses = token_losses(outputs.logits, labels, scored)
-        loss = sum_losses(losses, labels, self.args.loss_averaging) / (num_items_in_batch or self._weight(indices))
+        with self.runner.running(indices) as batch:
+            outputs = logits_at(model, *batch.where, batch.inputs)
+        losses = token_losses(outputs.logits, batch.labels, batch.scored)
+        loss = sum_losses(losses, batch.labels, self.args.loss_averaging)
+        loss = loss / (num_items_in_batch or self._weight(indices))
         return (loss, outputs) if return_outputs else loss
-
-    def _forward_inputs(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-        # under a causal mask padding on the right changes nothing to its left, and without one attention is faster;
-        # the cache was checked against a forward that had it
-        names = ("input_ids",) if self.cache else ("input_ids", "attention_mask")
-        return {name: batch[name] for name in names} | {"use_cache": False}
 
     def training_step(
         self, model: nn.Module, inputs: list[int], num_items_in_batch: int | None = None
@@ -192,8 +188,10 @@ class BreadthFirstTrainer(Trainer):
         dropout_off(model)
         if self._edit_is_done():
             return torch.zeros((), device=self.args.device)
-        if self.cache is None and self.args.activation_cache != "off" and not self._cache_refused:
-            self._cache_trunk(model)
+        if not self.runner.is_prepared and self.args.activation_cache != "off":
+            with self.compute_loss_context_manager():
+                unwrapped = self.accelerator.unwrap_model(model)
+                self.runner.prepare(unwrapped, self.args.activation_cache, self.args.output_dir)
         share = self._forward_and_backward(model, inputs, num_items_in_batch)
         self._check_finite(share)
         self.record.add_batch(share.item(), len(inputs))
@@ -205,12 +203,16 @@ class BreadthFirstTrainer(Trainer):
     def _forward_and_backward(
         self, model: nn.Module, inputs: list[int], num_items_in_batch: int | None
     ) -> torch.Tensor:
-        mine = inputs[self.args.process_index :: self.args.world_size]
-        # a process without edits in a short last batch still joins the others' gradient
-        pieces = micro_batches(torch.tensor(mine or inputs[:1]), self.train_dataset.lengths, self.max_tokens)
+        mine = [index for index in inputs if index % self.args.world_size == self.args.process_index]
+        # a process without edits in a batch still joins the others' gradient
+        pieces = self.runner.pieces(torch.tensor(mine) if mine else self.runner.own[:1])
         share = torch.zeros((), device=self.args.device)
         for piece in pieces:
-            with nullcontext() if piece is pieces[-1] else self.accelerator.no_sync(model):
+            # backward inside of it too: gradient checkpointing runs layers again there
+            with (
+                self.runner.running(piece),
+                nullcontext() if piece is pieces[-1] else self.accelerator.no_sync(model),
+            ):
                 with self.compute_loss_context_manager():
                     loss = self.compute_loss(model, piece, num_items_in_batch=num_items_in_batch)
                 loss = loss if mine else loss * 0
@@ -218,33 +220,6 @@ class BreadthFirstTrainer(Trainer):
                 # gradients are averaged over processes, and the loss is already a share of the whole
                 self.accelerator.backward(loss * self.args.world_size)
         return self.accelerator.reduce(share, reduction="sum")
-
-    def _cache_trunk(self, model: nn.Module) -> None:
-        unwrapped = self.accelerator.unwrap_model(model)
-        pieces = micro_batches(torch.arange(len(self.train_dataset)), self.train_dataset.lengths, self.max_tokens)
-
-        def inputs(indices: torch.Tensor) -> dict[str, torch.Tensor]:
-            batch = collate([self.train_dataset[i] for i in indices.tolist()], pad_token_id=0)
-            return self._prepare_inputs({name: batch[name] for name in ("input_ids", "attention_mask")})
-
-        try:
-            with self.compute_loss_context_manager():
-                self.cache = cache_trunk(
-                    unwrapped,
-                    self.train_dataset.offsets,
-                    pieces,
-                    inputs,
-                    self.args.activation_cache,
-                    self.args.output_dir,
-                )
-        except CacheUnusable as reason:
-            if self.args.activation_cache != "auto":
-                raise ValueError(
-                    f"activation_cache={self.args.activation_cache!r} cannot be used with this model and location: "
-                    f"{reason}. Leave it on 'auto'."
-                ) from None
-            self._cache_refused = True
-            logger.warning("Every epoch runs the whole model: %s.", reason)
 
     def _edit_is_done(self) -> bool:
         """Depth-first: begin every edit with a fresh optimizer, and leave it once it is below the floor."""

@@ -12,7 +12,7 @@ from tiny_models import FAMILIES
 from tiny_training import base_model, make_trainer, peft_model, trained
 
 from peft_locft import LocFTConfig
-from peft_locft.activation_cache import CacheUnusable, find_tail, logits_at
+from peft_locft.tail import CacheUnusable, find_tail, logits_at
 
 WHOLE: dict[str, Any] = {"activation_cache": "off", "max_tokens_per_micro_batch": 10**6}
 
@@ -30,6 +30,10 @@ def run(folder: Path, family: str, dtype: torch.dtype = torch.float32, **argumen
     return trainer
 
 
+def is_cached(trainer: Any) -> bool:
+    return trainer.runner.replay is not None and trainer.runner.replay.states is not None
+
+
 @every_family
 @pytest.mark.parametrize(
     "arguments",
@@ -43,14 +47,14 @@ def run(folder: Path, family: str, dtype: torch.dtype = torch.float32, **argumen
 )
 def test_losses_do_not_depend_on_cache_or_pieces(family: str, arguments: dict[str, Any], tmp_path: Path) -> None:
     whole, other = run(tmp_path, family, **WHOLE), run(tmp_path, family, **arguments)
-    assert (other.cache is not None) == (arguments["activation_cache"] != "off")
+    assert is_cached(other) == (arguments["activation_cache"] != "off")
     assert other.epoch_losses == pytest.approx(whole.epoch_losses, rel=1e-6)
 
 
 @every_family
 def test_bfloat16_losses_are_as_close_as_bfloat16_is(family: str, tmp_path: Path) -> None:
     whole, other = run(tmp_path, family, torch.bfloat16, **WHOLE), run(tmp_path, family, torch.bfloat16)
-    assert other.cache is not None and other.cache.states.dtype == torch.bfloat16
+    assert is_cached(other) and other.runner.replay.states.dtype == torch.bfloat16
     assert other.epoch_losses == pytest.approx(whole.epoch_losses, rel=5e-3)
 
 
@@ -60,16 +64,17 @@ def test_every_objective_replays(objective: str, tmp_path: Path) -> None:
     assert runs[1].epoch_losses == pytest.approx(runs[0].epoch_losses, rel=1e-6)
 
 
-def test_the_trunk_runs_once(tmp_path: Path) -> None:
-    model = peft_model("llama", last_layer())
-    layers = model.get_base_model().model.layers
-    forwards = {"trunk": 0, "tail": 0}
-    layers[0].mlp.register_forward_hook(lambda *_: forwards.update(trunk=forwards["trunk"] + 1))
-    layers[1].mlp.register_forward_hook(lambda *_: forwards.update(tail=forwards["tail"] + 1))
-    make_trainer(tmp_path, model, num_train_epochs=5).train()
-    # one to fill the cache, one to check it
-    assert forwards["trunk"] == 2
-    assert forwards["tail"] >= 10
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_trunk_does_not_run_again_in_later_epochs(layer: int, tmp_path: Path) -> None:
+    forwards = []
+    for epochs in (2, 7):
+        model = peft_model("llama", last_layer())
+        ran: list[torch.Tensor] = []
+        model.get_base_model().model.layers[layer].mlp.register_forward_hook(lambda *_, ran=ran: ran.append(_[0]))
+        make_trainer(tmp_path, model, num_train_epochs=epochs, max_tokens_per_micro_batch=10**6).train()
+        forwards.append(len(ran))
+    # two batches an epoch
+    assert forwards[1] - forwards[0] == (0 if layer == 0 else 5 * 2)
 
 
 def test_the_model_is_itself_again_afterwards(tmp_path: Path) -> None:
@@ -117,7 +122,7 @@ def test_it_falls_back_and_says_why(
     config.task_type = "CAUSAL_LM"
     trainer = make_trainer(tmp_path, peft_model("llama", config), num_train_epochs=2)
     trainer.train()
-    assert trainer.cache is None
+    assert not is_cached(trainer)
     said = [record.message for record in caplog.records if record.name.startswith("peft_locft")]
     assert len(said) == 1
     assert re.search(reason, said[0])
@@ -134,7 +139,7 @@ def test_a_model_whose_layers_share_more_than_states_is_found_out(tmp_path: Path
     layers[1].mlp.register_forward_hook(lambda module, args, output: output + 10 * handed_on.pop("states", output))
     trainer = make_trainer(tmp_path, model)
     trainer.train()
-    assert trainer.cache is None
+    assert not is_cached(trainer)
 
 
 def test_a_model_without_decoder_layers_has_no_tail() -> None:

@@ -1,0 +1,122 @@
+"""How a model is run on edits while it is trained: no further than it must be."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .activation_cache import Replay, cache_trunk, find_packing
+from .batches import micro_batches
+from .encoding import EncodedEdits, collate
+from .objectives import Objective, Scored, labels_for, scored_positions
+from .prefixes import PrefixTree
+from .tail import CacheUnusable, find_tail
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some edits as one forward.
+
+    Args:
+        labels: (B, T) token ids, -100 where nothing is scored.
+        scored: which logits score which tokens.
+        inputs: the arguments of the forward.
+        where: (rows, columns) in its output, of the logits that are scored.
+    """
+
+    labels: torch.Tensor
+    scored: Scored
+    inputs: dict[str, Any]
+    where: tuple[torch.Tensor, torch.Tensor]
+
+
+class EditRunner:
+    """Runs a model on edits: whole and padded, until `prepare` has found how to do with less.
+
+    Args:
+        edits: the encoded edits.
+        own: (own edits,) indices of those that this process trains.
+        objective: what is scored.
+        max_tokens: in one micro-batch, padding included.
+        device: where forwards run.
+    """
+
+    def __init__(
+        self, edits: EncodedEdits, own: torch.Tensor, objective: Objective, max_tokens: int, device: torch.device
+    ) -> None:
+        self.edits = edits
+        self.own = own
+        self.objective = objective
+        self.max_tokens = max_tokens
+        self.device = device
+        self.replay: Replay | None = None
+        self.is_prepared = False
+        self._running: MicroBatch | None = None
+
+    def prepare(self, model: nn.Module, place: str, folder: str) -> None:
+        """Find out how little of the model must be run, and run its trunk over all the edits.
+
+        Args:
+            model: the model, in evaluation mode.
+            place: `"memory"`, `"disk"` or `"auto"`, where the states that leave the trunk are kept.
+            folder: where a scratch file on the disk goes.
+
+        Raises:
+            ValueError: if the states cannot be kept and the place is not `"auto"`, which says why and goes without.
+        """
+        self.is_prepared = True
+        self.replay = None
+        try:
+            tail = find_tail(model)
+            pieces = micro_batches(self.own, self.edits.lengths, self.max_tokens)
+            trial = torch.cat([pieces[0][:2], pieces[-1][-2:]]).unique()
+            tree = PrefixTree.of(self.edits.token_ids, self.edits.offsets, self.own)
+            self.replay = find_packing(model, Replay(tail, tree, self.device), trial)
+            self.replay = cache_trunk(model, self.replay, self.pieces(self.own), trial, place, folder)
+        except CacheUnusable as reason:
+            if place != "auto":
+                raise ValueError(
+                    f"activation_cache={place!r} cannot be used with this model and location: {reason}. Leave it on "
+                    "'auto'."
+                ) from None
+            logger.warning("Every epoch runs the whole model: %s.", reason)
+            if self.replay is not None and not self.replay.packed:
+                self.replay = None
+
+    def pieces(self, indices: torch.Tensor) -> list[torch.Tensor]:
+        """Cut a batch into micro-batches."""
+        rank = self.replay.tree.rank if self.replay is not None and self.replay.packed else None
+        return micro_batches(indices, self.edits.lengths, self.max_tokens, rank)
+
+    @contextmanager
+    def running(self, indices: torch.Tensor) -> Iterator[MicroBatch]:
+        """Set the model up for forward and backward on some edits. Inside of itself it does nothing more."""
+        if self._running is not None:
+            yield self._running
+            return
+        batch = collate([self.edits[i] for i in indices.tolist()], pad_token_id=0)
+        batch = {name: values.to(self.device) for name, values in batch.items()}
+        labels = labels_for(self.objective, batch["input_ids"], batch["attention_mask"], batch["target_start"])
+        scored = scored_positions(labels, self.objective)
+        where = (scored.rows, scored.sources)
+        if self.replay is None:
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")} | {"use_cache": False}
+            ready: AbstractContextManager[None] = nullcontext()
+        else:
+            pack = self.replay.tree.pack(indices)
+            where = self.replay.where(pack, *where)
+            inputs, ready = self.replay.inputs(pack), self.replay.replayed(pack, where[1])
+        self._running = MicroBatch(labels, scored, inputs, where)
+        try:
+            with ready:
+                yield self._running
+        finally:
+            self._running = None

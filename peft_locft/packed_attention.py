@@ -1,0 +1,77 @@
+"""Attention between the tokens of edits of which every distinct prefix was computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from .prefixes import Pack
+
+NAME = "locft_packed"
+
+# by the configuration that an attention module looks its implementation up in; backward may run in another thread
+_packs: dict[int, Pack] = {}
+
+
+@contextmanager
+def packed_attention(layers: nn.ModuleList, pack: Pack) -> Iterator[None]:
+    """Let the layers attend within each edit, while their states are (1, N, hidden), a row a distinct prefix.
+
+    Everything else in a decoder layer treats a token by itself, so that this is all a layer needs to know. It holds
+    for families that look their attention up in transformers' `AttentionInterface`; try it before you rely on it.
+    """
+    AttentionInterface.register(NAME, _attend)
+    configs = {id(config): config for layer in layers for config in _configs(layer)}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    for key, config in configs.items():
+        config._attn_implementation = NAME
+        _packs[key] = pack
+    try:
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation = before[key]
+            del _packs[key]
+
+
+def _configs(layer: nn.Module) -> Iterator[Any]:
+    for module in layer.modules():
+        if hasattr(getattr(module, "config", None), "_attn_implementation"):
+            yield module.config
+
+
+def _attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Lay queries, keys and values, (1, heads, N, d), out as edits, attend, and return (1, N, heads, d)."""
+    pack = _packs[id(module.config)]
+    slots = pack.slots.to(query.device)
+    length = slots.shape[1]
+    mask = None
+    if sliding_window is not None and length > sliding_window:
+        mask = (
+            torch.ones(length, length, dtype=torch.bool, device=query.device)
+            .tril()
+            .triu(1 - sliding_window)[None, None]
+        )
+    laid_out = [_take(states[0].transpose(0, 1), slots).transpose(1, 2) for states in (query, key, value)]
+    output, _ = sdpa_attention_forward(module, *laid_out, mask, **kwargs)
+    return _take(output.flatten(0, 1), pack.places.to(query.device)).unsqueeze(0), None
+
+
+def _take(rows: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Return `rows[indices]`; an embedding's backward is many times faster than that of an index."""
+    return F.embedding(indices, rows.flatten(1)).unflatten(-1, rows.shape[1:])
