@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import logging
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from tqdm.auto import tqdm
 
+from .kept_states import allocate, fingerprint, load_states, new_file
 from .narrowing import find_narrowable, narrowed
 from .packed_attention import packed_attention
 from .prefixes import Pack, PrefixTree
+from .residency import ParkedLayer
 from .tail import CacheUnusable, Tail, entering, logits_at, passed_over
 
 logger = logging.getLogger(__name__)
@@ -116,58 +117,108 @@ def find_packing(model: nn.Module, replay: Replay, trial: torch.Tensor) -> Repla
     return replace(replay, narrow=tuple(narrow))
 
 
+@dataclass(frozen=True)
+class Storage:
+    """Where the states that leave the trunk are kept.
+
+    Args:
+        place: `"memory"`, `"disk"` or `"auto"`, see `allocate`.
+        folder: where a scratch file goes.
+        kept_in: a folder for a file from which later runs take them, if model, edits and location are the same.
+    """
+
+    place: str
+    folder: str
+    kept_in: str | None = None
+
+
 def cache_trunk(
-    model: nn.Module, replay: Replay, batches: Sequence[torch.Tensor], trial: torch.Tensor, place: str, folder: str
+    model: nn.Module, replay: Replay, batches: Sequence[torch.Tensor], trial: torch.Tensor, storage: Storage
 ) -> Replay:
     """Run the trunk over all the edits and keep the states that leave it.
+
+    A trunk that is parked (`residency`) runs layer by layer, each of them over all the edits.
 
     Args:
         model: the model, in evaluation mode.
         replay: from `find_packing`.
         batches: indices of edits, each edit once.
         trial: indices of a few edits, for which a replay is compared with the whole model.
-        place: `"memory"`, `"disk"`, or `"auto"`: memory where the states take less than half of what is free.
-        folder: where a scratch file on the disk goes; it is removed when the process ends.
+        storage: where the states go.
 
     Raises:
         CacheUnusable: if the states cannot stand for the trunk in this model.
     """
     if replay.tail.why_whole is not None:
         raise CacheUnusable(replay.tail.why_whole)
-    states: torch.Tensor | None = None
-
-    def keep(arriving: torch.Tensor) -> None:
-        nonlocal states
-        if states is None:
-            states = _allocate((len(replay.tree), arriving.shape[-1]), arriving.dtype, place, folder)
-        rows = arriving.flatten(0, 1)
-        states[pack.nodes] = (rows if replay.packed else rows[pack.places.to(rows.device)]).to(states.device)
-        raise _Reached
-
-    with torch.no_grad(), entering(replay.tail.door, keep):
-        for batch in tqdm(batches, desc="running the frozen layers once", leave=False, disable=len(batches) < 20):
-            pack = replay.tree.pack(batch)
-            try:
-                with replay.replayed(pack):
-                    model(**replay.inputs(pack))
-            except _Reached:
-                continue
-            raise CacheUnusable("its first trained layer is not reached by a forward")
+    path = states = None
+    if storage.kept_in is not None:
+        path = Path(storage.kept_in, f"{fingerprint(model, replay.tail, replay.tree)}.safetensors")
+        states = load_states(path, len(replay.tree))
+    if states is None:
+        states = _run_trunk(model, replay, batches, storage, path)
     replay = replace(replay, states=states)
     if not agrees(model, replay, trial):
         raise CacheUnusable("its later layers take more from the earlier ones than their states")
     return replay
 
 
-def _allocate(shape: tuple[int, int], dtype: torch.dtype, place: str, folder: str) -> torch.Tensor:
-    num_values = shape[0] * shape[1]
-    if place == "auto":
-        place = "memory" if num_values * dtype.itemsize < psutil.virtual_memory().available / 2 else "disk"
-    if place == "memory":
-        return torch.empty(shape, dtype=dtype)
-    # without a name: the space is free again when the process ends, however it ends
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".activation-cache-") as file:
-        return torch.from_file(file.name, shared=True, size=num_values, dtype=dtype).view(shape)
+def _run_trunk(
+    model: nn.Module, replay: Replay, batches: Sequence[torch.Tensor], storage: Storage, path: Path | None
+) -> torch.Tensor:
+    layers, last = replay.tail.layers, replay.tail.first
+    parked = [layer for layer in replay.tail.trunk if isinstance(layer, ParkedLayer)]
+    stops = range(1, last + 1) if parked else [last]
+    part = replace(replay, tail=Tail(layers, 0))
+    with ExitStack() as stack:
+        progress = stack.enter_context(
+            tqdm(total=len(stops) * len(batches), desc="running the frozen layers once", leave=False, disable=None)
+        )
+
+        def room(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+            if stop == last and path is not None:
+                return stack.enter_context(new_file(path, shape, dtype))
+            return allocate(shape, dtype, storage.place, storage.folder)
+
+        for stop in stops:
+            with parked[stop - 1].resident() if parked else nullcontext():
+                states = _states_before(model, part, layers[stop], batches, room, progress)
+            part = replace(part, tail=Tail(layers, stop), states=states)
+    return states
+
+
+@torch.no_grad()
+def _states_before(
+    model: nn.Module,
+    replay: Replay,
+    door: nn.Module,
+    batches: Sequence[torch.Tensor],
+    room: Callable[[tuple[int, int], torch.dtype], torch.Tensor],
+    progress: tqdm[Any],
+) -> torch.Tensor:
+    """Run the model as far as a layer's door, over all edits, and return what comes there, (nodes, hidden)."""
+    states: torch.Tensor | None = None
+
+    def keep(arriving: torch.Tensor) -> None:
+        nonlocal states
+        if states is None:
+            states = room((len(replay.tree), arriving.shape[-1]), arriving.dtype)
+        rows = arriving.flatten(0, 1)
+        states[pack.nodes] = (rows if replay.packed else rows[pack.places.to(rows.device)]).to(states.device)
+        raise _Reached
+
+    with entering(door, keep):
+        for batch in batches:
+            pack = replay.tree.pack(batch)
+            try:
+                with replay.replayed(pack):
+                    model(**replay.inputs(pack))
+            except _Reached:
+                progress.update()
+                continue
+            raise CacheUnusable("its first trained layer is not reached by a forward")
+    assert states is not None
+    return states
 
 
 @torch.no_grad()

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
-from .activation_cache import Replay, cache_trunk, find_packing
+from .activation_cache import Replay, Storage, cache_trunk, find_packing
 from .batches import micro_batches
 from .encoding import EncodedEdits, collate
 from .objectives import Objective, Scored, labels_for, scored_positions
@@ -61,35 +62,48 @@ class EditRunner:
         self.is_prepared = False
         self._running: MicroBatch | None = None
 
-    def prepare(self, model: nn.Module, place: str, folder: str) -> None:
+    def prepare(self, model: nn.Module, storage: Storage, required: bool) -> None:
         """Find out how little of the model must be run, and run its trunk over all the edits.
 
         Args:
             model: the model, in evaluation mode.
-            place: `"memory"`, `"disk"` or `"auto"`, where the states that leave the trunk are kept.
-            folder: where a scratch file on the disk goes.
+            storage: where the states that leave the trunk are kept.
+            required: whether it is an error if they cannot be.
 
         Raises:
-            ValueError: if the states cannot be kept and the place is not `"auto"`, which says why and goes without.
+            ValueError: if they cannot be and are required; otherwise a warning says why.
         """
-        self.is_prepared = True
         self.replay = None
         try:
             tail = find_tail(model)
-            pieces = micro_batches(self.own, self.edits.lengths, self.max_tokens)
-            trial = torch.cat([pieces[0][:2], pieces[-1][-2:]]).unique()
             tree = PrefixTree.of(self.edits.token_ids, self.edits.offsets, self.own)
-            self.replay = find_packing(model, Replay(tail, tree, self.device), trial)
-            self.replay = cache_trunk(model, self.replay, self.pieces(self.own), trial, place, folder)
+            self.replay = find_packing(model, Replay(tail, tree, self.device), self._trial())
+            self.replay = cache_trunk(model, self.replay, self.pieces(self.own), self._trial(), storage)
         except CacheUnusable as reason:
-            if place != "auto":
+            if required:
                 raise ValueError(
-                    f"activation_cache={place!r} cannot be used with this model and location: {reason}. Leave it on "
-                    "'auto'."
+                    f"The activation cache cannot be used with this model and location: {reason}. Leave "
+                    "activation_cache on 'auto', activation_cache_dir unset and trunk_residency on 'full'."
                 ) from None
             logger.warning("Every epoch runs the whole model: %s.", reason)
             if self.replay is not None and not self.replay.packed:
                 self.replay = None
+        self.is_prepared = True
+
+    def _trial(self) -> torch.Tensor:
+        """Choose a few edits, long and short, that make one micro-batch."""
+        by_length = self.own[torch.argsort(self.edits.lengths[self.own], descending=True)]
+        fitting = max(1, self.max_tokens // int(self.edits.lengths[by_length[0]]))
+        return torch.cat([by_length[:1], by_length[-2:], by_length[1:2]])[:fitting].unique()
+
+    def halve(self, error: Exception) -> bool:
+        """Make micro-batches half as large after an error, if it says that memory ran out and they can be smaller."""
+        smallest = int(self.edits.lengths.max())
+        if not should_reduce_batch_size(error) or self.max_tokens <= smallest:
+            return False
+        self.max_tokens = max(self.max_tokens // 2, smallest)
+        logger.warning("Memory ran out: max_tokens_per_micro_batch is %d from here on.", self.max_tokens)
+        return True
 
     def pieces(self, indices: torch.Tensor) -> list[torch.Tensor]:
         """Cut a batch into micro-batches."""

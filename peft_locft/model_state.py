@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -54,3 +55,25 @@ def check_vocabulary(model: Any, input_ids: torch.Tensor) -> None:
             f"The tokenizer gives token id {largest}, but the model's embedding has {vocabulary_size} rows: they do "
             "not belong together. Load both from the same place."
         )
+
+
+def check_finite(loss: float, step: int, max_steps: int, learning_rate: float) -> None:
+    """Raise a RuntimeError if a loss is NaN or infinite.
+
+    Args:
+        loss: taken before a step.
+        step: the steps taken so far.
+        max_steps: those of the whole run.
+        learning_rate: of that step.
+    """
+    if math.isfinite(loss):
+        return
+    if step == 0:
+        raise RuntimeError(
+            f"The loss is {loss} before the first step: this model, in its dtype, gives no finite answer to these "
+            "edits. Load it in float32 or bfloat16."
+        )
+    raise RuntimeError(
+        f"The loss became {loss} at step {step + 1} of {max_steps}: the learning rate, {learning_rate:g}, is too high "
+        "for this model and location. Train again with a lower one."
+    )

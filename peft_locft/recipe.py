@@ -12,11 +12,13 @@ from .objectives import LossAveraging, Objective
 
 EditOrder = Literal["breadth_first", "depth_first"]
 CachePlace = Literal["auto", "memory", "disk", "off"]
+TrunkResidency = Literal["full", "layerwise"]
 CHOICES = (
     ("objective", Objective),
     ("loss_averaging", LossAveraging),
     ("edit_order", EditOrder),
     ("activation_cache", CachePlace),
+    ("trunk_residency", TrunkResidency),
 )
 
 
@@ -45,12 +47,18 @@ class BreadthFirstConfig(TrainingArguments):
             A batch whose loss is below it takes no step; training stops after an epoch whose mean loss is below it.
         activation_cache (`str`, defaults to `"auto"`):
             The layers before the first trained one are run once, and the states that leave them kept: in `"memory"`,
-            on `"disk"` (a memory-mapped scratch file in `output_dir`), or not at all (`"off"`). `"auto"` is memory
-            where they take less than half of what is free, else disk; where keeping them would be wrong it is off, and
-            says why.
+            on `"disk"` (a memory-mapped scratch file in `output_dir`), or not at all (`"off"`: every step runs the
+            whole model on padded edits). `"auto"` is memory where they take less than half of what is free, else disk;
+            where keeping them would be wrong it does without, and says why.
+        activation_cache_dir (`str`, *optional*):
+            A folder where the states are kept in a file, for later runs with the same edits, model and location.
+        trunk_residency (`str`, defaults to `"full"`):
+            `"layerwise"` keeps the layers before the first trained one off the training device: each of them is there
+            once, alone, while the states are made. Afterwards everything is back where it was. Load the model on the
+            CPU for this.
         max_tokens_per_micro_batch (`int`, *optional*):
-            A batch is computed in pieces of at most so many tokens, padding included, which changes nothing but speed
-            and memory. `None`: chosen by the device, and halved when memory runs out.
+            A batch is computed in pieces of at most so many tokens, which changes nothing but speed and memory.
+            `None`: chosen by the device and its free memory. Either way it is halved when memory runs out.
 
     Raises:
         ValueError: if a field does not have one of the values named here.
@@ -75,9 +83,15 @@ class BreadthFirstConfig(TrainingArguments):
     activation_cache: CachePlace = field(
         default="auto", metadata={"help": "Where the states that enter the first trained layer are kept."}
     )
+    activation_cache_dir: str | None = field(
+        default=None, metadata={"help": "A folder where those states are kept for later runs on the same edits."}
+    )
+    trunk_residency: TrunkResidency = field(
+        default="full", metadata={"help": "Whether the frozen layers before the location stay on the device."}
+    )
     max_tokens_per_micro_batch: int | None = field(
         default=None,
-        metadata={"help": "Tokens in one forward, padding included; changes nothing but speed and memory."},
+        metadata={"help": "Tokens in one forward; changes nothing but speed and memory."},
     )
 
     def __post_init__(self) -> None:
@@ -92,6 +106,13 @@ class BreadthFirstConfig(TrainingArguments):
             raise ValueError(
                 f"BreadthFirstConfig.max_tokens_per_micro_batch={self.max_tokens_per_micro_batch}: expected 1 or more."
             )
+        if self.activation_cache == "off":
+            for name, value in (("activation_cache_dir", None), ("trunk_residency", "full")):
+                if getattr(self, name) != value:
+                    raise ValueError(
+                        f"BreadthFirstConfig.{name}={getattr(self, name)!r} needs the activation cache, and "
+                        "activation_cache is 'off'. Leave that on 'auto'."
+                    )
         if self.dataloader_drop_last:
             raise ValueError("BreadthFirstConfig.dataloader_drop_last would leave edits out of every epoch: drop it.")
         if self.edit_order == "depth_first":

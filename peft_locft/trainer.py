@@ -17,15 +17,17 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .activation_cache import Storage
 from .adapter_folder import save_adapter
 from .batches import EditBatches, LossRecord
 from .card import training_record
 from .edit_runner import EditRunner
 from .edits import Edit, edits_sha256, read_edits
 from .encoding import EncodedEdits, encode_edits
-from .model_state import check_vocabulary, configuration_unchanged, dropout_off, max_length
+from .model_state import check_finite, check_vocabulary, configuration_unchanged, dropout_off, max_length
 from .objectives import loss_weight, sum_losses, token_losses
 from .recipe import BreadthFirstConfig
+from .residency import trunk_off_device
 from .resume import check_same_edits, invalidate, whole_checkpoint
 from .tail import logits_at
 from .training_callbacks import EditProgress, FloorAndRecord
@@ -128,8 +130,14 @@ class BreadthFirstTrainer(Trainer):
             check_same_edits(checkpoint, edits_sha256(self.edits))
             resume_from_checkpoint = str(checkpoint)
         self.runner.is_prepared = False  # the trunk may have changed since an earlier call
-        with configuration_unchanged(self.model):
+        layerwise = self.args.trunk_residency == "layerwise"
+        off_device = trunk_off_device(self.model, self.args.device) if layerwise else nullcontext()
+        with configuration_unchanged(self.model), off_device:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if self.args.trunk_residency == "full":
+            super()._move_model_to_device(model, device)
 
     # ------------------------------------------------------------------ data
 
@@ -189,16 +197,40 @@ class BreadthFirstTrainer(Trainer):
         if self._edit_is_done():
             return torch.zeros((), device=self.args.device)
         if not self.runner.is_prepared and self.args.activation_cache != "off":
-            with self.compute_loss_context_manager():
-                unwrapped = self.accelerator.unwrap_model(model)
-                self.runner.prepare(unwrapped, self.args.activation_cache, self.args.output_dir)
-        share = self._forward_and_backward(model, inputs, num_items_in_batch)
-        self._check_finite(share)
+            self._prepare_runner(self.accelerator.unwrap_model(model))
+        share = self._gradient(model, inputs, num_items_in_batch)
+        check_finite(share.item(), self.state.global_step, self.state.max_steps, self._get_learning_rate())
         self.record.add_batch(share.item(), len(inputs))
         if self.accelerator.sync_gradients and self.record.end_step() < self.args.loss_floor:
             # Adam stands still without a gradient
             model.zero_grad()
         return share
+
+    def _prepare_runner(self, model: nn.Module) -> None:
+        args = self.args
+        storage = Storage(args.activation_cache, args.output_dir, args.activation_cache_dir)
+        required = args.activation_cache != "auto" or args.trunk_residency != "full" or storage.kept_in is not None
+        while True:
+            try:
+                with self.compute_loss_context_manager():
+                    return self.runner.prepare(model, storage, required)
+            except RuntimeError as error:
+                if not self.runner.halve(error):
+                    raise
+
+    def _gradient(self, model: nn.Module, inputs: list[int], num_items_in_batch: int | None) -> torch.Tensor:
+        """Forward and backward; where memory runs out, again in smaller pieces."""
+        # what earlier batches of the step have left
+        before = [(p, None if p.grad is None else p.grad.clone()) for p in model.parameters() if p.requires_grad]
+        while True:
+            try:
+                return self._forward_and_backward(model, inputs, num_items_in_batch)
+            except RuntimeError as error:
+                # the other processes wait for this one's gradient, and cannot be told to begin again
+                if self.args.world_size > 1 or not self.runner.halve(error):
+                    raise
+            for parameter, gradient in before:
+                parameter.grad = None if gradient is None else gradient.clone()
 
     def _forward_and_backward(
         self, model: nn.Module, inputs: list[int], num_items_in_batch: int | None
@@ -207,18 +239,19 @@ class BreadthFirstTrainer(Trainer):
         # a process without edits in a batch still joins the others' gradient
         pieces = self.runner.pieces(torch.tensor(mine) if mine else self.runner.own[:1])
         share = torch.zeros((), device=self.args.device)
-        for piece in pieces:
-            # backward inside of it too: gradient checkpointing runs layers again there
-            with (
-                self.runner.running(piece),
-                nullcontext() if piece is pieces[-1] else self.accelerator.no_sync(model),
-            ):
-                with self.compute_loss_context_manager():
-                    loss = self.compute_loss(model, piece, num_items_in_batch=num_items_in_batch)
-                loss = loss if mine else loss * 0
-                share += loss.detach()
-                # gradients are averaged over processes, and the loss is already a share of the whole
-                self.accelerator.backward(loss * self.args.world_size)
+        # a LocFT model's way to compose W + delta once a step; several processes wait for the delta's own backward
+        composed_once = getattr(model, "composed_once", nullcontext) if self.args.world_size == 1 else nullcontext
+        with composed_once():
+            for piece in pieces:
+                no_sync = nullcontext() if piece is pieces[-1] else self.accelerator.no_sync(model)
+                # backward inside of it too: gradient checkpointing runs layers again there
+                with self.runner.running(piece), no_sync:
+                    with self.compute_loss_context_manager():
+                        loss = self.compute_loss(model, piece, num_items_in_batch=num_items_in_batch)
+                    loss = loss if mine else loss * 0
+                    share += loss.detach()
+                    # gradients are averaged over processes, and the loss is already a share of the whole
+                    self.accelerator.backward(loss * self.args.world_size)
         return self.accelerator.reduce(share, reduction="sum")
 
     def _edit_is_done(self) -> bool:
@@ -228,20 +261,6 @@ class BreadthFirstTrainer(Trainer):
         if self.state.global_step % self.args.steps_per_edit == 0:
             self.optimizer.state.clear()
         return self.record.step_loss < self.args.loss_floor
-
-    def _check_finite(self, loss: torch.Tensor) -> None:
-        if torch.isfinite(loss):
-            return
-        step = self.state.global_step
-        if step == 0:
-            raise RuntimeError(
-                f"The loss is {loss.item()} before the first step: this model, in its dtype, gives no finite answer "
-                "to these edits. Load it in float32 or bfloat16."
-            )
-        raise RuntimeError(
-            f"The loss became {loss.item()} at step {step + 1} of {self.state.max_steps}: the learning rate, "
-            f"{self._get_learning_rate():g}, is too high for this model and location. Train again with a lower one."
-        )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Trainer asks only after the first step of an epoch

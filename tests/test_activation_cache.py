@@ -48,6 +48,7 @@ def is_cached(trainer: Any) -> bool:
 def test_losses_do_not_depend_on_cache_or_pieces(family: str, arguments: dict[str, Any], tmp_path: Path) -> None:
     whole, other = run(tmp_path, family, **WHOLE), run(tmp_path, family, **arguments)
     assert is_cached(other) == (arguments["activation_cache"] != "off")
+    assert not is_cached(other) or (other.runner.replay.packed and len(other.runner.replay.narrow) > 1)
     assert other.epoch_losses == pytest.approx(whole.epoch_losses, rel=1e-6)
 
 

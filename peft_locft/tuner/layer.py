@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,6 +56,7 @@ class LocFTLayer(MergeableLayer):
         self._originals = {}
         self._quantized_originals = []
         self._shapes = {}
+        self._held: dict[str, torch.Tensor] = {}
         # another parameter than the weight is what it is, beside a quantized weight or not
         self.quantization_backend = (
             quantization_backend(base_layer, quantization_kwargs) if parameter_name is None else None
@@ -120,6 +123,9 @@ class LocFTLayer(MergeableLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(*args, **kwargs)
+        if self._held:
+            with substituted(self.base_layer, self._held):
+                return self.base_layer(*args, **kwargs)
         names = [] if self.merged else self._present(self.active_adapters)
         if not names:
             return self.base_layer(*args, **kwargs)
@@ -132,6 +138,29 @@ class LocFTLayer(MergeableLayer):
 
         return with_deltas([self._delta(name) for name in names], use)
 
+    @contextmanager
+    def composed_once(self) -> Iterator[None]:
+        """Compose the edited weight now, for all forwards and backwards inside.
+
+        Their gradients reach the delta one by one, in its own precision, as without this.
+        """
+        names = [] if self.merged or self.disable_adapters else self._present(self.active_adapters)
+        if not names or not self._can_compose():
+            yield
+            return
+        with torch.no_grad():
+            composed = self._compose(names, [self._delta(name).tensors() for name in names])
+        for name, leaf in composed.items():
+            deltas = [(getattr(self._delta(adapter), name, None), self.scaling[adapter]) for adapter in names]
+            trained = [(delta, scale) for delta, scale in deltas if delta is not None and delta.requires_grad]
+            if trained:
+                leaf.requires_grad_().register_post_accumulate_grad_hook(partial(_hand_on_gradient, trained))
+        self._held = composed
+        try:
+            yield
+        finally:
+            self._held = {}
+
     @property
     def weight(self) -> torch.Tensor:
         # some modules compute with another's weight and never call it, as torch's MultiheadAttention with its out_proj
@@ -142,6 +171,8 @@ class LocFTLayer(MergeableLayer):
         return self._effective("bias")
 
     def _effective(self, name: str) -> torch.Tensor:
+        if name in self._held:
+            return self._held[name]
         active = [] if self.merged or self.disable_adapters else self._present(self.active_adapters)
         names = [adapter for adapter in active if name in self._delta(adapter).names]
         if names and self._can_compose():
@@ -166,3 +197,13 @@ class LocFTLayer(MergeableLayer):
 
     def __repr__(self) -> str:
         return "locft." + super().__repr__()
+
+
+def _hand_on_gradient(deltas: Sequence[tuple[torch.Tensor, float]], composed: torch.Tensor) -> None:
+    """Do what backward through `compose_weight` would do with the gradient of its result."""
+    assert composed.grad is not None
+    wide = composed.grad.to(torch.promote_types(composed.dtype, torch.float32))
+    composed.grad = None
+    for delta, scale in deltas:
+        gradient = (wide if scale == 1.0 else scale * wide).to(device=delta.device, dtype=delta.dtype)
+        delta.grad = gradient.clone() if delta.grad is None else delta.grad.add_(gradient)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -165,6 +165,19 @@ class LocFTModel(BaseTuner):
                 "weight itself. Run them one after the other, with set_adapter."
             )
         yield
+
+    @contextmanager
+    def composed_once(self) -> Iterator[None]:
+        """Compose every edited weight once, for all forwards and backwards inside; the deltas must not change there.
+
+        A step of several micro-batches saves all compositions but one. Not for data-parallel training: what waits for
+        the backward of a delta itself, as DistributedDataParallel does, waits in vain.
+        """
+        with ExitStack() as stack:
+            for module in self.model.modules():
+                if isinstance(module, LocFTLayer):
+                    stack.enter_context(module.composed_once())
+            yield
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the strength of an adapter at all of its locations, and in its config: `W + scale * delta`.

@@ -1,0 +1,65 @@
+"""Where memory runs out, the same step is taken in smaller pieces."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_training import make_trainer, peft_model, trained
+
+from peft_locft import LocFTConfig
+
+OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 20.00 MiB."
+
+
+def small_memory(max_rows: int, *, in_backward: bool, message: str = OUT_OF_MEMORY) -> Any:
+    """Return a model whose last layer has no room for more than so many tokens."""
+    model = peft_model("llama", LocFTConfig(task_type="CAUSAL_LM", layers_to_transform=[1, 2]))
+
+    def check(module: Any, args: Any, output: torch.Tensor) -> None:
+        if output.shape[:-1].numel() > max_rows:
+            if not in_backward:
+                raise RuntimeError(message)
+            if output.requires_grad:
+                output.register_hook(fail)
+
+    def fail(gradient: torch.Tensor) -> None:
+        raise RuntimeError(message)
+
+    # between the two that are trained: one of them has its gradient when the other's backward fails
+    model.get_base_model().model.layers[2].input_layernorm.register_forward_hook(check)
+    return model
+
+
+@pytest.mark.parametrize("in_backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_step_is_taken_again_in_smaller_pieces(
+    in_backward: bool, accumulation: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments: dict[str, Any] = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": accumulation,
+        "max_tokens_per_micro_batch": 200,
+    }
+    enough = make_trainer(tmp_path, small_memory(10**6, in_backward=in_backward), **arguments)
+    enough.train()
+    little = make_trainer(tmp_path, small_memory(20, in_backward=in_backward), **arguments)
+    little.train()
+    assert little.epoch_losses == pytest.approx(enough.epoch_losses, rel=1e-6)
+    for name, tensor in trained(enough.model).items():
+        torch.testing.assert_close(trained(little.model)[name], tensor, rtol=1e-4, atol=1e-5)
+    said = [record.message for record in caplog.records if "Memory ran out" in record.message]
+    assert said and said[-1].endswith(f"max_tokens_per_micro_batch is {little.runner.max_tokens} from here on.")
+    assert little.runner.max_tokens < 200
+
+
+def test_one_edit_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="out of memory"):
+        make_trainer(tmp_path, small_memory(2, in_backward=True)).train()
+
+
+def test_another_error_is_not_taken_for_it(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="something else"):
+        make_trainer(tmp_path, small_memory(20, in_backward=True, message="something else")).train()

@@ -1,0 +1,68 @@
+"""Every distinct prefix once, and the edits put together from them again."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_locft.batches import micro_batches
+from peft_locft.prefixes import PrefixTree
+
+# few tokens, so that many edits begin alike
+some_edits = st.lists(st.lists(st.integers(0, 3), min_size=2, max_size=6), min_size=1, max_size=8)
+
+
+def tree_of(edits: list[list[int]], indices: list[int] | None = None) -> PrefixTree:
+    offsets = torch.tensor([0, *(len(edit) for edit in edits)]).cumsum(0)
+    tokens = torch.tensor([token for edit in edits for token in edit])
+    return PrefixTree.of(tokens, offsets, torch.tensor(range(len(edits)) if indices is None else indices))
+
+
+def prefixes(edits: list[list[int]]) -> set[tuple[int, ...]]:
+    """The last token of an edit predicts nothing."""
+    return {tuple(edit[:end]) for edit in edits for end in range(1, len(edit))}
+
+
+@given(some_edits, st.data())
+def test_a_pack_holds_each_prefix_once_and_all_of_every_edit(edits: list[list[int]], data: st.DataObject) -> None:
+    chosen = data.draw(st.lists(st.sampled_from(range(len(edits))), min_size=1, unique=True))
+    tree = tree_of(edits)
+    pack = tree.pack(torch.tensor(chosen))
+    assert len(tree) == len(prefixes(edits))
+    assert len(pack.nodes) == len(prefixes([edits[index] for index in chosen]))
+    longest = max(len(edits[index]) for index in chosen) - 1
+    assert pack.slots.shape == (len(chosen), longest)
+    for row, index in enumerate(chosen):
+        seen = edits[index][:-1]
+        padded = seen + seen[-1:] * (longest - len(seen))
+        assert pack.token_ids[pack.slots[row]].tolist() == padded
+        assert pack.positions[pack.slots[row, : len(seen)]].tolist() == list(range(len(seen)))
+    rows, columns = tree.tokens(torch.tensor(chosen))
+    tokens = set(zip(rows.tolist(), columns.tolist(), strict=True))
+    assert tokens == {(row, column) for row, index in enumerate(chosen) for column in range(len(edits[index]) - 1)}
+    # a node is found where it stands, and never on padding
+    assert torch.equal(pack.slots.flatten()[pack.places], torch.arange(len(pack.nodes)))
+    assert {divmod(place, longest) for place in pack.places.tolist()} <= tokens
+
+
+@given(some_edits)
+def test_rank_is_the_order_of_a_dictionary(edits: list[list[int]]) -> None:
+    rank = tree_of(edits).rank.tolist()
+    assert sorted(rank) == list(range(len(edits)))
+    in_order = [edits[index][:-1] for index in sorted(range(len(edits)), key=rank.__getitem__)]
+    assert in_order == sorted(in_order)
+
+
+def test_a_tree_of_some_edits_is_that_of_those_alone() -> None:
+    edits = [[1, 2, 3], [9, 9, 9], [1, 2, 4, 5], [8, 8]]
+    tree = tree_of(edits, [0, 2])
+    assert len(tree) == len(prefixes([edits[0], edits[2]]))
+    assert tree.pack(torch.tensor([2])).token_ids.tolist() == [1, 2, 4]
+
+
+def test_edits_that_begin_alike_are_cut_into_the_same_micro_batch() -> None:
+    edits = [[1, 2, 3], [7, 8, 9], [1, 2, 4], [7, 8, 8]]
+    lengths = torch.tensor([3, 3, 3, 3])
+    pieces = micro_batches(torch.arange(4), lengths, 6, tree_of(edits).rank)
+    assert [sorted(piece.tolist()) for piece in pieces] == [[0, 2], [1, 3]]

@@ -1,0 +1,108 @@
+"""The trunk off the training device: one layer at a time, and everything back where it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import every_family
+from tiny_training import make_trainer, peft_model
+from transformers import TrainerCallback
+
+from peft_locft import LocFTConfig
+from peft_locft.residency import ParkedLayer, trunk_off_device
+from peft_locft.tuner.presets import find_decoder_layers
+
+CPU = torch.device("cpu")
+
+
+def last_layer(family: str = "llama") -> Any:
+    return peft_model(family, LocFTConfig(task_type="CAUSAL_LM", layers_to_transform=[2]))
+
+
+def num_bytes(module: torch.nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
+
+
+@every_family
+def test_losses_are_those_of_a_resident_trunk(family: str, tmp_path: Path) -> None:
+    losses = []
+    for residency in ("full", "layerwise"):
+        trainer = make_trainer(tmp_path, last_layer(family), trunk_residency=residency)
+        trainer.train()
+        assert trainer.runner.replay is not None and trainer.runner.replay.states is not None
+        losses.append(trainer.epoch_losses)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_bytes_on_the_device(tmp_path: Path) -> None:
+    """What is part of the model is what `model.to(device)` moves; a parked layer is not, and visits alone."""
+    model = last_layer()
+    _, layers = find_decoder_layers(model)
+    first, second, whole = num_bytes(layers[0]), num_bytes(layers[1]), num_bytes(model)
+    resident: dict[str, set[int]] = {"making the states": set(), "training": set()}
+    phase = "making the states"
+
+    def measure(*_: Any) -> None:
+        parked = [layer for layer in layers if isinstance(layer, ParkedLayer)]
+        visiting = sum(num_bytes(layer.parked[0]) for layer in parked if layer.is_resident)
+        resident[phase].add(num_bytes(model) + visiting)
+
+    class Phase(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            nonlocal phase
+            phase = "training"
+
+    for layer in layers:
+        next(layer.children()).register_forward_hook(measure)
+    make_trainer(tmp_path, model, trunk_residency="layerwise", callbacks=[Phase()]).train()
+    tail = whole - first - second
+    assert resident["training"] == {tail}
+    # the tail runs in there too, when a replay is compared with the whole model
+    assert resident["making the states"] == {tail, tail + first, tail + second}
+    assert num_bytes(model) == whole
+    assert not any(isinstance(layer, ParkedLayer) for layer in layers)
+
+
+def test_layers_move_to_the_device_and_home_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = last_layer()
+    _, layers = find_decoder_layers(model)
+    own, device = list(layers), torch.device("meta")  # any other than the one at hand
+    moves: list[tuple[Any, torch.device]] = []
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, target: moves.append((module, target)))
+    with pytest.raises(KeyboardInterrupt), trunk_off_device(model, device):
+        assert moves == [(model, device)]
+        parked = layers[0]
+        assert isinstance(parked, ParkedLayer)
+        with parked.resident(), parked.resident():
+            assert moves[1:] == [(own[0], device)]
+        assert moves[2:] == [(own[0], CPU)]
+        raise KeyboardInterrupt
+    assert moves[3:] == [(model, CPU)]
+    assert list(layers) == own
+
+
+def test_what_a_model_asks_a_layer_is_answered() -> None:
+    _, layers = find_decoder_layers(last_layer("gemma3"))
+    parked = ParkedLayer(layers[0], CPU)
+    assert parked.self_attn is layers[0].self_attn
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = parked.no_such_thing
+
+
+def test_where_there_is_no_trunk_it_says_so(tmp_path: Path) -> None:
+    model = peft_model("llama", LocFTConfig(task_type="CAUSAL_LM", layers_to_transform=[0]))
+    with pytest.raises(ValueError, match=r"nothing to keep off the device: layer 0 of .* is trained"):
+        make_trainer(tmp_path, model, trunk_residency="layerwise").train()
+    model = last_layer()
+    model.get_base_model().lm_head.to("meta")
+    with pytest.raises(ValueError, match=r"found the model on cpu, meta: expected one device"):
+        make_trainer(tmp_path, model, trunk_residency="layerwise").train()
+
+
+@pytest.mark.parametrize("field", [{"trunk_residency": "layerwise"}, {"activation_cache_dir": "x"}])
+def test_it_needs_the_cache(field: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"{next(iter(field))}=.* needs the activation cache"):
+        make_trainer(tmp_path, activation_cache="off", **field)
