@@ -24,10 +24,6 @@ from .tail import CacheUnusable, Tail, entering, logits_at, passed_over
 logger = logging.getLogger(__name__)
 
 
-class _Reached(Exception):
-    """Ends a forward at the door of a layer."""
-
-
 @dataclass(frozen=True)
 class Replay:
     """How a model is run on edits: what was kept of its trunk, and what is left out of its tail.
@@ -88,11 +84,14 @@ class Replay:
             yield
 
 
-def find_packing(model: nn.Module, replay: Replay, trial: torch.Tensor) -> Replay:
+def find_packing(model: nn.Module, replay: Replay, trial: torch.Tensor, narrow: bool) -> Replay:
     """Find out how this model can be run on edits, by running it on some of them.
 
     Args:
+        model: the model, in evaluation mode.
+        replay: with its tail, its tree and its device.
         trial: indices of a few edits, short and long.
+        narrow: look for modules that can do with the rows of scored tokens, too.
     """
     try:
         if not agrees(model, replay, trial):
@@ -105,6 +104,8 @@ def find_packing(model: nn.Module, replay: Replay, trial: torch.Tensor) -> Repla
     if not replay.packed:
         logger.info("Edits are padded, not packed: this model's attention is its own.")
         return replay
+    if not narrow:
+        return replay
     pack = replay.tree.pack(trial)
     last = pack.slots[:, -1].unique().to(replay.device)  # each edit's last token that predicts
     inputs = replay.inputs(pack)
@@ -113,8 +114,8 @@ def find_packing(model: nn.Module, replay: Replay, trial: torch.Tensor) -> Repla
         return logits_at(model, torch.zeros_like(last), last, inputs).logits
 
     with replay.replayed(pack):
-        narrow = find_narrowable(replay.tail.layers[-1], logits, last, tolerance(model))
-    return replace(replay, narrow=tuple(narrow))
+        found = find_narrowable(replay.tail.layers[-1], logits, last, tolerance(model))
+    return replace(replay, narrow=tuple(found))
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def cache_trunk(
     Args:
         model: the model, in evaluation mode.
         replay: from `find_packing`.
-        batches: indices of edits, each edit once.
+        batches: indices of edits, each edit at least once.
         trial: indices of a few edits, for which a replay is compared with the whole model.
         storage: where the states go.
 
@@ -196,8 +197,14 @@ def _states_before(
     room: Callable[[tuple[int, int], torch.dtype], torch.Tensor],
     progress: tqdm[Any],
 ) -> torch.Tensor:
-    """Run the model as far as a layer's door, over all edits, and return what comes there, (nodes, hidden)."""
+    """Run the model as far as a layer's door, over all edits, and return what comes there, (nodes, hidden).
+
+    A forward is run to its end, as FSDP and ZeRO need it, but behind the door there is only the head, for one token.
+    """
     states: torch.Tensor | None = None
+    one = torch.zeros(1, dtype=torch.int64, device=replay.device)
+    behind = list(replay.tail.layers)
+    behind = behind[behind.index(door) :]
 
     def keep(arriving: torch.Tensor) -> None:
         nonlocal states
@@ -205,19 +212,15 @@ def _states_before(
             states = room((len(replay.tree), arriving.shape[-1]), arriving.dtype)
         rows = arriving.flatten(0, 1)
         states[pack.nodes] = (rows if replay.packed else rows[pack.places.to(rows.device)]).to(states.device)
-        raise _Reached
 
-    with entering(door, keep):
+    with entering(door, keep), passed_over(behind):
         for batch in batches:
             pack = replay.tree.pack(batch)
-            try:
-                with replay.replayed(pack):
-                    model(**replay.inputs(pack))
-            except _Reached:
-                progress.update()
-                continue
-            raise CacheUnusable("its first trained layer is not reached by a forward")
-    assert states is not None
+            with replay.replayed(pack):
+                logits_at(model, one, one, replay.inputs(pack))
+            progress.update()
+    if states is None:
+        raise CacheUnusable("its first trained layer is not reached by a forward")
     return states
 
 
@@ -228,13 +231,15 @@ def agrees(model: nn.Module, replay: Replay, trial: torch.Tensor) -> bool:
     A family may hand more from layer to layer than states, or take no notice of positions.
     """
     pack = replay.tree.pack(trial)
-    rows, columns = replay.tree.tokens(trial)
-    mask = torch.zeros(pack.slots.shape, dtype=torch.int64).index_put((rows, columns), torch.tensor(1))
-    ids = pack.token_ids[pack.slots]
-    whole = model(input_ids=ids.to(replay.device), attention_mask=mask.to(replay.device), use_cache=False).logits
+    steps = replay.tree.offsets.diff()[trial] - 1
+    mask = (torch.arange(pack.slots.shape[1]) < steps.unsqueeze(1)).long()
+    whole = {"input_ids": pack.token_ids[pack.slots].to(replay.device), "attention_mask": mask.to(replay.device)}
+    # each edit's last token, which sees all the others, and one in the middle
+    rows = torch.arange(len(trial)).repeat(2).to(replay.device)
+    columns = torch.cat([steps - 1, steps // 2]).to(replay.device)
+    expected = logits_at(model, rows, columns, whole | {"use_cache": False}).logits.float()
     with replay.replayed(pack):
-        replayed = model(**replay.inputs(pack)).logits
-    expected, found = whole[rows, columns].float(), replayed[replay.where(pack, rows, columns)].float()
+        found = logits_at(model, *replay.where(pack, rows, columns), replay.inputs(pack)).logits.float()
     return bool((expected - found).abs().max() <= tolerance(model) * expected.abs().max())
 
 

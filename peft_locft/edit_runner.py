@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from .activation_cache import Replay, Storage, cache_trunk, find_packing
 from .batches import micro_batches
+from .distributed import SHARDED, missing_pieces
 from .encoding import EncodedEdits, collate
+from .memory import fitting_tokens, most_tokens
 from .objectives import Objective, Scored, labels_for, scored_positions
 from .prefixes import PrefixTree
 from .tail import CacheUnusable, find_tail
@@ -46,39 +49,56 @@ class EditRunner:
         edits: the encoded edits.
         own: (own edits,) indices of those that this process trains.
         objective: what is scored.
-        max_tokens: in one micro-batch, padding included.
+        max_tokens: in one micro-batch; `None` for what memory has room for.
         device: where forwards run.
     """
 
     def __init__(
-        self, edits: EncodedEdits, own: torch.Tensor, objective: Objective, max_tokens: int, device: torch.device
+        self,
+        edits: EncodedEdits,
+        own: torch.Tensor,
+        objective: Objective,
+        max_tokens: int | None,
+        device: torch.device,
     ) -> None:
         self.edits = edits
         self.own = own
         self.objective = objective
-        self.max_tokens = max_tokens
+        self.max_tokens = max_tokens or most_tokens(device)
+        self._choose_tokens = max_tokens is None
         self.device = device
         self.replay: Replay | None = None
         self.is_prepared = False
         self._running: MicroBatch | None = None
 
-    def prepare(self, model: nn.Module, storage: Storage, required: bool) -> None:
+    def prepare(self, model: nn.Module, storage: Storage, required: bool, accelerator: Accelerator) -> None:
         """Find out how little of the model must be run, and run its trunk over all the edits.
 
         Args:
-            model: the model, in evaluation mode.
+            model: the model, in evaluation mode, with what joins processes around it.
             storage: where the states that leave the trunk are kept.
             required: whether it is an error if they cannot be.
+            accelerator: what has put something around the model.
 
         Raises:
             ValueError: if they cannot be and are required; otherwise a warning says why.
         """
         self.replay = None
+        unwrapped = accelerator.unwrap_model(model)
+        is_sharded = accelerator.distributed_type in SHARDED
+        # what shards weights must see every forward; what averages gradients must see none but those of training
+        model = model if is_sharded else unwrapped
         try:
-            tail = find_tail(model)
-            tree = PrefixTree.of(self.edits.token_ids, self.edits.offsets, self.own)
-            self.replay = find_packing(model, Replay(tail, tree, self.device), self._trial())
-            self.replay = cache_trunk(model, self.replay, self.pieces(self.own), self._trial(), storage)
+            tail = find_tail(unwrapped)
+            if self._choose_tokens and not is_sharded:
+                self.max_tokens = min(self.max_tokens, fitting_tokens(unwrapped, tail, self.device))
+            if storage.place == "off":
+                return
+            tree, trial = PrefixTree.of(self.edits.token_ids, self.edits.offsets, self.own), self._trial()
+            self.replay = find_packing(model, Replay(tail, tree, self.device), trial, narrow=not is_sharded)
+            pieces = self.pieces(self.own)
+            pieces += pieces[:1] * missing_pieces(len(pieces), accelerator)
+            self.replay = cache_trunk(model, self.replay, pieces, trial, storage)
         except CacheUnusable as reason:
             if required:
                 raise ValueError(

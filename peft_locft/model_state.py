@@ -48,7 +48,9 @@ def max_length(model: nn.Module) -> int | None:
 
 def check_vocabulary(model: Any, input_ids: torch.Tensor) -> None:
     """Raise a ValueError if the model's embedding has no row for one of the token ids."""
-    vocabulary_size = model.get_input_embeddings().weight.shape[0]
+    weight = model.get_input_embeddings().weight
+    # a model that was loaded under ZeRO-3 has its shapes here, and no rows
+    vocabulary_size = getattr(weight, "ds_shape", weight.shape)[0]
     largest = int(input_ids.max())
     if largest >= vocabulary_size:
         raise ValueError(

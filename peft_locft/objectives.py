@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 Objective = Literal["target_new", "prompt_last", "full"]
 LossAveraging = Literal["edit", "token"]
 
 IGNORED = -100
+ROWS = 16  # logits are looked at so many at a time
 
 
 def labels_for(
@@ -75,8 +76,35 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor, scored: Scored) -> 
     Returns:
         (B, T) losses, 0 where nothing is scored.
     """
-    losses = F.cross_entropy(logits.float(), labels[scored.rows, scored.columns], reduction="none")
+    losses = _CrossEntropy.apply(logits, labels[scored.rows, scored.columns])
     return torch.zeros(labels.shape, device=logits.device).index_put((scored.rows, scored.columns), losses)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """`F.cross_entropy(logits.float(), targets, reduction="none")` that keeps the logits and nothing of their size.
+
+    torch's keeps the logarithms of all probabilities besides, and a float32 copy of half-precision logits: with a
+    large vocabulary, the largest tensors of a step. Its sums are less exact, too.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        normalizers = torch.cat([rows.float().logsumexp(dim=-1) for rows in logits.split(ROWS)])
+        ctx.save_for_backward(logits, targets, normalizers)
+        return normalizers - logits.gather(1, targets.unsqueeze(1)).squeeze(1).float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_losses: torch.Tensor) -> tuple[torch.Tensor, None]:
+        logits, targets, normalizers = ctx.saved_tensors
+        of_logits = torch.empty_like(logits)
+        pieces = (tensor.split(ROWS) for tensor in (logits, targets, normalizers, of_losses, of_logits))
+        for rows, target, normalizer, weight, gradient in zip(*pieces, strict=True):
+            # probability minus one at the target
+            probabilities = (rows.float() - normalizer.unsqueeze(1)).exp_()
+            probabilities[torch.arange(len(target)), target] -= 1
+            gradient.copy_(probabilities.mul_(weight.unsqueeze(1)))
+        return of_logits, None
 
 
 def sum_losses(losses: torch.Tensor, labels: torch.Tensor, loss_averaging: LossAveraging) -> torch.Tensor:

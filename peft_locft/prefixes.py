@@ -95,9 +95,3 @@ class PrefixTree:
         places = torch.empty(len(nodes), dtype=torch.int64)
         places[slots[is_token]] = torch.arange(slots.numel()).view(slots.shape)[is_token]
         return Pack(nodes, self.token_ids[nodes], self.positions[nodes], slots, places)
-
-    def tokens(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (rows, columns) of all tokens of some edits in `Pack.slots`, padding left out."""
-        steps = self.offsets.diff()[indices].unsqueeze(1) - 1
-        rows, columns = (torch.arange(int(steps.max())) < steps).nonzero(as_tuple=True)
-        return rows, columns

@@ -96,6 +96,9 @@ class BreadthFirstConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.deepspeed:
+            # DeepSpeed clips at 1.0 where its configuration says nothing of it
+            self.hf_deepspeed_config.config.setdefault("gradient_clipping", self.max_grad_norm)
         for name, allowed in CHOICES:
             value, known = getattr(self, name), get_args(allowed)
             if value not in known:

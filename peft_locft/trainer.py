@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import torch
+from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
@@ -21,6 +22,7 @@ from .activation_cache import Storage
 from .adapter_folder import save_adapter
 from .batches import EditBatches, LossRecord
 from .card import training_record
+from .distributed import backward, check_not_sharded, end_step, missing_pieces
 from .edit_runner import EditRunner
 from .edits import Edit, edits_sha256, read_edits
 from .encoding import EncodedEdits, encode_edits
@@ -33,9 +35,6 @@ from .tail import logits_at
 from .training_callbacks import EditProgress, FloorAndRecord
 
 logger = logging.getLogger(__name__)
-
-# in one forward: what keeps an accelerator busy, and what stays in a CPU's cache
-MAX_TOKENS = {False: 8192, True: 512}
 
 
 class BreadthFirstTrainer(Trainer):
@@ -100,15 +99,20 @@ class BreadthFirstTrainer(Trainer):
         self.record = LossRecord()
         self.runner = EditRunner(
             encoded,
-            torch.arange(args.process_index, len(encoded), args.world_size),
+            torch.arange(min(args.process_index, len(encoded) - 1), len(encoded), args.world_size),
             args.objective,
-            args.max_tokens_per_micro_batch or MAX_TOKENS[args.device.type == "cpu"],
+            args.max_tokens_per_micro_batch,
             args.device,
         )
         with configuration_unchanged(model):
             super().__init__(
                 model=model, args=args, train_dataset=encoded, processing_class=processing_class, **kwargs
             )
+        check_not_sharded(
+            self.accelerator,
+            activation_cache_dir=args.activation_cache_dir,
+            trunk_residency=args.trunk_residency == "layerwise",
+        )
         self.add_callback(FloorAndRecord(self.record, args))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(EditProgress(self.record))
@@ -196,14 +200,13 @@ class BreadthFirstTrainer(Trainer):
         dropout_off(model)
         if self._edit_is_done():
             return torch.zeros((), device=self.args.device)
-        if not self.runner.is_prepared and self.args.activation_cache != "off":
-            self._prepare_runner(self.accelerator.unwrap_model(model))
+        if not self.runner.is_prepared:
+            self._prepare_runner(model)
         share = self._gradient(model, inputs, num_items_in_batch)
         check_finite(share.item(), self.state.global_step, self.state.max_steps, self._get_learning_rate())
         self.record.add_batch(share.item(), len(inputs))
-        if self.accelerator.sync_gradients and self.record.end_step() < self.args.loss_floor:
-            # Adam stands still without a gradient
-            model.zero_grad()
+        if self.accelerator.sync_gradients:
+            end_step(model, self.accelerator, take_it=self.record.end_step() >= self.args.loss_floor)
         return share
 
     def _prepare_runner(self, model: nn.Module) -> None:
@@ -213,7 +216,7 @@ class BreadthFirstTrainer(Trainer):
         while True:
             try:
                 with self.compute_loss_context_manager():
-                    return self.runner.prepare(model, storage, required)
+                    return self.runner.prepare(model, storage, required, self.accelerator)
             except RuntimeError as error:
                 if not self.runner.halve(error):
                     raise
@@ -235,23 +238,26 @@ class BreadthFirstTrainer(Trainer):
     def _forward_and_backward(
         self, model: nn.Module, inputs: list[int], num_items_in_batch: int | None
     ) -> torch.Tensor:
-        mine = [index for index in inputs if index % self.args.world_size == self.args.process_index]
+        world_size, process_index = self.args.world_size, self.args.process_index
+        mine = [index for index in inputs if index % world_size == process_index]
         # a process without edits in a batch still joins the others' gradient
-        pieces = self.runner.pieces(torch.tensor(mine) if mine else self.runner.own[:1])
+        own = self.runner.pieces(torch.tensor(mine) if mine else self.runner.own[:1])
+        idle = [(own[0][:1], False)] * missing_pieces(len(own), self.accelerator)
+        pieces = idle + [(piece, bool(mine)) for piece in own]
         share = torch.zeros((), device=self.args.device)
         # a LocFT model's way to compose W + delta once a step; several processes wait for the delta's own backward
-        composed_once = getattr(model, "composed_once", nullcontext) if self.args.world_size == 1 else nullcontext
-        with composed_once():
-            for piece in pieces:
-                no_sync = nullcontext() if piece is pieces[-1] else self.accelerator.no_sync(model)
+        is_alone = self.accelerator.distributed_type == DistributedType.NO
+        with getattr(model, "composed_once", nullcontext)() if is_alone else nullcontext():
+            for number, (piece, counts) in enumerate(pieces, start=1):
+                is_last = number == len(pieces)
                 # backward inside of it too: gradient checkpointing runs layers again there
-                with self.runner.running(piece), no_sync:
+                with self.runner.running(piece), nullcontext() if is_last else self.accelerator.no_sync(model):
                     with self.compute_loss_context_manager():
                         loss = self.compute_loss(model, piece, num_items_in_batch=num_items_in_batch)
-                    loss = loss if mine else loss * 0
+                    loss = loss if counts else loss * 0
                     share += loss.detach()
                     # gradients are averaged over processes, and the loss is already a share of the whole
-                    self.accelerator.backward(loss * self.args.world_size)
+                    backward(loss * world_size, self.accelerator, is_last)
         return self.accelerator.reduce(share, reduction="sum")
 
     def _edit_is_done(self) -> bool:

@@ -50,10 +50,10 @@ def make_trainer(
     folder: Path, model: Any = None, edits: Sequence[Edit] = EDITS, *, tokenizer: Any = None, **arguments: Any
 ) -> BreadthFirstTrainer:
     """Return a trainer of 3 epochs of batches of 4; `arguments` are the recipe's, and `callbacks`."""
-    defaults = {"num_train_epochs": 3, "per_device_train_batch_size": 4, "learning_rate": 5e-3}
+    defaults = {"num_train_epochs": 3, "per_device_train_batch_size": 4, "learning_rate": 5e-3, "use_cpu": True}
     callbacks = arguments.pop("callbacks", None)
     args = BreadthFirstConfig(
-        output_dir=str(folder), use_cpu=True, disable_tqdm=True, **(defaults | {"loss_floor": 0.0} | arguments)
+        output_dir=str(folder), disable_tqdm=True, **(defaults | {"loss_floor": 0.0} | arguments)
     )
     return BreadthFirstTrainer(
         model=peft_model() if model is None else model,

@@ -21,7 +21,7 @@ from .delta import Delta
 from .layer import LocFTLayer
 from .modules import ParamWrapper, wrap
 from .presets import resolve_location
-from .provenance import base_sha256, drop_base_weights, locft_layers, warn_of_other_base
+from .provenance import base_sha256, delta_tensors, drop_base_weights, locft_layers, warn_of_other_base
 from .targets import check_targets
 
 
@@ -276,7 +276,7 @@ class LocFTModel(BaseTuner):
         config.base_sha256 = base_sha256(model, adapter_name) or config.base_sha256
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         drop_base_weights(model, state_dict)
-        return selected
+        return selected | delta_tensors(model, state_dict)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         disabled = any(layer.disable_adapters for _, layer in locft_layers(model))

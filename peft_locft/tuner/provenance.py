@@ -53,6 +53,19 @@ def drop_base_weights(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> 
                 del state_dict[key]
 
 
+def delta_tensors(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the entries of a state dict that are deltas.
+
+    PEFT looks for them by the names that FSDP1's units have while it is wrapped around modules, and a gathered state
+    dict has the model's own: it would find none and save an empty adapter.
+    """
+    layers = [
+        name.replace("_fsdp_wrapped_module.", "") for name, m in model.named_modules() if isinstance(m, LocFTLayer)
+    ]
+    prefixes = tuple(f"{name}.locft_delta." for name in layers)
+    return {key: tensor for key, tensor in state_dict.items() if key.startswith(prefixes)}
+
+
 def warn_of_other_base(model: nn.Module, adapter_name: str, config: LocFTConfig) -> None:
     """Warn if the base weights are not those that the adapter's config says its deltas belong to."""
     expected = config.base_sha256
