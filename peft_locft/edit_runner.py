@@ -17,7 +17,7 @@ from .activation_cache import Replay, Storage, cache_trunk, find_packing
 from .batches import micro_batches
 from .distributed import SHARDED, missing_pieces
 from .encoding import EncodedEdits, collate
-from .memory import fitting_tokens, most_tokens
+from .memory import FEWEST_TOKENS_ON_CPU, fitting_tokens
 from .objectives import Objective, Scored, labels_for, scored_positions
 from .prefixes import PrefixTree
 from .tail import CacheUnusable, find_tail
@@ -64,7 +64,7 @@ class EditRunner:
         self.edits = edits
         self.own = own
         self.objective = objective
-        self.max_tokens = max_tokens or most_tokens(device)
+        self.max_tokens = max_tokens or FEWEST_TOKENS_ON_CPU
         self._choose_tokens = max_tokens is None
         self.device = device
         self.replay: Replay | None = None
@@ -90,9 +90,11 @@ class EditRunner:
         model = model if is_sharded else unwrapped
         try:
             tail = find_tail(unwrapped)
-            if self._choose_tokens and not is_sharded:
-                self.max_tokens = min(self.max_tokens, fitting_tokens(unwrapped, tail, self.device))
+            if self._choose_tokens:
+                head, share = unwrapped.get_output_embeddings(), self._share_scored()
+                self.max_tokens, self._choose_tokens = fitting_tokens(tail, head, share, self.device), False
             if storage.place == "off":
+                self.is_prepared = True
                 return
             tree, trial = PrefixTree.of(self.edits.token_ids, self.edits.offsets, self.own), self._trial()
             self.replay = find_packing(model, Replay(tail, tree, self.device), trial, narrow=not is_sharded)
@@ -109,6 +111,10 @@ class EditRunner:
             if self.replay is not None and not self.replay.packed:
                 self.replay = None
         self.is_prepared = True
+
+    def _share_scored(self) -> float:
+        scored = self.edits.lengths - (1 if self.objective == "full" else self.edits.target_starts)
+        return float(scored.sum() / self.edits.lengths.sum())
 
     def _trial(self) -> torch.Tensor:
         """Choose a few edits, long and short, that make one micro-batch."""

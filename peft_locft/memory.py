@@ -1,18 +1,17 @@
-"""How many tokens a micro-batch may have in the memory that is free."""
+"""How many tokens a micro-batch should have in the memory that there is."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import psutil
 import torch
+from torch import nn
 
 from .tail import Tail
 
-
-def most_tokens(device: torch.device) -> int:
-    """Return the tokens beyond which a forward gains nothing: they fill a CPU's cache, or keep an accelerator busy."""
-    return 384 if device.type == "cpu" else 8192
+MOST_TOKENS = 8192  # more do not make an accelerator any faster
+# a CPU is as fast with little, and memory that is not asked for is there for others
+CPU_BYTES = 208 * 2**20
+FEWEST_TOKENS_ON_CPU = 256
 
 
 def free_memory(device: torch.device) -> int:
@@ -24,21 +23,25 @@ def free_memory(device: torch.device) -> int:
     return torch.accelerator.get_memory_info(device)[0]
 
 
-def bytes_per_token(tail: Tail, vocabulary_size: int) -> int:
-    """Estimate what forward and backward keep for one token.
+def bytes_per_token(tail: Tail, head: nn.Module | None, share_scored: float) -> int:
+    """Estimate what a forward keeps for its backward, by token.
 
-    The input and output of every matrix in the tail, half as much again for what is between them, and the token's
-    logits and their gradient, counted in float32.
+    Args:
+        tail: what is run; the input and output of every matrix in it are counted.
+        head: what makes the logits, of which a scored token has a row in float32.
+        share_scored: how many of the tokens are scored.
     """
     kept = 0.0
     for layer in tail.layers[tail.first :]:
         for parameter in layer.parameters():
             if parameter.dim() > 1:
-                kept += 1.5 * sum(parameter.shape[-2:]) * parameter.itemsize
-    return int(kept) + 2 * 4 * vocabulary_size
+                kept += sum(parameter.shape[-2:]) * parameter.itemsize
+    vocabulary_size = max((parameter.shape[0] for parameter in head.parameters()), default=0) if head else 0
+    return max(1, int(kept + share_scored * 4 * vocabulary_size))
 
 
-def fitting_tokens(model: Any, tail: Tail, device: torch.device) -> int:
+def fitting_tokens(tail: Tail, head: nn.Module | None, share_scored: float, device: torch.device) -> int:
     """Return how many tokens a micro-batch should have: as many as are of use, in half of the memory that is free."""
-    vocabulary_size = model.get_input_embeddings().weight.shape[0]
-    return max(1, min(most_tokens(device), free_memory(device) // 2 // bytes_per_token(tail, vocabulary_size)))
+    per_token = bytes_per_token(tail, head, share_scored)
+    most = max(FEWEST_TOKENS_ON_CPU, CPU_BYTES // per_token) if device.type == "cpu" else MOST_TOKENS
+    return max(1, min(most, MOST_TOKENS, free_memory(device) // 2 // per_token))

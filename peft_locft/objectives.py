@@ -69,42 +69,47 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor, scored: Scored) -> 
     """Return -log p of every scored token, in float32.
 
     Args:
-        logits: (scored tokens, V), at `scored.sources`.
+        logits: (scored tokens, V), at `scored.sources`; float32 ones that a model has computed are
+            overwritten.
         labels: (B, T) token ids, -100 where nothing is scored.
         scored: from [`scored_positions`].
 
     Returns:
         (B, T) losses, 0 where nothing is scored.
     """
+    if logits.is_leaf:
+        logits = logits.clone()  # the caller's own
     losses = _CrossEntropy.apply(logits, labels[scored.rows, scored.columns])
     return torch.zeros(labels.shape, device=logits.device).index_put((scored.rows, scored.columns), losses)
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """`F.cross_entropy(logits.float(), targets, reduction="none")` that keeps the logits and nothing of their size.
+    """`F.cross_entropy(logits.float(), targets, reduction="none")` in one buffer, that of float32 logits themselves.
 
-    torch's keeps the logarithms of all probabilities besides, and a float32 copy of half-precision logits: with a
-    large vocabulary, the largest tensors of a step. Its sums are less exact, too.
+    torch's makes three more of that size: with a large vocabulary, the largest tensors of a step. Its sums are less
+    exact, too.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        normalizers = torch.cat([rows.float().logsumexp(dim=-1) for rows in logits.split(ROWS)])
-        ctx.save_for_backward(logits, targets, normalizers)
-        return normalizers - logits.gather(1, targets.unsqueeze(1)).squeeze(1).float()
+        # should what made the logits need them for its backward, autograd will find them changed and say so
+        powers = logits.detach().float()
+        losses, sums = [], []
+        for rows, target in zip(powers.split(ROWS), targets.split(ROWS), strict=True):
+            rows -= rows.amax(dim=1, keepdim=True)
+            of_target = rows.gather(1, target.unsqueeze(1)).squeeze(1)
+            sums.append(rows.exp_().sum(dim=1))
+            losses.append(sums[-1].log() - of_target)
+        ctx.of_logits, ctx.targets, ctx.sums, ctx.dtype = powers, targets, torch.cat(sums), logits.dtype
+        return torch.cat(losses)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_losses: torch.Tensor) -> tuple[torch.Tensor, None]:
-        logits, targets, normalizers = ctx.saved_tensors
-        of_logits = torch.empty_like(logits)
-        pieces = (tensor.split(ROWS) for tensor in (logits, targets, normalizers, of_losses, of_logits))
-        for rows, target, normalizer, weight, gradient in zip(*pieces, strict=True):
-            # probability minus one at the target
-            probabilities = (rows.float() - normalizer.unsqueeze(1)).exp_()
-            probabilities[torch.arange(len(target)), target] -= 1
-            gradient.copy_(probabilities.mul_(weight.unsqueeze(1)))
-        return of_logits, None
+        gradient = ctx.of_logits.mul_((of_losses / ctx.sums).unsqueeze(1))
+        gradient[torch.arange(len(ctx.targets)), ctx.targets] -= of_losses
+        del ctx.of_logits  # overwritten: there is no second backward
+        return gradient.to(ctx.dtype), None
 
 
 def sum_losses(losses: torch.Tensor, labels: torch.Tensor, loss_averaging: LossAveraging) -> torch.Tensor:

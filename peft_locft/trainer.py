@@ -185,7 +185,8 @@ class BreadthFirstTrainer(Trainer):
         indices = torch.as_tensor(inputs)
         with self.runner.running(indices) as batch:
             outputs = logits_at(model, *batch.where, batch.inputs)
-        losses = token_losses(outputs.logits, batch.labels, batch.scored)
+        logits = outputs.logits.clone() if return_outputs else outputs.logits
+        losses = token_losses(logits, batch.labels, batch.scored)
         loss = sum_losses(losses, batch.labels, self.args.loss_averaging)
         loss = loss / (num_items_in_batch or self._weight(indices))
         return (loss, outputs) if return_outputs else loss
