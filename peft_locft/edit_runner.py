@@ -20,6 +20,7 @@ from .encoding import EncodedEdits, collate
 from .memory import FEWEST_TOKENS_ON_CPU, fitting_tokens
 from .objectives import Objective, Scored, labels_for, scored_positions
 from .prefixes import PrefixTree
+from .recipe import BreadthFirstConfig
 from .tail import CacheUnusable, find_tail
 
 logger = logging.getLogger(__name__)
@@ -71,18 +72,29 @@ class EditRunner:
         self.is_prepared = False
         self._running: MicroBatch | None = None
 
-    def prepare(self, model: nn.Module, storage: Storage, required: bool, accelerator: Accelerator) -> None:
+    def prepare(self, model: nn.Module, args: BreadthFirstConfig, accelerator: Accelerator) -> None:
         """Find out how little of the model must be run, and run its trunk over all the edits.
 
         Args:
             model: the model, in evaluation mode, with what joins processes around it.
-            storage: where the states that leave the trunk are kept.
-            required: whether it is an error if they cannot be.
+            args: where the states that leave the trunk are kept. If that is left open and they cannot be, a warning
+                says why.
             accelerator: what has put something around the model.
 
         Raises:
-            ValueError: if they cannot be and are required; otherwise a warning says why.
+            ValueError: if the states cannot be kept and something in `args` needs them.
         """
+        while True:
+            try:
+                self._prepare(model, args, accelerator)
+            except RuntimeError as error:
+                if not self.halve(error):
+                    raise
+            else:
+                self.is_prepared = True
+                return
+
+    def _prepare(self, model: nn.Module, args: BreadthFirstConfig, accelerator: Accelerator) -> None:
         self.replay = None
         unwrapped = accelerator.unwrap_model(model)
         is_sharded = accelerator.distributed_type in SHARDED
@@ -93,16 +105,16 @@ class EditRunner:
             if self._choose_tokens:
                 head, share = unwrapped.get_output_embeddings(), self._share_scored()
                 self.max_tokens, self._choose_tokens = fitting_tokens(tail, head, share, self.device), False
-            if storage.place == "off":
-                self.is_prepared = True
+            if args.activation_cache == "off":
                 return
             tree, trial = PrefixTree.of(self.edits.token_ids, self.edits.offsets, self.own), self._trial()
             self.replay = find_packing(model, Replay(tail, tree, self.device), trial, narrow=not is_sharded)
             pieces = self.pieces(self.own)
             pieces += pieces[:1] * missing_pieces(len(pieces), accelerator)
+            storage = Storage(args.activation_cache, args.output_dir, args.activation_cache_dir)
             self.replay = cache_trunk(model, self.replay, pieces, trial, storage)
         except CacheUnusable as reason:
-            if required:
+            if args.activation_cache != "auto" or args.activation_cache_dir or args.trunk_residency != "full":
                 raise ValueError(
                     f"The activation cache cannot be used with this model and location: {reason}. Leave "
                     "activation_cache on 'auto', activation_cache_dir unset and trunk_residency on 'full'."
@@ -110,7 +122,6 @@ class EditRunner:
             logger.warning("Every epoch runs the whole model: %s.", reason)
             if self.replay is not None and not self.replay.packed:
                 self.replay = None
-        self.is_prepared = True
 
     def _share_scored(self) -> float:
         scored = self.edits.lengths - (1 if self.objective == "full" else self.edits.target_starts)

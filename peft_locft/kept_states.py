@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import psutil
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .prefixes import PrefixTree
+from .residency import ParkedLayer
 from .tail import Tail
 from .tuner.arithmetic import tensor_sha256
 
@@ -53,23 +55,27 @@ def fingerprint(model: nn.Module, tail: Tail, tree: PrefixTree) -> str:
     Raises:
         ValueError: if a weight is not there to be read.
     """
-    tail_layers = {id(parameter) for layer in tail.layers[tail.first :] for parameter in layer.parameters()}
-    digest = hashlib.sha256()
+    device = next(model.parameters()).device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    parts = [transformers.__version__, str(next(model.parameters()).dtype), str(autocast)]
     config = getattr(model, "config", None)
-    parts = [transformers.__version__, str(tail.first), str(next(model.parameters()).dtype)]
     parts.append(json.dumps(config.to_dict(), sort_keys=True, default=str) if config is not None else "")
-    for name, parameter in model.named_parameters():
-        if id(parameter) in tail_layers:
-            continue
-        if parameter.is_meta:
+    in_stack = {id(parameter) for layer in tail.layers for parameter in layer.parameters()}
+    tensors: list[tuple[str, torch.Tensor]] = []
+    tensors += [(name, tensor) for name, tensor in model.named_parameters() if id(tensor) not in in_stack]
+    for index, layer in enumerate(tail.trunk):
+        whole = layer.parked[0] if isinstance(layer, ParkedLayer) else layer
+        own = chain(whole.named_parameters(), whole.named_buffers())
+        tensors += [(f"{index} {name}", tensor) for name, tensor in own]
+    for name, tensor in tensors:
+        if tensor.is_meta:
             raise ValueError(
-                f"activation_cache_dir needs the weights of the frozen layers, and {name} is offloaded. Leave it "
+                f"activation_cache_dir needs the weights before the location, and {name} is offloaded. Leave it "
                 "unset, or load the model without offloading."
             )
-        parts.append(f"{name} {tensor_sha256(parameter)}")
+        parts.append(f"{name} {tensor_sha256(tensor)}")
     parts += [tensor_sha256(tree.token_ids), tensor_sha256(tree.positions), tensor_sha256(tree.nodes)]
-    digest.update("\n".join(parts).encode())
-    return digest.hexdigest()
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def load_states(path: Path, num_nodes: int) -> torch.Tensor | None:

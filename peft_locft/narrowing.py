@@ -22,11 +22,11 @@ def narrowed(modules: Sequence[nn.Module], rows: torch.Tensor) -> Iterator[None]
 
     def select(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         num_rows[module] = args[0].shape[-2]
-        return (args[0].index_select(-2, rows),)
+        return (args[0].index_select(-2, rows.to(args[0].device)),)
 
     def put_back(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         whole = output.new_zeros(*output.shape[:-2], num_rows[module], output.shape[-1])
-        return whole.index_copy(-2, rows, output)
+        return whole.index_copy(-2, rows.to(output.device), output)
 
     handles = [module.register_forward_pre_hook(select) for module in modules]
     handles += [module.register_forward_hook(put_back) for module in modules]

@@ -45,6 +45,9 @@ class BreadthFirstConfig(TrainingArguments):
             Render prompt and target with the tokenizer's chat template.
         loss_floor (`float`, defaults to `1e-2`):
             A batch whose loss is below it takes no step; training stops after an epoch whose mean loss is below it.
+        skip_learned_epochs (`int`, defaults to 0):
+            An edit whose loss was below the floor sits out so many epochs, with the loss that it had, before it is
+            looked at again. Faster; the published recipe leaves none out. For one process, breadth-first.
         activation_cache (`str`, defaults to `"auto"`):
             The layers before the first trained one are run once, and the states that leave them kept: in `"memory"`,
             on `"disk"` (a memory-mapped scratch file in `output_dir`), or not at all (`"off"`: every step runs the
@@ -80,6 +83,9 @@ class BreadthFirstConfig(TrainingArguments):
     append_eos: bool = field(default=True, metadata={"help": "End every target with the tokenizer's EOS token."})
     chat_template: bool = field(default=False, metadata={"help": "Render edits with the tokenizer's chat template."})
     loss_floor: float = field(default=1e-2, metadata={"help": "No step below it, and the end of training."})
+    skip_learned_epochs: int = field(
+        default=0, metadata={"help": "Epochs that an edit sits out after its loss was below the floor."}
+    )
     activation_cache: CachePlace = field(
         default="auto", metadata={"help": "Where the states that enter the first trained layer are kept."}
     )
@@ -109,6 +115,16 @@ class BreadthFirstConfig(TrainingArguments):
             raise ValueError(
                 f"BreadthFirstConfig.max_tokens_per_micro_batch={self.max_tokens_per_micro_batch}: expected 1 or more."
             )
+        if self.skip_learned_epochs < 0 or (self.skip_learned_epochs and self.edit_order == "depth_first"):
+            raise ValueError(
+                f"BreadthFirstConfig.skip_learned_epochs={self.skip_learned_epochs}: expected 0 or more, and 0 for "
+                "depth_first, which leaves an edit at the floor anyway."
+            )
+        if self.skip_learned_epochs and self.world_size > 1:
+            raise ValueError(
+                f"BreadthFirstConfig.skip_learned_epochs={self.skip_learned_epochs} is for one process, and there are "
+                f"{self.world_size}. Leave it out."
+            )
         if self.activation_cache == "off":
             for name, value in (("activation_cache_dir", None), ("trunk_residency", "full")):
                 if getattr(self, name) != value:
@@ -119,22 +135,25 @@ class BreadthFirstConfig(TrainingArguments):
         if self.dataloader_drop_last:
             raise ValueError("BreadthFirstConfig.dataloader_drop_last would leave edits out of every epoch: drop it.")
         if self.edit_order == "depth_first":
-            if self.per_device_train_batch_size not in (1, type(self).per_device_train_batch_size):
-                raise ValueError(
-                    f"BreadthFirstConfig.per_device_train_batch_size={self.per_device_train_batch_size}: depth-first "
-                    "trains one edit at a time. Give 1, or leave it out."
-                )
-            self.per_device_train_batch_size = 1
-            if self.gradient_accumulation_steps != 1:
-                raise ValueError(
-                    f"BreadthFirstConfig.gradient_accumulation_steps={self.gradient_accumulation_steps}: depth-first "
-                    "takes a step for one edit. Leave it out."
-                )
-            if self.max_steps > 0:
-                raise ValueError(
-                    f"BreadthFirstConfig.max_steps={self.max_steps}: depth-first takes num_train_epochs steps for "
-                    "every edit. Give those instead."
-                )
+            self._check_depth_first()
+
+    def _check_depth_first(self) -> None:
+        if self.per_device_train_batch_size not in (1, type(self).per_device_train_batch_size):
+            raise ValueError(
+                f"BreadthFirstConfig.per_device_train_batch_size={self.per_device_train_batch_size}: depth-first "
+                "trains one edit at a time. Give 1, or leave it out."
+            )
+        self.per_device_train_batch_size = 1
+        if self.gradient_accumulation_steps != 1:
+            raise ValueError(
+                f"BreadthFirstConfig.gradient_accumulation_steps={self.gradient_accumulation_steps}: depth-first "
+                "takes a step for one edit. Leave it out."
+            )
+        if self.max_steps > 0:
+            raise ValueError(
+                f"BreadthFirstConfig.max_steps={self.max_steps}: depth-first takes num_train_epochs steps for "
+                "every edit. Give those instead."
+            )
 
     @property
     def steps_per_edit(self) -> int | None:

@@ -117,7 +117,8 @@ def logits_at(model: nn.Module, rows: torch.Tensor, columns: torch.Tensor, input
     def select(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         nonlocal selected
         selected = True
-        return (args[0][rows, columns].unsqueeze(0), *args[1:])
+        device = args[0].device
+        return (args[0][rows.to(device), columns.to(device)].unsqueeze(0), *args[1:])
 
     handle = head.register_forward_pre_hook(select) if head is not None else None
     try:

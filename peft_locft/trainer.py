@@ -18,7 +18,6 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .activation_cache import Storage
 from .adapter_folder import save_adapter
 from .batches import EditBatches, LossRecord
 from .card import training_record
@@ -30,6 +29,7 @@ from .model_state import check_finite, check_vocabulary, configuration_unchanged
 from .objectives import loss_weight, sum_losses, token_losses
 from .recipe import BreadthFirstConfig
 from .residency import trunk_off_device
+from .resting import RestingEdits
 from .resume import check_same_edits, invalidate, whole_checkpoint
 from .tail import logits_at
 from .training_callbacks import EditProgress, FloorAndRecord
@@ -97,6 +97,8 @@ class BreadthFirstTrainer(Trainer):
         )
         check_vocabulary(model, encoded.token_ids)
         self.record = LossRecord()
+        num_scored = encoded.lengths - (1 if args.objective == "full" else encoded.target_starts)
+        self.resting = RestingEdits(num_scored, args.loss_floor, args.skip_learned_epochs)
         self.runner = EditRunner(
             encoded,
             torch.arange(min(args.process_index, len(encoded) - 1), len(encoded), args.world_size),
@@ -113,7 +115,7 @@ class BreadthFirstTrainer(Trainer):
             activation_cache_dir=args.activation_cache_dir,
             trunk_residency=args.trunk_residency == "layerwise",
         )
-        self.add_callback(FloorAndRecord(self.record, args))
+        self.add_callback(FloorAndRecord(self.record, self.resting, args))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(EditProgress(self.record))
 
@@ -164,10 +166,7 @@ class BreadthFirstTrainer(Trainer):
         return batches, self._weight(torch.tensor([index for batch in batches for index in batch]))
 
     def _weight(self, indices: torch.Tensor) -> int:
-        starts = (
-            torch.ones_like(indices) if self.args.objective == "full" else self.train_dataset.target_starts[indices]
-        )
-        return loss_weight(self.train_dataset.lengths[indices] - starts, self.args.loss_averaging)
+        return loss_weight(self.resting.num_scored[indices], self.args.loss_averaging)
 
     # ------------------------------------------------------------------ one step
 
@@ -187,6 +186,7 @@ class BreadthFirstTrainer(Trainer):
             outputs = logits_at(model, *batch.where, batch.inputs)
         logits = outputs.logits.clone() if return_outputs else outputs.logits
         losses = token_losses(logits, batch.labels, batch.scored)
+        self._last_losses = indices, losses.detach().sum(dim=1)
         loss = sum_losses(losses, batch.labels, self.args.loss_averaging)
         loss = loss / (num_items_in_batch or self._weight(indices))
         return (loss, outputs) if return_outputs else loss
@@ -202,25 +202,17 @@ class BreadthFirstTrainer(Trainer):
         if self._edit_is_done():
             return torch.zeros((), device=self.args.device)
         if not self.runner.is_prepared:
-            self._prepare_runner(model)
-        share = self._gradient(model, inputs, num_items_in_batch)
+            with self.compute_loss_context_manager():
+                self.runner.prepare(model, self.args, self.accelerator)
+        trained, resting = self.resting.split(inputs, int(self.state.epoch))
+        share = self._gradient(model, trained, num_items_in_batch)
+        if resting:
+            share += self.resting.loss(resting, self.args.loss_averaging) / (num_items_in_batch or 1)
         check_finite(share.item(), self.state.global_step, self.state.max_steps, self._get_learning_rate())
         self.record.add_batch(share.item(), len(inputs))
         if self.accelerator.sync_gradients:
             end_step(model, self.accelerator, take_it=self.record.end_step() >= self.args.loss_floor)
         return share
-
-    def _prepare_runner(self, model: nn.Module) -> None:
-        args = self.args
-        storage = Storage(args.activation_cache, args.output_dir, args.activation_cache_dir)
-        required = args.activation_cache != "auto" or args.trunk_residency != "full" or storage.kept_in is not None
-        while True:
-            try:
-                with self.compute_loss_context_manager():
-                    return self.runner.prepare(model, storage, required, self.accelerator)
-            except RuntimeError as error:
-                if not self.runner.halve(error):
-                    raise
 
     def _gradient(self, model: nn.Module, inputs: list[int], num_items_in_batch: int | None) -> torch.Tensor:
         """Forward and backward; where memory runs out, again in smaller pieces."""
@@ -255,6 +247,8 @@ class BreadthFirstTrainer(Trainer):
                 with self.runner.running(piece), nullcontext() if is_last else self.accelerator.no_sync(model):
                     with self.compute_loss_context_manager():
                         loss = self.compute_loss(model, piece, num_items_in_batch=num_items_in_batch)
+                    if counts:
+                        self.resting.add(*self._last_losses, int(self.state.epoch))
                     loss = loss if counts else loss * 0
                     share += loss.detach()
                     # gradients are averaged over processes, and the loss is already a share of the whole

@@ -10,6 +10,8 @@ from transformers.trainer_callback import ProgressCallback
 
 from .batches import EditBatches, LossRecord
 from .recipe import BreadthFirstConfig
+from .resting import STATE_KEY as RESTING_KEY
+from .resting import RestingEdits
 
 STATE_KEY = "BreadthFirstTrainer"
 
@@ -17,12 +19,14 @@ STATE_KEY = "BreadthFirstTrainer"
 class FloorAndRecord(TrainerCallback):
     """Keeps the record of losses in the trainer's state, tells the batches their epoch, and stops at the floor."""
 
-    def __init__(self, record: LossRecord, args: BreadthFirstConfig) -> None:
+    def __init__(self, record: LossRecord, resting: RestingEdits, args: BreadthFirstConfig) -> None:
         self.record = record
+        self.resting = resting
         self.args = args
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.record.restore(state.stateful_callbacks.get(STATE_KEY, LossRecord().state()))
+        self.resting.restore(state.stateful_callbacks.get(RESTING_KEY, {}))
 
     def on_epoch_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, train_dataloader: Any = None, **kwargs: Any
@@ -42,6 +46,8 @@ class FloorAndRecord(TrainerCallback):
         elif steps_per_edit is not None and state.global_step % steps_per_edit == 0:
             self.record.end_edit()
         state.stateful_callbacks[STATE_KEY] = self.record.state()
+        if self.resting.epochs:
+            state.stateful_callbacks[RESTING_KEY] = self.resting.state()
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.args.steps_per_edit is None and self.record.epoch_edits:

@@ -59,6 +59,12 @@ def test_bfloat16_losses_are_as_close_as_bfloat16_is(family: str, tmp_path: Path
     assert other.epoch_losses == pytest.approx(whole.epoch_losses, rel=5e-3)
 
 
+def test_mixed_precision_replays(tmp_path: Path) -> None:
+    whole, other = run(tmp_path, "llama", bf16=True, **WHOLE), run(tmp_path, "llama", bf16=True)
+    assert is_cached(other) and other.runner.replay.packed
+    assert other.epoch_losses == pytest.approx(whole.epoch_losses, rel=5e-3)
+
+
 @pytest.mark.parametrize("objective", ["target_new", "prompt_last", "full"])
 def test_every_objective_replays(objective: str, tmp_path: Path) -> None:
     runs = [run(tmp_path, "llama", objective=objective, **arguments) for arguments in (WHOLE, {})]

@@ -1,0 +1,64 @@
+"""The benchmarks run, and their plain loop and their arithmetic are what they say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks.speed import count_tokens, plain_loss, tail_flops
+from tiny_training import EDITS, make_trainer, peft_model
+from tokenizers_for_tests import make_tokenizer
+from transformers import LlamaConfig
+
+from peft_locft import Edit, encode_edits
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def test_the_plain_loop_has_our_losses(tmp_path: Path) -> None:
+    model = peft_model()
+    trainer = make_trainer(tmp_path, model, per_device_train_batch_size=8, learning_rate=0.0)
+    trainer.train()
+    encoded = encode_edits(EDITS, make_tokenizer("llama2"))
+    plain = plain_loss(model, [encoded[index] for index in range(len(EDITS))], pad_token_id=0)
+    assert plain.item() == pytest.approx(trainer.epoch_losses[0], rel=1e-5)
+
+
+def test_tokens_are_counted_once_and_without_the_last() -> None:
+    tokenizer = make_tokenizer("llama2")
+    edits = [Edit(prompt="The capital of France is", target=target) for target in ("Paris", "Madrid")]
+    encoded = encode_edits(edits, tokenizer)
+    prompt = int(encoded.target_starts[0])
+    targets = [int(length) - prompt for length in encoded.lengths]
+    assert count_tokens(encoded, batch_size=2) == (prompt + sum(targets) - 2, sum(targets))
+    assert count_tokens(encoded, batch_size=1) == (2 * prompt + sum(targets) - 2, sum(targets))
+
+
+def test_the_floor_counts_what_must_be_computed() -> None:
+    config = LlamaConfig(
+        hidden_size=8, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=100,
+    )  # fmt: skip
+    # matrices of a layer: q and o 8 x 8, k and v 8 x 4, three of the MLP 8 x 16
+    down, mlp, query_and_output, key_and_value, head = 8 * 16, 3 * 8 * 16, 2 * 8 * 8, 2 * 8 * 4, 8 * 100
+    between = query_and_output + key_and_value + mlp
+    last = 10 * key_and_value + 3 * (query_and_output + mlp)
+    # forward and backward, two operations a weight
+    assert tail_flops(10, 3, 1, config) == 4 * (10 * down + 10 * between + last + 3 * head)
+    assert tail_flops(10, 3, 3, config) == 4 * (3 * down + 3 * head)
+
+
+@pytest.mark.slow
+def test_the_scale_benchmark_runs(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.benchmarks.scale", "--counts", "150", "300", "--output", str(tmp_path)]
+    done = subprocess.run([*command, "--threads", "1"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "scale.json").read_text())["table"]
+    assert [row["edits"] for row in rows] == [150, 300]
+    assert all(row["ms/edit"] > 0 for row in rows)
+    assert (tmp_path / "scale.png").stat().st_size > 1000
+    assert torch.get_num_threads() == 1
