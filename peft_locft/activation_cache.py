@@ -128,11 +128,13 @@ class Storage:
         place: `"memory"`, `"disk"` or `"auto"`, see `allocate`.
         folder: where a scratch file goes.
         kept_in: a folder for a file from which later runs take them, if model, edits and location are the same.
+        quiet: no progress bar.
     """
 
     place: str
     folder: str
     kept_in: str | None = None
+    quiet: bool = False
 
 
 def cache_trunk(
@@ -179,7 +181,7 @@ def _run_trunk(
                 total=len(stops) * len(batches),
                 desc="running the frozen layers once",
                 leave=False,
-                disable=len(stops) * len(batches) < 20,
+                disable=storage.quiet or len(stops) * len(batches) < 20,
             )
         )
 

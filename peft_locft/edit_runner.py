@@ -111,7 +111,9 @@ class EditRunner:
             self.replay = find_packing(model, Replay(tail, tree, self.device), trial, narrow=not is_sharded)
             pieces = self.pieces(self.own)
             pieces += pieces[:1] * missing_pieces(len(pieces), accelerator)
-            storage = Storage(args.activation_cache, args.output_dir, args.activation_cache_dir)
+            storage = Storage(
+                args.activation_cache, args.output_dir, args.activation_cache_dir, quiet=bool(args.disable_tqdm)
+            )
             self.replay = cache_trunk(model, self.replay, pieces, trial, storage)
         except CacheUnusable as reason:
             if args.activation_cache != "auto" or args.activation_cache_dir or args.trunk_residency != "full":
