@@ -116,7 +116,7 @@ def find_packing(model: nn.Module, replay: Replay, trial: torch.Tensor, narrow: 
         return logits_at(model, torch.zeros_like(last), last, inputs).logits
 
     with replay.replayed(pack):
-        found = find_narrowable(replay.tail.layers[-1], logits, last, tolerance(model))
+        found = find_narrowable(replay.tail.layers[-1], logits, last, tolerance(model, replay.device))
     return replace(replay, narrow=tuple(found))
 
 
@@ -158,7 +158,7 @@ def cache_trunk(
         raise CacheUnusable(replay.tail.why_whole)
     path = states = None
     if storage.kept_in is not None:
-        path = Path(storage.kept_in, f"{fingerprint(model, replay.tail, replay.tree)}.safetensors")
+        path = Path(storage.kept_in, f"{fingerprint(model, replay.tail, replay.tree, replay.device)}.safetensors")
         states = load_states(path, len(replay.tree))
     if states is None:
         states = _run_trunk(model, replay, batches, storage, path)
@@ -249,11 +249,10 @@ def agrees(model: nn.Module, replay: Replay, trial: torch.Tensor) -> bool:
     expected = logits_at(model, rows, columns, whole | {"use_cache": False}).logits.float()
     with replay.replayed(pack):
         found = logits_at(model, *replay.where(pack, rows, columns), replay.inputs(pack)).logits.float()
-    return bool((expected - found).abs().max() <= tolerance(model) * expected.abs().max())
+    return bool((expected - found).abs().max() <= tolerance(model, replay.device) * expected.abs().max())
 
 
-def tolerance(model: nn.Module) -> float:
+def tolerance(model: nn.Module, device: torch.device) -> float:
     """Return by how much two ways to compute the same may differ, as a share of the largest value."""
-    parameter = next(model.parameters())
-    is_half = parameter.itemsize < 4 or torch.is_autocast_enabled(parameter.device.type)
+    is_half = next(model.parameters()).itemsize < 4 or torch.is_autocast_enabled(device.type)
     return 5e-2 if is_half else 1e-3

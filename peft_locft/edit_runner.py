@@ -17,7 +17,7 @@ from .activation_cache import Replay, Storage, cache_trunk, find_packing
 from .batches import micro_batches
 from .distributed import SHARDED, missing_pieces
 from .encoding import EncodedEdits, collate
-from .memory import FEWEST_TOKENS_ON_CPU, fitting_tokens
+from .memory import FEWEST_TOKENS_ON_CPU, MOST_TOKENS, fitting_tokens
 from .objectives import Objective, Scored, labels_for, scored_positions
 from .prefixes import PrefixTree
 from .recipe import BreadthFirstConfig
@@ -65,7 +65,7 @@ class EditRunner:
         self.edits = edits
         self.own = own
         self.objective = objective
-        self.max_tokens = max_tokens or FEWEST_TOKENS_ON_CPU
+        self.max_tokens = max_tokens or (FEWEST_TOKENS_ON_CPU if device.type == "cpu" else MOST_TOKENS)
         self._choose_tokens = max_tokens is None
         self.device = device
         self.replay: Replay | None = None

@@ -49,14 +49,13 @@ def allocate(shape: tuple[int, int], dtype: torch.dtype, place: str, folder: str
         return torch.from_file(file.name, shared=True, size=num_values, dtype=dtype).view(shape)
 
 
-def fingerprint(model: nn.Module, tail: Tail, tree: PrefixTree) -> str:
+def fingerprint(model: nn.Module, tail: Tail, tree: PrefixTree, device: torch.device) -> str:
     """Return the sha256 of all that the states depend on: the trunk's weights and configuration, and the edits.
 
     Raises:
         ValueError: if a weight is not there to be read.
     """
-    device = next(model.parameters()).device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     parts = [transformers.__version__, str(next(model.parameters()).dtype), str(autocast)]
     config = getattr(model, "config", None)
     parts.append(json.dumps(config.to_dict(), sort_keys=True, default=str) if config is not None else "")

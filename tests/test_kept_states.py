@@ -135,4 +135,4 @@ def test_an_offloaded_weight_cannot_be_hashed(tmp_path: Path) -> None:
     model = peft_model("llama", LocFTConfig(task_type="CAUSAL_LM", layers_to_transform=[1]))
     model.get_base_model().model.layers[0].to("meta")
     with pytest.raises(ValueError, match=r"activation_cache_dir .*0 .* is offloaded"):
-        fingerprint(model, find_tail(model), None)  # type: ignore[arg-type]
+        fingerprint(model, find_tail(model), None, torch.device("cpu"))  # type: ignore[arg-type]
