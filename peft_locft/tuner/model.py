@@ -174,9 +174,8 @@ class LocFTModel(BaseTuner):
         the backward of a delta itself, as DistributedDataParallel does, waits in vain.
         """
         with ExitStack() as stack:
-            for module in self.model.modules():
-                if isinstance(module, LocFTLayer):
-                    stack.enter_context(module.composed_once())
+            for _, layer in locft_layers(self.model):
+                stack.enter_context(layer.composed_once())
             yield
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -276,7 +275,7 @@ class LocFTModel(BaseTuner):
         config.base_sha256 = base_sha256(model, adapter_name) or config.base_sha256
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         drop_base_weights(model, state_dict)
-        return selected | delta_tensors(model, state_dict)
+        return selected | delta_tensors(model, adapter_name, state_dict)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         disabled = any(layer.disable_adapters for _, layer in locft_layers(model))

@@ -46,24 +46,24 @@ def drop_base_weights(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> 
     Where an embedding or the head is the location, PEFT would go on to save its base weight too, edited if an adapter
     is merged, and on loading put it in the place of the base model's own.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, LocFTLayer):
-            prefix = f"{name.replace('_fsdp_wrapped_module.', '')}.base_layer."
-            for key in [key for key in state_dict if key.startswith(prefix)]:
-                del state_dict[key]
+    prefixes = tuple(f"{name}.base_layer." for name in _names_in_state_dict(model))
+    for key in [key for key in state_dict if key.startswith(prefixes)]:
+        del state_dict[key]
 
 
-def delta_tensors(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the entries of a state dict that are deltas.
+def delta_tensors(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the entries of a state dict that are deltas of an adapter.
 
     PEFT looks for them by the names that FSDP1's units have while it is wrapped around modules, and a gathered state
     dict has the model's own: it would find none and save an empty adapter.
     """
-    layers = [
-        name.replace("_fsdp_wrapped_module.", "") for name, m in model.named_modules() if isinstance(m, LocFTLayer)
-    ]
-    prefixes = tuple(f"{name}.locft_delta." for name in layers)
+    prefixes = tuple(f"{name}.locft_delta.{adapter_name}." for name in _names_in_state_dict(model))
     return {key: tensor for key, tensor in state_dict.items() if key.startswith(prefixes)}
+
+
+def _names_in_state_dict(model: nn.Module) -> list[str]:
+    layers = [name for name, module in model.named_modules() if isinstance(module, LocFTLayer)]
+    return [name.replace("_fsdp_wrapped_module.", "") for name in layers]
 
 
 def warn_of_other_base(model: nn.Module, adapter_name: str, config: LocFTConfig) -> None:
