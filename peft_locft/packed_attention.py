@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,13 +17,16 @@ from .prefixes import Pack
 
 NAME = "locft_packed"
 
+# (module, query, key, value, **what the family gives it) to (1, N, heads, d)
+Attention = Callable[..., torch.Tensor]
+
 # by the configuration that an attention module looks its implementation up in; backward may run in another thread
-_packs: dict[int, Pack] = {}
+_attending: dict[int, Attention] = {}
 
 
 @contextmanager
-def packed_attention(layers: nn.ModuleList, pack: Pack) -> Iterator[None]:
-    """Let the layers attend within each edit, while their states are (1, N, hidden), a row a distinct prefix.
+def attending(layers: nn.ModuleList, attention: Attention) -> Iterator[None]:
+    """Let the layers attend as told, while their states are (1, N, hidden), a row a distinct prefix.
 
     Everything else in a decoder layer treats a token by itself, so that this is all a layer needs to know. It holds
     for families that look their attention up in transformers' `AttentionInterface`; try it before you rely on it.
@@ -32,13 +36,18 @@ def packed_attention(layers: nn.ModuleList, pack: Pack) -> Iterator[None]:
     before = {key: config._attn_implementation for key, config in configs.items()}
     for key, config in configs.items():
         config._attn_implementation = NAME
-        _packs[key] = pack
+        _attending[key] = attention
     try:
         yield
     finally:
         for key, config in configs.items():
             config._attn_implementation = before[key]
-            del _packs[key]
+            del _attending[key]
+
+
+def packed_attention(layers: nn.ModuleList, pack: Pack) -> Any:
+    """Let the layers attend within each edit; a context, see [`attending`]."""
+    return attending(layers, partial(attend_within, pack))
 
 
 def _configs(layer: nn.Module) -> Iterator[Any]:
@@ -53,11 +62,21 @@ def _attend(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
+    return _attending[id(module.config)](module, query, key, value, **kwargs), None
+
+
+def attend_within(
+    pack: Pack,
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
     """Lay queries, keys and values, (1, heads, N, d), out as edits, attend, and return (1, N, heads, d)."""
-    pack = _packs[id(module.config)]
     slots = pack.slots.to(query.device)
     length = slots.shape[1]
     mask = None
@@ -67,11 +86,11 @@ def _attend(
             .tril()
             .triu(1 - sliding_window)[None, None]
         )
-    laid_out = [_take(states[0].transpose(0, 1), slots).transpose(1, 2) for states in (query, key, value)]
+    laid_out = [take(states[0].transpose(0, 1), slots).transpose(1, 2) for states in (query, key, value)]
     output, _ = sdpa_attention_forward(module, *laid_out, mask, **kwargs)
-    return _take(output.flatten(0, 1), pack.places.to(query.device)).unsqueeze(0), None
+    return take(output.flatten(0, 1), pack.places.to(query.device)).unsqueeze(0)
 
 
-def _take(rows: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+def take(rows: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """Return `rows[indices]`; an embedding's backward is many times faster than that of an index."""
     return F.embedding(indices, rows.flatten(1)).unflatten(-1, rows.shape[1:])

@@ -1,0 +1,202 @@
+"""Ask a model many questions: what it answers, and how probable it finds given continuations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+
+from .activation_cache import Replay, find_packing
+from .memory import MOST_TOKENS
+from .model_state import configuration_unchanged
+from .packed_decoding import PackedDecoder, not_finite, num_tokens
+from .prefixes import PrefixTree
+from .questions import Answer, Choice, Question, Score, StopCounter, greedy
+from .tail import Tail, logits_at
+from .tuner.presets import find_decoder_layers
+
+MOST_TOKENS_ON_CPU = 512
+
+
+def ask(
+    model: nn.Module,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    *,
+    choose: Choice = greedy,
+    max_tokens: int | None = None,
+    description: str = "asking",
+    progress: bool = True,
+) -> list[Answer]:
+    """Score and answer questions.
+
+    Prompts are packed, not padded; beginnings that they share are computed once; answers that have come to their end
+    make room for other questions. With a model whose attention is its own, questions are padded, and answered by
+    `model.generate`. The answers are the same, to the rounding of floating point numbers.
+
+    Args:
+        model: a decoder-only language model; it is put into evaluation mode meanwhile.
+        tokenizer: knows what text a token stands for, and EOS.
+        questions: each is asked once, however often it is there.
+        choose: the next token from logits; [`TopK`] samples.
+        max_tokens: in one forward; `None`: what the device has use for.
+        description: of the progress bar.
+        progress: show it, if there are at least 100 questions.
+
+    Returns:
+        The answers, in the order of the questions; equal questions share one.
+
+    Raises:
+        RuntimeError: the model's logits are not finite.
+    """
+    distinct = list(dict.fromkeys(questions))
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    max_tokens = max_tokens or (MOST_TOKENS_ON_CPU if device.type == "cpu" else MOST_TOKENS)
+    bar = tqdm(total=len(distinct), desc=description, leave=False, disable=not progress or len(distinct) < 100)
+    with bar, _evaluating(model):
+        layers = _packable_layers(model, distinct, device, max_tokens)
+        ends = StopCounter(tokenizer)
+        if layers is not None:
+            answers = PackedDecoder(model, layers, device, max_tokens, ends, choose).answer(distinct, bar)
+        else:
+            answers = _answer_padded(model, distinct, device, max_tokens, ends, choose, bar)
+    by_question = dict(zip(distinct, answers, strict=True))
+    return [by_question[question] for question in questions]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        # a LocFT model composes W + delta once for all that is asked
+        with torch.no_grad(), configuration_unchanged(model), getattr(model, "composed_once", nullcontext)():
+            yield
+    finally:
+        for module in was_training:
+            module.training = True
+
+
+def _packable_layers(
+    model: nn.Module, questions: Sequence[Question], device: torch.device, max_tokens: int
+) -> nn.ModuleList | None:
+    """Return the decoder layers if packed tokens give the logits of padded ones, tried on a short and a long prompt."""
+    try:
+        _, layers = find_decoder_layers(model)
+    except ValueError:
+        return None
+    by_length = sorted({question.prompt for question in questions}, key=len)
+    # the tree leaves out the last token
+    trial = [(*prompt, 0) for prompt in {by_length[0], by_length[len(by_length) // 2], by_length[-1]}]
+    tokens = torch.tensor([token for prompt in trial for token in prompt])
+    offsets = torch.tensor([0, *map(len, trial)]).cumsum(0)
+    numbers = torch.arange(len(trial))
+    tree = PrefixTree.of(tokens, offsets, numbers)
+    found = find_packing(model, Replay(Tail(layers, 0), tree, device), numbers, narrow=False)
+    return layers if found.packed else None
+
+
+# ---------------------------------------------------------------------- padded, for models with an attention of their own
+
+
+def _answer_padded(
+    model: nn.Module,
+    questions: Sequence[Question],
+    device: torch.device,
+    max_tokens: int,
+    ends: StopCounter,
+    choose: Choice,
+    progress: tqdm[Any],
+) -> list[Answer]:
+    answers = [Answer() for _ in questions]
+    for batch in _by_length(questions, max_tokens):
+        for number in batch:
+            answers[number].scores = _scores(model, questions[number], device, ends)
+        answering = [number for number in batch if questions[number].max_new_tokens]
+        if answering:
+            _generate(model, questions, answers, answering, device, ends, choose)
+        progress.update(len(batch))
+    return answers
+
+
+def _by_length(questions: Sequence[Question], max_tokens: int) -> Iterator[list[int]]:
+    order = sorted(range(len(questions)), key=lambda number: num_tokens(questions[number]))
+    batch: list[int] = []
+    for number in order:
+        if batch and (len(batch) + 1) * num_tokens(questions[number]) > max_tokens:
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch
+
+
+def _scores(model: nn.Module, question: Question, device: torch.device, ends: StopCounter) -> list[Score]:
+    """Score the continuations of one question in one forward, padded on the right."""
+    if not question.scored:
+        return []
+    rows = [torch.tensor(scored.token_ids) for scored in question.scored]
+    input_ids = pad_sequence(rows, batch_first=True).to(device)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device)
+    where = [(r, t) for r, scored in enumerate(question.scored) for t in range(scored.start, len(scored.token_ids))]
+    row, column = torch.tensor(where, device=device).unbind(dim=1)
+    inputs = {"input_ids": input_ids, "attention_mask": mask, "use_cache": False}
+    logits = logits_at(model, row, column - 1, inputs).logits.float()
+    if not bool(logits.amax(dim=-1).isfinite().all()):
+        raise not_finite(ends.tokenizer.decode(list(question.prompt)))
+    log_probs = iter((logits.gather(1, input_ids[row, column, None])[:, 0] - logits.logsumexp(dim=-1)).tolist())
+    predicted = iter(logits.argmax(dim=-1).tolist())
+    lengths = [len(scored.token_ids) - scored.start for scored in question.scored]
+    return [Score([next(log_probs) for _ in range(n)], [next(predicted) for _ in range(n)]) for n in lengths]
+
+
+def _generate(
+    model: Any,
+    questions: Sequence[Question],
+    answers: Sequence[Answer],
+    batch: Sequence[int],
+    device: torch.device,
+    ends: StopCounter,
+    choose: Choice,
+) -> None:
+    """Answer with `model.generate`, padded on the left, until every row has come to its end."""
+    asked = [questions[number] for number in batch]
+    width = max(len(question.prompt) for question in asked)
+    input_ids = torch.tensor([[0] * (width - len(question.prompt)) + list(question.prompt) for question in asked])
+    mask = torch.tensor([[0] * (width - len(question.prompt)) + [1] * len(question.prompt) for question in asked])
+
+    class Chooses(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            bad = (~scores.amax(dim=-1).isfinite()).nonzero().flatten().tolist()
+            if bad:
+                raise not_finite(ends.tokenizer.decode(list(asked[bad[0]].prompt)))
+            tokens = choose(scores, [(number, input_ids.shape[1] - width) for number in batch])
+            return torch.full_like(scores, -math.inf).scatter(1, tokens[:, None], 0.0)
+
+    class Ends(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            rows = zip(asked, input_ids[:, width:].tolist(), strict=True)
+            return torch.tensor([ends.is_whole(question, row) for question, row in rows], device=input_ids.device)
+
+    # the model's own configuration may sample, or penalise what the prompt has said; `ask` puts it back
+    own = vars(model.generation_config)
+    own.clear()
+    own.update(vars(GenerationConfig(pad_token_id=0)))
+    generated = model.generate(
+        input_ids=input_ids.to(device),
+        attention_mask=mask.to(device),
+        max_new_tokens=max(question.max_new_tokens for question in asked),
+        do_sample=False,
+        logits_processor=[Chooses()],
+        stopping_criteria=[Ends()],
+    )
+    for number, question, row in zip(batch, asked, generated[:, width:].tolist(), strict=True):
+        length = next((n for n in range(1, len(row)) if ends.is_whole(question, row[:n])), len(row))
+        answers[number].token_ids = row[:length]
