@@ -21,6 +21,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from .card import model_card, provenance, usage_lines
+from .files import current_umask
 
 PROVENANCE_NAME = "locft_provenance.json"
 STAGING_PREFIX = ".locft-"
@@ -98,7 +99,7 @@ def _describe(adapter: Path, record: dict[str, Any] | None) -> None:
 
 def _put_in_place(staging: Path, folder: Path) -> None:
     if not folder.exists():
-        staging.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        staging.chmod(0o777 & ~current_umask())  # mkdtemp makes it private
         os.rename(staging, folder)
     elif not _replaces_an_adapter(staging, folder) or not _exchange(staging, folder):
         # without its configuration a folder is no adapter, so a new one appears with the last of these
@@ -179,12 +180,6 @@ def _sync_folder(folder: Path) -> None:
         descriptor = os.open(folder, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from .activation_cache import Replay, find_packing
 from .memory import MOST_TOKENS
-from .model_state import configuration_unchanged
-from .packed_decoding import PackedDecoder, not_finite, num_tokens
+from .model_state import check_vocabulary, configuration_unchanged, max_length
+from .packed_decoding import PackedDecoder, num_tokens
 from .prefixes import PrefixTree
 from .questions import Answer, Choice, Question, Score, StopCounter, greedy
 from .tail import Tail, logits_at
@@ -32,7 +32,7 @@ def ask(
     *,
     choose: Choice = greedy,
     max_tokens: int | None = None,
-    description: str = "asking",
+    whose: str = "the model",
     progress: bool = True,
 ) -> list[Answer]:
     """Score and answer questions.
@@ -47,7 +47,7 @@ def ask(
         questions: each is asked once, however often it is there.
         choose: the next token from logits; [`TopK`] samples.
         max_tokens: in one forward; `None`: what the device has use for.
-        description: of the progress bar.
+        whose: logits they are, in messages.
         progress: show it, if there are at least 100 questions.
 
     Returns:
@@ -59,10 +59,10 @@ def ask(
     distinct = list(dict.fromkeys(questions))
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     max_tokens = max_tokens or (MOST_TOKENS_ON_CPU if device.type == "cpu" else MOST_TOKENS)
-    bar = tqdm(total=len(distinct), desc=description, leave=False, disable=not progress or len(distinct) < 100)
-    with bar, _evaluating(model):
+    bar = tqdm(total=len(distinct), desc=f"asking {whose}", leave=False, disable=not progress or len(distinct) < 100)
+    with bar, evaluating(model):
         layers = _packable_layers(model, distinct, device, max_tokens)
-        ends = StopCounter(tokenizer)
+        ends = StopCounter(tokenizer, whose=whose)
         if layers is not None:
             answers = PackedDecoder(model, layers, device, max_tokens, ends, choose).answer(distinct, bar)
         else:
@@ -71,8 +71,29 @@ def ask(
     return [by_question[question] for question in questions]
 
 
+def check_fits(model: nn.Module, questions: Sequence[Question], tokenizer: Any) -> None:
+    """Check that a model knows the tokens of questions, and has positions enough for them and their answers.
+
+    Raises:
+        ValueError: if it does not; the first prompt that is too long is named.
+    """
+    most = max_length(model)
+    largest = 0
+    for question in questions:
+        largest = max(largest, *question.prompt, *(token for scored in question.scored for token in scored.token_ids))
+        needed = max(
+            len(question.prompt) + question.max_new_tokens, *(len(each.token_ids) for each in question.scored), 0
+        )
+        if most is not None and needed > most:
+            raise ValueError(
+                f"The prompt {tokenizer.decode(list(question.prompt))!r} and its answer need {needed} positions; the "
+                f"model has {most}. Shorten the prompt, or lower max_new_tokens."
+            )
+    check_vocabulary(model, torch.tensor(largest))
+
+
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -87,7 +108,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _packable_layers(
     model: nn.Module, questions: Sequence[Question], device: torch.device, max_tokens: int
 ) -> nn.ModuleList | None:
-    """Return the decoder layers if packed tokens give the logits of padded ones, tried on a short and a long prompt."""
+    """Return the decoder layers if packed tokens give the logits of padded ones, tried on short and long prompts."""
     try:
         _, layers = find_decoder_layers(model)
     except ValueError:
@@ -103,7 +124,7 @@ def _packable_layers(
     return layers if found.packed else None
 
 
-# ---------------------------------------------------------------------- padded, for models with an attention of their own
+# ---------------------------------------------------------------------- padded: attention of a model's own
 
 
 def _answer_padded(
@@ -150,7 +171,7 @@ def _scores(model: nn.Module, question: Question, device: torch.device, ends: St
     inputs = {"input_ids": input_ids, "attention_mask": mask, "use_cache": False}
     logits = logits_at(model, row, column - 1, inputs).logits.float()
     if not bool(logits.amax(dim=-1).isfinite().all()):
-        raise not_finite(ends.tokenizer.decode(list(question.prompt)))
+        raise ends.not_finite(question)
     log_probs = iter((logits.gather(1, input_ids[row, column, None])[:, 0] - logits.logsumexp(dim=-1)).tolist())
     predicted = iter(logits.argmax(dim=-1).tolist())
     lengths = [len(scored.token_ids) - scored.start for scored in question.scored]
@@ -176,7 +197,7 @@ def _generate(
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
             bad = (~scores.amax(dim=-1).isfinite()).nonzero().flatten().tolist()
             if bad:
-                raise not_finite(ends.tokenizer.decode(list(asked[bad[0]].prompt)))
+                raise ends.not_finite(asked[bad[0]])
             tokens = choose(scores, [(number, input_ids.shape[1] - width) for number in batch])
             return torch.full_like(scores, -math.inf).scatter(1, tokens[:, None], 0.0)
 

@@ -17,84 +17,16 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from .kept_keys import Kept, Running
 from .packed_attention import attend_within, attending, take
-from .prefixes import Pack, PrefixTree
+from .packed_questions import Branches, Read
+from .prefixes import Pack
 from .questions import Answer, Choice, Question, Score, StopCounter, greedy
 from .tail import logits_at
 
 
-@dataclass
-class _Running:
-    """An answer under way: where its tokens' keys and values are kept, but for the last."""
-
-    number: int
-    answer: Answer
-    history: list[int]
-
-
 @dataclass(frozen=True)
-class _Branches:
-    """The sequences of token ids of some questions, as a tree: each continuation, and prompt and guess last."""
-
-    tree: PrefixTree
-    lengths: list[int]
-    of_question: list[range]
-
-    @classmethod
-    def of(cls, questions: Sequence[Question]) -> _Branches:
-        rows, of_question = [], []
-        for question in questions:
-            first = len(rows)
-            rows += [scored.token_ids for scored in question.scored]
-            rows.append(question.prompt + question.guess)
-            of_question.append(range(first, len(rows)))
-        lengths = [len(row) for row in rows]
-        # of every row the tree leaves out the last token, which predicts nothing: here, one that is not there
-        tokens = torch.tensor([token for row in rows for token in (*row, 0)])
-        offsets = torch.tensor([0, *(length + 1 for length in lengths)]).cumsum(0)
-        return cls(PrefixTree.of(tokens, offsets, torch.arange(len(rows))), lengths, of_question)
-
-    def order(self) -> list[int]:
-        """Return the questions with those that begin alike next to each other."""
-        rank = self.tree.rank.tolist()
-        return sorted(range(len(self.of_question)), key=lambda number: rank[self.of_question[number][-1]])
-
-
-class _Kept:
-    """Keys and values of tokens, by layer, (capacity, heads, d): written at the end, moved together when full."""
-
-    def __init__(self) -> None:
-        self.layers: dict[nn.Module, list[torch.Tensor]] = {}
-        self.used = 0
-        self.capacity = 0
-
-    def make_room(self, num_tokens: int, running: Sequence[_Running]) -> None:
-        if self.used + num_tokens <= self.capacity:
-            return
-        slots = torch.tensor([slot for row in running for slot in row.history], dtype=torch.int64)
-        live, inverse = torch.unique(slots, return_inverse=True)
-        moved = iter(inverse.tolist())
-        for row in running:
-            row.history = [next(moved) for _ in row.history]
-        self.used = len(live)
-        self.capacity = max(self.capacity, 2 * (self.used + num_tokens))
-        for kept in self.layers.values():
-            for index, tensor in enumerate(kept):
-                kept[index] = tensor.new_empty(self.capacity, *tensor.shape[1:])
-                kept[index][: self.used] = tensor[live.to(tensor.device)]
-
-    def write(self, module: nn.Module, states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Keep a layer's keys and values, each (1, heads, N, d), behind the others; return all that it has."""
-        rows = [tensor[0].transpose(0, 1) for tensor in states]
-        if module not in self.layers:
-            self.layers[module] = [tensor.new_empty(self.capacity, *tensor.shape[1:]) for tensor in rows]
-        for kept, tensor in zip(self.layers[module], rows, strict=True):
-            kept[self.used : self.used + len(tensor)] = tensor
-        return self.layers[module]
-
-
-@dataclass(frozen=True)
-class _Step:
+class Step:
     """One forward: the tokens of whole prompts first, (F,), then one of each running answer, (R,).
 
     Args:
@@ -108,36 +40,6 @@ class _Step:
     num_fresh: int
     history: torch.Tensor
     lengths: torch.Tensor
-
-
-@dataclass
-class _Read:
-    """Which of a forward's tokens have their logits read, and for what. A place is an index in `columns`.
-
-    Attributes:
-        columns: tokens of the forward.
-        targets: for each fresh question, the place and the token of every log p that is wanted.
-        answering: for each fresh question, the places at its prompt's end and along the guess.
-    """
-
-    columns: dict[int, int] = field(default_factory=dict)
-    targets: list[list[tuple[int, int]]] = field(default_factory=list)
-    answering: list[list[int]] = field(default_factory=list)
-
-    def place(self, column: int) -> int:
-        return self.columns.setdefault(column, len(self.columns))
-
-    def add(self, question: Question, rows: Sequence[list[int]]) -> None:
-        """Add a question, given the tokens of each of its branches."""
-        targets = [
-            (self.place(row[index - 1]), scored.token_ids[index])
-            for scored, row in zip(question.scored, rows, strict=False)
-            for index in range(scored.start, len(scored.token_ids))
-        ]
-        self.targets.append(targets)
-        end = len(question.prompt)
-        wanted = rows[-1][end - 1 : end + len(question.guess)] if question.max_new_tokens else []
-        self.answering.append([self.place(column) for column in wanted])
 
 
 @dataclass
@@ -159,15 +61,15 @@ class PackedDecoder:
     max_tokens: int
     ends: StopCounter
     choose: Choice
-    _kept: _Kept = field(default_factory=_Kept)
+    _kept: Kept = field(default_factory=Kept)
 
     @torch.no_grad()
     def answer(self, questions: Sequence[Question], progress: tqdm[Any]) -> list[Answer]:
         """Return the answers, in the order of the questions."""
-        branches = _Branches.of(questions)
+        branches = Branches.of(questions)
         waiting = branches.order()[::-1]
         answers = [Answer() for _ in questions]
-        running: list[_Running] = []
+        running: list[Running] = []
         while waiting or running:
             fresh = self._admit(waiting, questions, self.max_tokens - len(running), must=not running)
             rows = self._forward(questions, answers, branches, fresh, running)
@@ -189,10 +91,10 @@ class PackedDecoder:
         self,
         questions: Sequence[Question],
         answers: Sequence[Answer],
-        branches: _Branches,
+        branches: Branches,
         fresh: Sequence[int],
-        running: list[_Running],
-    ) -> list[_Running]:
+        running: list[Running],
+    ) -> list[Running]:
         """Read fresh questions, and go on with running answers; return all of these with one more token at least."""
         rows = [row for number in fresh for row in branches.of_question[number]]
         pack = branches.tree.pack(torch.tensor(rows)) if rows else None
@@ -202,12 +104,12 @@ class PackedDecoder:
         for offset, row in enumerate(running, start=first + num_fresh):
             row.history.append(offset)
 
-        read, slots = _Read(), iter(() if pack is None else pack.slots.tolist())
+        read, slots = Read(), iter(() if pack is None else pack.slots.tolist())
         begun = []
         for number in fresh:
             of_question = [next(slots) for _ in branches.of_question[number]]
             read.add(questions[number], of_question)
-            begun.append(_Running(number, answers[number], [first + slot for slot in of_question[-1]]))
+            begun.append(Running(number, answers[number], [first + slot for slot in of_question[-1]]))
         for offset in range(len(running)):
             read.place(num_fresh + offset)
 
@@ -222,24 +124,26 @@ class PackedDecoder:
         return running + begun
 
     def _logits(
-        self, pack: Pack | None, num_fresh: int, running: Sequence[_Running], columns: list[int]
+        self, pack: Pack | None, num_fresh: int, running: Sequence[Running], columns: list[int]
     ) -> torch.Tensor:
         tokens = torch.tensor([row.answer.token_ids[-1] for row in running], dtype=torch.int64)
         lengths = torch.tensor([len(row.history) for row in running], dtype=torch.int64)
         positions = lengths - 1
         if pack is not None:
             tokens, positions = torch.cat([pack.token_ids, tokens]), torch.cat([pack.positions, positions])
-        history = pad_sequence([torch.tensor(row.history) for row in running], batch_first=True) if running else lengths
+        history = (
+            pad_sequence([torch.tensor(row.history) for row in running], batch_first=True) if running else lengths
+        )
         where = torch.tensor(columns, dtype=torch.int64, device=self.device)
         inputs = {"input_ids": tokens[None].to(self.device), "position_ids": positions[None].to(self.device)}
-        with attending(self.layers, partial(self._attend, _Step(pack, num_fresh, history, lengths))):
+        with attending(self.layers, partial(self._attend, Step(pack, num_fresh, history, lengths))):
             outputs = logits_at(self.model, torch.zeros_like(where), where, inputs | {"use_cache": False})
         self._kept.used += len(tokens)
         return outputs.logits.float()
 
     def _attend(
         self,
-        step: _Step,
+        step: Step,
         module: Any,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -251,8 +155,8 @@ class PackedDecoder:
         kept = self._kept.write(module, (key, value))
         outputs, count = [], step.num_fresh
         if step.pack is not None:
-            fresh = [states[:, :, :count] for states in (query, key, value)]
-            outputs.append(attend_within(step.pack, module, *fresh, sliding_window=sliding_window, **kwargs))
+            fresh = partial(attend_within, step.pack, module, sliding_window=sliding_window, **kwargs)
+            outputs.append(fresh(query=query[:, :, :count], key=key[:, :, :count], value=value[:, :, :count]))
         if len(step.lengths):
             history, lengths = step.history.to(query.device), step.lengths.to(query.device)[:, None]
             positions = torch.arange(history.shape[1], device=query.device)
@@ -266,7 +170,7 @@ class PackedDecoder:
         return torch.cat(outputs, dim=1)
 
     def _read_fresh(
-        self, questions: Sequence[Question], begun: Sequence[_Running], read: _Read, logits: torch.Tensor
+        self, questions: Sequence[Question], begun: Sequence[Running], read: Read, logits: torch.Tensor
     ) -> None:
         """Fill in scores, and answers as far as their guesses are right; leave in each history what they rest on."""
         best = logits.argmax(dim=-1).tolist()
@@ -302,10 +206,10 @@ def _log_probs(logits: torch.Tensor, targets: Sequence[tuple[int, int]]) -> list
 
 def _check_finite(
     logits: torch.Tensor,
-    read: _Read,
+    read: Read,
     questions: Sequence[Question],
     fresh: Sequence[int],
-    running: Sequence[_Running],
+    running: Sequence[Running],
     ends: StopCounter,
 ) -> None:
     bad = (~logits.amax(dim=-1).isfinite()).nonzero().flatten().tolist()
@@ -314,12 +218,4 @@ def _check_finite(
     of_fresh = zip(fresh, read.targets, read.answering, strict=True)
     numbers = {place: number for number, targets, places in of_fresh for place in (*places, *(p for p, _ in targets))}
     number = numbers[bad[0]] if bad[0] in numbers else running[bad[0] - len(logits)].number
-    raise not_finite(ends.tokenizer.decode(list(questions[number].prompt)))
-
-
-def not_finite(prompt: str) -> RuntimeError:
-    """Return the error for a model that gives NaN or infinity to a prompt."""
-    return RuntimeError(
-        f"The model's logits are NaN or infinite for the prompt {prompt!r}, so that nothing it answers means anything. "
-        "Load it in float32 or bfloat16, and check that its weights, and the adapter's, are finite."
-    )
+    raise ends.not_finite(questions[number])

@@ -58,10 +58,11 @@ class Answer:
 
 
 class StopCounter:
-    """Counts the stops in a token's text; EOS ends any answer."""
+    """Says where answers end: counts the stops in a token's text; EOS ends any answer."""
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = STOPS) -> None:
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = STOPS, whose: str = "the model") -> None:
         self.tokenizer = tokenizer
+        self.whose = whose
         self.stops = stops
         self._known: dict[int, float] = {}
 
@@ -71,6 +72,14 @@ class StopCounter:
             is_end = token_id == self.tokenizer.eos_token_id
             self._known[token_id] = math.inf if is_end else sum(text.count(stop) for stop in self.stops)
         return self._known[token_id]
+
+    def not_finite(self, question: Question) -> RuntimeError:
+        """Return the error for logits that are NaN or infinite."""
+        prompt = self.tokenizer.decode(list(question.prompt))
+        return RuntimeError(
+            f"The logits of {self.whose} are NaN or infinite for the prompt {prompt!r}: nothing it answers means "
+            "anything. Load it in float32 or bfloat16, and check that its weights, and the adapter's, are finite."
+        )
 
     def is_whole(self, question: Question, answer: Sequence[int]) -> bool:
         """Whether an answer to a question has come to its end."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -66,13 +67,24 @@ def _names_in_state_dict(model: nn.Module) -> list[str]:
     return [name.replace("_fsdp_wrapped_module.", "") for name in layers]
 
 
+def differing_from_base(model: nn.Module, adapter_name: str, config: Any) -> list[str]:
+    """Return the names of base tensors that are not those which an adapter's config says its deltas belong to.
+
+    Args:
+        model: with the adapter.
+        adapter_name: which.
+        config: its configuration; one of another PEFT method says nothing of the kind.
+    """
+    expected = getattr(config, "base_sha256", None)
+    if not expected:
+        return []
+    found = base_sha256(model, adapter_name)
+    return sorted(name for name, digest in found.items() if expected.get(name, digest) != digest)
+
+
 def warn_of_other_base(model: nn.Module, adapter_name: str, config: LocFTConfig) -> None:
     """Warn if the base weights are not those that the adapter's config says its deltas belong to."""
-    expected = config.base_sha256
-    if not expected:
-        return
-    found = base_sha256(model, adapter_name)
-    differing = sorted(name for name, digest in found.items() if expected.get(name, digest) != digest)
+    differing = differing_from_base(model, adapter_name, config)
     if differing:
         warnings.warn(
             f"Adapter '{adapter_name}' was trained on another base: {', '.join(differing[:3])} "
