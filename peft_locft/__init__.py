@@ -7,6 +7,11 @@ from ._version import __version__
 from .adapter_folder import AdapterSummary, inspect_adapter, save_adapter
 from .edits import Edit, Probe, edits_sha256, read_edits
 from .encoding import encode_edits, encode_prompts
+from .evaluation import EditEvaluator, evaluate_edits
+from .evaluation_callback import EvaluationCallback
+from .evaluation_config import EvaluationConfig
+from .evaluation_report import EvaluationReport
+from .evaluation_run import evaluate_model
 from .recipe import BreadthFirstConfig
 from .trainer import BreadthFirstTrainer
 from .training_run import train_edits
@@ -17,6 +22,10 @@ __all__ = [
     "BreadthFirstConfig",
     "BreadthFirstTrainer",
     "Edit",
+    "EditEvaluator",
+    "EvaluationCallback",
+    "EvaluationConfig",
+    "EvaluationReport",
     "LocFTConfig",
     "LocFTModel",
     "Probe",
@@ -24,6 +33,8 @@ __all__ = [
     "edits_sha256",
     "encode_edits",
     "encode_prompts",
+    "evaluate_edits",
+    "evaluate_model",
     "inspect_adapter",
     "read_edits",
     "save_adapter",

@@ -38,14 +38,21 @@ PACKAGES = ("peft-locft", "peft", "transformers", "torch")
 
 
 def training_record(
-    edits: Sequence[Edit], args: BreadthFirstConfig, losses: LossRecord, num_steps: int
+    edits: Sequence[Edit],
+    args: BreadthFirstConfig,
+    losses: LossRecord,
+    num_steps: int,
+    evaluations: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return what a training run leaves in `locft_provenance.json`: the edits' hash, the recipe, the losses."""
+    """Return what a training run leaves in `locft_provenance.json`: the edits' hash, the recipe, the losses.
+
+    `evaluations` are what an `EvaluationCallback` has left: its `curves`, and the `kept_epoch` where it chose one.
+    """
     recipe = {name: getattr(args, name) for name in RECIPE_FIELDS}
     return {
         "edits": {"count": len(edits), "sha256": edits_sha256(edits)},
         "recipe": {name: getattr(value, "value", value) for name, value in recipe.items()},
-        "training": {"steps": num_steps, "epoch_losses": list(losses.epoch_losses)},
+        "training": {"steps": num_steps, "epoch_losses": list(losses.epoch_losses), **(evaluations or {})},
     }
 
 

@@ -1,4 +1,4 @@
-"""`locft train | inspect`: parse, call one public function, print."""
+"""`locft train | evaluate | baselines | inspect`: parse, call one public function, print."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ USAGE = """usage: locft COMMAND ...
 
 commands:
   train     write a file of edits into a model and save the adapter
+  evaluate  measure what an edit did to a model
+  baselines compare fine-tuning baselines on the same edits
   inspect   print what an adapter folder holds
 
 `locft COMMAND --help` lists the options of a command."""
@@ -22,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: the words after `locft`; `None` takes them from the process.
 
     Returns:
-        The exit code: 0, or 2 for a mistake in the call or its files.
+        The exit code: 0, or 2 for a mistake in the call or its files, or a model that answers with NaN.
     """
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("-h", "--help"):
@@ -33,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         COMMANDS[command](rest)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"locft {command}: {error}", file=sys.stderr)
         return 2
     return 0
@@ -51,6 +53,25 @@ def train(argv: list[str]) -> None:
         print(f"Trained in {time.perf_counter() - begun:.0f} s, saved to {summary.folder}\n\n{summary}")
 
 
+def evaluate(argv: list[str]) -> None:
+    """Measure what an edit did to a model."""
+    from .command_line_arguments import parse_evaluate
+    from .evaluation_run import evaluate_model
+
+    arguments = parse_evaluate(argv)
+    print(evaluate_model(**arguments))
+    if arguments["output_dir"]:
+        print(f"\nSaved to {arguments['output_dir']}: open evaluation.html in a browser.")
+
+
+def baselines(argv: list[str]) -> None:
+    """Compare fine-tuning baselines on the same edits."""
+    from .baselines import markdown, run_baselines
+    from .command_line_arguments import parse_baselines
+
+    print(markdown(run_baselines(**parse_baselines(argv))))
+
+
 def inspect(argv: list[str]) -> None:
     """Print what an adapter folder holds."""
     import argparse
@@ -62,7 +83,7 @@ def inspect(argv: list[str]) -> None:
     print(inspect_adapter(parser.parse_args(argv).adapter))
 
 
-COMMANDS: dict[str, Any] = {"train": train, "inspect": inspect}
+COMMANDS: dict[str, Any] = {"train": train, "evaluate": evaluate, "baselines": baselines, "inspect": inspect}
 
 if __name__ == "__main__":
     sys.exit(main())

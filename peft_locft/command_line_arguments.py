@@ -1,4 +1,4 @@
-"""The flags of `locft train`: every field of LocFTConfig and of BreadthFirstConfig, and a few of its own."""
+"""The flags of `locft`: every field of LocFTConfig, BreadthFirstConfig and EvaluationConfig, and a few of its own."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 from transformers import HfArgumentParser
 
+from .baselines import METHODS
+from .evaluation_config import EvaluationConfig
 from .recipe import BreadthFirstConfig
 from .tuner import LocFTConfig
 from .tuner.config import ALL_LINEAR, ENTIRE_LAYER
-
-USAGE = "locft train --model_name_or_path MODEL --edits FILE --output_dir FOLDER [--config FILE.yaml] [FLAG ...]"
 
 
 @dataclass
@@ -36,6 +36,12 @@ class RunArguments:
     on_conflict: Literal["warn", "error", "last"] = field(
         default="warn", metadata={"help": "What to do about one prompt with two targets."}
     )
+    evaluate_every: int = field(default=0, metadata={"help": "Epochs between evaluations while training; 0 for none."})
+    evaluate_num_edits: int = field(default=100, metadata={"help": "Edits that are evaluated while training."})
+    best_metric: str | None = field(
+        default=None, metadata={"help": "Keep the evaluated epoch that is best by this metric, and stop behind it."}
+    )
+    patience: int = field(default=2, metadata={"help": "Evaluations without a better one before it stops."})
     peft_config: str | None = field(
         default=None,
         metadata={"help": "An adapter_config.json, or its folder, of another PEFT method to train instead of LocFT."},
@@ -64,6 +70,50 @@ for _field in dataclasses.fields(LocationArguments):
     _field.metadata = LocFTConfig.__dataclass_fields__[_field.name].metadata
 
 
+@dataclass
+class EvaluateArguments:
+    """What is evaluated."""
+
+    edits: str = field(metadata={"help": "Edits: a JSON, JSONL, CSV or Parquet file, or a dataset on the Hub."})
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Edited model, or base of the adapter; unset: the one that the adapter names."},
+    )
+    adapter: str | None = field(default=None, metadata={"help": "A PEFT adapter: a folder or a name on the Hub."})
+    base_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The model before it was edited, where there is no adapter to take off."}
+    )
+    text: str | None = field(
+        default=None, metadata={"help": "For perplexity and KL: a text file, or a dataset on the Hub."}
+    )
+    num_edits: int | None = field(default=None, metadata={"help": "Take so many edits from the beginning."})
+    output_dir: str | None = field(default=None, metadata={"help": "Where the report is written: JSON, CSV, HTML."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "Precision of the model; 'auto' is what its checkpoint says."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+
+
+@dataclass
+class BaselineArguments:
+    """What the baselines are compared on."""
+
+    model_name_or_path: str = field(metadata={"help": "Base model: a folder or a name on the Hub."})
+    edits: str = field(metadata={"help": "Edits: a JSON, JSONL, CSV or Parquet file, or a dataset on the Hub."})
+    num_edits: int | None = field(default=None, metadata={"help": "Take so many edits from the beginning."})
+    methods: list[str] = field(
+        default_factory=lambda: list(METHODS), metadata={"help": f"Some of {', '.join(METHODS)}."}
+    )
+    text: str | None = field(default=None, metadata={"help": "For perplexity: a text file, or a dataset on the Hub."})
+    max_text_tokens: int = field(default=16384, metadata={"help": "Tokens of that text, at most."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base model."})
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "Precision of the base model; 'auto' is what its checkpoint says."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the base model."})
+
+
 def parse_train(argv: list[str]) -> dict[str, Any]:
     """Return the arguments of `train_edits` from the words after `locft train`.
 
@@ -74,28 +124,49 @@ def parse_train(argv: list[str]) -> dict[str, Any]:
             configuration contradict each other, or if flags of LocFTConfig come with `--peft_config`.
         SystemExit: from argparse, if a flag is unknown, missing or malformed.
     """
-    parser = HfArgumentParser(
-        (RunArguments, LocationArguments, BreadthFirstConfig), prog="locft train", usage=USAGE, allow_abbrev=False
-    )
-    flags = {action.dest: action for action in parser._actions if action.dest != "help"}
-    # TrainingArguments has a folder of its own choice, and takes one name alone
-    flags["output_dir"].required = True
-    flags["report_to"].nargs = "+"
-    # the file's words first: of two with the same name argparse takes the later one
-    words = [*_config_file_words(argv, set(flags)), *argv]
-    parser.add_argument("--config", help="A YAML file with any of these flags as keys.")
-    run, location, args, _, unknown = parser.parse_args_into_dataclasses(
-        words, return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}; `locft train --help` lists the known ones")
+    usage = "--model_name_or_path MODEL --edits FILE --output_dir FOLDER"
+    run, location, args = _parse(argv, "train", usage, (RunArguments, LocationArguments, BreadthFirstConfig))
     arguments = vars(run)
     return arguments | {"peft_config": _peft_config(arguments["peft_config"], location), "args": args}
 
 
-def _config_file_words(argv: list[str], flags: set[str]) -> list[str]:
+def parse_evaluate(argv: list[str]) -> dict[str, Any]:
+    """Return the arguments of `evaluate_model` from the words after `locft evaluate`; raises as `parse_train`."""
+    usage = "--edits FILE [--model_name_or_path MODEL] [--adapter ADAPTER] [--output_dir FOLDER]"
+    run, args = _parse(argv, "evaluate", usage, (EvaluateArguments, EvaluationConfig))
+    return vars(run) | {"args": args}
+
+
+def parse_baselines(argv: list[str]) -> dict[str, Any]:
+    """Return the arguments of `run_baselines` from the words after `locft baselines`; raises as `parse_train`."""
+    usage = "--model_name_or_path MODEL --edits FILE --output_dir FOLDER"
+    run, location, args = _parse(argv, "baselines", usage, (BaselineArguments, LocationArguments, BreadthFirstConfig))
+    return vars(run) | {"location": _peft_config(None, location), "args": args}
+
+
+def _parse(argv: list[str], command: str, usage: str, types: tuple[type, ...]) -> tuple[Any, ...]:
+    prog = f"locft {command}"
+    usage = f"{prog} {usage} [--config FILE.yaml] [FLAG ...]"
+    parser = HfArgumentParser(types, prog=prog, usage=usage, allow_abbrev=False)
+    flags = {action.dest: action for action in parser._actions if action.dest != "help"}
+    if BreadthFirstConfig in types:
+        # TrainingArguments has a folder of its own choice, and takes one name alone
+        flags["output_dir"].required = True
+        flags["report_to"].nargs = "+"
+    # the file's words first: of two with the same name argparse takes the later one
+    words = [*_config_file_words(argv, set(flags), prog, usage), *argv]
+    parser.add_argument("--config", help="A YAML file with any of these flags as keys.")
+    *parsed, _, unknown = parser.parse_args_into_dataclasses(
+        words, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}; `{prog} --help` lists the known ones")
+    return tuple(parsed)
+
+
+def _config_file_words(argv: list[str], flags: set[str], prog: str, usage: str) -> list[str]:
     """Return what the YAML file of `--config` says as words of a command line, so that both are checked alike."""
-    early = argparse.ArgumentParser(prog="locft train", usage=USAGE, add_help=False, allow_abbrev=False)
+    early = argparse.ArgumentParser(prog=prog, usage=usage, add_help=False, allow_abbrev=False)
     early.add_argument("--config", type=Path)
     path = early.parse_known_args(argv)[0].config
     if path is None:
@@ -108,9 +179,7 @@ def _config_file_words(argv: list[str], flags: set[str]) -> list[str]:
         raise ValueError(f"--config {path}: found {type(content).__name__}, expected flags as `name: value` lines.")
     unknown = sorted(str(name) for name in content if name not in flags)
     if unknown:
-        raise ValueError(
-            f"--config {path}: unknown keys {', '.join(unknown)}. `locft train --help` lists the known ones."
-        )
+        raise ValueError(f"--config {path}: unknown keys {', '.join(unknown)}. `{prog} --help` lists the known ones.")
     empty = [name for name, value in content.items() if value is None or value == []]
     if empty:
         raise ValueError(f"--config {path}: {', '.join(empty)} without a value. Give one, or remove the line.")

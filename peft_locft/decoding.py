@@ -54,8 +54,10 @@ def ask(
         The answers, in the order of the questions; equal questions share one.
 
     Raises:
-        RuntimeError: the model's logits are not finite.
+        FloatingPointError: the model's logits are not finite.
     """
+    if not questions:
+        return []
     distinct = list(dict.fromkeys(questions))
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     max_tokens = max_tokens or (MOST_TOKENS_ON_CPU if device.type == "cpu" else MOST_TOKENS)

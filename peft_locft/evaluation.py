@@ -7,8 +7,8 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from dataclasses import asdict
+from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
@@ -18,81 +18,33 @@ from transformers import PreTrainedTokenizerBase
 
 from .bootstrap import Array
 from .decoding import ask, check_fits
-from .edit_questions import ItemEncoder, items_of
+from .edit_questions import ItemEncoder, Reply, items_of
 from .edits import Edit, edits_sha256, read_edits
 from .encoding import encode_prompts
+from .evaluation_config import EvaluationConfig
 from .evaluation_report import EvaluationReport
-from .general_ability import measure_text, text_windows
-from .metrics import Protocol
+from .general_ability import Text, measure_text, text_windows
 from .questions import STOPS, Answer, Choice, Question, TopK, greedy
 from .scoring import n_gram_entropy
 from .tabulation import Asked, Column, results
 from .tuner.provenance import differing_from_base
 
 PACKAGES = ("peft-locft", "peft", "transformers", "torch")
+Edits: TypeAlias = Sequence[Edit] | datasets.Dataset | str | os.PathLike[str]
+
 FLUENCY = "fluency_n_gram_entropy"
 FLUENCY_TOKENS = 100
 FLUENCY_TOP_K = 5
 
 
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """How edits are evaluated.
-
-    Args:
-        protocols: what is asked: `"generation"` (greedy answers, as released with arXiv 2509.22072),
-            `"token_accuracy"` (teacher-forced, EasyEdit's), `"probability"` (CounterFact's ES, PS and NS), `"fluency"`
-            (n-gram entropy of 100 tokens, top-5 sampled, after the prompts of the first `max_fluency_edits`).
-        max_new_tokens: in a greedy answer at most.
-        chat_template: ask with the tokenizer's chat template, as the edits were trained.
-        max_text_tokens: of the text for perplexity and KL at most.
-        text_window: tokens in a window of that text; windows do not overlap.
-        max_fluency_edits: edits that are asked for 100 tokens.
-        num_resamples: of the bootstrap over edits.
-        confidence: of the intervals, between 0 and 1.
-        seed: of the bootstrap, and of the sampling for fluency.
-        max_tokens_per_forward: changes nothing but speed and memory; `None`: chosen by the device.
-        allow_other_base: evaluate an adapter on a base that it was not trained on.
-
-    Raises:
-        ValueError: if a field does not have one of the values named here.
-    """
-
-    protocols: tuple[str, ...] = ("generation", "token_accuracy", "probability")
-    max_new_tokens: int = 32
-    chat_template: bool = False
-    max_text_tokens: int = 16384
-    text_window: int = 512
-    max_fluency_edits: int = 100
-    num_resamples: int = 1000
-    confidence: float = 0.95
-    seed: int = 0
-    max_tokens_per_forward: int | None = None
-    allow_other_base: bool = False
-
-    def __post_init__(self) -> None:
-        known = get_args(Protocol)
-        wrong = [name for name in self.protocols if name not in known]
-        if wrong or not self.protocols:
-            found = ", ".join(map(repr, wrong)) or "none"
-            raise ValueError(f"EvaluationConfig.protocols: found {found}; expected some of {', '.join(known)}.")
-        lowest = {"max_new_tokens": 1, "text_window": 2, "max_text_tokens": 2, "max_fluency_edits": 1}
-        for name, least in (lowest | {"num_resamples": 1, "max_tokens_per_forward": 1}).items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"EvaluationConfig.{name}={value}: expected {least} or more.")
-        if not 0 < self.confidence < 1:
-            raise ValueError(f"EvaluationConfig.confidence={self.confidence}: expected a number between 0 and 1.")
-
-
 def evaluate_edits(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    edits: Sequence[Edit] | datasets.Dataset | str | os.PathLike[str],
+    edits: Edits,
     args: EvaluationConfig | None = None,
     *,
     base_model: nn.Module | None = None,
-    text: str | os.PathLike[str] | Sequence[str] | datasets.Dataset | None = None,
+    text: Text | None = None,
     progress: bool = True,
 ) -> EvaluationReport:
     """Measure what an edit did to a model, whoever made it.
@@ -116,27 +68,15 @@ def evaluate_edits(
     Raises:
         ValueError: there are no edits, they cannot be read or encoded, the adapter was trained on another base
             (unless `args.allow_other_base`), or the text is too short.
-        RuntimeError: the model's logits are NaN or infinite.
+        FloatingPointError: the model's logits are NaN or infinite.
 
     Example:
         >>> report = evaluate_edits(peft_model, tokenizer, edits, text="wikitext2_test.txt")
         >>> print(report)
         >>> report.save("evaluation")
     """
-    args = EvaluationConfig() if args is None else args
-    edits = _checked_edits(edits)
-    _check_base(model, args.allow_other_base)
-    run = _Run(model, base_model, tokenizer, args, progress)
-    windows = None if text is None else text_windows(text, tokenizer, args.text_window, args.max_text_tokens)
-    asked = run.ask_about(edits)
-    columns, missing = asked.columns(args.protocols)
-    bootstrap = (args.num_resamples, args.confidence, args.seed)
-    found = results(columns, *bootstrap)
-    if "fluency" in args.protocols:
-        found |= results({FLUENCY: run.fluency(edits[: args.max_fluency_edits])}, *bootstrap)
-    if windows is not None:
-        found |= measure_text(model, windows, run.base, run.disabled, progress).results(*bootstrap)
-    return EvaluationReport(found, missing, asked.rows(args.protocols), run.settings(edits), list(run.notes(edits)))
+    evaluator = EditEvaluator(model, tokenizer, edits, args, base_model=base_model, text=text, progress=progress)
+    return evaluator.evaluate()
 
 
 def _checked_edits(edits: Any) -> list[Edit]:
@@ -176,28 +116,95 @@ def disabling(model: nn.Module) -> Callable[[], AbstractContextManager[Any]] | N
     return disabled
 
 
-class _Run:
-    """One evaluation: the model, its base, and who is asked what."""
+class EditEvaluator:
+    """Evaluates the same edits more than once, and asks the base only the first time; arguments as `evaluate_edits`.
+
+    Example:
+        >>> evaluator = EditEvaluator(peft_model, tokenizer, edits)
+        >>> evaluator.evaluate()["reliability_exact_match"].after
+        Estimate(value=0.995, low=0.985, high=1.0)
+    """
 
     def __init__(
         self,
         model: nn.Module,
-        base_model: nn.Module | None,
         tokenizer: PreTrainedTokenizerBase,
-        args: EvaluationConfig,
-        progress: bool,
+        edits: Edits,
+        args: EvaluationConfig | None = None,
+        *,
+        base_model: nn.Module | None = None,
+        text: Text | None = None,
+        progress: bool = True,
     ) -> None:
-        self.model, self.tokenizer, self.args, self.progress = model, tokenizer, args, progress
-        self.base = base_model or model
-        self.disabled = nullcontext if base_model is not None else disabling(model)
+        self.args = EvaluationConfig() if args is None else args
+        self.edits = _checked_edits(edits)
+        _check_base(model, self.args.allow_other_base)
+        self.tokenizer, self.progress, self.base_model = tokenizer, progress, base_model
+        self._take(model)
+        self.windows = None
+        if text is not None:
+            self.windows = text_windows(text, tokenizer, self.args.text_window, self.args.max_text_tokens)
+        asked = set(self.args.protocols)
+        self.items = [] if asked == {"fluency"} else items_of(self.edits)
+        self.encoder = ItemEncoder(
+            self.items,
+            tokenizer,
+            chat_template=self.args.chat_template,
+            generate="generation" in asked,
+            score="token_accuracy" in asked,
+            compare="probability" in asked,
+            max_new_tokens=self.args.max_new_tokens,
+        )
+        if self.items:
+            check_fits(model, self.encoder.questions(), tokenizer)
+        self._before: list[Reply] | None = None
 
-    def ask_base(self, questions: Sequence[Question], choose: Choice = greedy) -> list[Answer] | None:
+    def evaluate(self, model: nn.Module | None = None) -> EvaluationReport:
+        """Measure a model.
+
+        Args:
+            model: another than the one that was given, of the same base.
+
+        Raises:
+            FloatingPointError: the logits of the model, or of its base, are NaN or infinite.
+        """
+        if model is not None:
+            self._take(model)
+        args = self.args
+        bootstrap = (args.num_resamples, args.confidence, args.seed)
+        asked = self._ask_all()
+        columns, missing = asked.columns(args.protocols)
+        found = results(columns, *bootstrap)
+        if "fluency" in args.protocols:
+            found |= results({FLUENCY: self._fluency()}, *bootstrap)
+        if self.windows is not None:
+            measured = measure_text(self.model, self.windows, self.base, self.disabled, self.progress)
+            found |= measured.results(*bootstrap)
+        return EvaluationReport(found, missing, asked.rows(args.protocols), self._settings(), list(self._notes()))
+
+    def _take(self, model: nn.Module) -> None:
+        self.model = model
+        # PEFT puts an adapter into the base that it is given: with the adapter disabled it is that again
+        is_inside = any(module is self.base_model for module in model.modules())
+        if self.base_model is None or is_inside:
+            self.base, self.disabled = model, disabling(model)
+        else:
+            self.base, self.disabled = self.base_model, nullcontext
+
+    def _ask_all(self) -> Asked:
+        """Ask the base, if it has not been, and the edited model all that the edits say."""
+        if self._before is None and (answers := self._ask_base(self.encoder.questions())) is not None:
+            self._before = self.encoder.replies(answers)
+        answers = self._ask_edited(self.encoder.questions(self._before))
+        return Asked(self.edits, self.items, self.encoder.replies(answers), self._before)
+
+    def _ask_base(self, questions: Sequence[Question], choose: Choice = greedy) -> list[Answer] | None:
         if self.disabled is None:
             return None
         with self.disabled():
             return self._ask(self.base, questions, "the base", choose)
 
-    def ask_edited(self, questions: Sequence[Question], choose: Choice = greedy) -> list[Answer]:
+    def _ask_edited(self, questions: Sequence[Question], choose: Choice = greedy) -> list[Answer]:
         return self._ask(self.model, questions, "the edited model", choose)
 
     def _ask(self, model: nn.Module, questions: Sequence[Question], whose: str, choose: Choice) -> list[Answer]:
@@ -211,34 +218,13 @@ class _Run:
             progress=self.progress,
         )
 
-    def ask_about(self, edits: Sequence[Edit]) -> Asked:
-        """Ask the base and the edited model all that the edits say."""
-        items, asked = items_of(edits), set(self.args.protocols)
-        if asked == {"fluency"}:
-            items = []
-        encoder = ItemEncoder(
-            items,
-            self.tokenizer,
-            chat_template=self.args.chat_template,
-            generate="generation" in asked,
-            score="token_accuracy" in asked,
-            compare="probability" in asked,
-            max_new_tokens=self.args.max_new_tokens,
-        )
-        questions = encoder.questions()
-        if questions:
-            check_fits(self.model, questions, self.tokenizer)
-        answers = self.ask_base(questions)
-        before = None if answers is None else encoder.replies(answers)
-        return Asked(edits, items, encoder.replies(self.ask_edited(encoder.questions(before))), before)
-
-    def fluency(self, edits: Sequence[Edit]) -> Column:
+    def _fluency(self) -> Column:
         """Let both models go on after the edits' prompts, past any EOS, as ROME's evaluation does."""
-        prompts = list(dict.fromkeys(edit.prompt for edit in edits))
+        prompts = list(dict.fromkeys(edit.prompt for edit in self.edits[: self.args.max_fluency_edits]))
         encoded = encode_prompts(prompts, self.tokenizer, chat_template=self.args.chat_template)
         questions = [Question(tuple(ids), num_stops=0, max_new_tokens=FLUENCY_TOKENS) for ids in encoded]
         choose = TopK(FLUENCY_TOP_K, self.args.seed)
-        before, after = self.ask_base(questions, choose), self.ask_edited(questions, choose)
+        before, after = self._ask_base(questions, choose), self._ask_edited(questions, choose)
         meaning = "weighted entropy, in bits, of the 2-grams and 3-grams of 100 tokens after the prompt, top-5 sampled"
         return Column(meaning, self._entropies(after), None if before is None else self._entropies(before), "prompts")
 
@@ -247,19 +233,20 @@ class _Run:
         # a text of too few words for 3-grams is one that says nothing
         return np.array([n_gram_entropy(text) or 0.0 for text in texts])
 
-    def settings(self, edits: Sequence[Edit]) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         config = getattr(self.model, "config", None)
         adapters = getattr(self.model, "active_adapters", None)
         return {
             "model": getattr(config, "name_or_path", None) or type(self.model).__name__,
             "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
             "adapters": list(adapters) if isinstance(adapters, list) else None,
-            "edits": {"count": len(edits), "sha256": edits_sha256(edits)},
+            "edits": {"count": len(self.edits), "sha256": edits_sha256(self.edits)},
             **asdict(self.args),
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         }
 
-    def notes(self, edits: Sequence[Edit]) -> Iterator[str]:
+    def _notes(self) -> Iterator[str]:
+        edits = self.edits
         with_stops = sum(any(stop in edit.target for stop in STOPS) for edit in edits)
         if with_stops and "generation" in self.args.protocols:
             yield (

@@ -116,7 +116,7 @@ def measure_text(
         progress: show a progress bar.
 
     Raises:
-        RuntimeError: if the logits of a model are NaN or infinite.
+        FloatingPointError: if the logits of a model are NaN or infinite.
     """
     losses, divergences = [], []
     bar = tqdm(windows, desc="reading text", leave=False, disable=not progress or len(windows) < 4)
@@ -140,7 +140,7 @@ def _log_probs(model: Any, window: torch.Tensor) -> torch.Tensor:
         device = model.get_input_embeddings().weight.device
         logits = model(input_ids=window[None].to(device), use_cache=False).logits[0, :-1].float()
     if not bool(logits.amax(dim=-1).isfinite().all()):
-        raise RuntimeError(
+        raise FloatingPointError(
             "The model's logits are NaN or infinite on the text, so that it has no perplexity. Load it in float32 or "
             "bfloat16, and check that its weights, and the adapter's, are finite."
         )

@@ -73,10 +73,10 @@ class StopCounter:
             self._known[token_id] = math.inf if is_end else sum(text.count(stop) for stop in self.stops)
         return self._known[token_id]
 
-    def not_finite(self, question: Question) -> RuntimeError:
+    def not_finite(self, question: Question) -> FloatingPointError:
         """Return the error for logits that are NaN or infinite."""
         prompt = self.tokenizer.decode(list(question.prompt))
-        return RuntimeError(
+        return FloatingPointError(
             f"The logits of {self.whose} are NaN or infinite for the prompt {prompt!r}: nothing it answers means "
             "anything. Load it in float32 or bfloat16, and check that its weights, and the adapter's, are finite."
         )

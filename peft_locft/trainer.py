@@ -32,7 +32,7 @@ from .residency import trunk_off_device
 from .resting import RestingEdits
 from .resume import check_same_edits, invalidate, whole_checkpoint
 from .tail import logits_at
-from .training_callbacks import EditProgress, FloorAndRecord
+from .training_callbacks import CURVES_KEY, EditProgress, FloorAndRecord
 
 logger = logging.getLogger(__name__)
 
@@ -285,9 +285,10 @@ class BreadthFirstTrainer(Trainer):
         if not isinstance(model, PeftModel):
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
+            evaluations = self.state.stateful_callbacks.get(CURVES_KEY)
             save_adapter(
                 model,
                 output_dir or self.args.output_dir,
-                record=training_record(self.edits, self.args, self.record, self.state.global_step),
+                record=training_record(self.edits, self.args, self.record, self.state.global_step, evaluations),
                 state_dict=state_dict,
             )

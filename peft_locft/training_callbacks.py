@@ -14,6 +14,7 @@ from .resting import STATE_KEY as RESTING_KEY
 from .resting import RestingEdits
 
 STATE_KEY = "BreadthFirstTrainer"
+CURVES_KEY = "EvaluationCallback"  # where that leaves its figures, which go into the provenance record
 
 
 class FloorAndRecord(TrainerCallback):

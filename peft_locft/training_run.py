@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import random
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import datasets
 from peft import PeftConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .adapter_folder import AdapterSummary, check_folder, inspect_adapter
 from .edits import Edit, read_edits
+from .evaluation_callback import EvaluationCallback
+from .evaluation_config import EvaluationConfig
+from .loading import load_model
 from .recipe import BreadthFirstConfig
 from .resume import whole_checkpoint
 from .trainer import BreadthFirstTrainer
@@ -34,6 +37,10 @@ def train_edits(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     on_conflict: Literal["warn", "error", "last"] = "warn",
+    evaluate_every: int = 0,
+    evaluate_num_edits: int = 100,
+    best_metric: str | None = None,
+    patience: int = 2,
 ) -> AdapterSummary:
     """Write edits into a model and save the adapter to `args.output_dir`.
 
@@ -46,6 +53,10 @@ def train_edits(
         dtype: `"auto"` (as the checkpoint says), `"float32"`, `"bfloat16"` or `"float16"`, for the base model.
         trust_remote_code: run the code that comes with the base model; leave it off unless you have read that code.
         on_conflict: what to do about one prompt with two targets, see `read_edits`.
+        evaluate_every: epochs between evaluations while training; 0 for none. See `EvaluationCallback`.
+        evaluate_num_edits: edits that are evaluated, chosen by `args.seed`.
+        best_metric: the metric by which an epoch is the best; its weights are kept.
+        patience: evaluations without a better one after which training ends.
 
     Returns:
         What was saved.
@@ -63,12 +74,14 @@ def train_edits(
     peft_config = LocFTConfig() if peft_config is None else copy.deepcopy(peft_config)
     if peft_config.task_type is None:
         peft_config.task_type = "CAUSAL_LM"  # lets AutoPeftModelForCausalLM load it
+    if best_metric is not None and not evaluate_every:
+        raise ValueError(f"best_metric={best_metric!r} needs evaluations while training: give evaluate_every.")
     # a mistake should not wait for a large model to load, or to be trained
     check_folder(args.output_dir)
     read = read_edits(edits, on_conflict=on_conflict)
     if args.resume_from_checkpoint:
         whole_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    model, tokenizer = _load(model_name_or_path, dtype, revision=revision, trust_remote_code=trust_remote_code)
+    model, tokenizer = load_model(model_name_or_path, dtype, revision=revision, trust_remote_code=trust_remote_code)
     if isinstance(peft_config, LocFTConfig) and peft_config.target_modules is None:
         _warn_of_other_rate(default_location(model).learning_rate, args.learning_rate)
     with warnings.catch_warnings():
@@ -79,19 +92,16 @@ def train_edits(
             train_dataset=read,
             processing_class=tokenizer,
         )
+    if evaluate_every:
+        sample = random.Random(args.seed).sample(read, min(evaluate_num_edits, len(read)))
+        asked = EvaluationConfig(protocols=["generation", "token_accuracy"], chat_template=args.chat_template)
+        trainer.add_callback(
+            EvaluationCallback(sample, evaluate_every, asked, best_metric=best_metric, patience=patience)
+        )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()  # one process writes what all of them read now
     return inspect_adapter(args.output_dir)
-
-
-def _load(model_name_or_path: str | os.PathLike[str], dtype: str, **source: Any) -> tuple[Any, Any]:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **source)
-        return AutoModelForCausalLM.from_pretrained(model_name_or_path, dtype=dtype, **source), tokenizer
-    except OSError as error:
-        # where there is no network, its message does not say what was asked for
-        raise OSError(f"{model_name_or_path}: the base model and its tokenizer cannot be loaded: {error}") from error
 
 
 def _warn_of_other_rate(published: float | None, chosen: float) -> None:

@@ -1,0 +1,121 @@
+"""One call from a model's name to an evaluation report: what `locft evaluate` does."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from torch import nn
+
+from .adapter_folder import PROVENANCE_NAME
+from .edits import first_edits
+from .evaluation import EditEvaluator, Edits, Text
+from .evaluation_config import EvaluationConfig
+from .evaluation_report import EvaluationReport
+from .loading import load_model
+
+
+def evaluate_model(
+    model_name_or_path: str | os.PathLike[str] | None,
+    edits: Edits,
+    args: EvaluationConfig | None = None,
+    *,
+    adapter: str | os.PathLike[str] | None = None,
+    base_model_name_or_path: str | os.PathLike[str] | None = None,
+    text: Text | None = None,
+    num_edits: int | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> EvaluationReport:
+    """Load a model, with an adapter or without, and measure what an edit did to it.
+
+    Args:
+        model_name_or_path: a folder or a name on the Hub: the base of `adapter`, or a model that somebody has edited.
+            `None`: the base that the adapter names.
+        edits: whatever `read_edits` reads.
+        args: what is asked, and how.
+        adapter: a PEFT adapter on it, of any method.
+        base_model_name_or_path: the model before it was edited, where there is no adapter to take off.
+        text: for perplexity and KL, see `evaluate_edits`.
+        num_edits: take so many from the beginning; `None`: all.
+        output_dir: where the report is saved; `None`: nowhere.
+        revision: branch, tag or commit of the model on the Hub.
+        dtype: `"auto"` (as the checkpoint says), `"float32"`, `"bfloat16"` or `"float16"`.
+        trust_remote_code: run the code that comes with the model; leave it off unless you have read that code.
+
+    Returns:
+        See `evaluate_edits`. Where the adapter says how its loss went, that is in `curves`.
+
+    Raises:
+        ValueError: no model is named; edits or text cannot be used; the adapter does not fit the model, or was trained
+            on another base; `num_edits` is below 1.
+        OSError: model, tokenizer or adapter cannot be loaded.
+        FloatingPointError: a model's logits are NaN or infinite.
+
+    Example:
+        >>> report = evaluate_model(None, "edits.jsonl", adapter="out", output_dir="evaluation")
+        >>> print(report)
+    """
+    read = first_edits(edits, num_edits)
+    if output_dir is not None:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)  # should not fail after an hour
+    name = model_name_or_path or _base_of(adapter)
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    model, tokenizer = load_model(name, dtype, **source)
+    edited = model if adapter is None else _with_adapter(model, adapter)
+    base = None
+    if base_model_name_or_path is not None:
+        base, _ = load_model(base_model_name_or_path, dtype, trust_remote_code=trust_remote_code)
+    report = EditEvaluator(edited, tokenizer, read, args, base_model=base, text=text).evaluate()
+    report = replace(report, curves=_curves(adapter), settings=report.settings | {"adapter": _text(adapter)})
+    if output_dir is not None:
+        report.save(output_dir)
+    return report
+
+
+def _text(path: str | os.PathLike[str] | None) -> str | None:
+    return None if path is None else os.fspath(path)
+
+
+def _base_of(adapter: str | os.PathLike[str] | None) -> str:
+    if adapter is None:
+        raise ValueError("Found neither a model nor an adapter to evaluate; give model_name_or_path, or adapter.")
+    name = PeftConfig.from_pretrained(os.fspath(adapter)).base_model_name_or_path
+    if not name:
+        raise ValueError(f"{adapter}: it does not say which base model it belongs to; give model_name_or_path.")
+    return str(name)
+
+
+def _with_adapter(model: nn.Module, adapter: str | os.PathLike[str]) -> PeftModel:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*was trained on another base")  # an error below, or allowed
+            return PeftModel.from_pretrained(model, os.fspath(adapter))
+    except RuntimeError as error:
+        raise ValueError(
+            f"{adapter}: the adapter does not fit {getattr(model, 'name_or_path', 'this model')}: {error}. Give the "
+            "base that it was trained on."
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{adapter}: the adapter cannot be put on this model: {error}") from None
+
+
+def _curves(adapter: str | os.PathLike[str] | None) -> list[dict[str, float]]:
+    """Return what a training run of ours has left of its epochs."""
+    file = Path(adapter, PROVENANCE_NAME) if adapter is not None else None
+    if file is None or not file.is_file():
+        return []
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    training = facts.get("training", {})
+    if training.get("curves"):
+        return list(training["curves"])
+    if facts.get("recipe", {}).get("edit_order") == "depth_first":
+        return []  # its losses are of edits, not of epochs
+    return [{"epoch": n, "loss": loss} for n, loss in enumerate(training.get("epoch_losses", []), start=1)]
