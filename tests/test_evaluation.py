@@ -224,9 +224,7 @@ def test_an_edit_without_rephrasings_does_not_count_in_generalization(report: Ev
 
 
 def test_no_edits_are_an_error(tokenizer: Any) -> None:
-    with pytest.raises(
-        ValueError, match=r"found none; expected at least one to evaluate\. Is the slice"
-    ):
+    with pytest.raises(ValueError, match=r"found none; expected at least one to evaluate\. Is the slice"):
         evaluate_edits(ScriptedModel(EDITED, tokenizer), tokenizer, [SPAIN][1:])
 
 

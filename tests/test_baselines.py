@@ -1,0 +1,129 @@
+"""The baselines: what each is, that all start from the same base, and that a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import assert_same_tensors, base_state
+from tiny_training import EDITS, base_model
+from tokenizers_for_tests import make_tokenizer
+
+import peft_locft.baselines as module
+from peft_locft import BreadthFirstConfig, EvaluationConfig, LocFTConfig, Probe
+from peft_locft.baseline_table import Baseline, markdown
+from peft_locft.baselines import METHODS, baselines, compare_baselines, run_baselines
+
+PROBED = [replace(edit, locality=(Probe("Dave is"),), rephrasings=(f"So: {edit.prompt}",)) for edit in EDITS]
+QUICK = EvaluationConfig(protocols=["generation", "token_accuracy"], max_new_tokens=4)
+
+
+def recipe(folder: Path, **arguments: Any) -> BreadthFirstConfig:
+    settings = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "learning_rate": 5e-2, "use_cpu": True}
+    return BreadthFirstConfig(output_dir=str(folder), disable_tqdm=True, report_to="none", **(settings | arguments))
+
+
+def test_every_method_runs_in_either_order_and_by_either_averaging() -> None:
+    assert [str(baseline) for baseline in baselines(20, ["FT-M"])] == [
+        "FT-M, depth-first, batches of 1",
+        "FT-M, breadth-first, batches of 1",
+        "FT-M, breadth-first, batches of 20, by edit",
+        "FT-M, breadth-first, batches of 20, by token",
+    ]
+    assert len(baselines(20)) == 4 * len(METHODS)
+
+
+def test_all_start_from_the_same_base_and_leave_it_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = base_model(), make_tokenizer("llama2")
+    before, recipes = base_state(model), []
+    trainer = module.BreadthFirstTrainer
+
+    def recorded(model: Any, args: Any, **kwargs: Any) -> Any:
+        made = trainer(model=model, args=args, **kwargs)
+        trainable = sorted({name.split(".")[-3 if "lora" in name else -3] for name, _ in _trainable(model)})
+        recipes.append(
+            (args.objective, args.append_eos, args.edit_order, args.train_batch_size, args.loss_averaging, *trainable)
+        )
+        return made
+
+    monkeypatch.setattr(module, "BreadthFirstTrainer", recorded)
+    rows = compare_baselines(model, tokenizer, PROBED, recipe(tmp_path), evaluation=QUICK)
+    assert_same_tensors(base_state(model), before)
+    assert recipes[:4] == [
+        ("prompt_last", False, "depth_first", 1, "edit", "locft_delta"),
+        ("prompt_last", False, "breadth_first", 1, "edit", "locft_delta"),
+        ("prompt_last", False, "breadth_first", 4, "edit", "locft_delta"),
+        ("prompt_last", False, "breadth_first", 4, "token", "locft_delta"),
+    ]
+    assert [entry[:2] for entry in recipes[4::4]] == [
+        ("target_new", False),
+        ("target_new", True),
+        ("target_new", True),
+    ]
+    assert [entry[5:] for entry in recipes[-1:]] == [("lora_A", "lora_B")]
+    assert len({json.dumps(row["before"]) for row in rows}) == 1
+    assert len({json.dumps(row["figures"]) for row in rows}) > 1
+
+
+def _trainable(model: Any) -> list[tuple[str, Any]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def test_results_that_are_there_are_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = base_model(), make_tokenizer("llama2")
+    measure, measured = module._measure, []
+
+    def counted(*arguments: Any) -> dict[str, Any]:
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(str(arguments[3]))
+        return measure(*arguments)
+
+    monkeypatch.setattr(module, "_measure", counted)
+    arguments: dict[str, Any] = {"methods": ["LocFT"], "evaluation": QUICK}
+    with pytest.raises(KeyboardInterrupt):
+        compare_baselines(model, tokenizer, PROBED, recipe(tmp_path), **arguments)
+    monkeypatch.setattr(module, "_measure", lambda *a: measured.append(str(a[3])) or measure(*a))
+    rows = compare_baselines(model, tokenizer, PROBED, recipe(tmp_path), **arguments)
+    assert measured == [str(baseline) for baseline in baselines(4, ["LocFT"])]
+    assert compare_baselines(model, tokenizer, PROBED, recipe(tmp_path), **arguments) == rows
+    assert len(measured) == 4
+    compare_baselines(model, tokenizer, PROBED, recipe(tmp_path, learning_rate=1e-3), **arguments)
+    assert len(measured) == 8
+    assert (tmp_path / "baselines.md").read_text().count("\n") == 7
+
+
+def test_the_table_begins_with_the_base() -> None:
+    estimate = {"value": 0.5, "low": 0.25, "high": 0.75}
+    row = {
+        "baseline": {"method": "FT-M", "edit_order": "breadth_first", "batch_size": 20, "loss_averaging": "token"},
+        "before": {"reliability_exact_match": estimate},
+        "figures": {"reliability_exact_match": estimate, "locality_unchanged": estimate},
+        "seconds": 12.3,
+    }
+    assert markdown([row]).splitlines() == [
+        "| method | order | batch | averaging | reliability_exact_match | locality_unchanged | training, s |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| base | | | | 0.500 [0.250, 0.750] | - | |",
+        "| FT-M | breadth-first | 20 | token | 0.500 [0.250, 0.750] | 0.500 [0.250, 0.750] | 12 |",
+    ]
+
+
+@pytest.mark.parametrize("arguments", [(1,), (20, ["ROME"])])
+def test_what_is_no_baseline_is_refused(arguments: Any) -> None:
+    with pytest.raises(ValueError, match="expected methods out of FT-L, FT-M, LocFT, LoRA, and mini-batches of 2"):
+        baselines(*arguments)
+
+
+def test_baselines_are_run_from_a_models_name(tmp_path: Path) -> None:
+    base_model().save_pretrained(tmp_path / "base")
+    make_tokenizer("llama2").save_pretrained(tmp_path / "base")
+    location = LocFTConfig(target_modules=["up_proj"], layers_to_transform=[1])
+    rows = run_baselines(
+        tmp_path / "base", PROBED, recipe(tmp_path / "out"), location=location, methods=["LoRA"], num_edits=4
+    )
+    assert [Baseline(**row["baseline"]).method for row in rows] == ["LoRA"] * 4
+    assert location.task_type is None
