@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-import logging
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,9 +15,13 @@ from typing import Any
 from .bootstrap import Estimate
 from .files import write_whole
 
-logger = logging.getLogger(__name__)
-
 DASH = "-"
+FORMAT = 1
+FIGURES_NAME = "evaluation.json"
+PARTS = {"settings": dict, "results": dict, "missing": dict, "notes": list, "curves": list, "rows": list}
+# a row failed if the first of these that it has is below 1; of a probe, what changed matters more than what is right
+DECIDING = ("exact_match", "token_accuracy", "more_probable")
+DECIDING_OF_LOCALITY = ("unchanged", "tokens_unchanged", *DECIDING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,18 +90,18 @@ class EvaluationReport:
         return any(result.before is not None for result in self.results.values())
 
     def failures(self) -> Iterator[dict[str, Any]]:
-        """Yield the rows of edits not learned, rephrasings not answered, and locality probes that changed."""
+        """Yield the rows of edits not learned, rephrasings and portability probes not answered, and locality probes
+        that changed (without a base: that are not right)."""
         for row in self.rows:
-            wanted = ("unchanged", "exact_match") if row["kind"] == "locality" else ("exact_match", "token_accuracy")
-            score = next((row[f"{name}_after"] for name in wanted if row.get(f"{name}_after") is not None), None)
-            if score is not None and score < 1:
+            deciding = deciding_score(row)
+            if deciding is not None and deciding[1] < 1:
                 yield row
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all of it as plain data, for JSON."""
+        """Return all of it as plain data for JSON, which has no infinity and no NaN: they are the strings "inf" and "nan"."""
 
-        def plain(estimate: Estimate | None) -> dict[str, float] | None:
-            return None if estimate is None else estimate._asdict()
+        def plain(estimate: Estimate | None) -> dict[str, float | str] | None:
+            return None if estimate is None else {name: _finite(each) for name, each in estimate._asdict().items()}
 
         results = {
             name: {
@@ -111,14 +115,60 @@ class EvaluationReport:
             for name, result in self.results.items()
         }
         return {
-            "format": 1,
+            "format": FORMAT,
             "settings": self.settings,
             "results": results,
             "missing": self.missing,
             "notes": self.notes,
-            "curves": self.curves,
+            "curves": [{name: _finite(value) for name, value in point.items()} for point in self.curves],
             "rows": self.rows,
         }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> EvaluationReport:
+        """Return the report of which `data` is the [`EvaluationReport.to_dict`].
+
+        Raises:
+            ValueError: if it is none, or one of a later format.
+        """
+        found = data.get("format") if isinstance(data, dict) else None
+        if found != FORMAT:
+            later = isinstance(found, int) and found > FORMAT
+            advice = "update peft-locft, which has written it" if later else "is it a report of evaluate_edits?"
+            raise ValueError(f"found format {found}; expected {FORMAT}: {advice}")
+        for name, kind in PARTS.items():
+            if not isinstance(data.get(name), kind):
+                raise ValueError(f"{name}: found {type(data.get(name)).__name__}; expected {kind.__name__}")
+        if not isinstance(data["settings"].get("confidence"), float):
+            raise ValueError(f"settings: found confidence {data['settings'].get('confidence')!r}; expected a number")
+        for number, row in enumerate(data["rows"]):
+            if not isinstance(row, dict) or not {"edit", "kind", "prompt"} <= set(row):
+                raise ValueError(f"rows[{number}]: expected a row with edit, kind and prompt")
+        results = {name: _result(name, result) for name, result in data["results"].items()}
+        curves = [_point(number, point) for number, point in enumerate(data["curves"])]
+        return cls(results, data["missing"], data["rows"], data["settings"], data["notes"], curves)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> EvaluationReport:
+        """Read a report that [`EvaluationReport.save`] wrote, to draw it again or to compare it.
+
+        Args:
+            folder: the one it was saved to.
+
+        Raises:
+            FileNotFoundError: if there is no `evaluation.json` in it.
+            ValueError: if that file is not one of ours.
+
+        Example:
+            >>> EvaluationReport.load("evaluation").save("evaluation")  # with pictures, once matplotlib is installed
+        """
+        path = Path(folder) / FIGURES_NAME
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: found no such file; expected a folder that EvaluationReport.save wrote")
+        try:
+            return cls.from_dict(json.loads(path.read_bytes()))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def to_markdown(self) -> str:
         """Return the metrics as one Markdown table, and what could not be measured."""
@@ -132,22 +182,25 @@ class EvaluationReport:
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 
     def missing_by_reason(self) -> dict[str, list[str]]:
+        """Return the names of `missing` by their reason."""
         reasons: dict[str, list[str]] = {}
         for name, why in self.missing.items():
             reasons.setdefault(why, []).append(name)
         return reasons
 
     def to_csv(self) -> str:
-        """Return the rows as CSV."""
+        """Return the rows as CSV; what is not known is empty."""
         text = io.StringIO()
         if self.rows:
-            writer = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
+            # with "\n" alone as its line end, csv leaves a "\r" in an answer unquoted, and readers end the row there
+            names = dict.fromkeys(name for row in self.rows for name in row)
+            writer = csv.DictWriter(text, list(names), lineterminator="\r\n")
             writer.writeheader()
             writer.writerows(self.rows)
         return text.getvalue()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write `evaluation.json`, `evaluation.md`, `evaluation.html` and `answers.csv`, each whole or not at all.
+        """Write `evaluation.json`, `evaluation.md`, `answers.csv` and `evaluation.html`, each whole or not at all.
 
         The page has its pictures in it; without matplotlib (the extra `plot`) it has none, and says so.
 
@@ -155,14 +208,54 @@ class EvaluationReport:
             folder: made if it is not there.
 
         Raises:
-            NotADirectoryError: if it is a file.
+            NotADirectoryError: if it or one above it is a file.
         """
         from .report_page import page  # here, so that figures can be had without pictures
 
         folder = Path(folder)
+        for place in (folder, *folder.parents):
+            if place.exists() and not place.is_dir():
+                raise NotADirectoryError(f"Cannot save an evaluation to {folder}: {place} is a file. Give a folder.")
+        data = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+        texts = {FIGURES_NAME: data, "evaluation.md": self.to_markdown() + "\n", "answers.csv": self.to_csv()}
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "answers.csv", self.to_csv())
-        write_whole(folder / "evaluation.md", self.to_markdown() + "\n")
+        for name, content in texts.items():
+            write_whole(folder / name, content)
+        # the last, so that where it is the others are, too, and drawing never costs the figures
         write_whole(folder / "evaluation.html", page(self))
-        # the last, so that where it is the others are, too
-        write_whole(folder / "evaluation.json", json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+
+
+def deciding_score(row: dict[str, Any]) -> tuple[str, float] | None:
+    """Return by what a row is judged, and its score after the edit; `None` if it has none."""
+    names = DECIDING_OF_LOCALITY if row["kind"] == "locality" else DECIDING
+    scores = ((name, row.get(f"{name}_after")) for name in names)
+    return next(((name, score) for name, score in scores if score is not None), None)
+
+
+def _finite(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+def _result(name: str, data: Any) -> Result:
+    def estimate(part: str) -> Estimate | None:
+        found = data[part]
+        return None if found is None else Estimate(*(float(found[each]) for each in Estimate._fields))
+
+    try:
+        after = estimate("after")
+        if after is None:
+            raise ValueError("it has no figure after the edit")
+        count, unit = int(data["count"]), str(data["unit"])
+        return Result(str(data["meaning"]), after, estimate("before"), estimate("change"), count, unit)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"results.{name}: expected a metric's result: {error}") from error
+
+
+def _point(number: int, data: Any) -> dict[str, float]:
+    try:
+        figures = {name: float(value) for name, value in data.items()}
+        if "epoch" not in figures:
+            raise ValueError("it has no epoch")
+        return figures
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"curves[{number}]: expected figures by name: {error}") from error
