@@ -89,6 +89,11 @@ class EvaluationReport:
     def has_before(self) -> bool:
         return any(result.before is not None for result in self.results.values())
 
+    @property
+    def confidence(self) -> str:
+        """The confidence of the intervals, such as "95%"."""
+        return f"{100 * self.settings['confidence']:g}%"
+
     def failures(self) -> Iterator[dict[str, Any]]:
         """Yield the rows of edits not learned, rephrasings and portability probes not answered, and locality probes
         that changed (without a base: that are not right)."""
@@ -98,7 +103,7 @@ class EvaluationReport:
                 yield row
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all of it as plain data for JSON, which has no infinity and no NaN: they are the strings "inf" and "nan"."""
+        """Return all of it as plain data for JSON, which has no infinity and no NaN: they are "inf" and "nan"."""
 
         def plain(estimate: Estimate | None) -> dict[str, float | str] | None:
             return None if estimate is None else {name: _finite(each) for name, each in estimate._asdict().items()}
@@ -176,8 +181,7 @@ class EvaluationReport:
         for name, result in self.results.items():
             figures = (str(each) if each else DASH for each in (result.before, result.after, result.change))
             lines.append(f"| {name} | {' | '.join(figures)} | {result.count} {result.unit} |")
-        confidence = self.settings["confidence"]
-        lines += ["", f"In brackets, the interval of {confidence:.0%} confidence (bootstrap)."]
+        lines += ["", f"In brackets, the interval of {self.confidence} confidence (bootstrap)."]
         lines += [f"Not measured: {', '.join(names)}: {why}." for why, names in self.missing_by_reason().items()]
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 

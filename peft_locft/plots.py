@@ -1,51 +1,27 @@
 """Every picture: metrics before and after with their intervals, and how they went from epoch to epoch.
 
-matplotlib is the optional extra `plot`. Pictures look the same whatever the user has set in it, and leave its settings,
-its backend and pyplot's figures as they are.
+matplotlib is the optional extra `plot`. Pictures look the same whatever the user has set in it, and leave its
+settings, its backend and pyplot's figures as they are.
 """
 
 from __future__ import annotations
 
 import io
-import math
 import os
 import re
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .bootstrap import Estimate, shown
-from .evaluation_report import EvaluationReport, Result
+from .evaluation_report import EvaluationReport
+from .figures import COLOURS, SIZE, curves_figure, metrics_figure
 from .files import write_whole
-from .report_words import GROUPS, group_of, grouped, label_of, short_name
+from .report_words import grouped
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# on a light page, on a dark one; no two alike, for in a page each becomes a variable of its style sheet
-COLOURS = {
-    "ink": ("#1f2933", "#e4e7eb"),
-    "muted": ("#616e7c", "#9aa5b1"),
-    "grid": ("#e1e5ea", "#36414d"),
-    "before": ("#b4bec9", "#66727f"),
-    "after": ("#2f6fb3", "#4b8acb"),
-    "reliability": ("#2f6fb4", "#6ea8e1"),
-    "generalization": ("#b35c00", "#eb9b45"),
-    "locality": ("#1c8a5f", "#55c797"),
-    "portability": ("#8e4f9e", "#c88fd6"),
-    "edit_score": ("#52606e", "#b8c2cd"),
-}
-MARKERS = {"reliability": "o", "generalization": "s", "locality": "^", "portability": "D", "edit_score": "v"}
-DASHES = ("-", "--", ":", "-.")
-
-# inches
-WIDTH, LEFT, RIGHT = 4.7, 1.45, 0.1
-ROW, TITLE, SCALE, GAP = 0.46, 0.3, 0.24, 0.14
-
-SIZE = 9  # of text, in points
 STYLE: dict[str, Any] = {
     "font.size": SIZE,
     "text.color": COLOURS["ink"][0],
@@ -70,8 +46,6 @@ STYLE: dict[str, Any] = {
     "svg.hashsalt": "peft-locft",
 }
 
-Panel = Mapping[str, Result]  # metrics on one axis
-
 
 def draw_metrics(report: EvaluationReport, path: str | os.PathLike[str]) -> None:
     """Draw bars of the metrics with their intervals, before and after side by side, grouped by what they measure.
@@ -87,7 +61,7 @@ def draw_metrics(report: EvaluationReport, path: str | os.PathLike[str]) -> None
     if not report.results:
         raise ValueError(f"{path}: found no metric to draw; expected a report with one at least")
     with _drawing():
-        _save(_metrics_figure(grouped(report.results), report.has_before, titled=True), Path(path))
+        _save(metrics_figure(grouped(report.results), report.has_before, titled=True), Path(path))
 
 
 def draw_curves(curves: Sequence[Mapping[str, float]], path: str | os.PathLike[str]) -> None:
@@ -106,7 +80,7 @@ def draw_curves(curves: Sequence[Mapping[str, float]], path: str | os.PathLike[s
         >>> draw_curves([{"epoch": 1, "loss": 2.1}, {"epoch": 2, "loss": 0.7}], "curves.png")
     """
     with _drawing():
-        _save(_curves_figure(curves), Path(path))
+        _save(curves_figure(curves), Path(path))
 
 
 def metric_pictures(report: EvaluationReport) -> dict[str, str]:
@@ -119,7 +93,7 @@ def metric_pictures(report: EvaluationReport) -> dict[str, str]:
     """
     with _drawing():
         groups = grouped(report.results).items()
-        figures = {key: _metrics_figure({key: members}, report.has_before, titled=False) for key, members in groups}
+        figures = {key: metrics_figure({key: members}, report.has_before, titled=False) for key, members in groups}
         return {key: _svg(figure, key) for key, figure in figures.items()}
 
 
@@ -131,7 +105,7 @@ def curves_picture(curves: Sequence[Mapping[str, float]]) -> str:
         ValueError: as [`draw_curves`].
     """
     with _drawing():
-        return _svg(_curves_figure(curves), "curves")
+        return _svg(curves_figure(curves), "curves")
 
 
 @contextmanager
@@ -169,130 +143,3 @@ def _svg(figure: Figure, prefix: str) -> str:
     for name, (light, _) in COLOURS.items():
         text = text.replace(light, f"var(--{name.replace('_', '-')})")
     return text
-
-
-def _metrics_figure(groups: Mapping[str, Panel], has_before: bool, titled: bool) -> Figure:
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    panels = [(key, panel) for key, members in groups.items() for panel in _panels(key, members)]
-    legend = 0.3 if titled and has_before else 0.0
-    titles = TITLE * len(groups) if titled else 0.0
-    height = legend + titles + sum(ROW * len(panel) + SCALE + GAP for _, panel in panels)
-    figure = Figure(figsize=(WIDTH, height))
-    if legend:
-        handles = [Patch(color=COLOURS[when][0], label=f"{when} the edit") for when in ("before", "after")]
-        figure.legend(handles=handles, loc="upper right", ncols=2)
-    top, last = height - legend, ""
-    for key, panel in panels:
-        if titled and key != last:
-            top -= TITLE
-            figure.text(0.1 / WIDTH, (top + 0.06) / height, GROUPS[key].title, fontweight="bold")
-        last = key
-        rows = ROW * len(panel)
-        place = (LEFT / WIDTH, (top - rows) / height, (WIDTH - LEFT - RIGHT) / WIDTH, rows / height)
-        _draw_panel(figure.add_axes(place), panel, GROUPS[key].are_shares)
-        top -= rows + SCALE + GAP
-    return figure
-
-
-def _panels(key: str, members: Panel) -> list[Panel]:
-    """Return metrics by the axis that they are drawn on: shares have one together, of other units each has its own."""
-    return [members] if GROUPS[key].are_shares else [{name: result} for name, result in members.items()]
-
-
-def _draw_panel(axes: Axes, panel: Panel, are_shares: bool) -> None:
-    labels = [textwrap.fill(label_of(name), 20, max_lines=3, placeholder="…") for name in panel]
-    axes.set_yticks(range(len(panel)), labels)
-    for label in axes.get_yticklabels():
-        label.set_parse_math(False)  # a name is no formula
-    axes.tick_params(axis="y", labelcolor=COLOURS["ink"][0], labelsize=SIZE)
-    axes.set_ylim(len(panel) - 0.5, -0.5)
-    for place, result in enumerate(panel.values()):
-        if result.before is None:
-            _draw_bar(axes, place, result.after, "after")
-        else:
-            _draw_bar(axes, place - 0.19, result.before, "before")
-            _draw_bar(axes, place + 0.19, result.after, "after")
-    estimates = [each for result in panel.values() for each in (result.before, result.after) if each is not None]
-    ends = [end for each in estimates for end in each if math.isfinite(end)]
-    low, high = (0.0, 1.0) if are_shares else (min(0.0, *ends, 0.0), max(0.0, *ends, 0.0) or 1.0)
-    axes.set_xlim(low, low + 1.17 * (high - low))
-    if are_shares:
-        axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
-    else:
-        axes.locator_params(axis="x", nbins=5)
-        axes.xaxis.set_major_formatter("{x:g}")
-    axes.grid(axis="x")
-    axes.spines["bottom"].set_visible(False)
-
-
-def _draw_bar(axes: Axes, place: float, estimate: Estimate, when: str) -> None:
-    if not all(map(math.isfinite, estimate)):
-        axes.text(0, place, f" {shown(estimate.value)}", va="center", fontsize=8)
-        return
-    value, low, high = estimate
-    reach = [[max(0.0, value - low)], [max(0.0, high - value)]]
-    error = {"ecolor": COLOURS["ink"][0], "elinewidth": 1, "capsize": 2.5, "capthick": 1}
-    axes.barh(place, value, height=0.34, color=COLOURS[when][0], xerr=reach, error_kw=error)
-    end = (max(value, high, 0.0), place)
-    axes.annotate(shown(value), end, (5, 0), textcoords="offset points", va="center", fontsize=8)
-
-
-def _curves_figure(curves: Sequence[Mapping[str, float]]) -> Figure:
-    from matplotlib.figure import Figure
-
-    lines = curve_lines(curves)
-    if not lines:
-        raise ValueError("curves: found no figure of any epoch; expected some such as loss or reliability_exact_match")
-    shares = [name for name in lines if GROUPS[group_of(name)].are_shares]
-    panels = ([shares] if shares else []) + [[name] for name in lines if name not in shares]
-    heights = [2.6 if names is shares else 1.2 for names in panels]
-    figure = Figure(figsize=(WIDTH, sum(heights) + 0.4), layout="constrained")
-    rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, names in zip(rows, panels, strict=True):
-        _draw_lines(axes, {name: lines[name] for name in names}, are_shares=names is shares)
-    rows[-1].set_xlabel("epoch")
-    rows[-1].locator_params(axis="x", integer=True)
-    return figure
-
-
-def curve_lines(curves: Sequence[Mapping[str, float]]) -> dict[str, list[tuple[float, float]]]:
-    """Return each figure's (epoch, value) in the order of the epochs.
-
-    Raises:
-        ValueError: if a point has no epoch.
-    """
-    without = next((number for number, point in enumerate(curves) if "epoch" not in point), None)
-    if without is not None:
-        raise ValueError(f"curves[{without}]: found {', '.join(curves[without]) or 'nothing'}; expected an epoch, too")
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for point in sorted(curves, key=lambda point: point["epoch"]):
-        for name, value in point.items():
-            if name != "epoch":
-                lines.setdefault(name, []).append((point["epoch"], value))
-    return lines
-
-
-def _draw_lines(axes: Axes, lines: Mapping[str, list[tuple[float, float]]], are_shares: bool) -> None:
-    drawn: dict[str, int] = {}
-    for name, points in lines.items():
-        key = group_of(name) if are_shares else "after"
-        number = drawn[key] = drawn.get(key, -1) + 1
-        look: dict[str, Any] = {"color": COLOURS[key][0], "linestyle": DASHES[number % len(DASHES)]}
-        label = f"{key.replace('_', ' ')}: {label_of(name)}" if short_name(name) != name else label_of(name)
-        (line,) = axes.plot(*zip(*points, strict=True), marker=MARKERS.get(key, "o"), markersize=3.5, **look)
-        line.set_label(label)
-    axes.grid(axis="y")
-    if are_shares:
-        axes.set_ylim(-0.03, 1.03)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8, handlelength=1.6, columnspacing=1)
-        return
-    (name,) = lines
-    axes.set_title(label_of(name), loc="left", parse_math=False)
-    values = [value for _, value in lines[name] if math.isfinite(value)]
-    # a loss falls by orders of magnitude, and its end would be a flat line
-    if values and min(values) > 0 and max(values) > 20 * min(values):
-        axes.set_yscale("log")
-        axes.minorticks_off()
-        axes.yaxis.set_major_formatter("{x:g}")

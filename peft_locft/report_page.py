@@ -13,8 +13,9 @@ from typing import Any
 from .bootstrap import Estimate, shown
 from .evaluation_report import DASH, EvaluationReport, Result
 from .failures_table import failures_section
+from .figures import COLOURS, curve_lines
 from .html_elements import Html, element, scrolling, together
-from .plots import COLOURS, curve_lines, curves_picture, metric_pictures
+from .plots import curves_picture, metric_pictures
 from .report_style import style_sheet
 from .report_words import GROUPS, grouped, headline, higher_is_better, label_of, words_of
 
@@ -78,14 +79,13 @@ def _listed(value: Any) -> str:
 
 def _head(report: EvaluationReport) -> Html:
     edits, versions = _edits(report), report.settings.get("versions") or {}
-    confidence = report.settings["confidence"]
     facts = {
         "Model": element("code", _setting(report, "model")),
         "Adapter": _listed(report.settings.get("adapters") or "none"),
         "Edits": together(f"{edits.get('count')}, sha256 ", element("code", str(edits.get("sha256"))[:16], "…")),
         "Asked by": _listed(_setting(report, "protocols")).replace("_", " "),
         "Numbers in": _setting(report, "dtype"),
-        "Intervals": f"{confidence:.0%} confidence, by bootstrap of {_setting(report, 'num_resamples')} resamples",
+        "Intervals": f"{report.confidence} confidence, by bootstrap of {_setting(report, 'num_resamples')} resamples",
         "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
     compared = (
@@ -142,7 +142,7 @@ def _metrics(report: EvaluationReport) -> Html:
         element("h2", "Figures"),
         element(
             "p",
-            f"Below each figure is its interval of {report.settings['confidence']:.0%} confidence: how far it may be "
+            f"Below each figure is its interval of {report.confidence} confidence: how far it may be "
             "off because these edits, and not others of the same sort, were measured. A change is coloured, as better "
             "or worse, where its interval leaves out 0. Shares are from 0 to 1, and more is better.",
         ),

@@ -42,8 +42,9 @@ th.group b { font-weight: 650; margin-right: .5rem; }
 .number small { display: block; }
 .good { color: var(--good); }
 .bad { color: var(--bad); }
-.failures { min-width: 50rem; table-layout: fixed; }
+.failures { min-width: 58rem; table-layout: fixed; }
 .failures td { overflow-wrap: anywhere; white-space: pre-wrap; }
+.failures td:nth-child(2) { overflow-wrap: normal; }
 .failures th:nth-child(1) { width: 15%; }
 .failures th:nth-child(2) { width: 12%; }
 .failures th:nth-child(3) { width: 26%; }

@@ -1,0 +1,180 @@
+"""Reports of evaluations: the table, the rows, and what is saved and read again."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from example_reports import example_report, result, row
+
+from peft_locft import report_page
+from peft_locft.bootstrap import Estimate
+from peft_locft.evaluation_report import EvaluationReport, Result, deciding_score
+
+FILES = ["answers.csv", "evaluation.html", "evaluation.json", "evaluation.md"]
+
+
+def test_a_metric_is_had_by_its_name() -> None:
+    assert example_report()["edit_score"] == result(0.75, 0.5)
+
+
+def test_a_metric_that_was_not_measured_says_why() -> None:
+    report = example_report()
+    with pytest.raises(KeyError, match="portability_exact_match was not measured: no edit has portability probes"):
+        report["portability_exact_match"]
+    with pytest.raises(KeyError, match="rewrite was not measured: expected one of reliability_exact_match, gen"):
+        report["rewrite"]
+
+
+def test_the_table_has_every_metric_what_is_missing_and_the_notes() -> None:
+    text = str(example_report())
+    lines = text.splitlines()
+    assert lines[0] == "| metric | before | after | change | of |"
+    assert "| locality_unchanged | - | 0.375 [0.275, 0.475] | - | 2 edits |" in lines
+    assert "| perplexity | 20.25 [20.15, 20.35] | 31.5 [31.4, 31.6] | 11.25 [11.15, 11.35] | 2 windows |" in lines
+    assert "In brackets, the interval of 95% confidence (bootstrap)." in lines
+    assert "Not measured: portability_exact_match: no edit has portability probes." in lines
+    assert lines[-1] == "Note: 1 edits have the prompt of another."
+
+
+@pytest.mark.parametrize(("confidence", "shown"), [(0.95, "95%"), (0.975, "97.5%"), (0.999, "99.9%"), (0.29, "29%")])
+def test_confidence_is_not_rounded(confidence: float, shown: str) -> None:
+    assert example_report(settings={"confidence": confidence}).confidence == shown
+
+
+def test_reasons_have_the_metrics_that_they_are_of() -> None:
+    missing = {"a": "no probes", "b": "no base", "c": "no probes"}
+    assert example_report(missing=missing).missing_by_reason() == {"no probes": ["a", "c"], "no base": ["b"]}
+
+
+def test_failures_are_what_was_not_learned_and_what_changed() -> None:
+    assert [(each["edit"], each["kind"]) for each in example_report().failures()] == [
+        (1, "generalization"),
+        (1, "locality"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "scores", "deciding"),
+    [
+        ("reliability", {"exact_match": 1.0, "token_accuracy": 0.5}, ("exact_match", 1.0)),
+        ("reliability", {"exact_match": None, "token_accuracy": 0.5}, ("token_accuracy", 0.5)),
+        ("portability", {"more_probable": 0.0}, ("more_probable", 0.0)),
+        ("locality", {"exact_match": 0.0, "unchanged": 1.0}, ("unchanged", 1.0)),
+        ("locality", {"exact_match": None, "tokens_unchanged": 0.5, "token_accuracy": 1.0}, ("tokens_unchanged", 0.5)),
+        ("locality", {"exact_match": 0.0, "unchanged": None}, ("exact_match", 0.0)),
+        ("locality", {"exact_match": None}, None),
+        ("reliability", {"unchanged": 0.0}, None),
+    ],
+)
+def test_a_row_is_judged_by_the_best_measure_it_has(
+    kind: str, scores: dict[str, float | None], deciding: tuple[str, float] | None
+) -> None:
+    judged: dict[str, Any] = {"kind": kind} | {f"{name}_after": score for name, score in scores.items()}
+    assert deciding_score(judged) == deciding
+
+
+def test_rows_come_back_from_csv() -> None:
+    hostile = 'one, "two"\r\nthree\rfour\nfive;\t=1+1 é 日本'
+    rows = [row(0, "reliability", hostile, answer_before=None), row(1, "locality", expected=None, unchanged_after=0.5)]
+    read = list(csv.DictReader(io.StringIO(example_report(rows=rows).to_csv(), newline="")))
+    assert read == [{name: "" if value is None else str(value) for name, value in each.items()} for each in rows]
+    assert read[0]["prompt"] == hostile
+
+
+def test_no_rows_are_an_empty_csv() -> None:
+    assert example_report(rows=[]).to_csv() == ""
+
+
+def test_a_saved_report_comes_back(tmp_path: Path) -> None:
+    report = example_report()
+    report.save(tmp_path / "new" / "folder")
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == FILES
+    assert EvaluationReport.load(tmp_path / "new" / "folder") == report
+    saved = (tmp_path / "new" / "folder" / "answers.csv").read_bytes()
+    assert saved == report.to_csv().encode()
+
+
+def test_what_is_not_finite_comes_back_from_json_that_others_can_read(tmp_path: Path) -> None:
+    broken = Result("p", Estimate(math.inf, 3.0, math.inf), result(2.0).after, Estimate(math.nan, 1, 2), 3, "windows")
+    report = example_report(results={"perplexity": broken}, curves=[{"epoch": 1, "loss": math.nan}])
+    report.save(tmp_path)
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    json.loads((tmp_path / "evaluation.json").read_text(), parse_constant=refuse)
+    loaded = EvaluationReport.load(tmp_path)
+    assert loaded["perplexity"].after == broken.after
+    assert loaded["perplexity"].change is not None and math.isnan(loaded["perplexity"].change.value)
+    assert math.isnan(loaded.curves[0]["loss"])
+
+
+def test_a_report_replaces_the_one_before(tmp_path: Path) -> None:
+    example_report().save(tmp_path)
+    later = example_report(notes=["later"])
+    later.save(tmp_path)
+    assert EvaluationReport.load(tmp_path) == later
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
+
+
+def test_a_page_that_cannot_be_made_costs_no_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(report: EvaluationReport) -> str:
+        raise RuntimeError("no pencil")
+
+    monkeypatch.setattr(report_page, "page", fail)
+    with pytest.raises(RuntimeError, match="no pencil"):
+        example_report().save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name for name in FILES if not name.endswith("html")]
+    assert EvaluationReport.load(tmp_path) == example_report()
+
+
+def test_what_is_no_json_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        example_report(settings={"confidence": 0.95, "model": object()}).save(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(NotADirectoryError, match=r"Cannot save .*file is a file\. Give a folder\."):
+            example_report().save(place)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_without_a_report_says_so(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"evaluation\.json: found no such file; expected a folder that"):
+        EvaluationReport.load(tmp_path)
+
+
+def changed(**parts: Any) -> str:
+    return json.dumps(example_report().to_dict() | parts)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"evaluation\.json: Expecting property name"),
+        ("\xff", r"evaluation\.json: .*decode"),
+        ("[]", r"evaluation\.json: found format None; expected 1: is it a report of evaluate_edits\?"),
+        (changed(format=2), "found format 2; expected 1: update peft-locft, which has written it"),
+        (changed(rows={}), "rows: found dict; expected list"),
+        (changed(settings={}), "settings: found confidence None; expected a number"),
+        (changed(rows=[{"edit": 1}]), r"rows\[0\]: expected a row with edit, kind and prompt"),
+        (changed(curves=[{"loss": 1.0}]), r"curves\[0\]: expected figures by name: it has no epoch"),
+        (changed(curves=[[]]), r"curves\[0\]: expected figures by name"),
+        (changed(results={"x": {"after": None}}), "results.x: expected a metric's result: it has no figure after"),
+        (changed(results={"x": {"after": {"value": 1}}}), "results.x: expected a metric's result: 'low'"),
+        (changed(results={"x": 1}), "results.x: expected a metric's result"),
+    ],
+)
+def test_a_file_that_is_not_ours_is_refused(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=message):
+        EvaluationReport.load(tmp_path)
