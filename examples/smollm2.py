@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def smollm2_folder(cache_folder: Path | None = None) -> Path:
     folder = (cache_folder or _default_cache_folder()).expanduser().absolute()
     if not _is_converted(folder):
         weights = _packaged_weights()
-        print(f"Converting {weights.name} into {folder} (once, under a minute)", flush=True)
+        print(f"Converting {weights.name} into {folder} (once, under a minute)", file=sys.stderr, flush=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         # The folder appears whole or not at all; a killed conversion leaves a `.converting-…` folder beside it.
         with tempfile.TemporaryDirectory(prefix=".converting-", dir=folder.parent) as staging:
@@ -90,3 +91,7 @@ def _commit(staged: Path, folder: Path) -> None:
     except OSError:
         if not _is_converted(folder):  # else another process came first, and its copy is the same
             raise
+
+
+if __name__ == "__main__":
+    print(smollm2_folder())  # for command lines: MODEL=$(python examples/smollm2.py)

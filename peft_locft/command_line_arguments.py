@@ -36,6 +36,7 @@ class RunArguments:
     on_conflict: Literal["warn", "error", "last"] = field(
         default="warn", metadata={"help": "What to do about one prompt with two targets."}
     )
+    num_edits: int | None = field(default=None, metadata={"help": "Take so many edits from the beginning."})
     evaluate_every: int = field(default=0, metadata={"help": "Epochs between evaluations while training; 0 for none."})
     evaluate_num_edits: int = field(default=100, metadata={"help": "Edits that are evaluated while training."})
     best_metric: str | None = field(

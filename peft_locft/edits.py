@@ -136,19 +136,20 @@ def read_edits(
     return _settle_conflicts(_edits(rows), on_conflict)
 
 
-def first_edits(source: Any, num_edits: int | None) -> list[Edit]:
+def first_edits(source: Any, num_edits: int | None, on_conflict: OnConflict = "warn") -> list[Edit]:
     """Read edits and take some from the beginning.
 
     Args:
         source: as in `read_edits`.
         num_edits: how many; `None`: all.
+        on_conflict: as in `read_edits`.
 
     Raises:
         ValueError: `num_edits` is below 1, or as in `read_edits`.
     """
     if num_edits is not None and num_edits < 1:
         raise ValueError(f"num_edits={num_edits}: expected 1 or more; leave it out for all")
-    return read_edits(source)[:num_edits]
+    return read_edits(source, on_conflict=on_conflict)[:num_edits]
 
 
 def edits_sha256(edits: Iterable[Edit]) -> str:

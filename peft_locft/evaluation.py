@@ -256,6 +256,6 @@ class EditEvaluator:
         prompts = Counter(edit.prompt for edit in edits)
         repeated = sum(count - 1 for count in prompts.values())
         if repeated:
-            yield f"{repeated} edits have the prompt of another and another target: no model can answer with both."
+            yield f"{repeated} of {len(edits)} edits repeat a prompt with another target: no model can give both."
         if self.disabled is None:
             yield "There is no base beside this model, so that no figure has a before."

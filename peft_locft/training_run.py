@@ -14,7 +14,7 @@ import datasets
 from peft import PeftConfig, get_peft_model
 
 from .adapter_folder import AdapterSummary, check_folder, inspect_adapter
-from .edits import Edit, read_edits
+from .edits import Edit, first_edits
 from .evaluation_callback import EvaluationCallback
 from .evaluation_config import EvaluationConfig
 from .loading import load_model
@@ -37,6 +37,7 @@ def train_edits(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     on_conflict: Literal["warn", "error", "last"] = "warn",
+    num_edits: int | None = None,
     evaluate_every: int = 0,
     evaluate_num_edits: int = 100,
     best_metric: str | None = None,
@@ -53,6 +54,7 @@ def train_edits(
         dtype: `"auto"` (as the checkpoint says), `"float32"`, `"bfloat16"` or `"float16"`, for the base model.
         trust_remote_code: run the code that comes with the base model; leave it off unless you have read that code.
         on_conflict: what to do about one prompt with two targets, see `read_edits`.
+        num_edits: take so many from the beginning; `None`: all.
         evaluate_every: epochs between evaluations while training; 0 for none. See `EvaluationCallback`.
         evaluate_num_edits: edits that are evaluated, chosen by `args.seed`.
         best_metric: the metric by which an epoch is the best; its weights are kept.
@@ -78,7 +80,7 @@ def train_edits(
         raise ValueError(f"best_metric={best_metric!r} needs evaluations while training: give evaluate_every.")
     # a mistake should not wait for a large model to load, or to be trained
     check_folder(args.output_dir)
-    read = read_edits(edits, on_conflict=on_conflict)
+    read = first_edits(edits, num_edits, on_conflict)
     if args.resume_from_checkpoint:
         whole_checkpoint(args.output_dir, args.resume_from_checkpoint)
     model, tokenizer = load_model(model_name_or_path, dtype, revision=revision, trust_remote_code=trust_remote_code)

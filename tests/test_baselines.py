@@ -43,10 +43,9 @@ def test_all_start_from_the_same_base_and_leave_it_as_it_was(tmp_path: Path, mon
 
     def recorded(model: Any, args: Any, **kwargs: Any) -> Any:
         made = trainer(model=model, args=args, **kwargs)
-        trainable = sorted({name.split(".")[-3 if "lora" in name else -3] for name, _ in _trainable(model)})
-        recipes.append(
-            (args.objective, args.append_eos, args.edit_order, args.train_batch_size, args.loss_averaging, *trainable)
-        )
+        trained = sorted({name.split(".")[-3] for name, tensor in model.named_parameters() if tensor.requires_grad})
+        fields = ("objective", "append_eos", "edit_order", "train_batch_size", "loss_averaging")
+        recipes.append((*(getattr(args, name) for name in fields), *trained))
         return made
 
     monkeypatch.setattr(module, "BreadthFirstTrainer", recorded)
@@ -58,35 +57,30 @@ def test_all_start_from_the_same_base_and_leave_it_as_it_was(tmp_path: Path, mon
         ("prompt_last", False, "breadth_first", 4, "edit", "locft_delta"),
         ("prompt_last", False, "breadth_first", 4, "token", "locft_delta"),
     ]
-    assert [entry[:2] for entry in recipes[4::4]] == [
-        ("target_new", False),
-        ("target_new", True),
-        ("target_new", True),
-    ]
-    assert [entry[5:] for entry in recipes[-1:]] == [("lora_A", "lora_B")]
+    assert [entry[1] for entry in recipes[4::4]] == [False, True, True]
+    assert {entry[0] for entry in recipes[4:]} == {"target_new"}
+    assert recipes[-1][5:] == ("lora_A", "lora_B")
     assert len({json.dumps(row["before"]) for row in rows}) == 1
     assert len({json.dumps(row["figures"]) for row in rows}) > 1
 
 
-def _trainable(model: Any) -> list[tuple[str, Any]]:
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
 def test_results_that_are_there_are_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = base_model(), make_tokenizer("llama2")
-    measure, measured = module._measure, []
+    measure = module._measure
+    measured: list[str] = []
 
     def counted(*arguments: Any) -> dict[str, Any]:
-        if len(measured) == 2:
+        if len(measured) == allowed:
             raise KeyboardInterrupt
         measured.append(str(arguments[3]))
         return measure(*arguments)
 
     monkeypatch.setattr(module, "_measure", counted)
+    allowed = 2
     arguments: dict[str, Any] = {"methods": ["LocFT"], "evaluation": QUICK}
     with pytest.raises(KeyboardInterrupt):
         compare_baselines(model, tokenizer, PROBED, recipe(tmp_path), **arguments)
-    monkeypatch.setattr(module, "_measure", lambda *a: measured.append(str(a[3])) or measure(*a))
+    allowed = 100
     rows = compare_baselines(model, tokenizer, PROBED, recipe(tmp_path), **arguments)
     assert measured == [str(baseline) for baseline in baselines(4, ["LocFT"])]
     assert compare_baselines(model, tokenizer, PROBED, recipe(tmp_path), **arguments) == rows

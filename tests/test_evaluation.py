@@ -37,7 +37,8 @@ EDITED: Script = {
     "The king of Spain is in": {" Madrid": SURE},
     "The king of France is": {" the St. Dave. They play": SURE},
 }
-BASE: Script = EDITED | {
+BASE: Script = {
+    **EDITED,
     "The capital of Spain is": {" Madrid": SURE},
     "The capital of France is": {" Louis, the river": SURE},
     "The river runs through": {" the city": SURE},
@@ -166,7 +167,7 @@ def test_prompts_with_two_targets_are_said(tokenizer: Any) -> None:
     edits = [SPAIN, replace(SPAIN, target="Louis")]
     with pytest.warns(UserWarning, match="several targets"):
         report = evaluate_edits(ScriptedModel(EDITED, tokenizer), tokenizer, edits, GENERATION_ONLY)
-    assert any(note.startswith("1 edits have the prompt of another") for note in report.notes)
+    assert any(note.startswith("1 of 2 edits repeat a prompt") for note in report.notes)
 
 
 def test_a_model_that_never_ends_is_cut_at_32_tokens(tokenizer: Any) -> None:
@@ -328,9 +329,14 @@ def test_an_adapter_in_transformers_own_integration_has_a_base(tmp_path: Path) -
 
 def test_the_base_is_asked_once_for_several_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
     model = peft_model()
-    asked = []
+    asked: list[str] = []
     ask = EditEvaluator._ask
-    monkeypatch.setattr(EditEvaluator, "_ask", lambda self, *a: asked.append(a[2]) or ask(self, *a))
+
+    def recorded(evaluator: EditEvaluator, *arguments: Any) -> Any:
+        asked.append(arguments[2])
+        return ask(evaluator, *arguments)
+
+    monkeypatch.setattr(EditEvaluator, "_ask", recorded)
     evaluator = EditEvaluator(model, make_tokenizer("llama2"), probed(EDITS))
     first = evaluator.evaluate()
     randomize(model, std=1.0)

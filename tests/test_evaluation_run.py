@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import LoraConfig
-from tiny_models import build, randomize
+from peft import AutoPeftModelForCausalLM, LoraConfig
+from tiny_models import build
 from tiny_training import EDITS, TOKENIZER_SIZE, base_model, make_trainer, peft_model
 from tokenizers_for_tests import make_tokenizer
 
@@ -55,8 +55,6 @@ def test_an_adapter_is_evaluated_beside_its_base(base: Path, adapter: Path, tmp_
 
 def test_a_model_that_somebody_edited_stands_beside_the_one_it_was(base: Path, adapter: Path, tmp_path: Path) -> None:
     beside = evaluate_model(base, PROBED, adapter=adapter)
-    from peft import AutoPeftModelForCausalLM
-
     AutoPeftModelForCausalLM.from_pretrained(adapter).merge_and_unload().save_pretrained(tmp_path)
     make_tokenizer("llama2").save_pretrained(tmp_path)
     merged = evaluate_model(tmp_path, PROBED, base_model_name_or_path=base)
@@ -92,14 +90,12 @@ def test_a_wrong_base_is_refused_in_words(adapter: Path, tmp_path: Path) -> None
         evaluate_model(same_shapes, PROBED, adapter=adapter)
     assert evaluate_model(same_shapes, PROBED, EvaluationConfig(allow_other_base=True), adapter=adapter).has_before
     other_shapes = save_other_base(tmp_path / "shape", intermediate_size=64)
-    with pytest.raises(ValueError, match=r"the adapter does not fit .*shape: .*size mismatch"):
+    with pytest.raises(ValueError, match=r"the adapter does not fit .*shape: (.|\n)*size mismatch"):
         evaluate_model(other_shapes, PROBED, adapter=adapter)
 
 
 def test_an_adapter_of_another_architecture_is_refused_in_words(base: Path, tmp_path: Path) -> None:
     model = peft_model(config=LoraConfig(target_modules=["down_proj"], task_type="CAUSAL_LM"))
-    config = json.loads(model.peft_config["default"].to_json_string()) if False else None
-    assert config is None
     model.save_pretrained(tmp_path)
     content = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(content | {"target_modules": ["c_proj"]}))
@@ -118,8 +114,6 @@ def test_a_report_that_cannot_be_written_is_found_before_the_model_is_loaded(bas
         evaluate_model("nobody/nothing", PROBED, output_dir=tmp_path / "file")
 
 
-def test_it_agrees_with_evaluate_edits(base: Path, adapter: Path) -> None:
-    trained = peft_model()
-    randomize(trained, std=0.0)
+def test_it_agrees_with_evaluate_edits(base: Path) -> None:
     report = evaluate_model(base, PROBED)
     assert report.results == evaluate_edits(base_model(), make_tokenizer("llama2"), PROBED).results
