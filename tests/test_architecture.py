@@ -108,6 +108,7 @@ ARROWS: dict[str, set[str]] = {
     "files": set(),
     "general_ability": {"bootstrap", "decoding", "evaluation_report"},
     "html_elements": set(),
+    "harness": {"decoding", "evaluation", "model_state", "task_results"},
     "kept_keys": {"questions"},
     "kept_states": {"prefixes", "residency", "tail", "tuner.arithmetic"},
     "loading": set(),
@@ -141,6 +142,7 @@ ARROWS: dict[str, set[str]] = {
     "scoring": {"bootstrap", "questions"},
     "tabulation": {"bootstrap", "edit_questions", "edits", "evaluation_report", "metrics", "scoring"},
     "tail": {"tuner.presets"},
+    "task_results": {"bootstrap", "evaluation_report", "files"},
     # not the tuner: it trains any PEFT model
     "trainer": {
         "adapter_folder",
