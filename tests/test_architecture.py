@@ -108,6 +108,7 @@ ARROWS: dict[str, set[str]] = {
     "files": set(),
     "general_ability": {"bootstrap", "decoding", "evaluation_report"},
     "html_elements": set(),
+    "general_ability": {"bootstrap", "decoding", "evaluation_report", "model_state"},
     "harness": {"decoding", "evaluation", "model_state", "task_results"},
     "kept_keys": {"questions"},
     "kept_states": {"prefixes", "residency", "tail", "tuner.arithmetic"},
