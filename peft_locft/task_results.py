@@ -33,7 +33,7 @@ class TaskRow:
         after_stderr: its standard error.
         change: `after` less `before`.
         change_stderr: its standard error, of the differences by document, where the figure is a mean over documents.
-            Most documents are answered as before, so that it is smaller than either of the others.
+            Most documents are answered as before, so that it is usually smaller than either of the others.
         count: documents.
         num_fewshot: examples in the prompt.
         higher_is_better: by the harness; `None` where it does not say.
