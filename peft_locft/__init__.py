@@ -12,6 +12,7 @@ from .evaluation_callback import EvaluationCallback
 from .evaluation_config import EvaluationConfig
 from .evaluation_report import EvaluationReport
 from .evaluation_run import evaluate_model
+from .harness import evaluate_on_tasks
 from .recipe import BreadthFirstConfig
 from .trainer import BreadthFirstTrainer
 from .training_run import train_edits
@@ -35,6 +36,7 @@ __all__ = [
     "encode_prompts",
     "evaluate_edits",
     "evaluate_model",
+    "evaluate_on_tasks",
     "inspect_adapter",
     "read_edits",
     "save_adapter",

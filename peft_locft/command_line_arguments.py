@@ -87,6 +87,11 @@ class EvaluateArguments:
     text: str | None = field(
         default=None, metadata={"help": "For perplexity and KL: a text file, or a dataset on the Hub."}
     )
+    tasks: list[str] = field(
+        default_factory=list, metadata={"help": "Tasks of lm-evaluation-harness; needs the extra `eval`."}
+    )
+    limit: float | None = field(default=None, metadata={"help": "Documents of each task, at most."})
+    num_fewshot: int | None = field(default=None, metadata={"help": "Examples in a task's prompt."})
     num_edits: int | None = field(default=None, metadata={"help": "Take so many edits from the beginning."})
     output_dir: str | None = field(default=None, metadata={"help": "Where the report is written: JSON, CSV, HTML."})
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})

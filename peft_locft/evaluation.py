@@ -85,7 +85,8 @@ def _checked_edits(edits: Any) -> list[Edit]:
     return read_edits(edits)
 
 
-def _check_base(model: nn.Module, allow_other_base: bool) -> None:
+def check_base(model: nn.Module, allow_other_base: bool) -> None:
+    """Raise a ValueError if a LocFT adapter on a model was trained on another base, unless that is allowed."""
     configs = {} if allow_other_base else getattr(model, "peft_config", None) or {}
     differing = [tensor for name, config in configs.items() for tensor in differing_from_base(model, name, config)]
     if differing:
@@ -116,6 +117,21 @@ def disabling(model: nn.Module) -> Callable[[], AbstractContextManager[Any]] | N
     return disabled
 
 
+def base_of(
+    model: nn.Module, base_model: nn.Module | None
+) -> tuple[nn.Module, Callable[[], AbstractContextManager[Any]] | None]:
+    """Return the model that answers as a model's base, and what makes it do so; `None` for that: there is no base.
+
+    Args:
+        model: the edited model.
+        base_model: the model before it was edited, if it is at hand.
+    """
+    # PEFT puts an adapter into the base that it is given: with the adapter disabled it is that again
+    if base_model is None or any(module is base_model for module in model.modules()):
+        return model, disabling(model)
+    return base_model, nullcontext
+
+
 class EditEvaluator:
     """Evaluates the same edits more than once, and asks the base only the first time; arguments as `evaluate_edits`.
 
@@ -138,12 +154,12 @@ class EditEvaluator:
     ) -> None:
         self.args = EvaluationConfig() if args is None else args
         self.edits = _checked_edits(edits)
-        _check_base(model, self.args.allow_other_base)
+        check_base(model, self.args.allow_other_base)
         self.tokenizer, self.progress, self.base_model = tokenizer, progress, base_model
         self._take(model)
         self.windows = None
         if text is not None:
-            self.windows = text_windows(text, tokenizer, self.args.text_window, self.args.max_text_tokens)
+            self.windows = text_windows(text, tokenizer, self.args.text_window, self.args.max_text_tokens, model)
         asked = set(self.args.protocols)
         self.items = [] if asked == {"fluency"} else items_of(self.edits)
         self.encoder = ItemEncoder(
@@ -184,12 +200,7 @@ class EditEvaluator:
 
     def _take(self, model: nn.Module) -> None:
         self.model = model
-        # PEFT puts an adapter into the base that it is given: with the adapter disabled it is that again
-        is_inside = any(module is self.base_model for module in model.modules())
-        if self.base_model is None or is_inside:
-            self.base, self.disabled = model, disabling(model)
-        else:
-            self.base, self.disabled = self.base_model, nullcontext
+        self.base, self.disabled = base_of(model, self.base_model)
 
     def _ask_all(self) -> Asked:
         """Ask the base, if it has not been, and the edited model all that the edits say."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from .edits import first_edits
 from .evaluation import EditEvaluator, Edits, Text
 from .evaluation_config import EvaluationConfig
 from .evaluation_report import EvaluationReport
+from .harness import evaluate_on_tasks
 from .loading import load_model
 
 
@@ -28,6 +30,9 @@ def evaluate_model(
     adapter: str | os.PathLike[str] | None = None,
     base_model_name_or_path: str | os.PathLike[str] | None = None,
     text: Text | None = None,
+    tasks: Sequence[str] = (),
+    limit: float | None = None,
+    num_fewshot: int | None = None,
     num_edits: int | None = None,
     output_dir: str | os.PathLike[str] | None = None,
     revision: str | None = None,
@@ -44,6 +49,9 @@ def evaluate_model(
         adapter: a PEFT adapter on it, of any method.
         base_model_name_or_path: the model before it was edited, where there is no adapter to take off.
         text: for perplexity and KL, see `evaluate_edits`.
+        tasks: of lm-evaluation-harness, see `evaluate_on_tasks`; needs the extra `eval`.
+        limit: documents of each task at most, or below 1 a share of them.
+        num_fewshot: examples in a task's prompt; `None`: what each task says.
         num_edits: take so many from the beginning; `None`: all.
         output_dir: where the report is saved; `None`: nowhere.
         revision: branch, tag or commit of the model on the Hub.
@@ -57,6 +65,7 @@ def evaluate_model(
         ValueError: no model is named; edits or text cannot be used; the adapter does not fit the model, or was trained
             on another base; `num_edits` is below 1.
         OSError: model, tokenizer or adapter cannot be loaded.
+        ImportError: tasks are asked for, and lm-evaluation-harness is not installed.
         FloatingPointError: a model's logits are NaN or infinite.
 
     Example:
@@ -73,8 +82,22 @@ def evaluate_model(
     base = None
     if base_model_name_or_path is not None:
         base, _ = load_model(base_model_name_or_path, dtype, trust_remote_code=trust_remote_code)
-    report = EditEvaluator(edited, tokenizer, read, args, base_model=base, text=text).evaluate()
-    report = replace(report, curves=_curves(adapter), settings=report.settings | {"adapter": _text(adapter)})
+    evaluator = EditEvaluator(edited, tokenizer, read, args, base_model=base, text=text)
+    of_tasks = {}
+    if tasks:  # first, since a task may be unknown
+        found = evaluate_on_tasks(
+            edited,
+            tokenizer,
+            tasks,
+            base_model=base,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            allow_other_base=evaluator.args.allow_other_base,
+        )
+        of_tasks = found.results(evaluator.args.confidence)
+    report = evaluator.evaluate()
+    settings = report.settings | {"adapter": _text(adapter), "tasks": list(tasks)}
+    report = replace(report, results=report.results | of_tasks, curves=_curves(adapter), settings=settings)
     if output_dir is not None:
         report.save(output_dir)
     return report

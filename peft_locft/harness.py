@@ -10,7 +10,7 @@ import logging
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from .decoding import evaluating
-from .evaluation import PACKAGES, _check_base, disabling
+from .evaluation import PACKAGES, base_of, check_base
 from .model_state import check_vocabulary
 from .task_results import Number, TaskResults, task_rows
 
@@ -66,7 +66,7 @@ def evaluate_on_tasks(
         ValueError: there are no tasks, or one is unknown; a number is out of its range; the adapter was trained on
             another base (unless `allow_other_base`); the tokenizer has tokens that the model has not; the process is
             one of several.
-        RuntimeError: the model's logits are NaN or infinite.
+        FloatingPointError: the model's logits are NaN or infinite.
 
     Example:
         >>> results = evaluate_on_tasks(peft_model, tokenizer, ["piqa", "arc_easy"], limit=200)
@@ -75,16 +75,16 @@ def evaluate_on_tasks(
     """
     names = [tasks] if isinstance(tasks, str) else list(tasks)
     _check(names, limit, num_fewshot, batch_size, include_path)
-    _check_base(model, allow_other_base)
+    check_base(model, allow_other_base)
     manager = _task_manager(names, include_path)
     names = _known(names, manager, include_path)
 
     arguments = dict(tasks=names, task_manager=manager, limit=limit, num_fewshot=num_fewshot, **options)
     before = None
-    disabled = nullcontext if base_model is not None else disabling(model)
+    base, disabled = base_of(model, base_model)
     if disabled is not None:
         with disabled():
-            before = _run(base_model or model, tokenizer, batch_size, arguments)
+            before = _run(base, tokenizer, batch_size, arguments)
     after = _run(model, tokenizer, batch_size, arguments)
     adapters = getattr(model, "active_adapters", None)
     settings = {
@@ -190,7 +190,7 @@ def _harness_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_s
 
 def _finite(logits: torch.Tensor) -> torch.Tensor:
     if not bool(logits.amax(dim=-1).isfinite().all()):
-        raise RuntimeError(
+        raise FloatingPointError(
             "The model's logits are NaN or infinite on a task, so that it has no answer. Load it in float32 or "
             "bfloat16, and check that its weights, and the adapter's, are finite."
         )

@@ -8,12 +8,13 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
-from .bootstrap import shown
-from .evaluation_report import DASH
+from .bootstrap import Estimate, shown
+from .evaluation_report import DASH, Result
 from .files import write_whole
 
 Number = float | None
@@ -84,6 +85,29 @@ class TaskResults:
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as plain data, for JSON."""
         return {"format": 1, "settings": self.settings, "rows": [asdict(row) for row in self.rows]}
+
+    def results(self, confidence: float) -> dict[str, Result]:
+        """Return the rows as an evaluation report has them, with normal intervals in place of standard errors.
+
+        Args:
+            confidence: of the intervals, between 0 and 1.
+        """
+        width = NormalDist().inv_cdf((1 + confidence) / 2)
+
+        def estimate(value: Number, error: Number) -> Estimate | None:
+            if value is None:
+                return None
+            return Estimate(value, value - width * (error or 0.0), value + width * (error or 0.0))
+
+        found = {}
+        for row in self.rows:
+            after = estimate(row.after, row.after_stderr)
+            if after is not None:
+                before, change = estimate(row.before, row.before_stderr), estimate(row.change, row.change_stderr)
+                name = f"{row.task} {row.metric}" + ("" if row.filter == "none" else f" ({row.filter})")
+                meaning = f"{row.metric} of the task {row.task} of lm-evaluation-harness"
+                found[name] = Result(meaning, after, before, change, row.count or 0, "documents")
+        return found
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `tasks.md` and `tasks.json`, each whole or not at all.

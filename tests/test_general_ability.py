@@ -143,11 +143,11 @@ def test_a_model_that_gives_no_numbers_has_no_perplexity(value: float) -> None:
     model = edited_model()
     with torch.no_grad():
         model.get_output_embeddings().weight[3] = value
-    with pytest.raises(RuntimeError, match=r"logits are NaN or infinite on the text.*Load it in float32 or bfloat16"):
+    with pytest.raises(FloatingPointError, match=r"logits are NaN or infinite on the text.*Load it in float32"):
         measure(model)
     delta = edited_model()
     next(parameter for parameter in delta.parameters() if parameter.requires_grad).data.fill_(math.nan)
-    with pytest.raises(RuntimeError, match="and the adapter's, are finite"):
+    with pytest.raises(FloatingPointError, match="and the adapter's, are finite"):
         measure(delta)
 
 
