@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib.util
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from .evaluation import EditEvaluator, Edits, Text
 from .evaluation_config import EvaluationConfig
 from .files import write_whole
 from .loading import load_model
+from .plots import draw_baselines
 from .recipe import BreadthFirstConfig
 from .trainer import BreadthFirstTrainer
 from .tuner import LocFTConfig
@@ -132,6 +134,8 @@ def compare_baselines(
             write_whole(path, json.dumps(row, indent=1) + "\n")
         rows.append(row)
     write_whole(folder / "baselines.md", markdown(rows) + "\n")
+    if importlib.util.find_spec("matplotlib") is not None:
+        draw_baselines(rows, folder / "baselines.png")
     return rows
 
 

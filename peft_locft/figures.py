@@ -6,8 +6,9 @@ import math
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from .baseline_table import Baseline
 from .bootstrap import Estimate, shown
 from .evaluation_report import Result
 from .report_words import GROUPS, group_of, label_of, short_name
@@ -30,6 +31,12 @@ COLOURS = {
     "edit_score": ("#52606e", "#b8c2cd"),
 }
 MARKERS = {"reliability": "o", "generalization": "s", "locality": "^", "portability": "D", "edit_score": "v"}
+DRAWN = (  # of baselines
+    "reliability_exact_match",
+    "reliability_contains",
+    "generalization_exact_match",
+    "locality_unchanged",
+)
 DASHES = ("-", "--", ":", "-.")
 
 # inches
@@ -182,3 +189,32 @@ def _draw_lines(axes: Axes, lines: Mapping[str, list[tuple[float, float]]], are_
         axes.set_yscale("log")
         axes.minorticks_off()
         axes.yaxis.set_major_formatter("{x:g}")
+
+
+def baselines_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Return the baselines' shares with their intervals, a row a baseline, a panel a metric.
+
+    Args:
+        rows: as `compare_baselines` returns them.
+    """
+    from matplotlib.figure import Figure
+
+    names = [name for name in DRAWN if any(name in row["figures"] for row in rows)]
+    labels = [str(Baseline(**row["baseline"])) for row in rows]
+    figure = Figure(figsize=(2.4 + 1.8 * len(names), 0.7 + 0.24 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=True):
+        for place, row in enumerate(rows):
+            estimate = row["figures"].get(name)
+            if estimate is None:
+                continue
+            colour = COLOURS["generalization" if row["baseline"]["edit_order"] == "depth_first" else "after"][0]
+            reach = [[estimate["value"] - estimate["low"]], [estimate["high"] - estimate["value"]]]
+            axes.errorbar(estimate["value"], place, xerr=reach, fmt="o", markersize=4, capsize=2, color=colour)
+        before = rows[0]["before"].get(name)
+        if before is not None:
+            axes.axvline(before["value"], color=COLOURS["before"][0], linestyle="--", linewidth=1)
+        axes.set(xlim=(-0.03, 1.03), title=short_name(name), yticks=range(len(rows)), yticklabels=labels)
+        axes.grid(axis="x")
+    panels[0].invert_yaxis()  # the first on top
+    return figure

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .evaluation_report import EvaluationReport
-from .figures import COLOURS, SIZE, curves_figure, metrics_figure
+from .figures import COLOURS, SIZE, baselines_figure, curves_figure, metrics_figure
 from .files import write_whole
 from .report_words import grouped
 
@@ -81,6 +81,21 @@ def draw_curves(curves: Sequence[Mapping[str, float]], path: str | os.PathLike[s
     """
     with _drawing():
         _save(curves_figure(curves), Path(path))
+
+
+def draw_baselines(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Draw the shares that baselines reach, with their intervals; depth-first in another colour, the base dashed.
+
+    Args:
+        rows: as `compare_baselines` returns them, at least one.
+        path: as in [`draw_metrics`].
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+        ValueError: if matplotlib cannot write such a file.
+    """
+    with _drawing():
+        _save(baselines_figure(rows), Path(path))
 
 
 def metric_pictures(report: EvaluationReport) -> dict[str, str]:

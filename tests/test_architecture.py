@@ -106,7 +106,7 @@ ARROWS: dict[str, set[str]] = {
         "loading",
     },
     "failures_table": {"bootstrap", "evaluation_report", "html_elements"},
-    "figures": {"bootstrap", "evaluation_report", "report_words"},
+    "figures": {"baseline_table", "bootstrap", "evaluation_report", "report_words"},
     "files": set(),
     "html_elements": set(),
     "general_ability": {"bootstrap", "decoding", "evaluation_report", "model_state"},

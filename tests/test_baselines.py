@@ -88,6 +88,7 @@ def test_results_that_are_there_are_not_made_again(tmp_path: Path, monkeypatch: 
     compare_baselines(model, tokenizer, PROBED, recipe(tmp_path, learning_rate=1e-3), **arguments)
     assert len(measured) == 8
     assert (tmp_path / "baselines.md").read_text().count("\n") == 7
+    assert (tmp_path / "baselines.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_table_begins_with_the_base() -> None:

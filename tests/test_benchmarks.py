@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.answers import looped
 from benchmarks.speed import count_tokens, plain_loss, tail_flops
-from tiny_training import EDITS, make_trainer, peft_model
+from tiny_training import EDITS, base_model, make_trainer, peft_model
 from tokenizers_for_tests import make_tokenizer
 from transformers import LlamaConfig
 
-from peft_locft import Edit, encode_edits
+from peft_locft import Edit, EvaluationConfig, encode_edits, evaluate_edits
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -50,6 +51,13 @@ def test_the_floor_counts_what_must_be_computed() -> None:
     # forward and backward, two operations a weight
     assert tail_flops(10, 3, 1, config) == 4 * (10 * down + 10 * between + last + 3 * head)
     assert tail_flops(10, 3, 3, config) == 4 * (3 * down + 3 * head)
+
+
+def test_the_padded_loop_answers_as_evaluations_do() -> None:
+    model, tokenizer = base_model(), make_tokenizer("llama2")
+    report = evaluate_edits(model, tokenizer, EDITS, EvaluationConfig(protocols=["generation"]))
+    answers = looped(model, tokenizer, [edit.prompt for edit in EDITS], 3, {})
+    assert answers == [row["answer_after"] for row in report.rows]
 
 
 @pytest.mark.slow

@@ -14,9 +14,19 @@ from peft import AutoPeftModelForCausalLM, LoraConfig
 from tiny_training import EDITS, base_model
 from tokenizers_for_tests import make_tokenizer
 
-from peft_locft import BreadthFirstConfig, Edit, LocFTConfig, inspect_adapter, save_adapter, train_edits
+from peft_locft import (
+    BreadthFirstConfig,
+    Edit,
+    EvaluationConfig,
+    EvaluationReport,
+    LocFTConfig,
+    evaluate_model,
+    inspect_adapter,
+    save_adapter,
+    train_edits,
+)
 from peft_locft.cli import main
-from peft_locft.command_line_arguments import parse_train
+from peft_locft.command_line_arguments import parse_evaluate, parse_train
 
 Words = list[str]
 TINY_RUN = ["--num_train_epochs", "2", "--per_device_train_batch_size", "4", "--use_cpu", "--disable_tqdm", "True"]
@@ -272,6 +282,65 @@ def test_edits_can_be_handed_over_as_they_are(model_folder: Path, tmp_path: Path
     assert summary.config.task_type == "CAUSAL_LM"
 
 
+# ---------------------------------------------------------------------- locft evaluate, locft baselines
+
+
+def test_evaluate_prints_and_saves_what_the_function_finds(
+    call: Words, edits_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(call) == 0
+    capsys.readouterr()
+    words = ["evaluate", "--adapter", str(tmp_path / "out"), "--edits", str(edits_file), "--num_edits", "5"]
+    assert main([*words, "--protocols", "token_accuracy", "--output_dir", str(tmp_path / "report")]) == 0
+    printed = capsys.readouterr().out
+    config = EvaluationConfig(protocols=["token_accuracy"])
+    report = evaluate_model(None, edits_file, config, adapter=tmp_path / "out", num_edits=5)
+    assert printed.startswith(str(report))
+    assert f"Saved to {tmp_path / 'report'}: open evaluation.html in a browser." in printed
+    assert EvaluationReport.load(tmp_path / "report").results == report.results
+
+
+def test_evaluate_takes_a_config_file(model_folder: Path, edits_file: Path, tmp_path: Path) -> None:
+    file = write_yaml(tmp_path, {"model_name_or_path": str(model_folder), "edits": str(edits_file), "seed": 4})
+    arguments = parse_evaluate(["--config", file, "--confidence", "0.9", "--tasks", "piqa", "arc_easy"])
+    assert (arguments["args"].seed, arguments["args"].confidence) == (4, 0.9)
+    assert arguments["tasks"] == ["piqa", "arc_easy"]
+
+
+def test_baselines_prints_the_table(
+    model_folder: Path, edits_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model_name_or_path", str(model_folder), "--edits", str(edits_file), "--methods", "LocFT"]
+    assert main(["baselines", *words, "--output_dir", str(tmp_path / "table"), *TINY_RUN]) == 0
+    printed = capsys.readouterr().out
+    assert (tmp_path / "table" / "baselines.md").read_text() in printed
+    assert printed.count("| LocFT | breadth-first |") == 3
+
+
+def test_train_evaluates_on_the_way(call: Words, tmp_path: Path) -> None:
+    flags = ["--evaluate_every", "1", "--evaluate_num_edits", "3", "--best_metric", "reliability_token_accuracy"]
+    assert main([*call, *flags]) == 0
+    curves = json.loads((tmp_path / "out" / "evaluation_curves.json").read_text())
+    assert [point["epoch"] for point in curves] == [0, 1, 2]
+    assert inspect_adapter(tmp_path / "out").facts["training"]["curves"] == curves
+
+
+def test_a_best_metric_needs_evaluations(call: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "needs evaluations while training: give evaluate_every" in refused([*call, "--best_metric", "x"], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_answers_with_nan_is_said_in_a_line(
+    model_folder: Path, edits_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = base_model()
+    model.lm_head.weight.data[3] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    make_tokenizer("llama2").save_pretrained(tmp_path / "nan")
+    words = ["evaluate", "--model_name_or_path", str(tmp_path / "nan"), "--edits", str(edits_file)]
+    assert "logits of the edited model are NaN or infinite for the prompt" in refused(words, capsys)
+
+
 # ---------------------------------------------------------------------- locft inspect, locft
 
 
@@ -436,10 +505,7 @@ def test_a_model_that_is_not_there_is_named(call: Words, tmp_path: Path, capsys:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (
-            ["edit"],
-            r"locft: unknown command 'edit'; expected one of train, evaluate, baselines, inspect\n\nusage: locft COMMAND",
-        ),
+        (["edit"], r"unknown command 'edit'; expected one of train, evaluate, baselines, inspect\n\nusage: locft"),
         (["inspect"], "required: adapter"),
         (["inspect", "nowhere"], r"locft inspect: nowhere is no adapter folder: it has no adapter_config\.json"),
         (["inspect", "a", "b"], "unrecognized arguments: b"),

@@ -26,11 +26,13 @@ def main() -> None:
     parser = parser_for(__doc__, epochs=0, num_edits=3000)
     parser.add_argument("--batch_size", type=int, default=32, help="prompts in a batch of the loop")
     parser.add_argument("--adapter", type=Path, help="ask the model with this adapter; None: as it is")
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS, help="the first is compared with")
     arguments = parser.parse_args()
+    variants = arguments.variants
     names = ("edits", "num_edits", "batch_size", "adapter", "threads")
     settings = {name: getattr(arguments, name) for name in names}
-    cells = [in_own_process(measure, variant=variant, **settings) for variant in VARIANTS]
-    rows = [compared(variant, cell, cells[0]) for variant, cell in zip(VARIANTS, cells, strict=True)]
+    cells = [in_own_process(measure, variant=variant, **settings) for variant in variants]
+    rows = [compared(variant, cell, cells[0]) for variant, cell in zip(variants, cells, strict=True)]
     print(f"{machine()}\n\n{markdown_table(rows)}")
     write_json(arguments.output / "answers.json", {"machine": machine(), "rows": rows})
 

@@ -1,7 +1,6 @@
 """One long run of BreadthFirstTrainer on SmolLM2-135M: time, memory and loss by epoch, and reliability at the end.
 
-Reliability is by the published protocol: greedy generation of up to 32 tokens that ends with EOS, the first full stop
-or line break; right is what equals the target in lower case, without punctuation and articles.
+Reliability is `evaluate_edits`' reliability_exact_match.
 """
 
 from __future__ import annotations
@@ -14,17 +13,12 @@ from typing import Any
 
 import torch
 
-from peft_locft import encode_prompts, read_edits
+from peft_locft import Edit, EvaluationConfig, evaluate_edits, read_edits
 
 from .common import figure, load, machine, markdown_table, memory_mib, parser_for, settled, train, write_json
 
-MAX_NEW_TOKENS = 32
-NUM_PROMPTS = 100  # in one generation
-
 
 def main() -> None:
-    from demo import same
-
     arguments = parse()
     torch.set_num_threads(arguments.threads)
     print(machine(), flush=True)
@@ -41,15 +35,15 @@ def main() -> None:
         )
     ]
     print(f"\n{markdown_table(rows)}", flush=True)
-    written = answers(model, tokenizer, [edit.prompt for edit in edits])
-    right = [same(answer, edit.target) for answer, edit in zip(written, edits, strict=True)]
+    prompts = [Edit(prompt=edit.prompt, target=edit.target) for edit in edits]
+    report = evaluate_edits(model, tokenizer, prompts, EvaluationConfig(protocols=["generation"]))
     summary = {
         "edits": len(edits),
         "minutes": (trained - begun) / 60,
         "edits/s": len(edits) / settled(run["epoch_seconds"]),
         "cache, s": run["cache_seconds"],
         "peak MiB": peak,
-        "reliability": sum(right) / len(right),
+        "reliability": report["reliability_exact_match"].after.value,
         "minutes to generate": (time.perf_counter() - trained) / 60,
     }
     print(f"\n{markdown_table([summary])}")
@@ -67,33 +61,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=100, help="edits in a batch")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the frozen weights")
     return parser.parse_args()
-
-
-@torch.no_grad()
-def answers(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
-    """Return greedy answers up to the first full stop, line break or EOS, prompts of similar length together."""
-    from demo import AtFullStop
-
-    model.eval()
-    encoded = encode_prompts(prompts, tokenizer)
-    stop, pad = [AtFullStop(tokenizer)], tokenizer.eos_token_id
-    order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
-    found = [""] * len(prompts)
-    for start in range(0, len(order), NUM_PROMPTS):
-        rows = order[start : start + NUM_PROMPTS]
-        length = len(encoded[rows[-1]])
-        # padded on the left, where generation needs it
-        padding = [length - len(encoded[index]) for index in rows]
-        generated = model.generate(
-            input_ids=torch.tensor([[pad] * n + encoded[i] for n, i in zip(padding, rows, strict=True)]),
-            attention_mask=torch.tensor([[0] * n + [1] * (length - n) for n in padding]),
-            max_new_tokens=MAX_NEW_TOKENS, do_sample=False, pad_token_id=pad, stopping_criteria=stop,
-        )  # fmt: skip
-        for index, text in zip(
-            rows, tokenizer.batch_decode(generated[:, length:], skip_special_tokens=True), strict=True
-        ):
-            found[index] = text.lstrip().split(".")[0].split("\n")[0].strip()
-    return found
 
 
 def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
