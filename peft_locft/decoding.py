@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
@@ -22,7 +24,10 @@ from .questions import Answer, Choice, Question, Score, StopCounter, greedy
 from .tail import Tail, logits_at
 from .tuner.presets import find_decoder_layers
 
+logger = logging.getLogger(__name__)
+
 MOST_TOKENS_ON_CPU = 512
+MOST_LOGITS = 2**29  # of one forward: 2 GiB in float32
 
 
 def ask(
@@ -46,7 +51,7 @@ def ask(
         tokenizer: knows what text a token stands for, and EOS.
         questions: each is asked once, however often it is there.
         choose: the next token from logits; [`TopK`] samples.
-        max_tokens: in one forward; `None`: what the device has use for.
+        max_tokens: in one forward; `None`: what the device has use for. Halved, with a warning, when memory runs out.
         whose: logits they are, in messages.
         progress: show it, if there are at least 100 questions.
 
@@ -59,18 +64,40 @@ def ask(
     if not questions:
         return []
     distinct = list(dict.fromkeys(questions))
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    max_tokens = max_tokens or (MOST_TOKENS_ON_CPU if device.type == "cpu" else MOST_TOKENS)
-    bar = tqdm(total=len(distinct), desc=f"asking {whose}", leave=False, disable=not progress or len(distinct) < 100)
-    with bar, evaluating(model):
-        layers = _packable_layers(model, distinct, device, max_tokens)
-        ends = StopCounter(tokenizer, whose=whose)
-        if layers is not None:
-            answers = PackedDecoder(model, layers, device, max_tokens, ends, choose).answer(distinct, bar)
-        else:
-            answers = _answer_padded(model, distinct, device, max_tokens, ends, choose, bar)
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    most = MOST_TOKENS_ON_CPU if embedding.device.type == "cpu" else MOST_TOKENS
+    max_tokens = max_tokens or max(1, min(most, MOST_LOGITS // embedding.shape[0]))
+    ends = StopCounter(tokenizer, whose=whose)
+    while True:
+        bar = tqdm(
+            total=len(distinct), desc=f"asking {whose}", leave=False, disable=not progress or len(distinct) < 100
+        )
+        try:
+            with bar, evaluating(model):
+                answers = _answer(model, distinct, embedding.device, max_tokens, ends, choose, bar)
+            break
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error) or max_tokens == 1:
+                raise
+        max_tokens = max_tokens // 2
+        logger.warning("Memory ran out: max_tokens_per_forward is %d from here on.", max_tokens)
     by_question = dict(zip(distinct, answers, strict=True))
     return [by_question[question] for question in questions]
+
+
+def _answer(
+    model: nn.Module,
+    questions: Sequence[Question],
+    device: torch.device,
+    max_tokens: int,
+    ends: StopCounter,
+    choose: Choice,
+    progress: tqdm[Any],
+) -> list[Answer]:
+    layers = _packable_layers(model, questions, device)
+    if layers is not None:
+        return PackedDecoder(model, layers, device, max_tokens, ends, choose).answer(questions, progress)
+    return _answer_padded(model, questions, device, max_tokens, ends, choose, progress)
 
 
 def check_fits(model: nn.Module, questions: Sequence[Question], tokenizer: Any) -> None:
@@ -107,9 +134,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _packable_layers(
-    model: nn.Module, questions: Sequence[Question], device: torch.device, max_tokens: int
-) -> nn.ModuleList | None:
+def _packable_layers(model: nn.Module, questions: Sequence[Question], device: torch.device) -> nn.ModuleList | None:
     """Return the decoder layers if packed tokens give the logits of padded ones, tried on short and long prompts."""
     try:
         _, layers = find_decoder_layers(model)

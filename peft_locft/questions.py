@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 STOPS = (".", "\n")
@@ -114,6 +115,4 @@ class TopK:
         return tokens.gather(-1, (values + noise).argmax(dim=-1, keepdim=True)).squeeze(-1)
 
     def _noise(self, question: int, step: int, size: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(hash((self.seed, question, step)) % 2**63)
-        uniform = torch.rand(size, generator=generator).clamp_min(torch.finfo(torch.float32).tiny)
-        return -(-uniform.log()).log()
+        return torch.from_numpy(np.random.default_rng((self.seed, question, step)).gumbel(size=size))

@@ -82,7 +82,7 @@ def assert_same(model: Any, questions: list[Question], answers: list[Answer]) ->
 @every_family
 def test_packed_answers_and_scores_are_the_models_own(family: str) -> None:
     model, questions = build(family), some_questions()
-    assert decoding._packable_layers(model, questions, torch.device("cpu"), 64) is not None
+    assert decoding._packable_layers(model, questions, torch.device("cpu")) is not None
     # a budget that few questions fit into: answers under way and fresh questions share many forwards
     assert_same(model, questions, ask(model, Words(), questions, max_tokens=40))
 
@@ -215,6 +215,25 @@ def test_nan_that_comes_while_decoding_is_traced_to_its_prompt() -> None:
     assert first not in {3, 4, 8, 9} | found
     with pytest.raises(FloatingPointError, match="for the prompt ' 8 9'"):
         ask(model, Words(), questions)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_memory_that_runs_out_halves_the_forwards(
+    packed: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, questions = build("llama"), some_questions(8)
+    expected = ask(model, Words(), questions)
+    if not packed:
+        monkeypatch.setattr(decoding, "_packable_layers", lambda *arguments: None)
+
+    def runs_out(module: Any, args: Any, kwargs: Any) -> None:
+        if kwargs["input_ids"].numel() > 60:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    model.register_forward_pre_hook(runs_out, with_kwargs=True)
+    found = ask(model, Words(), questions, max_tokens=200)
+    assert [answer.token_ids for answer in found] == [answer.token_ids for answer in expected]
+    assert "Memory ran out: max_tokens_per_forward is 100" in caplog.text
 
 
 @pytest.mark.parametrize("packed", [True, False])
