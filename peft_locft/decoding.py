@@ -61,9 +61,9 @@ def ask(
     Raises:
         FloatingPointError: the model's logits are not finite.
     """
-    if not questions:
-        return []
-    distinct = list(dict.fromkeys(questions))
+    distinct = [question for question in dict.fromkeys(questions) if question.scored or question.max_new_tokens]
+    if not distinct:
+        return [Answer() for _ in questions]
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     most = MOST_TOKENS_ON_CPU if embedding.device.type == "cpu" else MOST_TOKENS
     max_tokens = max_tokens or max(1, min(most, MOST_LOGITS // embedding.shape[0]))
@@ -82,7 +82,7 @@ def ask(
         max_tokens = max_tokens // 2
         logger.warning("Memory ran out: max_tokens_per_forward is %d from here on.", max_tokens)
     by_question = dict(zip(distinct, answers, strict=True))
-    return [by_question[question] for question in questions]
+    return [by_question.get(question) or Answer() for question in questions]
 
 
 def _answer(

@@ -161,6 +161,12 @@ def test_nothing_is_decoded_where_no_answer_is_wanted() -> None:
     assert answers[3].scores[1].log_probs == pytest.approx(direct_scores(model, questions[3])[1][0], abs=1e-4)
 
 
+def test_a_question_that_asks_nothing_costs_nothing() -> None:
+    model = build("llama")
+    model.register_forward_pre_hook(lambda *arguments: pytest.fail("the model is run"))
+    assert ask(model, Words(), [Question((3, 4), max_new_tokens=0)]) == [Answer()]
+
+
 def test_answers_go_on_past_eos_where_no_stop_is_looked_for() -> None:
     questions = some_questions(num_stops=0)
     answers = ask(build("llama"), Words(), questions)
