@@ -214,7 +214,12 @@ def baselines_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
         before = rows[0]["before"].get(name)
         if before is not None:
             axes.axvline(before["value"], color=COLOURS["before"][0], linestyle="--", linewidth=1)
-        axes.set(xlim=(-0.03, 1.03), title=short_name(name), yticks=range(len(rows)), yticklabels=labels)
+        axes.set(
+            xlim=(-0.03, 1.03),
+            title=name.replace("_", ":\n", 1).replace("_", " "),
+            yticks=range(len(rows)),
+            yticklabels=labels,
+        )
         axes.grid(axis="x")
     panels[0].invert_yaxis()  # the first on top
     return figure
