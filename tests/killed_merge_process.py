@@ -45,7 +45,7 @@ class Case:
         self.adapter, self.work = self.folder / "adapter", self.folder / "work" / "model"
 
     def make(self, shard_size: str, intermediate_size: int) -> None:
-        self.folder.mkdir()
+        self.folder.mkdir(parents=True)
         save_base(self.old, shard_size=shard_size, intermediate_size=intermediate_size)
         edit(self.old, self.adapter, LocFTConfig(target_modules=["down_proj"], layers_to_transform=[0, 2]))
         merge_checkpoint(self.old, [self.adapter], self.new)
@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--intermediate_size", type=int, default=48)
     options = parser.parse_args()
     if options.every_call:
-        # what a process has written is there after its death; only a machine that goes down needs the wait for the disk
+        # what a process has written is there after its death; the wait for the disk is for a machine that goes down
         os.fsync = lambda fd: None
     states = {}
     for action in options.actions:
