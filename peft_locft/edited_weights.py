@@ -7,6 +7,8 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import torch
 from .adapter_deltas import AdapterDeltas, read_deltas
 from .checkpoint import Checkpoint, StoredTensor, local_folder, raw_bytes, read_header
 from .checkpoint_names import ParameterFinder, Piece
-from .file_copies import Progress, clone, copy_range, gaps, write_all
+from .file_copies import Progress, clone, copy_ranges, gaps, write_all
 from .tuner.arithmetic import compose_weight, hashed_bytes
 from .tuner.combine import combine_deltas
 
@@ -67,7 +69,9 @@ class EditedParameter:
         for start, count in _parts(piece):
             base = piece.tensor.read(start, count)
             edited = compose_weight(base, self._deltas(piece.start + start, count))
-            if not (torch.isfinite(edited) | ~torch.isfinite(base)).all():
+            # the extremes of what holds a NaN are NaN; looking at every value takes longer than composing them
+            finite = torch.stack(torch.aminmax(edited)).isfinite().all()
+            if not finite and not (edited.isfinite() | ~base.isfinite()).all():
                 raise ValueError(
                     f"The edit would put NaN or infinite values into {piece.name}: the adapter is broken, or too "
                     f"strong for {piece.tensor.dtype}. Nothing was merged. `locft inspect` shows what it holds."
@@ -81,6 +85,21 @@ class EditedParameter:
         scaled = [(term.delta.read(start, count).float() * term.scale, term.weight or 0.0) for term in self.terms]
         combined = combine_deltas(scaled, "linear", None, "total")
         return [(combined.to(self.terms[0].combined_dtype), 1.0)]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute in the calling thread alone, and as before afterwards.
+
+    What is computed here waits for files, and threads that wait for each other, on a machine or in a container with
+    fewer cores to give than torch counts, take several times as long as one.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def _parts(piece: Piece) -> Iterator[tuple[int, int]]:
@@ -148,7 +167,8 @@ def plan_edits(
         for term in of_parameter:  # each against the base: they may differ in shape
             pieces = finder.find(name, term.delta.shape)
         parameters.append(EditedParameter(name, pieces, of_parameter))
-    _check_base(checkpoint, found, parameters, force)
+    with one_thread():
+        _check_base(checkpoint, found, parameters, force)
     return Edits(checkpoint, found, parameters)
 
 
@@ -222,14 +242,16 @@ def write_patched(
     source = source.resolve()  # in the Hub's cache it is a symbolic link
     size = source.stat().st_size
     ranges = [(tensor.start, tensor.start + tensor.num_bytes) for _, tensor in new.values()]
+    untouched = list(gaps(ranges, size))
     cloned = clone(source, target)
-    with open(source, "rb", buffering=0) as reader, open(target, "r+b" if cloned else "wb", buffering=0) as writer:
-        for begin, end in gaps(ranges, size):
-            if cloned:
-                progress(end - begin)
-            else:
-                copy_range(reader, writer, begin, end, progress)
-        digests = {}
+    if cloned:
+        progress(sum(end - begin for begin, end in untouched))
+    digests = {}
+    mode = "r+b" if cloned else "wb"
+    with one_thread(), ThreadPoolExecutor(1) as beside, open(target, mode, buffering=0) as writer:
+        writer.truncate(size)
+        # the kernel copies while the new bytes are computed
+        copying = None if cloned else beside.submit(copy_ranges, source, target, untouched, progress)
         for name, (parts, tensor) in new.items():
             digest = hashlib.sha256()
             writer.seek(tensor.start)
@@ -238,6 +260,8 @@ def write_patched(
                 write_all(writer, part)
                 progress(len(part))
             digests[name] = digest.hexdigest()
+        if copying is not None:
+            copying.result()
         os.fsync(writer.fileno())
     shutil.copymode(source, target)
     _verify(source, target, digests)

@@ -37,9 +37,11 @@ def merge_in_place(
     - Every file of the checkpoint is the old one or the new one, whole: a new one is written aside, waits until it is
       on the disk, and takes the place of the old by a rename. A program that has the old one open or mapped keeps it.
     - If one file holds all edited tensors, the model is therefore the old or the new one, for every reader, always.
-    - If several do, no system call renames them together. The index that names them is moved away for as long as it
-      takes to rename all: a program that opens the model in these milliseconds, or after a kill in them, finds no
-      model rather than a mixture. (One that read the index before them and opens the files within them can get one.)
+    - If several do, no system call renames them together. The index that names them is moved away while they are
+      renamed, well below a millisecond: a program that opens the model through its index, as transformers does, finds
+      no model in this moment, or after a kill in it, rather than a mixture. (One that has read the index before can
+      get a mixture, and so can one that asks for no index. When the machine goes down in this moment, it takes a file
+      system that keeps the order of renames, as ext4, XFS, Btrfs and APFS do.)
     - The next `merge_in_place` or `detach` on the folder ends what was interrupted: nothing is left of a merge that
       was killed before all its files were written aside; one that was killed later is completed, to the same bytes.
 

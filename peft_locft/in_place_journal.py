@@ -120,16 +120,16 @@ class Journal:
         # the originals first: they must not be lost once the first file is replaced
         _move(staged / UNDO_NAME, self.folder / UNDO_NAME)
         sync_folder(self.folder)
-        # without its index, no program finds a model of which some files are new and others old
+        # without its index, no program finds a model of which some files are new and others old; what takes time, such
+        # as waiting for the disk, comes before and after
         index, hidden = self._model / INDEX_NAME, self.folder / INDEX_NAME
         if len(committed.replaced) > 1:
             _move(index, hidden)
-            sync_folder(self._model)
         for shard in waiting:
             os.replace(staged / shard, self._model / shard)
-        sync_folder(self._model)
         _move(hidden, index)
-        sync_folder(self._model)
+        for folder in (self._model, self.folder, staged):
+            sync_folder(folder)
         if committed.action == "detach":
             (self.folder / UNDO_NAME).unlink(missing_ok=True)
         path.unlink()

@@ -156,17 +156,22 @@ def killed_before_every_call(case: Case) -> Iterator[bool]:
 
 
 def killed_at_random(case: Case, kills: int, seed: int) -> Iterator[bool]:
-    case.prepare()
-    begun = time.perf_counter()
-    assert os.waitpid(in_child(case.act), 0)[1] == 0
-    duration = time.perf_counter() - begun
+    """Yield after every run of the action, until so many were killed in the middle."""
+    durations = []
+    for _ in range(3):
+        case.prepare()
+        begun = time.perf_counter()
+        assert os.waitpid(in_child(case.act), 0)[1] == 0
+        durations.append(time.perf_counter() - begun)
     draw = random.Random(seed)
-    for _ in range(kills):
+    while kills:
         case.prepare()
         child = in_child(case.act)
-        time.sleep(draw.uniform(0, duration))
+        time.sleep(draw.uniform(0, min(durations)))
         os.kill(child, signal.SIGKILL)
-        yield os.waitpid(child, 0)[1] != 0
+        killed = os.waitpid(child, 0)[1] != 0
+        kills -= killed
+        yield killed
 
 
 def main() -> None:

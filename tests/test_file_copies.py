@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from peft_locft import file_copies
-from peft_locft.file_copies import clone, copy_range, gaps, locked, place_file, write_all
+from peft_locft.file_copies import clone, copy_ranges, gaps, locked, place_file, write_all
 
 CONTENT = os.urandom(1 << 20)
 
@@ -32,35 +32,34 @@ def fail(number: int) -> Any:
     return failing
 
 
-def copy(source: Path, target: Path, start: int, end: int) -> list[int]:
+def copy(source: Path, target: Path, *ranges: tuple[int, int]) -> list[int]:
     done: list[int] = []
-    with open(source, "rb", buffering=0) as reader, open(target, "wb", buffering=0) as writer:
-        copy_range(reader, writer, start, end, done.append)
+    target.touch()
+    copy_ranges(source, target, ranges, done.append)
     return done
 
 
 @pytest.mark.parametrize("in_kernel", [True, False], ids=["copy_file_range", "read and write"])
-def test_a_range_is_copied_to_its_place(
+def test_ranges_are_copied_to_their_places(
     in_kernel: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(file_copies, "COPIED_AT_ONCE", 100_000)
-    monkeypatch.setattr(file_copies, "BUFFER_BYTES", 100_000)
     if not in_kernel:
         monkeypatch.setattr(os, "copy_file_range", fail(errno.EXDEV), raising=False)
-    done = copy(source, tmp_path / "target", 1000, 1_000_001)
-    assert (tmp_path / "target").read_bytes() == bytes(1000) + CONTENT[1000:1_000_001]
-    assert sum(done) == 999_001
-    assert len(done) == 10
+    done = copy(source, tmp_path / "target", (1000, 1500), (2000, 1_000_001))
+    expected = bytes(1000) + CONTENT[1000:1500] + bytes(500) + CONTENT[2000:1_000_001]
+    assert (tmp_path / "target").read_bytes() == expected
+    assert done == [500] + [100_000] * 9 + [98_001]
 
 
 def test_a_full_disk_and_a_file_that_ends_are_told(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(OSError, match="ended while it was copied"):
-        copy(source, tmp_path / "target", 0, len(CONTENT) + 1)
+    with pytest.raises(OSError, match="source ended while it was copied"):
+        copy(source, tmp_path / "target", (0, len(CONTENT) + 1))
     monkeypatch.setattr(os, "copy_file_range", fail(errno.ENOSPC), raising=False)
     with pytest.raises(OSError, match="No space left on device"):
-        copy(source, tmp_path / "target", 0, len(CONTENT))
+        copy(source, tmp_path / "target", (0, len(CONTENT)))
 
 
 @pytest.mark.parametrize("link", ["auto", "hard", "copy"])

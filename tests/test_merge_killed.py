@@ -37,5 +37,5 @@ def test_a_process_that_dies_before_any_call_of_the_system(shard_size: str, tmp_
 
 
 def test_a_process_that_is_killed_at_random_moments(tmp_path: Path) -> None:
-    found = states(tmp_path, SHARDS, "--kills", "10")
-    assert [sum(states.values()) for states in found.values()] == [10] * len(ACTIONS)
+    for found in states(tmp_path, SHARDS, "--kills", "10").values():
+        assert sum(count for state, count in found.items() if state != "not killed") == 10
