@@ -86,9 +86,9 @@ def merge(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     how = {"weights": options.weights, "scale": options.scale, "force": options.force, "progress": True}
     if options.in_place:
-        unused = [name for name in ("link", "revision") if getattr(options, name) is not None]
+        unused = [f"--{name}" for name in ("link", "revision") if getattr(options, name) is not None]
         if unused or len(options.paths) < 2:
-            parser.error(f"--in-place takes MODEL ADAPTER... and no --{unused[0] if unused else 'other paths'}")
+            parser.error(f"--in-place takes MODEL ADAPTER...{', and no ' + ' or '.join(unused) if unused else ''}")
         print(merge_in_place(options.paths[0], options.paths[1:], **how))
         return
     if len(options.paths) < 3:
