@@ -138,7 +138,8 @@ class Checkpoint:
         config: the content of `config.json`; empty where there is none.
 
     Raises:
-        ValueError: if the folder has no safetensors checkpoint, or its index is broken or names missing files.
+        ValueError: if the folder has no safetensors checkpoint, if its index or configuration is broken, or if files
+            are missing.
     """
 
     folder: Path
@@ -160,7 +161,10 @@ class Checkpoint:
                 "AutoModelForCausalLM.from_pretrained(folder, dtype='auto').save_pretrained(new_folder)."
             )
         config = folder / "config.json"
-        self.config = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        try:
+            self.config = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        except ValueError as error:
+            raise ValueError(f"{config} is not readable ({error}). Download or save it again.") from None
 
     @property
     def shards(self) -> list[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import (
@@ -213,7 +214,7 @@ def _transformers_config(checkpoint: Checkpoint) -> Any:
         return None
     try:
         return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError):
+    except (ValueError, KeyError, OSError, StrictDataclassError):
         return None
 
 

@@ -31,12 +31,16 @@ class Term:
     """One adapter's part in an edited parameter.
 
     Attributes:
+        adapter: the adapter.
+        name: what it calls the parameter: a model without its head has other names than one with it.
         delta: where it lies.
         scale: its strength.
         weight: its factor where adapters are combined into one; `None` where each is added for itself.
         combined_dtype: the precision of the combination.
     """
 
+    adapter: AdapterDeltas
+    name: str
     delta: StoredTensor
     scale: float
     weight: float | None
@@ -45,9 +49,8 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class EditedParameter:
-    """A parameter of the model, the tensors of the checkpoint that it is made of, and what is added to it."""
+    """A parameter of the model: the tensors of the checkpoint that it is made of, and what is added to it."""
 
-    name: str
     pieces: list[Piece]
     terms: list[Term]
 
@@ -155,50 +158,44 @@ def plan_edits(
         raise ValueError(f"{len(adapters)} adapters but {len(weights)} weights: expected one weight an adapter.")
     found = [read_deltas(local_folder(adapter, only=["adapter_*"])) for adapter in adapters]
     dtype = getattr(torch, found[0].config.delta_dtype)
-    terms: dict[str, list[Term]] = {}
+    finder = ParameterFinder(checkpoint)
+    parameters: dict[tuple[str, ...], EditedParameter] = {}
     for index, adapter in enumerate(found):
         strength = adapter.config.scale if scale is None else scale
+        weight = None if weights is None else weights[index]
         for name, delta in adapter.deltas.items():
-            term = Term(delta, strength, None if weights is None else weights[index], dtype)
-            terms.setdefault(name, []).append(term)
-    finder = ParameterFinder(checkpoint)
-    parameters = []
-    for name, of_parameter in terms.items():
-        for term in of_parameter:  # each against the base: they may differ in shape
-            pieces = finder.find(name, term.delta.shape)
-        parameters.append(EditedParameter(name, pieces, of_parameter))
-    with one_thread():
-        _check_base(checkpoint, found, parameters, force)
-    return Edits(checkpoint, found, parameters)
+            pieces = finder.find(name, delta.shape)
+            parameter = parameters.setdefault(tuple(piece.name for piece in pieces), EditedParameter(pieces, []))
+            parameter.terms.append(Term(adapter, name, delta, strength, weight, dtype))
+    if not force:
+        with one_thread():
+            for parameter in parameters.values():
+                _check_base(checkpoint, parameter)
+    return Edits(checkpoint, found, list(parameters.values()))
 
 
-def _check_base(
-    checkpoint: Checkpoint, adapters: Sequence[AdapterDeltas], parameters: Sequence[EditedParameter], force: bool
-) -> None:
-    for parameter in parameters:
-        digest = None if force else parameter.base_sha256()
-        for adapter in adapters:
-            expected = (adapter.config.base_sha256 or {}).get(parameter.name)
-            if force or parameter.name not in adapter.deltas or digest == expected:
-                continue
-            if expected is None:
-                warnings.warn(
-                    f"{adapter.folder} does not say which base its delta of {parameter.name} belongs to: it is merged "
-                    "unchecked.",
-                    stacklevel=4,
-                )
-                continue
+def _check_base(checkpoint: Checkpoint, parameter: EditedParameter) -> None:
+    digest = parameter.base_sha256()
+    for term in parameter.terms:
+        config, folder = term.adapter.config, term.adapter.folder
+        expected = (config.base_sha256 or {}).get(term.name)
+        if expected is None:
+            warnings.warn(
+                f"{folder} does not say which base its delta of {term.name} belongs to: it is merged unchecked.",
+                stacklevel=4,
+            )
+        elif expected != digest:
             rounded = [dtype for dtype in NARROW_DTYPES if parameter.base_sha256(dtype) == expected]
+            but = (
+                f", but is, once it is rounded to {str(rounded[0]).removeprefix('torch.')}: the base was loaded in "
+                "that dtype. The merged model would differ from what was evaluated by that rounding"
+                if rounded
+                else ""
+            )
             raise ValueError(
-                f"{parameter.name} of {checkpoint.folder} is not the weight that {adapter.folder} was trained on"
-                + (
-                    f", but is, once it is rounded to {str(rounded[0]).removeprefix('torch.')}: the base was loaded "
-                    "in that dtype. The merged model would differ from what was evaluated by that rounding"
-                    if rounded
-                    else ""
-                )
-                + f". Merge into {adapter.config.base_model_name_or_path or 'its own base model'}, at the revision it "
-                "was trained on and without other edits, or force it (force=True, --force)."
+                f"{term.name} of {checkpoint.folder} is not the weight that {folder} was trained on{but}. Merge into "
+                f"{config.base_model_name_or_path or 'its own base model'}, at the revision it was trained on and "
+                "without other edits, or force it (force=True, --force)."
             )
 
 

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from huggingface_hub import constants
+
 from .checkpoint import Checkpoint
 from .edited_weights import plan_edits, write_edited_shard, write_patched
 from .file_copies import locked
@@ -60,9 +62,9 @@ def merge_in_place(
         What was done.
 
     Raises:
-        ValueError: as in `merge_checkpoint`; also if adapters are merged in place already, if a file to change is a
-            symbolic link (as in the Hub's cache: what it leads to belongs to others), if another process is at work in
-            the folder, or if a file changed since a merge that was interrupted. The model is as it was then.
+        ValueError: as in `merge_checkpoint`; also if adapters are merged in place already, if the folder is in the
+            Hub's cache or a file to change a symbolic link (what it leads to belongs to others), if another process is
+            at work in the folder, or if a file changed since a merge that was interrupted. The model is as it was then.
         OSError: if a file cannot be written, or does not read as it was written.
 
     Example:
@@ -81,7 +83,7 @@ def merge_in_place(
             )
         edits = plan_edits(Checkpoint(folder), adapters, weights, scale, force)
         shards = edits.by_shard()
-        _refuse_links(folder, list(shards))
+        _refuse_what_others_share(folder, list(shards))
         _, left_out = other_files(edits.checkpoint)
         with journal.staging() as staged, progress_bar(_size(folder, shards), progress) as advance:
             digests: dict[str, str] = {}
@@ -125,7 +127,7 @@ def detach(model_folder: str | os.PathLike[str], *, progress: bool = False) -> M
         shards = undo.by_shard()
         checkpoint = Checkpoint(folder)
         undo.check(checkpoint)
-        _refuse_links(folder, list(shards))
+        _refuse_what_others_share(folder, list(shards))
         with journal.staging() as staged, progress_bar(_size(folder, shards), progress) as advance:
             for shard, names in shards.items():
                 originals = {name: (undo.originals[name].read_bytes(), checkpoint.tensor(name)) for name in names}
@@ -166,11 +168,11 @@ def _at_work(model_folder: str | os.PathLike[str]) -> Iterator[tuple[Path, Journ
         yield folder, journal
 
 
-def _refuse_links(folder: Path, shards: Sequence[str]) -> None:
-    for shard in shards:
-        if (folder / shard).is_symlink():
-            raise ValueError(
-                f"{folder / shard} is a symbolic link to {(folder / shard).resolve()}, which belongs to others (in "
-                "the Hub's cache, to every program that loads this model). Merge into a new folder instead: "
-                f"`locft merge {folder} ADAPTER OUT`."
-            )
+def _refuse_what_others_share(folder: Path, shards: Sequence[str]) -> None:
+    links = [folder / shard for shard in shards if (folder / shard).is_symlink()]
+    if links or folder.is_relative_to(Path(constants.HF_HUB_CACHE).resolve()):
+        what = f"{links[0]} is a symbolic link to {links[0].resolve()}" if links else f"{folder} is in the Hub's cache"
+        raise ValueError(
+            f"{what}, which belongs to others too: in the Hub's cache, to every program that loads this model. Merge "
+            f"into a new folder instead: `locft merge {folder} ADAPTER OUT`."
+        )

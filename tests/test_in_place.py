@@ -181,10 +181,17 @@ def test_a_damaged_undo_file_is_refused(model: Path, adapter: Path) -> None:
     assert_refused("locft_undo.safetensors is not what a merge in place wrote", lambda: detach(model), model)
 
 
-def test_the_hubs_cache_is_not_changed(model: Path, adapter: Path, tmp_path: Path) -> None:
+def test_the_hubs_cache_is_not_changed(
+    model: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cached = hub_cache(tmp_path / "cache", "somebody/model", model)
     message = r"model.safetensors is a symbolic link to .*blobs.*Merge into a new folder instead: `locft merge"
     assert_refused(message, lambda: merge_in_place(cached, [adapter]), tmp_path / "cache")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))  # a system without symbolic links
+    assert_refused(
+        "model is in the Hub's cache, which belongs to others", lambda: merge_in_place(model, [adapter]), model
+    )
+    monkeypatch.undo()
     # a folder that became one of links between the merge and the detach
     merge_in_place(model, [adapter])
     (model / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")

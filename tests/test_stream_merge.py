@@ -35,7 +35,7 @@ from tiny_models import (
     every_family,
     logits,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from peft_locft import LocFTConfig, file_copies, merge_checkpoint
 from peft_locft.edited_weights import VALUES_AT_ONCE
@@ -142,6 +142,17 @@ def test_weights_are_those_of_add_weighted_adapter(dtype: torch.dtype, tmp_path:
     model.add_weighted_adapter(["a", "b"], [0.3, -1.1], "both")
     expected = classic_merge(model, tmp_path / "classic", adapter_names=["both"])
     assert_same_tensors(stored(tmp_path / "out"), expected)
+
+
+def test_adapters_of_a_model_with_and_without_its_head_add_up(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    down = LocFTConfig(target_modules=["layers.1.mlp.down_proj"])
+    edit(base, tmp_path / "with", down)
+    edit(base, tmp_path / "without", down, seed=1, model_class=AutoModel)
+    edit(base, tmp_path / "with too", down, seed=1)
+    merge_checkpoint(base, [tmp_path / "with", tmp_path / "without"], tmp_path / "out")
+    merge_checkpoint(base, [tmp_path / "with", tmp_path / "with too"], tmp_path / "expected")
+    assert_same_tensors(stored(tmp_path / "out"), stored(tmp_path / "expected"))
 
 
 # ---------------------------------------------------------------------- files
@@ -374,6 +385,18 @@ def test_an_empty_folder_is_no_obstacle(base: Path, adapter: Path, tmp_path: Pat
     (tmp_path / "out").mkdir()
     merge_checkpoint(base, [adapter], tmp_path / "out")
     assert (tmp_path / "out").stat().st_mode == (tmp_path / "base").stat().st_mode
+
+
+def test_a_mount_point_cannot_be_renamed_to(base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path).endswith("out"))
+    assert_refused("out is a mount point, which cannot be put in place as a whole", base, [adapter])
+
+
+def test_a_link_to_an_empty_folder_leads_there(base: Path, adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    assert merge_checkpoint(base, [adapter], tmp_path / "link").folder == tmp_path / "there"
+    assert stored(tmp_path / "link").keys() == stored(base).keys()
 
 
 def test_leftovers_of_a_killed_merge_go_and_those_of_a_running_one_stay(
