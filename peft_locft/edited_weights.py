@@ -22,7 +22,7 @@ from .tuner.arithmetic import compose_weight, hashed_bytes
 from .tuner.combine import combine_deltas
 
 # values of a tensor that are in memory at once; some forty bytes each
-VALUES_AT_ONCE = 1 << 21
+VALUES_AT_ONCE = 1 << 18
 NARROW_DTYPES = (torch.bfloat16, torch.float16)
 
 

@@ -64,7 +64,7 @@ def merge_in_place(
     Raises:
         ValueError: as in `merge_checkpoint`; also if adapters are merged in place already, if the folder is in the
             Hub's cache or a file to change a symbolic link (what it leads to belongs to others), if another process is
-            at work in the folder, or if a file changed since a merge that was interrupted. The model is as it was then.
+            at work in the folder, or if a file changed since a merge that was interrupted. The model stays as it was.
         OSError: if a file cannot be written, or does not read as it was written.
 
     Example:
