@@ -107,7 +107,7 @@ class Journal:
         path = self.folder / COMMIT_NAME
         if not path.is_file():
             return None
-        committed = Committed(**json.loads(path.read_text(encoding="utf-8")))
+        committed = _read_committed(path)
         staged = self.folder / STAGED_FOLDER
         waiting = [shard for shard in committed.replaced if (staged / shard).exists()]
         for shard in waiting:
@@ -144,6 +144,17 @@ class Journal:
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
         sync_folder(self._model)
+
+
+def _read_committed(path: Path) -> Committed:
+    try:
+        committed = Committed(**json.loads(path.read_text(encoding="utf-8")))
+        known = all(Path(name).name == name and len(state) == 2 for name, state in committed.replaced.items())
+    except (ValueError, TypeError, AttributeError):
+        known = False
+    if not known:
+        raise ValueError(f"{path} is not what a merge in place wrote: it came with the model. Remove {path.parent}.")
+    return committed
 
 
 def _move(source: Path, target: Path) -> None:

@@ -112,8 +112,8 @@ def merge_checkpoint(
         ValueError: if the base has no safetensors checkpoint, or an unfinished merge in place; if an adapter is no
             LocFT adapter or holds more than deltas; if an edited tensor is not in the checkpoint, is quantized, tied,
             of another shape, or (without `force`) not the one that the adapter was trained on; if the edit is not
-            finite; if `out` is not empty, a mount point, or lies in the base; if the weights are not one an adapter; if
-            a hard link was asked for and cannot be made. Nothing is left of a merge that is refused.
+            finite; if `out` is not empty, a mount point, or in the base; if the weights are not one an adapter; if a
+            hard link was asked for and cannot be made. Nothing is left of a merge that is refused.
         OSError: if a file cannot be written, or does not read as it was written.
 
     Example:

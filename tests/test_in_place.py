@@ -259,6 +259,18 @@ def test_what_was_changed_since_is_not_overwritten(interrupted: tuple[Path, Path
         assert_refused(f"{shard} was changed since a merge in place was interrupted. To end", call, model)
 
 
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"action": "merge"}', '{"replaced": {"../x": [0, 0]}}', '{"replaced": []}']
+)
+def test_a_journal_that_came_with_a_model_is_not_followed(content: str, model: Path, adapter: Path) -> None:
+    (model / "locft").mkdir()
+    committed = {"action": "merge", "replaced": {}, "tensors": []}
+    complete = content.endswith("}") and "action" not in content
+    (model / "locft" / "commit.json").write_text(json.dumps(committed | json.loads(content)) if complete else content)
+    for call in (lambda: merge_in_place(model, [adapter]), lambda: detach(model)):
+        assert_refused(r"commit.json is not what a merge in place wrote.*Remove .*locft\.", call, model)
+
+
 def test_while_files_are_exchanged_there_is_no_model(
     interrupted: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
