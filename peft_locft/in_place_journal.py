@@ -149,7 +149,8 @@ class Journal:
 def _read_committed(path: Path) -> Committed:
     try:
         committed = Committed(**json.loads(path.read_text(encoding="utf-8")))
-        known = all(Path(name).name == name and len(state) == 2 for name, state in committed.replaced.items())
+        names = [name for name in committed.replaced if Path(name).name == name and name.endswith(".safetensors")]
+        known = len(names) == len(committed.replaced)
     except (ValueError, TypeError, AttributeError):
         known = False
     if not known:

@@ -260,7 +260,15 @@ def test_what_was_changed_since_is_not_overwritten(interrupted: tuple[Path, Path
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", '{"action": "merge"}', '{"replaced": {"../x": [0, 0]}}', '{"replaced": []}']
+    "content",
+    [
+        "{",
+        "[]",
+        '{"action": "merge"}',
+        '{"replaced": {"../x.safetensors": [0, 0]}}',
+        '{"replaced": {"..": [0, 0]}}',
+        '{"replaced": []}',
+    ],
 )
 def test_a_journal_that_came_with_a_model_is_not_followed(content: str, model: Path, adapter: Path) -> None:
     (model / "locft").mkdir()
