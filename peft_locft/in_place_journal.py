@@ -150,8 +150,8 @@ def _read_committed(path: Path) -> Committed:
     try:
         committed = Committed(**json.loads(path.read_text(encoding="utf-8")))
         names = [name for name in committed.replaced if Path(name).name == name and name.endswith(".safetensors")]
-        known = len(names) == len(committed.replaced)
-    except (ValueError, TypeError, AttributeError):
+        known = isinstance(committed.replaced, dict) and 0 < len(names) == len(committed.replaced)
+    except (ValueError, TypeError):
         known = False
     if not known:
         raise ValueError(f"{path} is not what a merge in place wrote: it came with the model. Remove {path.parent}.")
