@@ -13,7 +13,9 @@ from .evaluation_config import EvaluationConfig
 from .evaluation_report import EvaluationReport
 from .evaluation_run import evaluate_model
 from .harness import evaluate_on_tasks
+from .in_place import detach, merge_in_place
 from .recipe import BreadthFirstConfig
+from .stream_merge import MergeSummary, merge_checkpoint
 from .trainer import BreadthFirstTrainer
 from .training_run import train_edits
 from .tuner import LocFTConfig, LocFTModel
@@ -29,8 +31,10 @@ __all__ = [
     "EvaluationReport",
     "LocFTConfig",
     "LocFTModel",
+    "MergeSummary",
     "Probe",
     "__version__",
+    "detach",
     "edits_sha256",
     "encode_edits",
     "encode_prompts",
@@ -38,6 +42,8 @@ __all__ = [
     "evaluate_model",
     "evaluate_on_tasks",
     "inspect_adapter",
+    "merge_checkpoint",
+    "merge_in_place",
     "read_edits",
     "save_adapter",
     "train_edits",

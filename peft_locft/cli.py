@@ -1,4 +1,4 @@
-"""`locft train | evaluate | baselines | inspect`: parse, call one public function, print."""
+"""`locft train | evaluate | baselines | merge | detach | inspect`: parse, call one public function, print."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ commands:
   train     write a file of edits into a model and save the adapter
   evaluate  measure what an edit did to a model
   baselines compare fine-tuning baselines on the same edits
+  merge     merge adapters into a checkpoint, into a new folder or in place
+  detach    take off again what was merged in place
   inspect   print what an adapter folder holds
 
 `locft COMMAND --help` lists the options of a command."""
@@ -83,7 +85,58 @@ def inspect(argv: list[str]) -> None:
     print(inspect_adapter(parser.parse_args(argv).adapter))
 
 
-COMMANDS: dict[str, Any] = {"train": train, "evaluate": evaluate, "baselines": baselines, "inspect": inspect}
+def merge(argv: list[str]) -> None:
+    """Merge adapters into a checkpoint without loading it: into a new folder, or in place."""
+    import argparse
+
+    from .in_place import merge_in_place
+    from .stream_merge import merge_checkpoint
+
+    parser = argparse.ArgumentParser(
+        prog="locft merge",
+        description=merge.__doc__,
+        usage="locft merge BASE ADAPTER... OUT [options]\n       locft merge --in-place MODEL ADAPTER... [options]",
+    )
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="the base (a folder or Hub id), adapters, new folder")
+    parser.add_argument("--in-place", action="store_true", help="change MODEL's own files; `locft detach` undoes it")
+    parser.add_argument("--weights", nargs="+", type=float, help="a factor for each adapter (after the paths)")
+    parser.add_argument("--scale", type=float, help="strength of the deltas, in the place of the adapters' own")
+    parser.add_argument("--link", choices=["auto", "hard", "copy"], help="how unedited files of weights get to OUT")
+    parser.add_argument("--revision", help="branch, tag or commit of a base on the Hub")
+    parser.add_argument("--force", action="store_true", help="merge into a base that an adapter was not trained on")
+    options = parser.parse_args(argv)
+    how = {"weights": options.weights, "scale": options.scale, "force": options.force, "progress": True}
+    if options.in_place:
+        unused = [f"--{name}" for name in ("link", "revision") if getattr(options, name) is not None]
+        if unused or len(options.paths) < 2:
+            parser.error(f"--in-place takes MODEL ADAPTER...{', and no ' + ' or '.join(unused) if unused else ''}")
+        print(merge_in_place(options.paths[0], options.paths[1:], **how))
+        return
+    if len(options.paths) < 3:
+        parser.error("expected BASE, one or more adapters, and OUT; to change the base itself: --in-place")
+    base, *adapters, out = options.paths
+    print(merge_checkpoint(base, adapters, out, link=options.link or "auto", revision=options.revision, **how))
+
+
+def detach(argv: list[str]) -> None:
+    """Take off again what `locft merge --in-place` merged: every file gets its bytes back."""
+    import argparse
+
+    from .in_place import detach
+
+    parser = argparse.ArgumentParser(prog="locft detach", description="Take off again what was merged in place.")
+    parser.add_argument("model", help="the model's folder")
+    print(detach(parser.parse_args(argv).model, progress=True))
+
+
+COMMANDS: dict[str, Any] = {
+    "train": train,
+    "evaluate": evaluate,
+    "baselines": baselines,
+    "merge": merge,
+    "detach": detach,
+    "inspect": inspect,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -70,3 +70,17 @@ def test_the_scale_benchmark_runs(tmp_path: Path) -> None:
     assert all(row["ms/edit"] > 0 for row in rows)
     assert (tmp_path / "scale.png").stat().st_size > 1000
     assert torch.get_num_threads() == 1
+
+
+@pytest.mark.slow
+def test_the_merge_benchmark_runs(tmp_path: Path) -> None:
+    sizes = ["--layers", "2", "--hidden_size", "64", "--intermediate_size", "128", "--vocab_size", "500"]
+    places = ["--folder", str(tmp_path / "made"), "--output", str(tmp_path / "results"), "--repeats", "1"]
+    command = [sys.executable, "-m", "tests.benchmarks.merge", *sizes, *places]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results" / "merge.json").read_text())
+    assert results["same"]
+    assert results["checkpoint"]["files"] > 1
+    assert all(row["seconds"] > 0 for row in results["table"])
+    assert not (tmp_path / "made").exists()

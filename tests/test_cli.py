@@ -505,7 +505,10 @@ def test_a_model_that_is_not_there_is_named(call: Words, tmp_path: Path, capsys:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["edit"], r"unknown command 'edit'; expected one of train, evaluate, baselines, inspect\n\nusage: locft"),
+        (
+            ["edit"],
+            r"locft: unknown command 'edit'; expected one of train, evaluate, baselines, merge, detach, inspect\n",
+        ),
         (["inspect"], "required: adapter"),
         (["inspect", "nowhere"], r"locft inspect: nowhere is no adapter folder: it has no adapter_config\.json"),
         (["inspect", "a", "b"], "unrecognized arguments: b"),

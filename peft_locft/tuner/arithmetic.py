@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+HASHED_AT_ONCE = 1 << 22  # values; a wider copy of a whole tensor would cost its memory again
+
 
 def compose_weight(weight: torch.Tensor, deltas: Sequence[tuple[torch.Tensor, float]]) -> torch.Tensor:
     """Return `(W.float() + Σ scale · delta.float()).to(W.dtype)`: the one arithmetic of every edited weight.
@@ -40,11 +42,15 @@ def tensor_sha256(tensor: torch.Tensor) -> str:
     if is_traceable_wrapper_subclass(tensor):
         inside = [tensor_sha256(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
         return hashlib.sha256("".join(inside).encode()).hexdigest()
-    tensor = tensor.detach().cpu()
-    if tensor.is_floating_point() and tensor.dtype != torch.float64:
-        tensor = tensor.to(torch.float32)
-    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
     digest = hashlib.sha256()
-    for start in range(0, flat.numel(), 1 << 24):
-        digest.update(flat[start : start + (1 << 24)].numpy().data)
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    for start in range(0, flat.numel(), HASHED_AT_ONCE):
+        digest.update(hashed_bytes(flat[start : start + HASHED_AT_ONCE]))
     return digest.hexdigest()
+
+
+def hashed_bytes(values: torch.Tensor) -> memoryview:
+    """Return the bytes that `tensor_sha256` hashes of some of a tensor's values: flat, on the CPU, contiguous."""
+    if values.is_floating_point() and values.dtype != torch.float64:
+        values = values.to(torch.float32)
+    return values.view(torch.uint8).numpy().data

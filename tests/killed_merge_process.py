@@ -1,0 +1,207 @@
+"""Kills merges, merges in place and detaches, and looks at what they leave: test_merge_killed.py runs it.
+
+    python tests/killed_merge_process.py FOLDER ACTION... --every_call
+    python tests/killed_merge_process.py FOLDER ACTION... --kills 100 --intermediate_size 20000
+
+ACTION is `merge`, `merge_in_place` or `detach`. Either the process dies before every call of the system, one after the
+other, that changes a file, or it is killed at so many random moments. The process that ends what it left is killed
+too, and then comes one that is not. Prints, for each action, how often the old model was left, how often the new one,
+and how often, in the moment when several files are exchanged, none. Anything else ends it with an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import conftest  # noqa: F401  (offline, one thread)
+from tiny_checkpoints import INDEX, ONE_FILE, edit, save_base, snapshot
+
+from peft_locft import LocFTConfig, detach, edited_weights, in_place_undo, merge_checkpoint, merge_in_place
+
+SYSTEM_CALLS = ("chmod", "copy_file_range", "fsync", "link", "mkdir", "rename", "replace", "rmdir", "unlink")
+
+
+@dataclass
+class Case:
+    """A model, old and new, and an action on it."""
+
+    folder: Path
+    action: str
+
+    def __post_init__(self) -> None:
+        self.old, self.new, self.merged = (self.folder / name for name in ("old", "new", "merged"))
+        self.adapter, self.work = self.folder / "adapter", self.folder / "work" / "model"
+
+    def make(self, shard_size: str, intermediate_size: int) -> None:
+        self.folder.mkdir(parents=True)
+        save_base(self.old, shard_size=shard_size, intermediate_size=intermediate_size)
+        edit(self.old, self.adapter, LocFTConfig(target_modules=["down_proj"], layers_to_transform=[0, 2]))
+        merge_checkpoint(self.old, [self.adapter], self.new)
+        shutil.copytree(self.old, self.merged)
+        merge_in_place(self.merged, [self.adapter])
+
+    def prepare(self) -> None:
+        """Make the place on which the action works."""
+        shutil.rmtree(self.work.parent, ignore_errors=True)
+        self.work.parent.mkdir()
+        if self.action != "merge":
+            shutil.copytree(self.merged if self.action == "detach" else self.old, self.work)
+
+    def act(self) -> None:
+        if self.action == "merge":
+            merge_checkpoint(self.old, [self.adapter], self.work)
+        elif self.action == "merge_in_place":
+            merge_in_place(self.work, [self.adapter])
+        else:
+            detach(self.work)
+
+    def state(self) -> str:
+        """Return what a reader of the model finds: `"old"`, `"new"` or `"none"`."""
+        if not self.work.exists():
+            assert self.action == "merge"
+            return "old"
+        found = snapshot(self.work)
+        if self.action == "merge":
+            assert found == snapshot(self.new), "a new folder that is not whole"
+            return "new"
+        if (self.old / INDEX).exists() and INDEX not in found:
+            return "none"
+        for name, folder in (("old", self.old), ("new", self.new)):
+            expected = {file: digest for file, digest in snapshot(folder).items() if file != "locft_merge.json"}
+            if {file: found.get(file) for file in expected} == expected:
+                return name
+        raise AssertionError("a third model")
+
+    def check_next(self) -> None:
+        """Assert that the next call ends with the new model, and that it comes off."""
+        before = snapshot(self.old)
+        if self.action == "merge":
+            if not self.work.exists():
+                self.act()
+            assert snapshot(self.work) == snapshot(self.new)
+            assert [path.name for path in self.work.parent.iterdir()] == [self.work.name], "something is left"
+        else:
+            with suppress(ValueError):  # merged already, or nothing to detach
+                self.act()
+            if self.action == "merge_in_place":
+                assert snapshot(self.work) == snapshot(self.merged)
+                detach(self.work)
+            assert snapshot(self.work) == before
+        assert snapshot(self.old) == before, "the base was changed"
+
+
+def in_child(call: Callable[[], None]) -> int:
+    child = os.fork()
+    if child == 0:
+        code = 3
+        # of a second one: merged already, or nothing to detach
+        with suppress(ValueError):
+            call()
+            code = 0
+        os._exit(code)
+    return child
+
+
+def die_at(num_calls: int) -> None:
+    """End this process, with nothing cleaned up, when so many calls have changed files and the next one would."""
+    left = num_calls
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def dying(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            if left == 0:
+                os._exit(1)
+            left -= 1
+            return call(*args, **kwargs)
+
+        return dying
+
+    for name in SYSTEM_CALLS:
+        setattr(os, name, counted(getattr(os, name)))
+    for module in (edited_weights, in_place_undo):
+        setattr(module, "write_all", counted(module.write_all))  # noqa: B010  (of a module)
+
+
+def act_until(case: Case, num_calls: int) -> int:
+    """Run the action in a process that dies at this call, if it comes so far, and return its exit code."""
+
+    def act() -> None:
+        die_at(num_calls)
+        case.act()
+
+    return os.waitstatus_to_exitcode(os.waitpid(in_child(act), 0)[1])
+
+
+def killed_before_every_call(case: Case) -> Iterator[bool]:
+    """Yield after every kill; the last time for the action that was not killed."""
+    num_calls, code = 0, 1
+    while code == 1:
+        case.prepare()
+        code = act_until(case, num_calls)
+        assert code in (0, 1), f"the action failed with {code}"
+        yield code == 1
+        num_calls += 1
+
+
+def killed_at_random(case: Case, kills: int, seed: int) -> Iterator[bool]:
+    """Yield after every run of the action, until so many were killed in the middle."""
+    durations = []
+    for _ in range(3):
+        case.prepare()
+        begun = time.perf_counter()
+        assert os.waitpid(in_child(case.act), 0)[1] == 0
+        durations.append(time.perf_counter() - begun)
+    draw = random.Random(seed)
+    while kills:
+        case.prepare()
+        child = in_child(case.act)
+        time.sleep(draw.uniform(0, min(durations)))
+        os.kill(child, signal.SIGKILL)
+        killed = os.waitpid(child, 0)[1] != 0
+        kills -= killed
+        yield killed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("actions", nargs="+", choices=["merge", "merge_in_place", "detach"])
+    parser.add_argument("--every_call", action="store_true")
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shard_size", default=ONE_FILE)
+    parser.add_argument("--intermediate_size", type=int, default=48)
+    options = parser.parse_args()
+    if options.every_call:
+        # what a process has written is there after its death; the wait for the disk is for a machine that goes down
+        os.fsync = lambda fd: None
+    states = {}
+    for action in options.actions:
+        case = Case(options.folder / action, action)
+        case.make(options.shard_size, options.intermediate_size)
+        kills = killed_at_random(case, options.kills, options.seed)
+        found: Counter[str] = Counter()
+        for index, killed in enumerate(killed_before_every_call(case) if options.every_call else kills):
+            found[case.state() if killed else "not killed"] += 1
+            if killed:
+                act_until(case, index % 11)
+                case.state()
+            case.check_next()
+        states[action] = found
+    print(json.dumps(states))
+
+
+if __name__ == "__main__":
+    main()
