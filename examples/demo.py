@@ -19,8 +19,15 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from smollm2 import load_smollm2
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
-from peft_locft import BreadthFirstConfig, BreadthFirstTrainer, Edit, LocFTConfig, encode_prompts, read_edits
-from peft_locft.adapter_folder import inspect_adapter
+from peft_locft import (
+    BreadthFirstConfig,
+    BreadthFirstTrainer,
+    Edit,
+    LocFTConfig,
+    encode_prompts,
+    inspect_adapter,
+    read_edits,
+)
 
 FACTS = Path(__file__).parent / "facts.jsonl"
 # late, where general ability is kept best; a small model wants a larger rate than the published 5e-4

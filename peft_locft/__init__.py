@@ -4,9 +4,11 @@ Importing the package registers `LOCFT` with PEFT, and does nothing else.
 """
 
 from ._version import __version__
-from .adapter_folder import AdapterSummary, inspect_adapter, save_adapter
+from .adapter_folder import save_adapter
+from .adapter_reading import CheckedAdapter, check_adapter, read_adapter
 from .edits import Edit, Probe, edits_sha256, read_edits
 from .encoding import encode_edits, encode_prompts
+from .inspection import AdapterSummary, inspect_adapter
 from .recipe import BreadthFirstConfig
 from .trainer import BreadthFirstTrainer
 from .training_run import train_edits
@@ -16,15 +18,18 @@ __all__ = [
     "AdapterSummary",
     "BreadthFirstConfig",
     "BreadthFirstTrainer",
+    "CheckedAdapter",
     "Edit",
     "LocFTConfig",
     "LocFTModel",
     "Probe",
     "__version__",
+    "check_adapter",
     "edits_sha256",
     "encode_edits",
     "encode_prompts",
     "inspect_adapter",
+    "read_adapter",
     "read_edits",
     "save_adapter",
     "train_edits",

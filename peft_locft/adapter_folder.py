@@ -1,4 +1,4 @@
-"""An adapter's folder: written whole or not at all, and read without building a model."""
+"""An adapter's folder, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from peft.utils import CONFIG_NAME
 
-from .card import model_card, provenance, usage_lines
+from .adapter_claims import PROVENANCE_NAME
+from .card import model_card, provenance
 from .files import current_umask
 
-PROVENANCE_NAME = "locft_provenance.json"
 STAGING_PREFIX = ".locft-"
 
 
@@ -180,88 +178,3 @@ def _sync_folder(folder: Path) -> None:
         descriptor = os.open(folder, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterSummary:
-    """What an adapter folder says about itself.
-
-    Attributes:
-        config: its `adapter_config.json`.
-        tensors: name, dtype and shape of every tensor in its weights file.
-        num_bytes: size of the weights file.
-        facts: its `locft_provenance.json`, empty where it has none.
-    """
-
-    folder: Path
-    config: PeftConfig
-    tensors: dict[str, tuple[str, tuple[int, ...]]]
-    num_bytes: int
-    facts: dict[str, Any]
-
-    def __str__(self) -> str:
-        rows = [
-            ("method", str(getattr(self.config.peft_type, "value", self.config.peft_type))),
-            ("base model", self.config.base_model_name_or_path or "not recorded"),
-            ("size", f"{self.num_bytes / 1e6:.1f} MB" if self.num_bytes >= 1e5 else f"{self.num_bytes / 1e3:.1f} kB"),
-        ]
-        for name, (dtype, shape) in self.tensors.items():
-            rows.append(("trained", f"{_short(name)}  {dtype} {' x '.join(map(str, shape))}"))
-        if "edits" in self.facts:
-            recipe, losses = self.facts["recipe"], self.facts["training"]["epoch_losses"]
-            rows.append(("edits", str(self.facts["edits"]["count"])))
-            rows.append(("recipe", ", ".join(f"{key} {value}" for key, value in recipe.items())))
-            if losses:
-                unit = "edits" if recipe["edit_order"] == "depth_first" else "epochs"
-                rows.append(("loss", f"{losses[0]:.4f} → {losses[-1]:.4f} in {len(losses)} {unit}"))
-        table = "\n".join(f"{key:<12}{value}" for key, value in rows)
-        return f"{table}\n\nLoad it with:\n\n{usage_lines(self.config, str(self.folder))}"
-
-
-def _short(name: str) -> str:
-    return name.removeprefix("base_model.model.").replace(".base_layer", "")
-
-
-def inspect_adapter(folder: str | os.PathLike[str]) -> AdapterSummary:
-    """Read what an adapter folder holds, without its tensors' values.
-
-    Args:
-        folder: a local adapter folder, of any PEFT method.
-
-    Raises:
-        ValueError: if it is no adapter folder, or one of its files cannot be read.
-    """
-    folder = Path(folder)
-    weights = folder / SAFETENSORS_WEIGHTS_NAME
-    missing = [name for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME) if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(
-            f"{folder} is no adapter folder: it has no {' and no '.join(missing)}. Give the folder that "
-            "`save_pretrained` or `locft train --output_dir` wrote."
-        )
-    try:
-        with safe_open(weights, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in sorted(file.keys())}
-            tensors = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-    except SafetensorError as error:
-        raise ValueError(
-            f"{weights} is not a readable safetensors file ({error}). Download or save it again."
-        ) from None
-    return AdapterSummary(folder, _read_config(folder), tensors, weights.stat().st_size, _read_facts(folder))
-
-
-def _read_config(folder: Path) -> PeftConfig:
-    try:
-        return PeftConfig.from_pretrained(str(folder))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{folder / CONFIG_NAME} is not the configuration of a PEFT method ({error}). Download or save it again."
-        ) from None
-
-
-def _read_facts(folder: Path) -> dict[str, Any]:
-    file = folder / PROVENANCE_NAME
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} is not readable ({error}). Download it again, or remove it.") from None

@@ -55,7 +55,7 @@ def inspect(argv: list[str]) -> None:
     """Print what an adapter folder holds."""
     import argparse
 
-    from .adapter_folder import inspect_adapter
+    from .inspection import inspect_adapter
 
     parser = argparse.ArgumentParser(prog="locft inspect", description=inspect.__doc__)
     parser.add_argument("adapter", help="a local adapter folder, of any PEFT method")

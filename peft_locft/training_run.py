@@ -13,8 +13,9 @@ import datasets
 from peft import PeftConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .adapter_folder import AdapterSummary, check_folder, inspect_adapter
+from .adapter_folder import check_folder
 from .edits import Edit, read_edits
+from .inspection import AdapterSummary, inspect_adapter
 from .recipe import BreadthFirstConfig
 from .resume import whole_checkpoint
 from .trainer import BreadthFirstTrainer
