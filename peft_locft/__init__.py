@@ -8,7 +8,9 @@ from .adapter_folder import save_adapter
 from .adapter_reading import CheckedAdapter, check_adapter, read_adapter
 from .edits import Edit, Probe, edits_sha256, read_edits
 from .encoding import encode_edits, encode_prompts
+from .exports import export_peft, export_weights
 from .inspection import AdapterSummary, inspect_adapter
+from .lora_export import export_lora
 from .recipe import BreadthFirstConfig
 from .trainer import BreadthFirstTrainer
 from .training_run import train_edits
@@ -28,6 +30,9 @@ __all__ = [
     "edits_sha256",
     "encode_edits",
     "encode_prompts",
+    "export_lora",
+    "export_peft",
+    "export_weights",
     "inspect_adapter",
     "read_adapter",
     "read_edits",

@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,24 @@ def save_adapter(
     Raises:
         NotADirectoryError: if `folder` or one above it is a file.
     """
+    with written_whole(folder) as staging:
+        model.save_pretrained(str(staging), state_dict=state_dict)
+        for config_file in list(staging.rglob(CONFIG_NAME)):
+            adapter_name = "default" if config_file.parent == staging else config_file.parent.name
+            # the run is known of the adapters that it trained, not of others that were loaded beside them
+            _describe(config_file.parent, record if adapter_name in model.active_adapters else None)
+
+
+@contextmanager
+def written_whole(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield an empty folder for an adapter's files, and put them into `folder` at once when all of them are written.
+
+    Args:
+        folder: made if it is not there; its other files stay.
+
+    Raises:
+        NotADirectoryError: if `folder` or one above it is a file.
+    """
     # a link to a folder must stay one, and what is exchanged below is the folder
     folder = Path(folder).resolve()
     check_folder(folder)
@@ -54,11 +73,7 @@ def save_adapter(
     inside = folder if folder.exists() else folder.parent
     staging = Path(tempfile.mkdtemp(prefix=f"{STAGING_PREFIX}{folder.name}-", dir=inside))
     try:
-        model.save_pretrained(str(staging), state_dict=state_dict)
-        for config_file in list(staging.rglob(CONFIG_NAME)):
-            adapter_name = "default" if config_file.parent == staging else config_file.parent.name
-            # the run is known of the adapters that it trained, not of others that were loaded beside them
-            _describe(config_file.parent, record if adapter_name in model.active_adapters else None)
+        yield staging
         _sync(staging)
         _put_in_place(staging, folder)
     finally:

@@ -1,9 +1,10 @@
-"""`locft train | inspect`: parse, call one public function, print."""
+"""`locft train | inspect | export`: parse, call one public function, print."""
 
 from __future__ import annotations
 
 import sys
 import time
+from inspect import signature
 from typing import Any
 
 USAGE = """usage: locft COMMAND ...
@@ -11,6 +12,7 @@ USAGE = """usage: locft COMMAND ...
 commands:
   train     write a file of edits into a model and save the adapter
   inspect   print what an adapter folder holds
+  export    hand an adapter on to where peft_locft is not installed
 
 `locft COMMAND --help` lists the options of a command."""
 
@@ -62,7 +64,39 @@ def inspect(argv: list[str]) -> None:
     print(inspect_adapter(parser.parse_args(argv).adapter))
 
 
-COMMANDS: dict[str, Any] = {"train": train, "inspect": inspect}
+def export(argv: list[str]) -> None:
+    """Hand an adapter on to where peft_locft is not installed."""
+    import argparse
+
+    from .exports import export_peft, export_weights
+    from .lora_export import export_lora
+
+    exports: dict[str, Any] = {"peft": export_peft, "lora": export_lora, "weights": export_weights}
+    parser = argparse.ArgumentParser(prog="locft export", description=export.__doc__, allow_abbrev=False)
+    parser.add_argument("adapter", help="a local LocFT adapter folder")
+    parser.add_argument("out", help="the folder to write, or with --to weights the .safetensors file")
+    parser.add_argument(
+        "--to",
+        required=True,
+        choices=exports,
+        help="an adapter for stock PEFT; the nearest LoRA adapter; the edited weights alone",
+    )
+    parser.add_argument("--base", help="base model: a folder or a name on the Hub; default: the one the adapter names")
+    parser.add_argument("--revision", help="branch, tag or commit of the base model on the Hub")
+    parser.add_argument("--dtype", help="in which the base will be loaded: auto (default), float32, bfloat16, float16")
+    parser.add_argument("--rank", type=int, help="with --to lora: rank of every module's matrices, up to 512")
+    parser.add_argument("--energy", type=float, help="with --to lora: keep this share of every delta, as in 0.99")
+    parser.add_argument("--edits", help="with --to lora: edits to ask of the adapter and of the LoRA adapter")
+    parser.add_argument("--force", action="store_true", default=None, help="also take another base model")
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    to = given.pop("to")
+    without_effect = sorted(given.keys() - signature(exports[to]).parameters.keys())
+    if without_effect:
+        parser.error(f"--{without_effect[0]} has no effect with --to {to}")
+    print(exports[to](**given))
+
+
+COMMANDS: dict[str, Any] = {"train": train, "inspect": inspect, "export": export}
 
 if __name__ == "__main__":
     sys.exit(main())

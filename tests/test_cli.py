@@ -436,7 +436,7 @@ def test_a_model_that_is_not_there_is_named(call: Words, tmp_path: Path, capsys:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["edit"], r"locft: unknown command 'edit'; expected one of train, inspect\n\nusage: locft COMMAND"),
+        (["edit"], r"locft: unknown command 'edit'; expected one of train, inspect, export\n\nusage: locft COMMAND"),
         (["inspect"], "required: adapter"),
         (["inspect", "nowhere"], r"locft inspect: nowhere is no adapter folder: it has no adapter_config\.json"),
         (["inspect", "a", "b"], "unrecognized arguments: b"),
