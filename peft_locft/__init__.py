@@ -4,7 +4,7 @@ Importing the package registers `LOCFT` with PEFT, and does nothing else.
 """
 
 from ._version import __version__
-from .adapter_folder import save_adapter
+from .adapter_folder import describe_adapter, save_adapter
 from .adapter_reading import CheckedAdapter, check_adapter, read_adapter
 from .edits import Edit, Probe, edits_sha256, read_edits
 from .encoding import encode_edits, encode_prompts
@@ -27,6 +27,7 @@ __all__ = [
     "Probe",
     "__version__",
     "check_adapter",
+    "describe_adapter",
     "edits_sha256",
     "encode_edits",
     "encode_prompts",

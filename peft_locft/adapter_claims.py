@@ -85,16 +85,69 @@ CONFIG_FIELDS: dict[str, tuple[Check, str]] = {
     "train_bias": (_is_flag, "true or false"),
     "trainable_token_indices": (_or_none(_any_of(COUNTS, _is_dict(COUNTS))), "token numbers or null"),
 }
-_SCALAR = _or_none(_any_of(_is_flag, is_number, is_text))
+
+
+def _is_export(value: Any) -> bool:
+    if not isinstance(value, dict) or value.get("to") not in ("peft", "lora"):
+        return False
+    return value["to"] == "peft" or (is_count(value.get("rank")) and is_number(value.get("share_kept")))
+
+
+FIGURES = ("before", "after", "change")
+
+
+RECIPE_NUMBERS = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "seed")
+
+
+def _are_edits(value: Any) -> bool:
+    return isinstance(value, dict) and is_count(value.get("count")) and is_sha256(value.get("sha256"))
+
+
+def _is_recipe(value: Any) -> bool:
+    return (
+        _is_dict(_or_none(_any_of(_is_flag, is_number, is_text)))(value)
+        and all(is_number(value.get(name)) for name in RECIPE_NUMBERS)
+        and all(is_text(value.get(name)) for name in ("edit_order", "objective"))
+    )
+
+
+def _is_evaluation(value: Any) -> bool:
+    if not isinstance(value, dict) or not _is_dict(_is_result)(value.get("results")):
+        return False
+    settings = value.get("settings")
+    return (
+        isinstance(settings, dict)
+        and is_number(settings.get("confidence"))
+        and ("edits" not in settings or _are_edits(settings["edits"]))
+        and _is_dict(is_text)(value.get("missing"))
+        and _is_list(is_text)(value.get("notes"))
+    )
+
+
+def _is_result(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"meaning", "count", "unit", *FIGURES}
+        and all(is_text(value[name]) for name in ("meaning", "unit"))
+        and is_count(value["count"])
+        and all(value[name] is None or _is_figure(value[name]) for name in FIGURES)
+        and value["after"] is not None
+    )
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == {"value", "low", "high"} and all(map(is_number, value.values()))
+
+
 PROVENANCE_FIELDS: dict[str, tuple[Check, str]] = {
     "format": (lambda value: type(value) is int and value == PROVENANCE_FORMAT, str(PROVENANCE_FORMAT)),
     "base_model": (_is_dict(_or_none(is_text)), "names"),
     "base_sha256": (_is_dict(is_sha256), "64 hexadecimal digits a tensor"),
-    "edits": (
-        lambda value: isinstance(value, dict) and is_count(value.get("count")) and is_sha256(value.get("sha256")),
-        "their count and sha256",
-    ),
-    "recipe": (_is_dict(_SCALAR), "settings"),
+    "edits": (_are_edits, "their count and sha256"),
+    "recipe": (_is_recipe, f"settings, {', '.join(RECIPE_NUMBERS)} and others"),
+    "export": (_is_export, "to peft, or to lora with a rank and the share_kept"),
+    "files": (_is_dict(is_sha256), "64 hexadecimal digits a file"),
+    "evaluation": (_is_evaluation, "results, settings, notes and what is missing"),
     "training": (
         lambda value: isinstance(value, dict) and _is_list(is_number)(value.get("epoch_losses")),
         "epoch_losses, a list of finite numbers",

@@ -17,11 +17,14 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from .adapter_claims import PROVENANCE_NAME
-from .card import model_card, provenance
-from .files import current_umask
+from .adapter_facts import evaluation_record, provenance
+from .adapter_reading import check_adapter
+from .card import CARD_NAME, location_of, model_card
+from .evaluation_report import EvaluationReport
+from .files import current_umask, sha256_of_file, write_whole
 
 STAGING_PREFIX = ".locft-"
 
@@ -31,6 +34,7 @@ def save_adapter(
     folder: str | os.PathLike[str],
     *,
     record: dict[str, Any] | None = None,
+    report: EvaluationReport | None = None,
     state_dict: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Save a model's adapters with their provenance, so that a kill at any moment leaves the old files or the new.
@@ -41,7 +45,8 @@ def save_adapter(
     Args:
         model: the model whose adapters to save.
         folder: where to; it is made if it is not there.
-        record: what is known of the training run, see `card.training_record`.
+        record: what is known of the training run, see `adapter_facts.training_record`.
+        report: what an evaluation of the active adapters found, for the card.
         state_dict: the model's state, where it had to be gathered from several processes.
 
     Raises:
@@ -51,8 +56,43 @@ def save_adapter(
         model.save_pretrained(str(staging), state_dict=state_dict)
         for config_file in list(staging.rglob(CONFIG_NAME)):
             adapter_name = "default" if config_file.parent == staging else config_file.parent.name
+            config = PeftConfig.from_pretrained(str(config_file.parent))
             # the run is known of the adapters that it trained, not of others that were loaded beside them
-            _describe(config_file.parent, record if adapter_name in model.active_adapters else None)
+            active = adapter_name in model.active_adapters
+            measured = evaluation_record(report) if report is not None and active else {}
+            facts = provenance(config, (record or {}) | measured if active else None)
+            write_description(config_file.parent, config, facts)
+
+
+def describe_adapter(folder: str | os.PathLike[str], *, report: EvaluationReport | None = None) -> None:
+    """Write the card and the provenance of a saved adapter anew, with what an evaluation found.
+
+    Args:
+        folder: a local adapter folder.
+        report: what `evaluate_edits` returned; `None` keeps the figures that are recorded.
+
+    Raises:
+        ValueError: if the folder is refused by `check_adapter`.
+
+    Example:
+        >>> describe_adapter("out", report=evaluate_edits(model, tokenizer, "edits.jsonl"))
+    """
+    adapter = check_adapter(folder, method=None)
+    facts = provenance(adapter.config, None)
+    # more of the base may be known by now; of the rest, what was recorded
+    facts |= {name: value for name, value in adapter.facts.items() if name != "base_model"}
+    write_description(adapter.folder, adapter.config, facts | ({} if report is None else evaluation_record(report)))
+
+
+def write_description(folder: Path, config: PeftConfig, facts: dict[str, Any]) -> None:
+    """Write what is known of an adapter beside its files: `locft_provenance.json`, and the card.
+
+    The card of another method's adapter is left to PEFT, unless it is an export of ours.
+    """
+    files = {SAFETENSORS_WEIGHTS_NAME: sha256_of_file(folder / SAFETENSORS_WEIGHTS_NAME)}
+    write_whole(folder / PROVENANCE_NAME, json.dumps(facts | {"files": files}, indent=2) + "\n")
+    if config.peft_type == "LOCFT" or "export" in facts:
+        write_whole(folder / CARD_NAME, model_card(config, facts, location_of(config, facts)))
 
 
 @contextmanager
@@ -99,15 +139,6 @@ def _remove_leftovers(folder: Path) -> None:
         for leftover in list(place.iterdir()) if place.is_dir() else []:
             if staging.fullmatch(leftover.name):
                 shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _describe(adapter: Path, record: dict[str, Any] | None) -> None:
-    config = PeftConfig.from_pretrained(str(adapter))
-    facts = provenance(config, record)
-    (adapter / PROVENANCE_NAME).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    if config.peft_type == "LOCFT":
-        card = model_card(config, facts, sorted(facts["base_sha256"]))
-        (adapter / "README.md").write_text(card, encoding="utf-8")
 
 
 def _put_in_place(staging: Path, folder: Path) -> None:

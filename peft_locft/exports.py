@@ -14,11 +14,15 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.torch import save_file
 
 from .adapter_claims import MODEL
-from .adapter_folder import written_whole
+from .adapter_facts import provenance
+from .adapter_folder import write_description, written_whole
 from .adapter_reading import CheckedAdapter, check_adapter
 from .base_tensors import BaseTensors, edited_tensors
 from .files import file_written_whole
 from .tuner.config import DELTA_DTYPES
+
+# an export that answers otherwise is not what was evaluated
+OF_THE_EDIT = ("edits", "recipe", "training")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +91,8 @@ def export_peft(
             "once. Merge the adapter and save the model instead."
         )
     config = LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=modules, **base_fields(checked, base))
-    return write_adapter(out, config, {f"{MODEL}{name}": tensor for name, tensor in tensors.items()})
+    named = {f"{MODEL}{name}": tensor for name, tensor in tensors.items()}
+    return write_adapter(checked, out, config, named, to="peft")
 
 
 def export_weights(
@@ -177,11 +182,20 @@ def base_fields(adapter: CheckedAdapter, base: str | os.PathLike[str] | None) ->
     }
 
 
-def write_adapter(out: str | os.PathLike[str], config: PeftConfig, tensors: dict[str, torch.Tensor]) -> Export:
-    """Write an adapter folder of another PEFT method, whole."""
+def write_adapter(
+    adapter: CheckedAdapter,
+    out: str | os.PathLike[str],
+    config: PeftConfig,
+    tensors: dict[str, torch.Tensor],
+    **export: Any,
+) -> Export:
+    """Write an adapter folder of another PEFT method, whole, with what is known of the LocFT adapter and `export`."""
+    facts = provenance(config, {name: adapter.facts[name] for name in OF_THE_EDIT if name in adapter.facts})
+    facts |= {"base_sha256": getattr(adapter.config, "base_sha256", None) or {}, "export": export}
     with written_whole(out) as staging:
         save_file(tensors, staging / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(staging))
+        write_description(staging, config, facts)
     return Export(Path(out), _described(tensors), (Path(out) / SAFETENSORS_WEIGHTS_NAME).stat().st_size)
 
 

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from .adapter_claims import MODEL
+from .adapter_folder import describe_adapter
 from .adapter_reading import CheckedAdapter
 from .edits import Edit, read_edits
 from .evaluation import EvaluationConfig, evaluate_edits
@@ -119,14 +120,16 @@ def export_lora(
         fan_in_fan_out=any(isinstance(module.get_base_layer(), Conv1D) for module in modules.values()),
         **base_fields(checked, base),
     )
-    written = write_adapter(out, config, tensors)
+    share = _share(sum(lost for lost, _ in kept), sum(norm for _, norm in kept))
+    written = write_adapter(checked, out, config, tensors, to="lora", rank=rank, share_kept=share)
     before, after = (None, None) if asked is None else _evaluate(checked, out, source, asked, dtype)
-    total = sum(norm for _, norm in kept)
+    if after is not None:
+        describe_adapter(out, report=after)
     return LoraExport(
         Path(out),
         rank,
-        1 - sum(lost for lost, _ in kept) / total if total else 1.0,
-        {name: 1 - lost / norm if norm else 1.0 for name, (lost, norm) in zip(modules, kept, strict=True)},
+        share,
+        {name: _share(*norms) for name, norms in zip(modules, kept, strict=True)},
         written.num_bytes,
         before,
         after,
@@ -204,6 +207,10 @@ def _kept(module: Any, tensors: Mapping[str, torch.Tensor], name: str) -> tuple[
     product = tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
     product = product.T if isinstance(module.get_base_layer(), Conv1D) else product
     return float((delta - product).double().square().sum()), float(delta.double().square().sum())
+
+
+def _share(lost: float, norm: float) -> float:
+    return 1 - lost / norm if norm else 1.0
 
 
 def _evaluate(

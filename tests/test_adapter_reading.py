@@ -309,11 +309,18 @@ HOSTILE: dict[str, tuple[Spoil, str]] = {
     "provenance without a format": (replaced(FACTS, b"{}"), r"provenance\.json: found no format; expected 1\. Downlo"),
     "provenance of the future": (changed_json(FACTS, format=2), r"provenance\.json: format is 2; expected 1\. Downlo"),
     "provenance with half a run": (
-        changed_json(FACTS, recipe={"seed": 1}), r"found recipe alone; expected all of edits, recipe, training, or non"
+        changed_json(FACTS, training={"epoch_losses": []}), r"found training alone; expected all of edits, recipe, tra"
     ),
     "losses of texts": (
         changed_json(FACTS, training={"epoch_losses": ["low"]}), r"training is .*expected epoch_losses, a list of fini"
     ),
+    "recipe without a rate": (changed_json(FACTS, recipe={"seed": 1}), "recipe is {'seed': 1}; expected settings, le"),
+    "files unhashed": (changed_json(FACTS, files={"a": 1}), r"files is \{'a': 1\}; expected 64 hexadecimal digits a "),
+    "evaluation of nothing": (changed_json(FACTS, evaluation={}), r"evaluation is \{\}; expected results, settings, "),
+    "evaluation without figures": (
+        changed_json(FACTS, evaluation={"results": {"a": {"after": 1}}, "settings": {}}), "evaluation is .*expected re"
+    ),
+    "export to nowhere": (changed_json(FACTS, export={"to": "x"}), r"export is \{'to': 'x'\}; expected to peft, or t"),
     "edits uncounted": (changed_json(FACTS, edits={"count": -1}), r"edits is \{'count': -1\}; expected their count"),
 }  # fmt: skip
 
