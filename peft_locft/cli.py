@@ -11,7 +11,7 @@ USAGE = """usage: locft COMMAND ...
 
 commands:
   train     write a file of edits into a model and save the adapter
-  inspect   print what an adapter folder holds
+  inspect   verify an adapter folder and print what it holds
   export    hand an adapter on to where peft_locft is not installed
 
 `locft COMMAND --help` lists the options of a command."""
@@ -54,14 +54,16 @@ def train(argv: list[str]) -> None:
 
 
 def inspect(argv: list[str]) -> None:
-    """Print what an adapter folder holds."""
+    """Verify an adapter folder and print what it holds."""
     import argparse
 
     from .inspection import inspect_adapter
 
-    parser = argparse.ArgumentParser(prog="locft inspect", description=inspect.__doc__)
-    parser.add_argument("adapter", help="a local adapter folder, of any PEFT method")
-    print(inspect_adapter(parser.parse_args(argv).adapter))
+    parser = argparse.ArgumentParser(prog="locft inspect", description=inspect.__doc__, allow_abbrev=False)
+    parser.add_argument("folder", metavar="adapter", help="a local adapter folder, of any PEFT method")
+    parser.add_argument("--base", help="also verify that this base model has the tensors it was trained on")
+    parser.add_argument("--revision", help="branch, tag or commit of the base model on the Hub")
+    print(inspect_adapter(**vars(parser.parse_args(argv))))
 
 
 def export(argv: list[str]) -> None:

@@ -93,7 +93,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "files": set(),
     "general_ability": {"bootstrap", "decoding", "evaluation_report"},
-    "inspection": {"adapter_reading", "card"},
+    "inspection": {"adapter_reading", "base_tensors", "card", "files"},
     "kept_keys": {"questions"},
     "kept_states": {"prefixes", "residency", "tail", "tuner.arithmetic"},
     "lora_export": {
