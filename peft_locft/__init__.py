@@ -12,6 +12,7 @@ from .exports import export_peft, export_weights
 from .inspection import AdapterSummary, inspect_adapter
 from .lora_export import export_lora
 from .recipe import BreadthFirstConfig
+from .sharing import push_adapter
 from .trainer import BreadthFirstTrainer
 from .training_run import train_edits
 from .tuner import LocFTConfig, LocFTModel
@@ -35,6 +36,7 @@ __all__ = [
     "export_peft",
     "export_weights",
     "inspect_adapter",
+    "push_adapter",
     "read_adapter",
     "read_edits",
     "save_adapter",

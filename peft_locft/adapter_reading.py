@@ -14,7 +14,7 @@ import torch
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from .adapter_claims import PROVENANCE_NAME, check_config, check_facts, delta_names
+from .adapter_claims import PROVENANCE_NAME, check_config, check_facts, delta_names, is_sha256
 from .safetensors_header import DTYPES, TensorEntry, one_line, read_header, refuse_constant, shortened, unique_pairs
 
 MAX_CONFIG_BYTES = 4_000_000
@@ -190,7 +190,7 @@ def open_inside(folder: Path, name: str) -> BufferedReader:
     file = folder / name
     try:
         place = file.resolve(strict=True)
-        if place.parent not in (folder.resolve(), _blobs(folder)):
+        if place.parent != folder.resolve() and not _is_blob(place, folder.resolve()):
             raise ValueError(
                 f"{file} is a symbolic link to {place}, outside of the adapter's folder. Replace it by the file "
                 "itself, if you know what that is; else do not use this adapter."
@@ -206,12 +206,18 @@ def open_inside(folder: Path, name: str) -> BufferedReader:
     return os.fdopen(descriptor, "rb")
 
 
-def _blobs(folder: Path) -> Path | None:
-    """Return where the links of a snapshot in a Hub cache lead to, if this is one: `models--owner--name/blobs`."""
-    for place in folder.resolve().parents:
-        if place.name == "snapshots" and place.parent.name.startswith("models--"):
-            return place.parent / "blobs"
-    return None
+def _is_blob(place: Path, folder: Path) -> bool:
+    """Whether a file is one that the links of a snapshot in a Hub cache lead to, if the folder is one.
+
+    They lead to `models--owner--name/blobs/<hash>`, and from there, for what came by Xet, may go on to
+    `blobs/<the hash's beginning>/<hash>` beside all repositories.
+    """
+    for snapshots in folder.parents:
+        repository = snapshots.parent
+        if snapshots.name == "snapshots" and repository.name.startswith("models--"):
+            shared = repository.parent / "blobs" / place.name[:2]
+            return place.parent == repository / "blobs" or (place.parent == shared and is_sha256(place.name))
+    return False
 
 
 def _check_complete(folder: Path) -> None:

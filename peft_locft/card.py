@@ -19,6 +19,7 @@ TAGS = ("knowledge-editing", "model-editing", "peft", "transformers")
 TEMPLATE_MARK = "[More Information Needed]"
 INSTALL = "pip install peft-locft"
 CARD_NAME = "README.md"
+NAME_IN_CARD = "this-repository"
 
 CARD = """---
 {header}
@@ -112,7 +113,7 @@ def model_card(config: PeftConfig, facts: Mapping[str, Any], location: Sequence[
         lead=_lead(config, facts),
         rows="\n".join(f"| {label} | {value} |" for label, value in rows),
         needs=f"`{INSTALL}`" if is_locft else "PEFT",
-        usage=usage_lines(config, "this-repository"),
+        usage=usage_lines(config, NAME_IN_CARD),
         merge=merge_lines(base),
         measured=_measured(facts),
     )

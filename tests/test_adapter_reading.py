@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -442,6 +443,25 @@ def test_a_snapshot_in_a_hub_cache_is_read_through_its_links(adapter: Path, tmp_
     assert same_bits(read_adapter(snapshot)[PARAMETER], read_adapter(adapter)[PARAMETER])
     (tmp_path / "link").symlink_to(snapshot)
     assert list(read_adapter(tmp_path / "link")) == [PARAMETER]
+
+
+def test_blobs_that_repositories_of_a_cache_share_are_read(adapter: Path, tmp_path: Path) -> None:
+    """As huggingface_hub lays out files that came by Xet: the repository's blob is a link, too."""
+    snapshot = in_hub_cache(adapter, tmp_path / "cache")
+    blob = (snapshot / WEIGHTS).readlink()
+    name = hashlib.sha256(b"any").hexdigest()
+    shared = tmp_path / "cache" / "blobs" / name[:2] / name
+    shared.parent.mkdir(parents=True)
+    os.replace(snapshot / blob, shared)
+    (snapshot / blob).symlink_to(f"../../blobs/{name[:2]}/{name}")
+    assert list(read_adapter(snapshot)) == [PARAMETER]
+    os.replace(shared, shared.with_name("secret"))
+    (snapshot / blob).unlink()
+    (snapshot / blob).symlink_to(f"../../blobs/{name[:2]}/secret")
+    with pytest.raises(
+        ValueError, match=r"adapter_model\.safetensors is a symbolic link to \S*/secret, outside of the ada"
+    ):
+        read_adapter(snapshot)
 
 
 def test_a_subfolder_of_a_snapshot_is_read_through_its_links(adapter: Path, tmp_path: Path) -> None:

@@ -123,6 +123,7 @@ ARROWS: dict[str, set[str]] = {
     "resume": {"adapter_folder"},
     "safetensors_header": set(),
     "scoring": {"bootstrap", "questions"},
+    "sharing": {"adapter_claims", "card", "inspection"},
     "tabulation": {"bootstrap", "edit_questions", "edits", "evaluation_report", "metrics", "scoring"},
     "tail": {"tuner.presets"},
     # not the tuner: it trains any PEFT model
