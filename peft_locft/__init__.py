@@ -13,6 +13,8 @@ from .inspection import AdapterSummary, inspect_adapter
 from .lora_export import export_lora
 from .recipe import BreadthFirstConfig
 from .sharing import push_adapter
+from .shipped_edits import Conflicts, find_conflicts, shipped_edits
+from .small_export import export_small
 from .trainer import BreadthFirstTrainer
 from .training_run import train_edits
 from .tuner import LocFTConfig, LocFTModel
@@ -22,6 +24,7 @@ __all__ = [
     "BreadthFirstConfig",
     "BreadthFirstTrainer",
     "CheckedAdapter",
+    "Conflicts",
     "Edit",
     "LocFTConfig",
     "LocFTModel",
@@ -34,11 +37,14 @@ __all__ = [
     "encode_prompts",
     "export_lora",
     "export_peft",
+    "export_small",
     "export_weights",
+    "find_conflicts",
     "inspect_adapter",
     "push_adapter",
     "read_adapter",
     "read_edits",
     "save_adapter",
+    "shipped_edits",
     "train_edits",
 ]

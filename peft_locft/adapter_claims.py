@@ -93,6 +93,15 @@ def _is_export(value: Any) -> bool:
     return value["to"] == "peft" or (is_count(value.get("rank")) and is_number(value.get("share_kept")))
 
 
+def _is_shrunk(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and _or_none(is_text)(value.get("delta_dtype"))
+        and _or_none(is_number)(value.get("keep_largest"))
+        and is_number(value.get("share_kept"))
+    )
+
+
 FIGURES = ("before", "after", "change")
 
 
@@ -148,6 +157,7 @@ PROVENANCE_FIELDS: dict[str, tuple[Check, str]] = {
     "export": (_is_export, "to peft, or to lora with a rank and the share_kept"),
     "files": (_is_dict(is_sha256), "64 hexadecimal digits a file"),
     "evaluation": (_is_evaluation, "results, settings, notes and what is missing"),
+    "shrunk": (_is_shrunk, "delta_dtype, keep_largest and share_kept"),
     "training": (
         lambda value: isinstance(value, dict) and _is_list(is_number)(value.get("epoch_losses")),
         "epoch_losses, a list of finite numbers",

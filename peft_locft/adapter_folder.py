@@ -10,8 +10,9 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,12 @@ from .adapter_claims import PROVENANCE_NAME
 from .adapter_facts import evaluation_record, provenance
 from .adapter_reading import check_adapter
 from .card import CARD_NAME, location_of, model_card
+from .edits import Edit
 from .evaluation_report import EvaluationReport
 from .files import current_umask, sha256_of_file, write_whole
+from .shipped_edits import EDITS_NAME, ship_edits
+from .shrinking import check_shrinking, shrink_files
+from .tuner.provenance import locft_layers
 
 STAGING_PREFIX = ".locft-"
 
@@ -35,7 +40,10 @@ def save_adapter(
     *,
     record: dict[str, Any] | None = None,
     report: EvaluationReport | None = None,
+    edits: Sequence[Edit] | None = None,
     state_dict: dict[str, torch.Tensor] | None = None,
+    delta_dtype: str | None = None,
+    keep_largest: float | None = None,
 ) -> None:
     """Save a model's adapters with their provenance, so that a kill at any moment leaves the old files or the new.
 
@@ -47,11 +55,28 @@ def save_adapter(
         folder: where to; it is made if it is not there.
         record: what is known of the training run, see `adapter_facts.training_record`.
         report: what an evaluation of the active adapters found, for the card.
+        edits: those that the active adapters were trained on, to ship them beside the weights. Whoever has the adapter
+            can read them then.
         state_dict: the model's state, where it had to be gathered from several processes.
+        delta_dtype: of the deltas in the file, `"float32"`, `"bfloat16"` or `"float16"`; `None` is as they are.
+        keep_largest: the share of a delta's values to save, those that are largest beside their weight (RECT); the
+            others are zeros, which a compressing store or transfer saves, and the file itself does not.
+
+    The last two change what is saved and not the model: evaluate the saved adapter.
 
     Raises:
+        ValueError: if `delta_dtype` or `keep_largest` is out of range or comes with a `report`, which is of the deltas
+            as they are; if the adapter is of another method; if a value is too large for the dtype; if a base weight
+            that `keep_largest` needs is not here in full; if `edits` are not those that `record` names.
         NotADirectoryError: if `folder` or one above it is a file.
     """
+    smaller = delta_dtype is not None or keep_largest is not None
+    check_shrinking(delta_dtype, keep_largest)
+    if smaller and report is not None:
+        raise ValueError(
+            "report: it is of the deltas as they are, and delta_dtype or keep_largest saves others. Save the adapter, "
+            "load and evaluate that, and give its report to describe_adapter."
+        )
     with written_whole(folder) as staging:
         model.save_pretrained(str(staging), state_dict=state_dict)
         for config_file in list(staging.rglob(CONFIG_NAME)):
@@ -61,18 +86,27 @@ def save_adapter(
             active = adapter_name in model.active_adapters
             measured = evaluation_record(report) if report is not None and active else {}
             facts = provenance(config, (record or {}) | measured if active else None)
+            if smaller:
+                base = partial(_base_weight, model, adapter_name)
+                found = check_adapter(config_file.parent)
+                facts["shrunk"] = shrink_files(found, config_file.parent, base, delta_dtype, keep_largest)
+            if edits is not None and active:
+                ship_edits(config_file.parent, edits, facts.get("edits"))
             write_description(config_file.parent, config, facts)
 
 
-def describe_adapter(folder: str | os.PathLike[str], *, report: EvaluationReport | None = None) -> None:
+def describe_adapter(
+    folder: str | os.PathLike[str], *, report: EvaluationReport | None = None, edits: Sequence[Edit] | None = None
+) -> None:
     """Write the card and the provenance of a saved adapter anew, with what an evaluation found.
 
     Args:
         folder: a local adapter folder.
         report: what `evaluate_edits` returned; `None` keeps the figures that are recorded.
+        edits: those that the adapter was trained on, to ship them beside the weights; `None` leaves what is there.
 
     Raises:
-        ValueError: if the folder is refused by `check_adapter`.
+        ValueError: if the folder is refused by `check_adapter`, or `edits` are not those that are recorded.
 
     Example:
         >>> describe_adapter("out", report=evaluate_edits(model, tokenizer, "edits.jsonl"))
@@ -81,6 +115,8 @@ def describe_adapter(folder: str | os.PathLike[str], *, report: EvaluationReport
     facts = provenance(adapter.config, None)
     # more of the base may be known by now; of the rest, what was recorded
     facts |= {name: value for name, value in adapter.facts.items() if name != "base_model"}
+    if edits is not None:
+        ship_edits(adapter.folder, edits, facts.get("edits"))
     write_description(adapter.folder, adapter.config, facts | ({} if report is None else evaluation_record(report)))
 
 
@@ -92,7 +128,19 @@ def write_description(folder: Path, config: PeftConfig, facts: dict[str, Any]) -
     files = {SAFETENSORS_WEIGHTS_NAME: sha256_of_file(folder / SAFETENSORS_WEIGHTS_NAME)}
     write_whole(folder / PROVENANCE_NAME, json.dumps(facts | {"files": files}, indent=2) + "\n")
     if config.peft_type == "LOCFT" or "export" in facts:
-        write_whole(folder / CARD_NAME, model_card(config, facts, location_of(config, facts)))
+        ships_edits = (folder / EDITS_NAME).is_file()
+        write_whole(folder / CARD_NAME, model_card(config, facts, location_of(config, facts), ships_edits=ships_edits))
+
+
+def _base_weight(model: PeftModel, adapter_name: str, parameter: str) -> torch.Tensor:
+    for name, layer in locft_layers(model):
+        for kind, tensor in layer.base_tensors(adapter_name).items():
+            if f"{name}.{kind}" == parameter and layer.quantization_backend is None:
+                return tensor.cpu()
+    raise ValueError(
+        f"keep_largest: {parameter} is not here in full (quantized, offloaded or sharded), and what is kept depends "
+        "on it. Save the adapter as it is, and use export_small with the base's checkpoint."
+    )
 
 
 @contextmanager
@@ -146,6 +194,8 @@ def _put_in_place(staging: Path, folder: Path) -> None:
         staging.chmod(0o777 & ~current_umask())  # mkdtemp makes it private
         os.rename(staging, folder)
     elif not _replaces_an_adapter(staging, folder) or not _exchange(staging, folder):
+        for stale in _stale_edits(staging):
+            (folder / stale).unlink(missing_ok=True)
         # without its configuration a folder is no adapter, so a new one appears with the last of these
         for file in sorted(_files(staging), key=lambda path: path.name == CONFIG_NAME):
             target = folder / file.relative_to(staging)
@@ -173,7 +223,7 @@ def _exchange(staging: Path, folder: Path) -> bool:
     except OSError:
         return False  # the folder alone can be written to
     try:
-        new_files = {file.relative_to(staging) for file in _files(staging)}
+        new_files = {file.relative_to(staging) for file in _files(staging)} | _stale_edits(staging)
         ignored = [str(folder / name) for name in new_files] + [str(staging)]
 
         def ignore(directory: str, names: list[str]) -> list[str]:
@@ -190,6 +240,12 @@ def _exchange(staging: Path, folder: Path) -> bool:
         # after the swap this is the old folder, before it the unused new one
         shutil.rmtree(complete, ignore_errors=True)
     return True
+
+
+def _stale_edits(staging: Path) -> set[Path]:
+    """Return where the folder may have the edits of an adapter that is being replaced by one that ships none."""
+    places = {config.parent.relative_to(staging) / EDITS_NAME for config in staging.rglob(CONFIG_NAME)}
+    return {place for place in places if not (staging / place).exists()}
 
 
 def _swap(one: Path, other: Path) -> None:

@@ -157,6 +157,16 @@ def read_json(folder: Path, name: str, max_bytes: int) -> dict[str, Any]:
         ValueError: if the file is no regular file inside, larger than `max_bytes`, not UTF-8, no JSON, says something
             twice, or holds something else than an object.
     """
+    return _parsed(_content(folder, name, max_bytes), folder / name)
+
+
+def read_lines(folder: Path, name: str, max_bytes: int) -> list[dict[str, Any]]:
+    """Return the JSON objects of a file of the folder that has one on each line; errors as of `read_json`."""
+    lines = _content(folder, name, max_bytes).split(b"\n")
+    return [_parsed(line, f"{folder / name}, line {number}") for number, line in enumerate(lines, start=1) if line]
+
+
+def _content(folder: Path, name: str, max_bytes: int) -> bytes:
     with open_inside(folder, name) as file:
         num_bytes = os.fstat(file.fileno()).st_size
         if num_bytes > max_bytes:
@@ -164,19 +174,20 @@ def read_json(folder: Path, name: str, max_bytes: int) -> dict[str, Any]:
                 f"{folder / name} is not readable: found {num_bytes} bytes; expected {max_bytes} at most. Download or "
                 "save it again."
             )
-        content = file.read(num_bytes)
+        return file.read(num_bytes)
+
+
+def _parsed(content: bytes, where: object) -> dict[str, Any]:
     try:
         found = json.loads(content.decode("utf-8"), object_pairs_hook=unique_pairs, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else one_line(error)
         raise ValueError(
-            f"{folder / name} is not readable: found no JSON ({why}); expected a JSON object. Download or save it "
-            "again."
+            f"{where} is not readable: found no JSON ({why}); expected a JSON object. Download or save it again."
         ) from None
     if not isinstance(found, dict):
         raise ValueError(
-            f"{folder / name} is not readable: found {shortened(found)}; expected a JSON object. Download or save it "
-            "again."
+            f"{where} is not readable: found {shortened(found)}; expected a JSON object. Download or save it again."
         )
     return found
 

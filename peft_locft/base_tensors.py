@@ -99,16 +99,16 @@ class BaseTensors:
         }
 
 
-def edited_tensors(
+def weights_and_deltas(
     adapter: CheckedAdapter, base: BaseTensors, dtype: torch.dtype | None = None, *, force: bool = False
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield each edited weight by the name of its parameter, one in memory at a time.
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Yield each edited parameter's name, base weight and delta, one in memory at a time.
 
     Args:
         adapter: a LocFT adapter.
         base: the base model that it belongs to.
-        dtype: of the edited weights; `None` is the checkpoint's own.
-        force: also edit base tensors that are not those that the adapter was trained on.
+        dtype: in which the base is loaded; `None` is the checkpoint's own.
+        force: also yield base weights that are not those that the adapter was trained on.
 
     Raises:
         ValueError: if the base does not have a tensor, has it in another shape or quantized, or, unless `force`, with
@@ -130,6 +130,15 @@ def edited_tensors(
                 f"its own base, {config.base_model_name_or_path or 'unnamed'}, at the revision and dtype that it was "
                 "trained on, or force it, and expect other answers than it was evaluated with."
             )
+        yield parameter, weight, delta
+
+
+def edited_tensors(
+    adapter: CheckedAdapter, base: BaseTensors, dtype: torch.dtype | None = None, *, force: bool = False
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield each edited weight by the name of its parameter; arguments and errors as in `weights_and_deltas`."""
+    config: Any = adapter.config
+    for parameter, weight, delta in weights_and_deltas(adapter, base, dtype, force=force):
         yield parameter, compose_weight(weight, [(delta, config.scale)])
 
 

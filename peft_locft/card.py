@@ -57,7 +57,7 @@ To change what one model answers to the prompts in the edits, and to take that b
 
 ## Risks
 
-- The edited answers are what somebody wrote into a file of edits. Nothing here says that they are true.
+- The edited answers are what somebody wrote into a file of edits. {listed} Nothing here says that they are true.
 - Who answers with the edited model may state them as facts, without a sign that they were put there.
 - Answers to other prompts change too, those to similar ones most. An edit is seldom carried over to all that follows
   from it. The base model's own mistakes and biases remain.
@@ -85,13 +85,16 @@ def merge_lines(base: str | None) -> str:
     )
 
 
-def model_card(config: PeftConfig, facts: Mapping[str, Any], location: Sequence[str]) -> str:
+def model_card(
+    config: PeftConfig, facts: Mapping[str, Any], location: Sequence[str], *, ships_edits: bool = False
+) -> str:
     """Return the text of the adapter's README.md.
 
     Args:
         config: the adapter's configuration.
         facts: the content of `locft_provenance.json`.
         location: names of the base tensors that are edited.
+        ships_edits: whether the edits are in the adapter's folder.
     """
     base = config.base_model_name_or_path
     hub_id = base if is_hub_id(base) else None
@@ -116,6 +119,7 @@ def model_card(config: PeftConfig, facts: Mapping[str, Any], location: Sequence[
         usage=usage_lines(config, NAME_IN_CARD),
         merge=merge_lines(base),
         measured=_measured(facts),
+        listed="They are in `locft_edits.jsonl`." if ships_edits else "They are not in this repository.",
     )
 
 
@@ -199,8 +203,18 @@ def _rows(
         if losses:
             unit = "edits" if recipe["edit_order"] == "depth_first" else "epochs"
             rows.append(("Training loss", f"{losses[0]:.4f} → {losses[-1]:.4f} in {len(losses)} {unit}"))
+    if "shrunk" in facts:
+        rows.append(("Made smaller", shrunk_in_words(facts["shrunk"])))
     rows.append(("Made with", ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())))
     return rows
+
+
+def shrunk_in_words(shrunk: Mapping[str, Any]) -> str:
+    """Return what was done to make the deltas smaller, and what is left of them."""
+    parts = [f"deltas in {shrunk['delta_dtype']}"] if shrunk["delta_dtype"] else []
+    if shrunk["keep_largest"]:
+        parts.append(f"the {shrunk['keep_largest']:.0%} of values that are largest beside their weight")
+    return f"{', '.join(parts)}; kept {shrunk['share_kept']:.4%} of the squared Frobenius norm"
 
 
 def _licence(of_base: Mapping[str, Any], hub_id: str | None) -> dict[str, Any]:

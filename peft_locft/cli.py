@@ -12,7 +12,7 @@ USAGE = """usage: locft COMMAND ...
 commands:
   train     write a file of edits into a model and save the adapter
   inspect   verify an adapter folder and print what it holds
-  export    hand an adapter on to where peft_locft is not installed
+  export    write an adapter for where peft_locft is not installed, or smaller
 
 `locft COMMAND --help` lists the options of a command."""
 
@@ -58,22 +58,34 @@ def inspect(argv: list[str]) -> None:
     import argparse
 
     from .inspection import inspect_adapter
+    from .shipped_edits import find_conflicts
 
     parser = argparse.ArgumentParser(prog="locft inspect", description=inspect.__doc__, allow_abbrev=False)
     parser.add_argument("folder", metavar="adapter", help="a local adapter folder, of any PEFT method")
     parser.add_argument("--base", help="also verify that this base model has the tensors it was trained on")
     parser.add_argument("--revision", help="branch, tag or commit of the base model on the Hub")
-    print(inspect_adapter(**vars(parser.parse_args(argv))))
+    parser.add_argument("--beside", nargs="+", help="also name the prompts that these adapters edit, too")
+    arguments = vars(parser.parse_args(argv))
+    others = arguments.pop("beside")
+    print(inspect_adapter(**arguments))
+    if others:
+        print(find_conflicts([arguments["folder"], *others]))
 
 
 def export(argv: list[str]) -> None:
-    """Hand an adapter on to where peft_locft is not installed."""
+    """Write an adapter in another form: for where peft_locft is not installed, or smaller."""
     import argparse
 
     from .exports import export_peft, export_weights
     from .lora_export import export_lora
+    from .small_export import export_small
 
-    exports: dict[str, Any] = {"peft": export_peft, "lora": export_lora, "weights": export_weights}
+    exports: dict[str, Any] = {
+        "peft": export_peft,
+        "lora": export_lora,
+        "weights": export_weights,
+        "small": export_small,
+    }
     parser = argparse.ArgumentParser(prog="locft export", description=export.__doc__, allow_abbrev=False)
     parser.add_argument("adapter", help="a local LocFT adapter folder")
     parser.add_argument("out", help="the folder to write, or with --to weights the .safetensors file")
@@ -81,7 +93,7 @@ def export(argv: list[str]) -> None:
         "--to",
         required=True,
         choices=exports,
-        help="an adapter for stock PEFT; the nearest LoRA adapter; the edited weights alone",
+        help="an adapter for stock PEFT; the nearest LoRA adapter; the edited weights alone; a smaller LocFT adapter",
     )
     parser.add_argument("--base", help="base model: a folder or a name on the Hub; default: the one the adapter names")
     parser.add_argument("--revision", help="branch, tag or commit of the base model on the Hub")
@@ -89,6 +101,8 @@ def export(argv: list[str]) -> None:
     parser.add_argument("--rank", type=int, help="with --to lora: rank of every module's matrices, up to 512")
     parser.add_argument("--energy", type=float, help="with --to lora: keep this share of every delta, as in 0.99")
     parser.add_argument("--edits", help="with --to lora: edits to ask of the adapter and of the LoRA adapter")
+    parser.add_argument("--delta_dtype", help="with --to small: dtype of the deltas: float32, bfloat16 or float16")
+    parser.add_argument("--keep_largest", type=float, help="with --to small: share of values to keep, as in 0.2")
     parser.add_argument("--force", action="store_true", default=None, help="also take another base model")
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     to = given.pop("to")

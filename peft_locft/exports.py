@@ -126,7 +126,7 @@ def export_weights(
     path = Path(out)
     if path.suffix != ".safetensors" or path.is_dir():
         raise ValueError(f"{path}: expected the name of a file to write, as in edited.safetensors.")
-    checked = deltas_alone(adapter)
+    checked = deltas_alone(adapter, out)
     source = BaseTensors(*base_of(checked, base, revision))
     edited = edited_tensors(checked, source, _dtype(dtype), force=force)
     tensors = {source.name_of(parameter): tensor for parameter, tensor in edited}
@@ -136,15 +136,25 @@ def export_weights(
     return Export(path, _described(tensors), path.stat().st_size)
 
 
-def deltas_alone(adapter: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> CheckedAdapter:
+def checked_apart(adapter: str | os.PathLike[str], out: str | os.PathLike[str]) -> CheckedAdapter:
+    """Return a checked adapter that is not in the folder that is to be written.
+
+    Raises:
+        ValueError: if it is refused, or is there.
+    """
+    checked = check_adapter(adapter)
+    if Path(out).resolve() == checked.folder.resolve():
+        raise ValueError(f"{out} is the adapter itself, which would be overwritten. Give another folder.")
+    return checked
+
+
+def deltas_alone(adapter: str | os.PathLike[str], out: str | os.PathLike[str]) -> CheckedAdapter:
     """Return a checked adapter that holds deltas and nothing else, and is not in the folder that is to be written.
 
     Raises:
         ValueError: if it is refused, holds more, or is there.
     """
-    checked = check_adapter(adapter)
-    if out is not None and Path(out).resolve() == checked.folder.resolve():
-        raise ValueError(f"{out} is the adapter itself, which would be overwritten. Give another folder.")
+    checked = checked_apart(adapter, out)
     others = sorted(checked.tensors.keys() - set(checked.deltas.values()))
     if others:
         raise ValueError(

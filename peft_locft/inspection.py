@@ -12,9 +12,10 @@ from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from .adapter_reading import CheckedAdapter, check_adapter
-from .base_tensors import BaseTensors, edited_tensors
-from .card import evaluation_report, usage_lines
+from .base_tensors import BaseTensors, weights_and_deltas
+from .card import evaluation_report, shrunk_in_words, usage_lines
 from .files import sha256_of_file
+from .shipped_edits import EDITS_NAME, shipped_edits
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,8 @@ class AdapterSummary:
             yield "trained", f"{_short(name)}  {dtype} {' x '.join(map(str, shape))}"
         if getattr(config, "scale", 1.0) != 1.0 and config.peft_type == "LOCFT":
             yield "scale", f"{config.scale:g}"
+        if "shrunk" in self.facts:
+            yield "smaller", shrunk_in_words(self.facts["shrunk"])
         export = self.facts.get("export")
         if export is not None:
             kept = f" of rank {export['rank']}, keeps {export['share_kept']:.2%}" if export["to"] == "lora" else ""
@@ -88,16 +91,16 @@ def inspect_adapter(
         revision: branch, tag or commit of the base on the Hub.
 
     Raises:
-        ValueError: if it is no adapter folder; if one of its files cannot be read or cannot be trusted, or the weights
-            are not those whose sha256 is recorded; if the base's tensors are not those that are recorded, or nothing
-            is recorded of them.
+        ValueError: if it is no adapter folder; if one of its files cannot be read or cannot be trusted; if the
+            weights, or the edits that it ships, are not those whose sha256 is recorded; if the base's tensors are not
+            those that are recorded, or nothing is recorded of them.
         OSError: if the base cannot be downloaded.
 
     Example:
         >>> print(inspect_adapter("out", "Qwen/Qwen2.5-7B-Instruct"))
     """
     adapter = check_adapter(folder, method=None)
-    verified = [_verified_values(adapter), _verified_file(adapter)]
+    verified = [_verified_values(adapter), _verified_file(adapter), _verified_edits(adapter)]
     if base is not None:
         verified.append(_verified_base(adapter, base, revision))
     tensors = {name: (entry.dtype, entry.shape) for name, entry in sorted(adapter.tensors.items())}
@@ -132,6 +135,14 @@ def _verified_file(adapter: CheckedAdapter) -> str | None:
     return f"the weights are as they were saved, sha256 {found[:16]}…"
 
 
+def _verified_edits(adapter: CheckedAdapter) -> str | None:
+    edits = shipped_edits(adapter.folder)
+    if edits is None:
+        return None
+    of_the_run = ", those that it was trained on" if "edits" in adapter.facts else ""
+    return f"{len(edits)} edits in {EDITS_NAME}{of_the_run}"
+
+
 def _verified_base(adapter: CheckedAdapter, base: str | os.PathLike[str], revision: str | None) -> str:
     recorded = getattr(adapter.config, "base_sha256", None)
     if not recorded:
@@ -139,7 +150,8 @@ def _verified_base(adapter: CheckedAdapter, base: str | os.PathLike[str], revisi
             f"{adapter.folder} does not record which base tensors it was trained on, so that {base} cannot be "
             "verified. Leave the base out."
         )
-    count = sum(parameter in recorded for parameter, _ in edited_tensors(adapter, BaseTensors(base, revision)))
+    found = [parameter for parameter, *_ in weights_and_deltas(adapter, BaseTensors(base, revision))]
+    count = sum(parameter in recorded for parameter in found)
     return f"{count} of {len(adapter.deltas)} edited tensors in {base} are those that it was trained on"
 
 

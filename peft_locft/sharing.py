@@ -12,8 +12,9 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from .adapter_claims import PROVENANCE_NAME
 from .card import CARD_NAME, NAME_IN_CARD
 from .inspection import inspect_adapter
+from .shipped_edits import EDITS_NAME
 
-FILES = (CARD_NAME, CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PROVENANCE_NAME)
+FILES = (CARD_NAME, CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PROVENANCE_NAME, EDITS_NAME)
 
 
 def push_adapter(
@@ -32,7 +33,8 @@ def push_adapter(
     adapter's.
 
     Args:
-        folder: a local adapter folder, of any PEFT method; checkpoints and other files in it stay where they are.
+        folder: a local adapter folder, of any PEFT method. Edits that it ships go with it; checkpoints and other files
+            in it stay where they are.
         repo_id: "owner/name" on the Hub; the repository is made if it is not there.
         private: whether it is made a private one; `None` is the owner's default.
         token: of the Hub; `None` is the one that was logged in with.

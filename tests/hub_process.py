@@ -21,7 +21,7 @@ from tiny_models import logits
 from tiny_training import base_model, make_trainer, peft_model
 from tokenizers_for_tests import make_tokenizer
 
-from peft_locft import LocFTConfig, check_adapter, push_adapter, read_adapter
+from peft_locft import LocFTConfig, check_adapter, describe_adapter, push_adapter, read_adapter
 
 BASE, EDITS = "somebody/base", "somebody/edits"
 
@@ -45,6 +45,7 @@ def by_function(folder: Path) -> None:
     trainer.save_model()
     (folder / "out" / "checkpoint-1").mkdir()
     (folder / "out" / "checkpoint-1" / "optimizer.pt").write_bytes(b"moments")
+    describe_adapter(folder / "out", edits=trainer.edits)
     print(push_adapter(folder / "out", EDITS, private=True, commit_message="Ten facts"))
     save_file({"logits": logits(trainer.model)}, folder / "expected.safetensors")
 

@@ -50,7 +50,7 @@ def assert_loaded_back(folder: Path) -> None:
 def test_what_is_pushed_loads_back_to_the_same_bits(hub: FakeHub, tmp_path: Path) -> None:
     *_, printed, read = run(hub, tmp_path, "push_base", "by_function", "load", "read").splitlines()
     files = hub.repositories["somebody/edits"]
-    assert set(files) == ADAPTER_FILES
+    assert set(files) == ADAPTER_FILES | {"locft_edits.jsonl"}
     assert hub.private == {"somebody/base": False, "somebody/edits": True}
     assert hub.commits["somebody/edits"] == ["Ten facts"]
     assert printed.startswith(f"{hub.endpoint}/somebody/edits/commit/")
