@@ -162,6 +162,8 @@ def written_whole(folder: str | os.PathLike[str]) -> Iterator[Path]:
     staging = Path(tempfile.mkdtemp(prefix=f"{STAGING_PREFIX}{folder.name}-", dir=inside))
     try:
         yield staging
+        for file in _files(staging):
+            file.chmod(0o666 & ~current_umask())  # safetensors makes its files private
         _sync(staging)
         _put_in_place(staging, folder)
     finally:

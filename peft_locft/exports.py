@@ -78,12 +78,12 @@ def export_peft(
     """
     checked = deltas_alone(adapter, out)
     source = BaseTensors(*base_of(checked, base, revision))
-    tensors = dict(edited_tensors(checked, source, _dtype(dtype), force=force))
+    tensors = dict(edited_tensors(checked, source, dtype_of(dtype), force=force))
     modules = sorted({name.rpartition(".")[0] for name in tensors})
     # PEFT misses what a module that is saved whole has beside the edited weight, such as a bias
     beside = {name: there for parameter in tensors for name, there in source.others_beside(parameter).items()}
     for name in beside.keys() - tensors.keys():
-        tensors[name] = source.read(beside[name], _dtype(dtype))
+        tensors[name] = source.read(beside[name], dtype_of(dtype))
     nested = [inner for inner in modules for outer in modules if inner.startswith(f"{outer}.")]
     if nested:
         raise ValueError(
@@ -128,7 +128,7 @@ def export_weights(
         raise ValueError(f"{path}: expected the name of a file to write, as in edited.safetensors.")
     checked = deltas_alone(adapter, out)
     source = BaseTensors(*base_of(checked, base, revision))
-    edited = edited_tensors(checked, source, _dtype(dtype), force=force)
+    edited = edited_tensors(checked, source, dtype_of(dtype), force=force)
     tensors = {source.name_of(parameter): tensor for parameter, tensor in edited}
     path.parent.mkdir(parents=True, exist_ok=True)
     with file_written_whole(path) as staged:
@@ -213,7 +213,12 @@ def _described(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[str, tuple[i
     return {name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
-def _dtype(name: str) -> torch.dtype | None:
+def dtype_of(name: str) -> torch.dtype | None:
+    """Return the dtype of that name, or None for `"auto"`, the checkpoint's own.
+
+    Raises:
+        ValueError: if it is neither.
+    """
     if name not in ("auto", *DELTA_DTYPES):
         raise ValueError(f"dtype={name!r}: expected auto or one of {', '.join(DELTA_DTYPES)}.")
     return None if name == "auto" else getattr(torch, name)

@@ -73,6 +73,9 @@ def test_the_files_are_there_and_load_to_the_same_outputs(tmp_path: Path) -> Non
     assert {file.name for file in (tmp_path / "deep" / "er").iterdir()} == ADAPTER_FILES
     assert torch.equal(logits(PeftModel.from_pretrained(build("llama"), tmp_path / "deep" / "er")), logits(model))
     assert not leftovers(tmp_path / "deep" / "er")
+    (tmp_path / "any").touch()
+    modes = {stat.S_IMODE(file.stat().st_mode) for file in [*(tmp_path / "deep" / "er").iterdir(), tmp_path / "any"]}
+    assert len(modes) == 1, "others must be able to read what they may read of everything else"
     assert stat.S_IMODE((tmp_path / "deep" / "er").stat().st_mode) == stat.S_IMODE((tmp_path / "deep").stat().st_mode)
 
 

@@ -145,6 +145,7 @@ def test_shares_by_rank_are_those_of_the_singular_values(shape: tuple[int, int])
         ({"rank": 0}, "rank=0: expected 1 to 512, the most that vLLM serves"),
         ({"rank": 513}, "rank=513: expected 1 to 512, the most that vLLM serves"),
         ({"rank": 33}, rf"rank=33: the delta of {MODULE}\.weight is 32 x 48, so that its rank is 32 at most\. Give a"),
+        ({"rank": 4, "dtype": "int8"}, "dtype='int8': expected auto or one of float32, bfloat16, float16"),
         ({"energy": 0.0}, r"energy=0\.0: expected the share of the delta to keep, in \(0, 1\]"),
         ({"energy": 1.1}, r"energy=1\.1: expected the share of the delta to keep, in \(0, 1\]"),
     ],
