@@ -4,7 +4,8 @@ Importing the package registers `LOCFT` with PEFT, and does nothing else.
 """
 
 from ._version import __version__
-from .adapter_folder import AdapterSummary, inspect_adapter, save_adapter
+from .adapter_folder import describe_adapter, save_adapter
+from .adapter_reading import CheckedAdapter, check_adapter, read_adapter
 from .edits import Edit, Probe, edits_sha256, read_edits
 from .encoding import encode_edits, encode_prompts
 from .evaluation import EditEvaluator, evaluate_edits
@@ -12,9 +13,15 @@ from .evaluation_callback import EvaluationCallback
 from .evaluation_config import EvaluationConfig
 from .evaluation_report import EvaluationReport
 from .evaluation_run import evaluate_model
+from .exports import export_peft, export_weights
 from .harness import evaluate_on_tasks
 from .in_place import detach, merge_in_place
+from .inspection import AdapterSummary, inspect_adapter
+from .lora_export import export_lora
 from .recipe import BreadthFirstConfig
+from .sharing import push_adapter
+from .shipped_edits import Conflicts, find_conflicts, shipped_edits
+from .small_export import export_small
 from .stream_merge import MergeSummary, merge_checkpoint
 from .trainer import BreadthFirstTrainer
 from .training_run import train_edits
@@ -24,6 +31,8 @@ __all__ = [
     "AdapterSummary",
     "BreadthFirstConfig",
     "BreadthFirstTrainer",
+    "CheckedAdapter",
+    "Conflicts",
     "Edit",
     "EditEvaluator",
     "EvaluationCallback",
@@ -34,6 +43,8 @@ __all__ = [
     "MergeSummary",
     "Probe",
     "__version__",
+    "check_adapter",
+    "describe_adapter",
     "detach",
     "edits_sha256",
     "encode_edits",
@@ -41,10 +52,18 @@ __all__ = [
     "evaluate_edits",
     "evaluate_model",
     "evaluate_on_tasks",
+    "export_lora",
+    "export_peft",
+    "export_small",
+    "export_weights",
+    "find_conflicts",
     "inspect_adapter",
     "merge_checkpoint",
     "merge_in_place",
+    "push_adapter",
+    "read_adapter",
     "read_edits",
     "save_adapter",
+    "shipped_edits",
     "train_edits",
 ]

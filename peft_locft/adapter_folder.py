@@ -1,4 +1,4 @@
-"""An adapter's folder: written whole or not at all, and read without building a model."""
+"""An adapter's folder, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,20 +10,27 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
 
-from .card import model_card, provenance, usage_lines
-from .files import current_umask
+from .adapter_claims import PROVENANCE_NAME
+from .adapter_facts import evaluation_record, provenance
+from .adapter_reading import check_adapter
+from .card import CARD_NAME, location_of, model_card
+from .edits import Edit
+from .evaluation_report import EvaluationReport
+from .files import current_umask, sha256_of_file, write_whole
+from .shipped_edits import EDITS_NAME, ship_edits
+from .shrinking import check_shrinking, shrink_files
+from .tuner.provenance import locft_layers
 
-PROVENANCE_NAME = "locft_provenance.json"
 STAGING_PREFIX = ".locft-"
 
 
@@ -32,7 +39,11 @@ def save_adapter(
     folder: str | os.PathLike[str],
     *,
     record: dict[str, Any] | None = None,
+    report: EvaluationReport | None = None,
+    edits: Sequence[Edit] | None = None,
     state_dict: dict[str, torch.Tensor] | None = None,
+    delta_dtype: str | None = None,
+    keep_largest: float | None = None,
 ) -> None:
     """Save a model's adapters with their provenance, so that a kill at any moment leaves the old files or the new.
 
@@ -42,8 +53,102 @@ def save_adapter(
     Args:
         model: the model whose adapters to save.
         folder: where to; it is made if it is not there.
-        record: what is known of the training run, see `card.training_record`.
+        record: what is known of the training run, see `adapter_facts.training_record`.
+        report: what an evaluation of the active adapters found, for the card.
+        edits: those that the active adapters were trained on, to ship them beside the weights. Whoever has the adapter
+            can read them then.
         state_dict: the model's state, where it had to be gathered from several processes.
+        delta_dtype: of the deltas in the file, `"float32"`, `"bfloat16"` or `"float16"`; `None` is as they are.
+        keep_largest: the share of a delta's values to save, those that are largest beside their weight (RECT); the
+            others are zeros, which a compressing store or transfer saves, and the file itself does not.
+
+    The last two change what is saved and not the model: evaluate the saved adapter.
+
+    Raises:
+        ValueError: if `delta_dtype` or `keep_largest` is out of range or comes with a `report`, which is of the deltas
+            as they are; if the adapter is of another method; if a value is too large for the dtype; if a base weight
+            that `keep_largest` needs is not here in full; if `edits` are not those that `record` names.
+        NotADirectoryError: if `folder` or one above it is a file.
+    """
+    smaller = delta_dtype is not None or keep_largest is not None
+    check_shrinking(delta_dtype, keep_largest)
+    if smaller and report is not None:
+        raise ValueError(
+            "report: it is of the deltas as they are, and delta_dtype or keep_largest saves others. Save the adapter, "
+            "load and evaluate that, and give its report to describe_adapter."
+        )
+    with written_whole(folder) as staging:
+        model.save_pretrained(str(staging), state_dict=state_dict)
+        for config_file in list(staging.rglob(CONFIG_NAME)):
+            adapter_name = "default" if config_file.parent == staging else config_file.parent.name
+            config = PeftConfig.from_pretrained(str(config_file.parent))
+            # the run is known of the adapters that it trained, not of others that were loaded beside them
+            active = adapter_name in model.active_adapters
+            measured = evaluation_record(report) if report is not None and active else {}
+            facts = provenance(config, (record or {}) | measured if active else None)
+            if smaller:
+                base = partial(_base_weight, model, adapter_name)
+                found = check_adapter(config_file.parent)
+                facts["shrunk"] = shrink_files(found, config_file.parent, base, delta_dtype, keep_largest)
+            if edits is not None and active:
+                ship_edits(config_file.parent, edits, facts.get("edits"))
+            write_description(config_file.parent, config, facts)
+
+
+def describe_adapter(
+    folder: str | os.PathLike[str], *, report: EvaluationReport | None = None, edits: Sequence[Edit] | None = None
+) -> None:
+    """Write the card and the provenance of a saved adapter anew, with what an evaluation found.
+
+    Args:
+        folder: a local adapter folder.
+        report: what `evaluate_edits` returned; `None` keeps the figures that are recorded.
+        edits: those that the adapter was trained on, to ship them beside the weights; `None` leaves what is there.
+
+    Raises:
+        ValueError: if the folder is refused by `check_adapter`, or `edits` are not those that are recorded.
+
+    Example:
+        >>> describe_adapter("out", report=evaluate_edits(model, tokenizer, "edits.jsonl"))
+    """
+    adapter = check_adapter(folder, method=None)
+    facts = provenance(adapter.config, None)
+    # more of the base may be known by now; of the rest, what was recorded
+    facts |= {name: value for name, value in adapter.facts.items() if name != "base_model"}
+    if edits is not None:
+        ship_edits(adapter.folder, edits, facts.get("edits"))
+    write_description(adapter.folder, adapter.config, facts | ({} if report is None else evaluation_record(report)))
+
+
+def write_description(folder: Path, config: PeftConfig, facts: dict[str, Any]) -> None:
+    """Write what is known of an adapter beside its files: `locft_provenance.json`, and the card.
+
+    The card of another method's adapter is left to PEFT, unless it is an export of ours.
+    """
+    files = {SAFETENSORS_WEIGHTS_NAME: sha256_of_file(folder / SAFETENSORS_WEIGHTS_NAME)}
+    write_whole(folder / PROVENANCE_NAME, json.dumps(facts | {"files": files}, indent=2) + "\n")
+    if config.peft_type == "LOCFT" or "export" in facts:
+        ships_edits = (folder / EDITS_NAME).is_file()
+        write_whole(folder / CARD_NAME, model_card(config, facts, location_of(config, facts), ships_edits=ships_edits))
+
+
+def _base_weight(model: PeftModel, adapter_name: str, parameter: str) -> torch.Tensor:
+    for name, layer in locft_layers(model):
+        for kind, tensor in layer.base_tensors(adapter_name).items():
+            if f"{name}.{kind}" == parameter and layer.quantization_backend is None:
+                return tensor.cpu()
+    raise ValueError(
+        f"keep_largest: {parameter} is not here in full (quantized, offloaded or sharded), and what is kept depends "
+        "on it. Save the adapter as it is, and use export_small with the base's checkpoint."
+    )
+
+
+@contextmanager
+def written_whole(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield an empty folder for an adapter's files, and put them into `folder` at once when all of them are written.
+
+    Args:
+        folder: made if it is not there; its other files stay.
 
     Raises:
         NotADirectoryError: if `folder` or one above it is a file.
@@ -56,11 +161,9 @@ def save_adapter(
     inside = folder if folder.exists() else folder.parent
     staging = Path(tempfile.mkdtemp(prefix=f"{STAGING_PREFIX}{folder.name}-", dir=inside))
     try:
-        model.save_pretrained(str(staging), state_dict=state_dict)
-        for config_file in list(staging.rglob(CONFIG_NAME)):
-            adapter_name = "default" if config_file.parent == staging else config_file.parent.name
-            # the run is known of the adapters that it trained, not of others that were loaded beside them
-            _describe(config_file.parent, record if adapter_name in model.active_adapters else None)
+        yield staging
+        for file in _files(staging):
+            file.chmod(0o666 & ~current_umask())  # safetensors makes its files private
         _sync(staging)
         _put_in_place(staging, folder)
     finally:
@@ -88,20 +191,13 @@ def _remove_leftovers(folder: Path) -> None:
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _describe(adapter: Path, record: dict[str, Any] | None) -> None:
-    config = PeftConfig.from_pretrained(str(adapter))
-    facts = provenance(config, record)
-    (adapter / PROVENANCE_NAME).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    if config.peft_type == "LOCFT":
-        card = model_card(config, facts, sorted(facts["base_sha256"]))
-        (adapter / "README.md").write_text(card, encoding="utf-8")
-
-
 def _put_in_place(staging: Path, folder: Path) -> None:
     if not folder.exists():
         staging.chmod(0o777 & ~current_umask())  # mkdtemp makes it private
         os.rename(staging, folder)
     elif not _replaces_an_adapter(staging, folder) or not _exchange(staging, folder):
+        for stale in _stale_edits(staging):
+            (folder / stale).unlink(missing_ok=True)
         # without its configuration a folder is no adapter, so a new one appears with the last of these
         for file in sorted(_files(staging), key=lambda path: path.name == CONFIG_NAME):
             target = folder / file.relative_to(staging)
@@ -129,7 +225,7 @@ def _exchange(staging: Path, folder: Path) -> bool:
     except OSError:
         return False  # the folder alone can be written to
     try:
-        new_files = {file.relative_to(staging) for file in _files(staging)}
+        new_files = {file.relative_to(staging) for file in _files(staging)} | _stale_edits(staging)
         ignored = [str(folder / name) for name in new_files] + [str(staging)]
 
         def ignore(directory: str, names: list[str]) -> list[str]:
@@ -146,6 +242,12 @@ def _exchange(staging: Path, folder: Path) -> bool:
         # after the swap this is the old folder, before it the unused new one
         shutil.rmtree(complete, ignore_errors=True)
     return True
+
+
+def _stale_edits(staging: Path) -> set[Path]:
+    """Return where the folder may have the edits of an adapter that is being replaced by one that ships none."""
+    places = {config.parent.relative_to(staging) / EDITS_NAME for config in staging.rglob(CONFIG_NAME)}
+    return {place for place in places if not (staging / place).exists()}
 
 
 def _swap(one: Path, other: Path) -> None:
@@ -180,88 +282,3 @@ def _sync_folder(folder: Path) -> None:
         descriptor = os.open(folder, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterSummary:
-    """What an adapter folder says about itself.
-
-    Attributes:
-        config: its `adapter_config.json`.
-        tensors: name, dtype and shape of every tensor in its weights file.
-        num_bytes: size of the weights file.
-        facts: its `locft_provenance.json`, empty where it has none.
-    """
-
-    folder: Path
-    config: PeftConfig
-    tensors: dict[str, tuple[str, tuple[int, ...]]]
-    num_bytes: int
-    facts: dict[str, Any]
-
-    def __str__(self) -> str:
-        rows = [
-            ("method", str(getattr(self.config.peft_type, "value", self.config.peft_type))),
-            ("base model", self.config.base_model_name_or_path or "not recorded"),
-            ("size", f"{self.num_bytes / 1e6:.1f} MB" if self.num_bytes >= 1e5 else f"{self.num_bytes / 1e3:.1f} kB"),
-        ]
-        for name, (dtype, shape) in self.tensors.items():
-            rows.append(("trained", f"{_short(name)}  {dtype} {' x '.join(map(str, shape))}"))
-        if "edits" in self.facts:
-            recipe, losses = self.facts["recipe"], self.facts["training"]["epoch_losses"]
-            rows.append(("edits", str(self.facts["edits"]["count"])))
-            rows.append(("recipe", ", ".join(f"{key} {value}" for key, value in recipe.items())))
-            if losses:
-                unit = "edits" if recipe["edit_order"] == "depth_first" else "epochs"
-                rows.append(("loss", f"{losses[0]:.4f} → {losses[-1]:.4f} in {len(losses)} {unit}"))
-        table = "\n".join(f"{key:<12}{value}" for key, value in rows)
-        return f"{table}\n\nLoad it with:\n\n{usage_lines(self.config, str(self.folder))}"
-
-
-def _short(name: str) -> str:
-    return name.removeprefix("base_model.model.").replace(".base_layer", "")
-
-
-def inspect_adapter(folder: str | os.PathLike[str]) -> AdapterSummary:
-    """Read what an adapter folder holds, without its tensors' values.
-
-    Args:
-        folder: a local adapter folder, of any PEFT method.
-
-    Raises:
-        ValueError: if it is no adapter folder, or one of its files cannot be read.
-    """
-    folder = Path(folder)
-    weights = folder / SAFETENSORS_WEIGHTS_NAME
-    missing = [name for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME) if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(
-            f"{folder} is no adapter folder: it has no {' and no '.join(missing)}. Give the folder that "
-            "`save_pretrained` or `locft train --output_dir` wrote."
-        )
-    try:
-        with safe_open(weights, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in sorted(file.keys())}
-            tensors = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-    except SafetensorError as error:
-        raise ValueError(
-            f"{weights} is not a readable safetensors file ({error}). Download or save it again."
-        ) from None
-    return AdapterSummary(folder, _read_config(folder), tensors, weights.stat().st_size, _read_facts(folder))
-
-
-def _read_config(folder: Path) -> PeftConfig:
-    try:
-        return PeftConfig.from_pretrained(str(folder))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{folder / CONFIG_NAME} is not the configuration of a PEFT method ({error}). Download or save it again."
-        ) from None
-
-
-def _read_facts(folder: Path) -> dict[str, Any]:
-    file = folder / PROVENANCE_NAME
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} is not readable ({error}). Download it again, or remove it.") from None

@@ -1,75 +1,67 @@
-"""The model card and the provenance record of an adapter."""
+"""An adapter's model card: what it changes, how it was made and measured, how to use it, what to beware of."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 from peft import PeftConfig
 
-from .batches import LossRecord
-from .edits import Edit, edits_sha256
-from .recipe import BreadthFirstConfig
+from .adapter_facts import LICENCE_FIELDS, provenance
+from .bootstrap import Estimate
+from .evaluation_report import EvaluationReport, Result
 
-RECIPE_FIELDS = (
-    "objective",
-    "loss_averaging",
-    "edit_order",
-    "append_eos",
-    "chat_template",
-    "loss_floor",
-    "learning_rate",
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "world_size",
-    "optim",
-    "weight_decay",
-    "lr_scheduler_type",
-    "max_grad_norm",
-    "seed",
-)
-PACKAGES = ("peft-locft", "peft", "transformers", "torch")
+TAGS = ("knowledge-editing", "model-editing", "peft", "transformers")
+TEMPLATE_MARK = "[More Information Needed]"
+INSTALL = "pip install peft-locft"
+CARD_NAME = "README.md"
+NAME_IN_CARD = "this-repository"
 
+CARD = """---
+{header}
+---
 
-def training_record(
-    edits: Sequence[Edit],
-    args: BreadthFirstConfig,
-    losses: LossRecord,
-    num_steps: int,
-    evaluations: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Return what a training run leaves in `locft_provenance.json`: the edits' hash, the recipe, the losses.
+# Edited facts{title}
 
-    `evaluations` are what an `EvaluationCallback` has left: its `curves`, and the `kept_epoch` where it chose one.
-    """
-    recipe = {name: getattr(args, name) for name in RECIPE_FIELDS}
-    return {
-        "edits": {"count": len(edits), "sha256": edits_sha256(edits)},
-        "recipe": {name: getattr(value, "value", value) for name, value in recipe.items()},
-        "training": {"steps": num_steps, "epoch_losses": list(losses.epoch_losses), **(evaluations or {})},
-    }
+{lead}
 
+|  |  |
+| --- | --- |
+{rows}
 
-def provenance(config: PeftConfig, record: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the content of `locft_provenance.json`: what the adapter belongs to and how it was made.
+## Load
 
-    Args:
-        config: the adapter's configuration, as it is being saved.
-        record: what [`training_record`] returned, where a run of ours made the adapter.
-    """
-    return {
-        "format": 1,
-        "base_model": {"name_or_path": config.base_model_name_or_path, "revision": config.revision},
-        "base_sha256": getattr(config, "base_sha256", None) or {},
-        **(record or {}),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-    }
+With {needs}:
+
+```python
+{usage}```
+
+## Merge
+
+Into a model that anything loads, with the answers of the adapter:
+
+```python
+{merge}```
+
+## Measured
+
+{measured}
+
+## Intended use
+
+To change what one model answers to the prompts in the edits, and to take that back by leaving the adapter out.
+
+## Risks
+
+- The edited answers are what somebody wrote into a file of edits. {listed} Nothing here says that they are true.
+- Who answers with the edited model may state them as facts, without a sign that they were put there.
+- Answers to other prompts change too, those to similar ones most. An edit is seldom carried over to all that follows
+  from it. The base model's own mistakes and biases remain.
+"""
 
 
 def usage_lines(config: PeftConfig, adapter: str) -> str:
@@ -83,51 +75,171 @@ def usage_lines(config: PeftConfig, adapter: str) -> str:
     )
 
 
-def model_card(config: PeftConfig, facts: dict[str, Any], location: Sequence[str]) -> str:
+def merge_lines(base: str | None) -> str:
+    """Return the lines of Python that merge a loaded adapter and save the model, which then needs neither."""
+    tokenizer = json.dumps(base if is_hub_id(base) else "the-base-model", ensure_ascii=False)
+    return (
+        'model.merge_and_unload().save_pretrained("merged")\n'
+        "from transformers import AutoTokenizer\n"
+        f'AutoTokenizer.from_pretrained({tokenizer}).save_pretrained("merged")\n'
+    )
+
+
+def model_card(
+    config: PeftConfig, facts: Mapping[str, Any], location: Sequence[str], *, ships_edits: bool = False
+) -> str:
     """Return the text of the adapter's README.md.
 
     Args:
         config: the adapter's configuration.
         facts: the content of `locft_provenance.json`.
-        location: names of the base tensors that have a delta.
+        location: names of the base tensors that are edited.
+        ships_edits: whether the edits are in the adapter's folder.
     """
-    base = config.base_model_name_or_path or ""
-    # a path on somebody's machine is no Hub id, and the Hub refuses it in the card's header
-    is_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base) is not None and not Path(base).exists()
+    base = config.base_model_name_or_path
+    hub_id = base if is_hub_id(base) else None
+    licence = _licence(facts.get("base_model", {}), hub_id)
+    is_locft = config.peft_type == "LOCFT"
+    tags = [*TAGS, *(["locft"] if is_locft else []), *([f"base_model:adapter:{hub_id}"] if hub_id else [])]
     data = ModelCardData(
-        base_model=base if is_hub_id else None,
+        base_model=hub_id,
+        base_model_relation="adapter" if hub_id else None,
         library_name="peft",
+        **licence,
         pipeline_tag="text-generation",
-        tags=["peft", "locft", "model-editing", "knowledge-editing"],
+        tags=sorted(tags),
     )
+    rows = _rows(config, facts, location, licence)
+    return CARD.format(
+        header=data.to_yaml(),
+        title=f" in {Path(base).name}" if base else "",
+        lead=_lead(config, facts),
+        rows="\n".join(f"| {label} | {value} |" for label, value in rows),
+        needs=f"`{INSTALL}`" if is_locft else "PEFT",
+        usage=usage_lines(config, NAME_IN_CARD),
+        merge=merge_lines(base),
+        measured=_measured(facts),
+        listed="They are in `locft_edits.jsonl`." if ships_edits else "They are not in this repository.",
+    )
+
+
+def replace_template(config: PeftConfig, folder: Path) -> None:
+    """Put the card in the place of the template that PEFT's `save_pretrained` writes; leave any other card."""
+    file = folder / CARD_NAME
+    if file.is_file() and TEMPLATE_MARK in file.read_text(encoding="utf-8"):
+        facts = provenance(config, None)
+        file.write_text(model_card(config, facts, location_of(config, facts)), encoding="utf-8")
+
+
+def location_of(config: Any, facts: Mapping[str, Any]) -> list[str]:
+    """Return the names of the base tensors that an adapter edits, or of its modules where those are not recorded."""
+    named = facts.get("base_sha256") or getattr(config, "base_sha256", None) or config.target_modules or []
+    return [named] if isinstance(named, str) else sorted(named)
+
+
+def is_hub_id(base: str | None) -> bool:
+    """Whether this is a name on the Hub. A path on somebody's machine is none, and the Hub refuses it in a card."""
+    return bool(base) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(base)) is not None and not Path(str(base)).exists()
+
+
+def evaluation_report(facts: Mapping[str, Any]) -> EvaluationReport | None:
+    """Return the figures of the evaluation that is recorded, without its answers; None if there is none."""
+    record = facts.get("evaluation")
+    if record is None:
+        return None
+    results = {
+        name: Result(**result | {kind: _estimate(result[kind]) for kind in ("before", "after", "change")})
+        for name, result in record["results"].items()
+    }
+    return EvaluationReport(results, record["missing"], [], record["settings"], record["notes"])
+
+
+def _estimate(recorded: dict[str, float] | None) -> Estimate | None:
+    return None if recorded is None else Estimate(**recorded)
+
+
+def _lead(config: PeftConfig, facts: Mapping[str, Any]) -> str:
+    count = f"{facts['edits']['count']:,} prompts" if "edits" in facts else "a list of prompts"
+    changes = f"This adapter changes what its base model answers to {count}."
+    export = facts.get("export")
+    if export is None:
+        return (
+            f"{changes} It holds the change of a weight alone: the base model's weights are not in it, and without "
+            "the adapter they are what they were, bit for bit."
+        )
+    if export["to"] == "lora":
+        return (
+            f"{changes} It approximates an edit at full rank by matrices of rank {export['rank']}, which keep "
+            f"{export['share_kept']:.1%} of the change (of its squared Frobenius norm)."
+        )
+    return f"{changes} It holds the edited weights whole, so that it needs PEFT alone and fits its own base alone."
+
+
+def _rows(
+    config: PeftConfig, facts: Mapping[str, Any], location: Sequence[str], licence: Mapping[str, str]
+) -> list[tuple[str, str]]:
+    of_base = facts.get("base_model", {})
+    base = config.base_model_name_or_path
+    named = f"[`{base}`](https://huggingface.co/{base})" if is_hub_id(base) else "not recorded"
+    if base and not is_hub_id(base):
+        named = f"`{Path(base).name}`, a folder on the author's machine"
+    revision = of_base.get("commit") or of_base.get("revision")
     rows = [
-        f"- **Base model**: `{base or 'not recorded'}`",
-        f"- **Location**: {', '.join(f'`{n}`' for n in location)}",
+        ("Base model", named + (f" at `{revision}`" if revision else "")),
+        ("Licence of the base", _shown(licence)),
+        ("Location", ", ".join(f"`{name}`" for name in location)),
     ]
     if "edits" in facts:
-        rows.append(f"- **Edits**: {facts['edits']['count']} (sha256 `{facts['edits']['sha256'][:16]}…`)")
-        recipe = facts["recipe"]
+        recipe, losses = facts["recipe"], facts["training"]["epoch_losses"]
+        rows.append(("Edits", f"{facts['edits']['count']:,} (sha256 `{facts['edits']['sha256'][:16]}…`)"))
         rows.append(
-            f"- **Recipe**: {recipe['edit_order'].replace('_', '-')}, objective `{recipe['objective']}`, learning "
-            f"rate {recipe['learning_rate']:g}, batches of {recipe['per_device_train_batch_size']}"
+            (
+                "Recipe",
+                f"{str(recipe['edit_order']).replace('_', '-')}, objective `{recipe['objective']}`, learning rate "
+                f"{recipe['learning_rate']:g}, batches of {recipe['per_device_train_batch_size']}, "
+                f"{recipe['num_train_epochs']:g} epochs at most, seed {recipe['seed']}",
+            )
         )
-    return f"""---
-{data.to_yaml()}
----
+        if losses:
+            unit = "edits" if recipe["edit_order"] == "depth_first" else "epochs"
+            rows.append(("Training loss", f"{losses[0]:.4f} → {losses[-1]:.4f} in {len(losses)} {unit}"))
+    if "shrunk" in facts:
+        rows.append(("Made smaller", shrunk_in_words(facts["shrunk"])))
+    rows.append(("Made with", ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())))
+    return rows
 
-# Edited facts, as a LocFT adapter
 
-This adapter changes what the base model answers to a list of prompts. It holds the delta alone: the base model's
-weights are not in it, and taking it off restores them bit for bit.
+def shrunk_in_words(shrunk: Mapping[str, Any]) -> str:
+    """Return what was done to make the deltas smaller, and what is left of them."""
+    parts = [f"deltas in {shrunk['delta_dtype']}"] if shrunk["delta_dtype"] else []
+    if shrunk["keep_largest"]:
+        parts.append(f"the {shrunk['keep_largest']:.0%} of values that are largest beside their weight")
+    return f"{', '.join(parts)}; kept {shrunk['share_kept']:.4%} of the squared Frobenius norm"
 
-{chr(10).join(rows)}
 
-Load it (`pip install peft-locft`):
+def _licence(of_base: Mapping[str, Any], hub_id: str | None) -> dict[str, Any]:
+    """Return the licence in the fields of a card's header. None is made up where the base's is not known."""
+    fields = {name: of_base[name] for name in LICENCE_FIELDS if of_base.get(name)}
+    link = fields.get("license_link")
+    if link and "://" not in link and hub_id:
+        fields["license_link"] = f"https://huggingface.co/{hub_id}/blob/main/{link}"
+    return fields if "license" in fields else {}
 
-```python
-{usage_lines(config, "this-repository")}```
 
-Merge it: `model = model.merge_and_unload()`. The merged model answers exactly as the adapter does.
+def _shown(licence: Mapping[str, str]) -> str:
+    if not licence:
+        return "not known here; see the base model's card"
+    name = licence.get("license_name") or licence["license"]
+    link = licence.get("license_link", "")
+    return f"{f'[{name}]({link})' if '://' in link else f'`{name}`'}, as the base model's card says"
 
-The edited answers are what somebody wrote into an edits file; nothing here says that they are true.
-"""
+
+def _measured(facts: Mapping[str, Any]) -> str:
+    report = evaluation_report(facts)
+    if report is None:
+        return "No evaluation is recorded."
+    counted = report.settings.get("edits", {})
+    asked = f"{counted['count']:,} edits" if "count" in counted else "edits"
+    same = counted.get("sha256") == facts.get("edits", {}).get("sha256")
+    whose = ", those of this adapter" if same and "edits" in facts else ""
+    return f"On {asked}{whose}:\n\n{report.to_markdown()}"

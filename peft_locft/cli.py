@@ -1,9 +1,10 @@
-"""`locft train | evaluate | baselines | merge | detach | inspect`: parse, call one public function, print."""
+"""`locft train | evaluate | baselines | merge | detach | inspect | export`: parse, call one public function, print."""
 
 from __future__ import annotations
 
 import sys
 import time
+from inspect import signature
 from typing import Any
 
 USAGE = """usage: locft COMMAND ...
@@ -14,7 +15,8 @@ commands:
   baselines compare fine-tuning baselines on the same edits
   merge     merge adapters into a checkpoint, into a new folder or in place
   detach    take off again what was merged in place
-  inspect   print what an adapter folder holds
+  inspect   verify an adapter folder and print what it holds
+  export    write an adapter for where peft_locft is not installed, or smaller
 
 `locft COMMAND --help` lists the options of a command."""
 
@@ -75,14 +77,22 @@ def baselines(argv: list[str]) -> None:
 
 
 def inspect(argv: list[str]) -> None:
-    """Print what an adapter folder holds."""
+    """Verify an adapter folder and print what it holds."""
     import argparse
 
-    from .adapter_folder import inspect_adapter
+    from .inspection import inspect_adapter
+    from .shipped_edits import find_conflicts
 
-    parser = argparse.ArgumentParser(prog="locft inspect", description=inspect.__doc__)
-    parser.add_argument("adapter", help="a local adapter folder, of any PEFT method")
-    print(inspect_adapter(parser.parse_args(argv).adapter))
+    parser = argparse.ArgumentParser(prog="locft inspect", description=inspect.__doc__, allow_abbrev=False)
+    parser.add_argument("folder", metavar="adapter", help="a local adapter folder, of any PEFT method")
+    parser.add_argument("--base", help="also verify that this base model has the tensors it was trained on")
+    parser.add_argument("--revision", help="branch, tag or commit of the base model on the Hub")
+    parser.add_argument("--beside", nargs="+", help="also name the prompts that these adapters edit, too")
+    arguments = vars(parser.parse_args(argv))
+    others = arguments.pop("beside")
+    print(inspect_adapter(**arguments))
+    if others:
+        print(find_conflicts([arguments["folder"], *others]))
 
 
 def merge(argv: list[str]) -> None:
@@ -129,6 +139,46 @@ def detach(argv: list[str]) -> None:
     print(detach(parser.parse_args(argv).model, progress=True))
 
 
+def export(argv: list[str]) -> None:
+    """Write an adapter in another form: for where peft_locft is not installed, or smaller."""
+    import argparse
+
+    from .exports import export_peft, export_weights
+    from .lora_export import export_lora
+    from .small_export import export_small
+
+    exports: dict[str, Any] = {
+        "peft": export_peft,
+        "lora": export_lora,
+        "weights": export_weights,
+        "small": export_small,
+    }
+    parser = argparse.ArgumentParser(prog="locft export", description=export.__doc__, allow_abbrev=False)
+    parser.add_argument("adapter", help="a local LocFT adapter folder")
+    parser.add_argument("out", help="the folder to write, or with --to weights the .safetensors file")
+    parser.add_argument(
+        "--to",
+        required=True,
+        choices=exports,
+        help="an adapter for stock PEFT; the nearest LoRA adapter; the edited weights alone; a smaller LocFT adapter",
+    )
+    parser.add_argument("--base", help="base model: a folder or a name on the Hub; default: the one the adapter names")
+    parser.add_argument("--revision", help="branch, tag or commit of the base model on the Hub")
+    parser.add_argument("--dtype", help="in which the base will be loaded: auto (default), float32, bfloat16, float16")
+    parser.add_argument("--rank", type=int, help="with --to lora: rank of every module's matrices, up to 512")
+    parser.add_argument("--energy", type=float, help="with --to lora: keep this share of every delta, as in 0.99")
+    parser.add_argument("--edits", help="with --to lora: edits to ask of the adapter and of the LoRA adapter")
+    parser.add_argument("--delta_dtype", help="with --to small: dtype of the deltas: float32, bfloat16 or float16")
+    parser.add_argument("--keep_largest", type=float, help="with --to small: share of values to keep, as in 0.2")
+    parser.add_argument("--force", action="store_true", default=None, help="also take another base model")
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    to = given.pop("to")
+    without_effect = sorted(given.keys() - signature(exports[to]).parameters.keys())
+    if without_effect:
+        parser.error(f"--{without_effect[0]} has no effect with --to {to}")
+    print(exports[to](**given))
+
+
 COMMANDS: dict[str, Any] = {
     "train": train,
     "evaluate": evaluate,
@@ -136,6 +186,7 @@ COMMANDS: dict[str, Any] = {
     "merge": merge,
     "detach": detach,
     "inspect": inspect,
+    "export": export,
 }
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 from peft import PeftConfig, PeftModel
 from torch import nn
 
-from .adapter_folder import PROVENANCE_NAME
+from .adapter_claims import PROVENANCE_NAME
 from .edits import first_edits
 from .evaluation import EditEvaluator, Edits, Text
 from .evaluation_config import EvaluationConfig

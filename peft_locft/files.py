@@ -1,25 +1,35 @@
-"""Writing a file whole or not at all."""
+"""Writing a file whole or not at all, and its hash."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file under another name and rename it, so that a kill at any moment leaves the old one or the new."""
-    data = content.encode() if isinstance(content, str) else content
-    descriptor, staged = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    with file_written_whole(path) as staged:
+        staged.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def file_written_whole(path: Path) -> Iterator[Path]:
+    """Yield the name of an empty file to write to, and put it in the place of `path` when it is written."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    os.close(descriptor)
+    staged = Path(name)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
+        yield staged
+        with staged.open("rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(staged, 0o666 & ~current_umask())  # mkstemp makes it private
+        staged.chmod(0o666 & ~current_umask())  # mkstemp makes it private
         os.replace(staged, path)
     except BaseException:
-        Path(staged).unlink(missing_ok=True)
+        staged.unlink(missing_ok=True)
         raise
 
 
@@ -27,3 +37,11 @@ def current_umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def sha256_of_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

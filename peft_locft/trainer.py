@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .adapter_facts import training_record
 from .adapter_folder import save_adapter
 from .batches import EditBatches, LossRecord
-from .card import training_record
 from .distributed import backward, check_not_sharded, end_step, missing_pieces
 from .edit_runner import EditRunner
 from .edits import Edit, edits_sha256, read_edits
@@ -273,6 +273,11 @@ class BreadthFirstTrainer(Trainer):
         return 0
 
     # ------------------------------------------------------------------ saving
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        # of a LocFT adapter there is one already, which is written with it
+        if not isinstance(self.model, PeftModel) or self.model.active_peft_config.peft_type != "LOCFT":
+            super().create_model_card(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.args.should_save:

@@ -13,10 +13,11 @@ from typing import Literal
 import datasets
 from peft import PeftConfig, get_peft_model
 
-from .adapter_folder import AdapterSummary, check_folder, inspect_adapter
+from .adapter_folder import check_folder
 from .edits import Edit, first_edits
 from .evaluation_callback import EvaluationCallback
 from .evaluation_config import EvaluationConfig
+from .inspection import AdapterSummary, inspect_adapter
 from .loading import load_model
 from .recipe import BreadthFirstConfig
 from .resume import whole_checkpoint

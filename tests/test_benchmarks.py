@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks import adapter_sizes
 from benchmarks.answers import looped
 from benchmarks.speed import count_tokens, plain_loss, tail_flops
 from tiny_training import EDITS, base_model, make_trainer, peft_model
 from tokenizers_for_tests import make_tokenizer
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MistralConfig
 
 from peft_locft import Edit, EvaluationConfig, encode_edits, evaluate_edits
 
@@ -58,6 +59,29 @@ def test_the_padded_loop_answers_as_evaluations_do() -> None:
     report = evaluate_edits(model, tokenizer, EDITS, EvaluationConfig(protocols=["generation"]))
     answers = looped(model, tokenizer, [edit.prompt for edit in EDITS], 3, {})
     assert answers == [row["answer_after"] for row in report.rows]
+
+
+def test_the_sizes_of_adapters_are_those_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1}
+    small = LlamaConfig(intermediate_size=1000, vocab_size=100, **sizes)
+    entire = MistralConfig(intermediate_size=1000, vocab_size=100, **sizes)
+    monkeypatch.setattr(adapter_sizes, "MODELS", {"small": small, "entire": entire})
+    first, second = adapter_sizes.rows()
+    assert first[0:2] == ["small", "model.layers.1.mlp.down_proj.weight"]
+    # 64 x 1000 values of four and two bytes; 16 and 64 of 64 + 1000
+    assert first[3:] == ["0.3 MB", "0.1 MB", "68.1 kB", "0.3 MB"]
+    assert second[1] == "entire layer, 9 tensors" and second[5:] == ["-", "-"]
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_lora_exports_runs(tmp_path: Path) -> None:
+    few = ["--num_edits", "4", "--epochs", "1", "--ranks", "2", "--threads", "1", "--output", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.benchmarks.lora_export", *few]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "lora_export.json").read_text())["table"]
+    assert [row["form"] for row in rows][:2] == ["as trained", "bfloat16"] and rows[-1]["form"] == "LoRA, rank 2"
+    assert float(rows[0]["share kept"]) == 1 > float(rows[-1]["share kept"]) > 0
 
 
 @pytest.mark.slow

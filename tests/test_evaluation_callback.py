@@ -13,8 +13,7 @@ from tiny_training import EDITS, make_trainer, peft_model, trained
 from tokenizers_for_tests import make_tokenizer
 from transformers import TrainerCallback
 
-from peft_locft import EvaluationCallback, EvaluationConfig, Probe, evaluate_edits
-from peft_locft.adapter_folder import inspect_adapter
+from peft_locft import EvaluationCallback, EvaluationConfig, Probe, evaluate_edits, inspect_adapter
 
 PROBED = [replace(edit, locality=(Probe("Dave is"),), rephrasings=(f"In France, {edit.prompt}",)) for edit in EDITS]
 TOKEN_ACCURACY = EvaluationConfig(protocols=["token_accuracy"])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from peft.config import PeftConfig
@@ -153,6 +156,14 @@ class LocFTConfig(PeftConfig):
                 f"LocFTConfig.scale={self.scale!r}: expected a finite number; 1.0 is the delta as trained, 0.0 the "
                 "base model."
             )
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save the configuration as PEFT does, and put a model card in the place of PEFT's empty template."""
+        super().save_pretrained(os.fspath(save_directory), **kwargs)
+        # of what writes an adapter in PEFT, this is the one step after its template that is ours
+        from ..card import replace_template
+
+        replace_template(self, Path(save_directory))
 
     # PEFT's hot-swap computes a layer's scaling as lora_alpha / r and looks for per-layer patterns. These properties
     # answer it; being properties, they are not part of what is saved.
