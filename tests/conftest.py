@@ -8,16 +8,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
-import peft
 import pytest
 import torch
-import transformers.integrations.peft
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def transformers_takes_this_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    import peft  # here: processes of tests take the settings above and put others in their place before such imports
+    import transformers.integrations.peft
+
     # transformers 5.24 refuses PEFT before 0.22, which is not released yet; what it does with PEFT is as before
     monkeypatch.setattr(transformers.integrations.peft, "MIN_PEFT_VERSION", peft.__version__)
 
