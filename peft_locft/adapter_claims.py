@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 from peft import PeftConfig
 
@@ -25,8 +26,18 @@ Check = Callable[[Any], bool]
 
 
 def is_text(value: Any) -> bool:
-    # control characters have no place in a name, and would reach the terminal of whoever inspects the adapter
-    return isinstance(value, str) and value.isprintable() and len(value) <= MAX_TEXT_LENGTH
+    # control characters have no place in a name, and would reach the terminal of whoever inspects the adapter; spaces
+    # other than the common one are not printable to Python
+    return (
+        isinstance(value, str)
+        and all(letter.isprintable() or category(letter) == "Zs" for letter in value)
+        and len(value) <= MAX_TEXT_LENGTH
+    )
+
+
+def _is_prose(value: Any) -> bool:
+    # goes into the card, and to no terminal
+    return isinstance(value, str)
 
 
 def is_count(value: Any) -> bool:
@@ -114,7 +125,7 @@ def _are_edits(value: Any) -> bool:
 
 def _is_recipe(value: Any) -> bool:
     return (
-        _is_dict(_or_none(_any_of(_is_flag, is_number, is_text)))(value)
+        _is_dict(lambda item: True)(value)
         and all(is_number(value.get(name)) for name in RECIPE_NUMBERS)
         and all(is_text(value.get(name)) for name in ("edit_order", "objective"))
     )
@@ -128,8 +139,8 @@ def _is_evaluation(value: Any) -> bool:
         isinstance(settings, dict)
         and is_number(settings.get("confidence"))
         and ("edits" not in settings or _are_edits(settings["edits"]))
-        and _is_dict(is_text)(value.get("missing"))
-        and _is_list(is_text)(value.get("notes"))
+        and _is_dict(_is_prose)(value.get("missing"))
+        and _is_list(_is_prose)(value.get("notes"))
     )
 
 
@@ -137,7 +148,8 @@ def _is_result(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and value.keys() == {"meaning", "count", "unit", *FIGURES}
-        and all(is_text(value[name]) for name in ("meaning", "unit"))
+        and _is_prose(value["meaning"])
+        and is_text(value["unit"])
         and is_count(value["count"])
         and all(value[name] is None or _is_figure(value[name]) for name in FIGURES)
         and value["after"] is not None
@@ -145,7 +157,10 @@ def _is_result(value: Any) -> bool:
 
 
 def _is_figure(value: Any) -> bool:
-    return isinstance(value, dict) and value.keys() == {"value", "low", "high"} and all(map(is_number, value.values()))
+    if not isinstance(value, dict) or value.keys() != {"value", "low", "high"}:
+        return False
+    # JSON has no infinity, which a perplexity can be
+    return all(is_number(figure) or figure in ("inf", "-inf", "nan") for figure in value.values())
 
 
 PROVENANCE_FIELDS: dict[str, tuple[Check, str]] = {

@@ -155,7 +155,7 @@ def evaluation_report(facts: Mapping[str, Any]) -> EvaluationReport | None:
 
 
 def _estimate(recorded: dict[str, float] | None) -> Estimate | None:
-    return None if recorded is None else Estimate(**recorded)
+    return None if recorded is None else Estimate(**{name: float(figure) for name, figure in recorded.items()})
 
 
 def _lead(config: PeftConfig, facts: Mapping[str, Any]) -> str:

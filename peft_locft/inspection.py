@@ -68,7 +68,7 @@ class AdapterSummary:
         if "edits" in self.facts:
             recipe, losses = self.facts["recipe"], self.facts["training"]["epoch_losses"]
             yield "edits", str(self.facts["edits"]["count"])
-            yield "recipe", ", ".join(f"{key} {value}" for key, value in recipe.items())
+            yield "recipe", ", ".join(f"{key} {_printable(str(value))}" for key, value in recipe.items())
             if losses:
                 unit = "edits" if recipe["edit_order"] == "depth_first" else "epochs"
                 yield "loss", f"{losses[0]:.4f} → {losses[-1]:.4f} in {len(losses)} {unit}"

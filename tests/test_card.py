@@ -194,6 +194,18 @@ def test_an_evaluation_is_in_the_card_and_its_answers_are_not(tmp_path: Path) ->
     assert found is not None and found.to_markdown() == report().to_markdown()
 
 
+def test_figures_that_json_has_no_number_for_come_back(tmp_path: Path) -> None:
+    save_adapter(peft_model(), tmp_path, report=report())
+    facts = json.loads((tmp_path / "locft_provenance.json").read_text())
+    facts["evaluation"]["results"]["reliability_exact_match"]["after"] |= {"value": "inf", "high": "nan"}
+    facts["evaluation"]["notes"] = ["a note\nof two lines"]
+    (tmp_path / "locft_provenance.json").write_text(json.dumps(facts))
+    found = evaluation_report(check_adapter(tmp_path).facts)
+    assert found is not None and found["reliability_exact_match"].after.value == float("inf")
+    describe_adapter(tmp_path)
+    assert "| inf [0.800, nan] |" in (tmp_path / "README.md").read_text()
+
+
 def test_an_adapter_is_described_anew_after_it_was_measured(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     trainer.train()

@@ -154,3 +154,21 @@ def test_what_another_method_writes_does_not_reach_the_terminal(tmp_path: Path) 
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     text = str(inspect_adapter(tmp_path))
     assert "base model  a?[2Jb at ?\n" in text and "\x1b" not in text
+
+
+def test_names_may_have_other_spaces_and_settings_of_the_future_any_value(tmp_path: Path) -> None:
+    adapter = make(tmp_path)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "利根川\u3000base"}))
+    facts = json.loads((adapter / "locft_provenance.json").read_text())
+    recipe: dict[str, object] = {
+        "learning_rate": 1,
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 1,
+        "seed": 1,
+    }
+    recipe |= {"edit_order": "breadth_first", "objective": "target_new", "newer": {"a": ["\x1b"]}}
+    run = {"edits": {"count": 1, "sha256": "0" * 64}, "recipe": recipe, "training": {"epoch_losses": []}}
+    (adapter / "locft_provenance.json").write_text(json.dumps(facts | run))
+    text = str(inspect_adapter(adapter))
+    assert "newer {'a': ['\\x1b']}" in text and "\x1b" not in text
