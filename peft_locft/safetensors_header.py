@@ -31,6 +31,8 @@ LENGTH_BYTES = 8
 # hundreds of tensors, of 150 bytes each; this is 50,000 of them.
 MAX_HEADER_BYTES = 8_000_000
 MAX_DIMENSIONS = 8
+# of bytes, and of values along a dimension; beyond it numbers wrap around in what reads the file after this
+MAX_COUNT = 2**63 - 1
 MAX_NAME_LENGTH = 500
 # zip, in which torch.save packs its pickle; and what pickles of protocols 2 to 5 begin with
 PICKLE_BEGINNINGS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -156,6 +158,9 @@ def _entry(name: str, said: object, data_start: int, where: object) -> TensorEnt
         raise refusal(where, f"{name}: shape {shortened(shape)}", f"a list of up to {MAX_DIMENSIONS} sizes from 0 up")
     if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise refusal(where, f"{name}: data_offsets {shortened(offsets)}", "where its bytes begin and end")
+    # a dimension of nothing hides others that are too large for any reader
+    if math.prod(size or 1 for size in shape) * DTYPES[dtype].itemsize > MAX_COUNT:
+        raise refusal(where, f"{name}: shape {shortened(shape)}", f"{MAX_COUNT} bytes at most")
     needed = math.prod(shape) * DTYPES[dtype].itemsize
     if needed != offsets[1] - offsets[0]:
         raise refusal(
@@ -179,7 +184,7 @@ def check_tensor_name(name: str, where: object) -> None:
 
 def _are_counts(value: object) -> bool:
     # a bool is an int, and is none here
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and all(type(item) is int and 0 <= item <= MAX_COUNT for item in value)
 
 
 def _check_covers(entries: dict[str, TensorEntry], data_start: int, num_bytes: int, where: object) -> None:

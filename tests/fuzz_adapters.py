@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import resource
 import struct
 import tempfile
@@ -123,6 +124,8 @@ def check_header(data: bytes) -> bool:
     }
     for name, entry in found.items():
         assert data[entry.start : entry.end] == theirs[name]["data"]
+        # what reads the values goes on to give them their shape
+        assert torch.zeros(math.prod(entry.shape), dtype=torch.bool).reshape(entry.shape).shape == entry.shape
     return True
 
 

@@ -200,10 +200,20 @@ HOSTILE: dict[str, tuple[Spoil, str]] = {
     "shape of fractions": (with_one(shape=[32.0, 48]), UNREADABLE + r".*shape \[32\.0, 48\]; expected a list of up t"),
     "shape of truths": (with_one(shape=[True] * 2), UNREADABLE + r".*shape \[True, True\]; expected a list of up to "),
     "too many dimensions": (with_one(shape=[1] * 7 + SHAPE), UNREADABLE + r".*shape \[1, .*; expected a list of up t"),
-    "shape beyond the file": (with_one(shape=[2**40, 2**40]), UNREADABLE + r".*6144 bytes; expected 4835703278458516"),
+    "shape beyond the file": (with_one(shape=[2**20, 2**20]), UNREADABLE + ".*6144 bytes; expected 4398046511104 for"),
+    "shape beyond all files": (with_one(shape=[2**40, 2**40]), UNREADABLE + ".*expected 9223372036854775807 bytes at"),
+    "shape beyond all files by nothing": (
+        with_one(0, shape=[0, 2**40, 2**40], offsets=[0, 0]), UNREADABLE + ".*expected 9223372036854775807 bytes at mo"
+    ),
+    "size beyond all integers": (
+        with_one(0, shape=[0, 2**64], offsets=[0, 0]), UNREADABLE + r".*shape \[0, 18446744073709551616\]; expected a "
+    ),
+    "offsets beyond all integers": (
+        with_one(0, shape=[0], offsets=[2**64, 2**64]), UNREADABLE + r".*data_offsets \[18446744073709551616, 18446744"
+    ),
     "shape beyond all numbers": (
         with_header(f'{{"{NAME}": {{"dtype": "F32", "shape": [{HUGE}, {HUGE}], "data_offsets": [0, 4]}}}}', bytes(4)),
-        UNREADABLE + ".*4 bytes; expected a number of many digits for F32",
+        UNREADABLE + r".*shape \[a number of many digits, a number of many digits\]; expected a list of up to 8 sizes",
     ),
     "no values": (with_one(0, shape=[0, 48], offsets=[0, 0]), UNREADABLE + r"\S*: F32 of shape \(0, 48\); expected v"),
     "a single number": (with_one(4, shape=[], offsets=[0, 4]), UNREADABLE + r"\S*: F32 of shape \(\); expected value"),
@@ -520,6 +530,14 @@ def test_an_adapter_of_another_method_is_checked_where_it_is_asked_for(tmp_path:
     ("spoil", "message"),
     [
         (with_tensors(named={"../x": entry()}), r"a tensor named '\.\./x'; expected module names with dots between"),
+        (
+            with_tensors(0, x=entry(shape=[0, 2**64], offsets=[0, 0])),
+            r"x: shape \[0, 18446744073709551616\]; expected a",
+        ),
+        (
+            with_tensors(0, x=entry(shape=[0, 2**40, 2**40], offsets=[0, 0])),
+            "expected 9223372036854775807 bytes at mos",
+        ),
         (cut(1), r"it is cut off\. Download or save it again"),
         (
             added_tensor("base_model.model.x", torch.tensor([float("nan")])),
