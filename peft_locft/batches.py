@@ -10,16 +10,28 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 
+from .training_rows import TrainingRows
+
 
 class EditBatches(Sampler[list[int]]):
-    """The indices of every batch of one epoch, each edit exactly once; the order follows from seed and epoch alone.
+    """The rows of every batch of one epoch, each edit exactly once; the order follows from seed and epoch alone.
+
+    A batch begins with its edits. Behind them come, where `rows` has any, variants of them and rows that are kept.
 
     Depth-first (`steps_per_edit` given) has as many epochs as each edit has steps, and as many batches in each as
     there are edits: the run is edit 0 so many times, then edit 1, and so on, cut into epochs of equal length.
     """
 
-    def __init__(self, num_edits: int, batch_size: int, seed: int, steps_per_edit: int | None = None) -> None:
+    def __init__(
+        self,
+        num_edits: int,
+        batch_size: int,
+        seed: int,
+        steps_per_edit: int | None = None,
+        rows: TrainingRows | None = None,
+    ) -> None:
         self.num_edits = num_edits
+        self.rows = TrainingRows(num_edits) if rows is None else rows
         self.batch_size = batch_size
         self.seed = seed
         self.steps_per_edit = steps_per_edit
@@ -36,8 +48,9 @@ class EditBatches(Sampler[list[int]]):
             return
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(self.num_edits, generator=generator).tolist()
-        for start in range(0, self.num_edits, self.batch_size):
-            yield order[start : start + self.batch_size]
+        batches = [order[start : start + self.batch_size] for start in range(0, self.num_edits, self.batch_size)]
+        for batch, companions in zip(batches, self.rows.companions(batches, generator), strict=True):
+            yield batch + companions
 
 
 def micro_batches(
@@ -75,14 +88,17 @@ class LossRecord:
     step_loss: float = math.inf  # of the last step that was whole
     open_loss: float = 0.0  # of the batches so far, where gradients accumulate
     open_edits: int = 0
+    kept_losses: list[float] = field(default_factory=list)
+    kept_sum: float = 0.0
     epoch_sum: float = 0.0
     epoch_edits: int = 0
     edits_seen: int = 0
 
-    def add_batch(self, share: float, num_edits: int) -> None:
-        """Add one batch's share of its step's loss."""
+    def add_batch(self, share: float, num_edits: int, kept_share: float = 0.0) -> None:
+        """Add one batch's shares of its step's loss: of the edits and their variants, and of what is kept."""
         self.open_loss += share
         self.open_edits += num_edits
+        self.kept_sum += kept_share * num_edits
 
     def end_step(self) -> float:
         """Close a step; return its loss."""
@@ -96,7 +112,8 @@ class LossRecord:
     def end_epoch(self) -> float:
         """Close a breadth-first epoch; return its mean loss, weighted by batch size."""
         self.epoch_losses.append(self.epoch_sum / self.epoch_edits)
-        self.epoch_sum, self.epoch_edits = 0.0, 0
+        self.kept_losses.append(self.kept_sum / self.epoch_edits)
+        self.epoch_sum, self.kept_sum, self.epoch_edits = 0.0, 0.0, 0
         return self.epoch_losses[-1]
 
     def end_edit(self) -> None:
@@ -111,6 +128,6 @@ class LossRecord:
     def restore(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
-        # the list in the state is part of a checkpoint, or of what an earlier run has returned
-        self.epoch_losses = list(state["epoch_losses"])
+        # the lists in the state are part of a checkpoint, or of what an earlier run has returned
+        self.epoch_losses, self.kept_losses = list(state["epoch_losses"]), list(state["kept_losses"])
         self.step_loss = math.inf if state["step_loss"] is None else state["step_loss"]

@@ -112,28 +112,21 @@ class _CrossEntropy(torch.autograd.Function):
         return gradient.to(ctx.dtype), None
 
 
-def sum_losses(losses: torch.Tensor, labels: torch.Tensor, loss_averaging: LossAveraging) -> torch.Tensor:
-    """Sum token losses over a batch, so that dividing by [`loss_weight`] gives the batch's loss.
+def row_counts(
+    num_scored: torch.Tensor, loss_averaging: LossAveraging, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return what the mean loss of each row counts in the loss of a batch.
+
+    The batch's loss is Σ_b c_b l_b / Σ_b c_b, where l_b = (1/|y_b|) Σ_t -log p(y_b,t): with `"edit"` every row counts
+    the same (the published loss), with `"token"` every scored token does.
 
     Args:
-        losses: (B, T) from [`token_losses`].
-        labels: (B, T).
-        loss_averaging: `"edit"`: Σ_b (1/|y_b|) Σ_t -log p(y_b,t), every edit counts the same (the published loss);
-            `"token"`: every token does.
+        num_scored: (B,) scored tokens of every row, |y_b|.
+        loss_averaging: `"edit"` or `"token"`.
+        weights: (B,) a factor for each row; `None`: 1.
 
     Returns:
-        A scalar.
+        (B,) c_b, float32.
     """
-    per_edit = losses.sum(dim=1)
-    if loss_averaging == "edit":
-        per_edit = per_edit / (labels[:, 1:] != IGNORED).sum(dim=1)
-    return per_edit.sum()
-
-
-def loss_weight(num_scored: torch.Tensor, loss_averaging: LossAveraging) -> int:
-    """Return what [`sum_losses`] over the whole batch is divided by: its edits, or its scored tokens.
-
-    Args:
-        num_scored: (B,) scored tokens of every edit in the batch.
-    """
-    return len(num_scored) if loss_averaging == "edit" else int(num_scored.sum())
+    counts = torch.ones(len(num_scored)) if loss_averaging == "edit" else num_scored.float()
+    return counts if weights is None else counts * weights

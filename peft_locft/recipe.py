@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from transformers import TrainingArguments
 
 from .objectives import LossAveraging, Objective
+from .preservation_arguments import PreservationArguments
 
 EditOrder = Literal["breadth_first", "depth_first"]
 CachePlace = Literal["auto", "memory", "disk", "off"]
@@ -23,7 +24,7 @@ CHOICES = (
 
 
 @dataclass
-class BreadthFirstConfig(TrainingArguments):
+class BreadthFirstConfig(PreservationArguments, TrainingArguments):
     """Arguments of [`BreadthFirstTrainer`]: all of `transformers.TrainingArguments`, with the published recipe.
 
     The defaults are those of Yang et al., "Fine-tuning Done Right in Model Editing" (arXiv 2509.22072v4): batches of
@@ -109,6 +110,7 @@ class BreadthFirstConfig(TrainingArguments):
             value, known = getattr(self, name), get_args(allowed)
             if value not in known:
                 raise ValueError(f"BreadthFirstConfig.{name}={value!r}: expected one of {', '.join(known)}.")
+        self.resolve()
         if not (math.isfinite(self.loss_floor) and self.loss_floor >= 0):
             raise ValueError(f"BreadthFirstConfig.loss_floor={self.loss_floor!r}: expected a number from 0 upwards.")
         if self.max_tokens_per_micro_batch is not None and self.max_tokens_per_micro_batch < 1:
@@ -138,6 +140,11 @@ class BreadthFirstConfig(TrainingArguments):
             self._check_depth_first()
 
     def _check_depth_first(self) -> None:
+        if self.num_prefixes or self.num_concatenated or self.has_kept:
+            raise ValueError(
+                f"BreadthFirstConfig.recipe={self.recipe!r} or its fields train variants of edits or keep facts beside "
+                "them, and depth-first trains one edit and nothing else. Leave them out."
+            )
         if self.per_device_train_batch_size not in (1, type(self).per_device_train_batch_size):
             raise ValueError(
                 f"BreadthFirstConfig.per_device_train_batch_size={self.per_device_train_batch_size}: depth-first "

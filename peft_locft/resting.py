@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 
-from .objectives import LossAveraging
-
 STATE_KEY = "RestingEdits"
 
 
@@ -16,17 +14,16 @@ class RestingEdits:
     """Which edits are left out of an epoch, because their loss was below the floor a short while ago.
 
     Args:
-        num_scored: (edits,) the scored tokens of each.
+        num_rows: edits and their variants.
         floor: the loss below which an edit is learned.
         epochs: how many it then sits out; 0 for none.
     """
 
-    def __init__(self, num_scored: torch.Tensor, floor: float, epochs: int) -> None:
-        self.num_scored = num_scored
+    def __init__(self, num_rows: int, floor: float, epochs: int) -> None:
         self.floor = floor
         self.epochs = epochs
-        self.losses = torch.zeros(len(num_scored))  # the mean over scored tokens, when it was last computed
-        self.back_in = torch.zeros(len(num_scored), dtype=torch.int64)
+        self.losses = torch.zeros(num_rows)  # the mean over scored tokens, when it was last computed
+        self.back_in = torch.zeros(num_rows, dtype=torch.int64)
 
     def split(self, indices: Sequence[int], epoch: int) -> tuple[list[int], list[int]]:
         """Return the edits of a batch that are trained in this epoch, and those that rest."""
@@ -38,23 +35,18 @@ class RestingEdits:
             [index for index, is_resting in zip(indices, rests, strict=True) if is_resting],
         )
 
-    def loss(self, indices: list[int], loss_averaging: LossAveraging) -> float:
-        """Return what resting edits would add to the sum of `sum_losses`, with the losses that they had."""
-        losses = self.losses[indices]
-        return float((losses if loss_averaging == "edit" else losses * self.num_scored[indices]).sum())
-
     def add(self, indices: torch.Tensor, losses: torch.Tensor, epoch: int) -> None:
         """Take notice of the losses of edits that were trained.
 
         Args:
             indices: (B,)
-            losses: (B,) the sum over each edit's scored tokens.
+            losses: (B,) the mean over each edit's scored tokens.
             epoch: the one at hand, counted from 0.
         """
         if self.epochs:
-            means = losses.cpu() / self.num_scored[indices]
-            self.losses[indices] = means
-            self.back_in[indices[means < self.floor]] = epoch + 1 + self.epochs
+            losses = losses.cpu()
+            self.losses[indices] = losses
+            self.back_in[indices[losses < self.floor]] = epoch + 1 + self.epochs
 
     def state(self) -> dict[str, Any]:
         resting = self.back_in.nonzero().flatten()

@@ -25,14 +25,15 @@ from .distributed import backward, check_not_sharded, end_step, missing_pieces
 from .edit_runner import EditRunner
 from .edits import Edit, edits_sha256, read_edits
 from .encoding import EncodedEdits, encode_edits
+from .evaluation import base_of
 from .model_state import check_finite, check_vocabulary, configuration_unchanged, dropout_off, max_length
-from .objectives import loss_weight, sum_losses, token_losses
 from .recipe import BreadthFirstConfig
 from .residency import trunk_off_device
 from .resting import RestingEdits
 from .resume import check_same_edits, invalidate, whole_checkpoint
-from .tail import logits_at
+from .row_losses import BatchWeight, RowLosses
 from .training_callbacks import CURVES_KEY, EditProgress, FloorAndRecord
+from .training_rows import TrainingRows
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ class BreadthFirstTrainer(Trainer):
         check_vocabulary(model, encoded.token_ids)
         self.record = LossRecord()
         num_scored = encoded.lengths - (1 if args.objective == "full" else encoded.target_starts)
-        self.resting = RestingEdits(num_scored, args.loss_floor, args.skip_learned_epochs)
+        self.resting = RestingEdits(len(encoded), args.loss_floor, args.skip_learned_epochs)
         self.runner = EditRunner(
             encoded,
             torch.arange(min(args.process_index, len(encoded) - 1), len(encoded), args.world_size),
@@ -106,6 +107,8 @@ class BreadthFirstTrainer(Trainer):
             args.max_tokens_per_micro_batch,
             args.device,
         )
+        rows = TrainingRows(len(encoded))
+        self.losses = RowLosses(rows, self.runner, num_scored, args.loss_averaging, 1.0, 1.0, False)
         with configuration_unchanged(model):
             super().__init__(
                 model=model, args=args, train_dataset=encoded, processing_class=processing_class, **kwargs
@@ -152,21 +155,19 @@ class BreadthFirstTrainer(Trainer):
         args = self.args
         depth_first = args.edit_order == "depth_first"
         batches = EditBatches(
-            len(self.train_dataset),
+            self.losses.rows.num_edits,
             batch_size=1 if depth_first else self._train_batch_size * args.world_size,
             seed=args.seed if args.data_seed is None else args.data_seed,
             steps_per_edit=args.steps_per_edit,
+            rows=self.losses.rows,
         )
         return DataLoader(range(len(self.train_dataset)), batch_sampler=batches, collate_fn=list)  # type: ignore[arg-type]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[int]], num_batches: int, device: torch.device
-    ) -> tuple[list[list[int]], int]:
+    ) -> tuple[list[list[int]], BatchWeight]:
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        return batches, self._weight(torch.tensor([index for batch in batches for index in batch]))
-
-    def _weight(self, indices: torch.Tensor) -> int:
-        return loss_weight(self.resting.num_scored[indices], self.args.loss_averaging)
+        return batches, self.losses.weight(torch.tensor([index for batch in batches for index in batch]))
 
     # ------------------------------------------------------------------ one step
 
@@ -175,28 +176,26 @@ class BreadthFirstTrainer(Trainer):
         model: nn.Module,
         inputs: torch.Tensor | Sequence[int],
         return_outputs: bool = False,
-        num_items_in_batch: int | None = None,
+        num_items_in_batch: BatchWeight | None = None,
     ) -> Any:
-        """Return the summed loss of some edits over `num_items_in_batch`, the weight of the batch they are part of.
+        """Return the share of some rows in the loss of the batch that they are part of.
 
-        `inputs` are indices of edits.
+        Args:
+            inputs: numbers of rows of one kind: edits and their variants, or what is kept.
+            num_items_in_batch: the batch's weight; `None`: they are the batch.
         """
         indices = torch.as_tensor(inputs)
-        with self.runner.running(indices) as batch:
-            outputs = logits_at(model, *batch.where, batch.inputs)
-        logits = outputs.logits.clone() if return_outputs else outputs.logits
-        losses = token_losses(logits, batch.labels, batch.scored)
-        self._last_losses = indices, losses.detach().sum(dim=1)
-        loss = sum_losses(losses, batch.labels, self.args.loss_averaging)
-        loss = loss / (num_items_in_batch or self._weight(indices))
+        losses, outputs = self.losses(model, indices, return_outputs)
+        self._last_losses = losses.detach()
+        loss = self.losses.total(losses, indices, num_items_in_batch or self.losses.weight(indices))
         return (loss, outputs) if return_outputs else loss
 
     def training_step(
-        self, model: nn.Module, inputs: list[int], num_items_in_batch: int | None = None
+        self, model: nn.Module, inputs: list[int], num_items_in_batch: BatchWeight | None = None
     ) -> torch.Tensor:
-        """Forward and backward, piece by piece; drop the gradient if the step's loss is below the floor.
+        """Forward and backward, piece by piece; drop the gradient if the loss of the step's edits is below the floor.
 
-        Returns the batch's share of that loss.
+        Returns the batch's share of the step's loss, what is kept included.
         """
         dropout_off(model)
         if self._edit_is_done():
@@ -204,23 +203,26 @@ class BreadthFirstTrainer(Trainer):
         if not self.runner.is_prepared:
             with self.compute_loss_context_manager():
                 self.runner.prepare(model, self.args, self.accelerator)
+                self.losses.ask_base(model, nullcontext())
+        weight = num_items_in_batch or self.losses.weight(torch.tensor(inputs))
         trained, resting = self.resting.split(inputs, int(self.state.epoch))
-        share = self._gradient(model, trained, num_items_in_batch)
+        shares = self._gradient(model, trained, weight)
         if resting:
-            share += self.resting.loss(resting, self.args.loss_averaging) / (num_items_in_batch or 1)
-        check_finite(share.item(), self.state.global_step, self.state.max_steps, self._get_learning_rate())
-        self.record.add_batch(share.item(), len(inputs))
+            shares[0] += self.losses.total(self.resting.losses[resting], torch.tensor(resting), weight)
+        check_finite(shares.sum().item(), self.state.global_step, self.state.max_steps, self._get_learning_rate())
+        share, kept_share = shares.tolist()
+        self.record.add_batch(share, sum(index < self.losses.rows.num_edits for index in inputs), kept_share)
         if self.accelerator.sync_gradients:
             end_step(model, self.accelerator, take_it=self.record.end_step() >= self.args.loss_floor)
-        return share
+        return shares.sum()
 
-    def _gradient(self, model: nn.Module, inputs: list[int], num_items_in_batch: int | None) -> torch.Tensor:
+    def _gradient(self, model: nn.Module, inputs: list[int], weight: BatchWeight) -> torch.Tensor:
         """Forward and backward; where memory runs out, again in smaller pieces."""
         # what earlier batches of the step have left
         before = [(p, None if p.grad is None else p.grad.clone()) for p in model.parameters() if p.requires_grad]
         while True:
             try:
-                return self._forward_and_backward(model, inputs, num_items_in_batch)
+                return self._forward_and_backward(model, inputs, weight)
             except RuntimeError as error:
                 # the other processes wait for this one's gradient, and cannot be told to begin again
                 if self.args.world_size > 1 or not self.runner.halve(error):
@@ -228,16 +230,15 @@ class BreadthFirstTrainer(Trainer):
             for parameter, gradient in before:
                 parameter.grad = None if gradient is None else gradient.clone()
 
-    def _forward_and_backward(
-        self, model: nn.Module, inputs: list[int], num_items_in_batch: int | None
-    ) -> torch.Tensor:
+    def _forward_and_backward(self, model: nn.Module, inputs: list[int], weight: BatchWeight) -> torch.Tensor:
+        """Return the shares of targets and of what is kept in the loss of the step, (2,)."""
         world_size, process_index = self.args.world_size, self.args.process_index
         mine = [index for index in inputs if index % world_size == process_index]
         # a process without edits in a batch still joins the others' gradient
-        own = self.runner.pieces(torch.tensor(mine) if mine else self.runner.own[:1])
+        own = self.losses.split(torch.tensor(mine) if mine else self.runner.own[:1])
         idle = [(own[0][:1], False)] * missing_pieces(len(own), self.accelerator)
         pieces = idle + [(piece, bool(mine)) for piece in own]
-        share = torch.zeros((), device=self.args.device)
+        shares = torch.zeros(2, device=self.args.device)
         # a LocFT model's way to compose W + delta once a step; several processes wait for the delta's own backward
         is_alone = self.accelerator.distributed_type == DistributedType.NO
         with getattr(model, "composed_once", nullcontext)() if is_alone else nullcontext():
@@ -246,14 +247,15 @@ class BreadthFirstTrainer(Trainer):
                 # backward inside of it too: gradient checkpointing runs layers again there
                 with self.runner.running(piece), nullcontext() if is_last else self.accelerator.no_sync(model):
                     with self.compute_loss_context_manager():
-                        loss = self.compute_loss(model, piece, num_items_in_batch=num_items_in_batch)
-                    if counts:
-                        self.resting.add(*self._last_losses, int(self.state.epoch))
+                        loss = self.compute_loss(model, piece, num_items_in_batch=weight)
+                    is_kept = self.losses.is_kept(piece)
+                    if counts and not is_kept:
+                        self.resting.add(piece, self._last_losses, int(self.state.epoch))
                     loss = loss if counts else loss * 0
-                    share += loss.detach()
+                    shares[int(is_kept)] += loss.detach()
                     # gradients are averaged over processes, and the loss is already a share of the whole
                     backward(loss * world_size, self.accelerator, is_last)
-        return self.accelerator.reduce(share, reduction="sum")
+        return self.accelerator.reduce(shares, reduction="sum")
 
     def _edit_is_done(self) -> bool:
         """Depth-first: begin every edit with a fresh optimizer, and leave it once it is below the floor."""

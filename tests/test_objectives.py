@@ -9,9 +9,8 @@ from peft_locft.objectives import (
     LossAveraging,
     Objective,
     labels_for,
-    loss_weight,
+    row_counts,
     scored_positions,
-    sum_losses,
 )
 from peft_locft.objectives import token_losses as losses_at_scored
 
@@ -65,7 +64,8 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor, objective: Objectiv
 def loss_of(logits: torch.Tensor, objective: Objective, averaging: LossAveraging, padding: int = 0) -> torch.Tensor:
     labels = labels_for(objective, *batch(padding))
     num_scored = (labels != IGNORED).sum(dim=1)
-    return sum_losses(token_losses(logits, labels, objective), labels, averaging) / loss_weight(num_scored, averaging)
+    counts = row_counts(num_scored, averaging)
+    return (token_losses(logits, labels, objective).sum(dim=1) / num_scored * counts).sum() / counts.sum()
 
 
 @every_objective
@@ -127,21 +127,11 @@ def test_the_others_score_the_target_alone(objective: Objective) -> None:
 
 
 def test_averaging_by_edit_and_by_token_weigh_differently() -> None:
-    assert loss_weight(torch.tensor([3, 1, 4]), "edit") == 3
-    assert loss_weight(torch.tensor([3, 1, 4]), "token") == 8
-
-
-@every_objective
-def test_a_batch_is_the_sum_of_its_parts(objective: Objective) -> None:
-    """What accumulation and several processes rely on: sums over parts, divided by the weight of the whole."""
-    logits, labels = random_logits(length=6), labels_for(objective, *batch())
-    for averaging in get_args(LossAveraging):
-        whole = sum_losses(token_losses(logits, labels, objective), labels, averaging)
-        parts = [
-            sum_losses(token_losses(logits[rows], labels[rows], objective), labels[rows], averaging)
-            for rows in (slice(0, 1), slice(1, 4))
-        ]
-        torch.testing.assert_close(sum(parts), whole)
+    num_scored, weights = torch.tensor([3, 1, 4]), torch.tensor([1.0, 0.5, 1.0])
+    assert row_counts(num_scored, "edit").tolist() == [1, 1, 1]
+    assert row_counts(num_scored, "token").tolist() == [3, 1, 4]
+    assert row_counts(num_scored, "edit", weights).tolist() == [1, 0.5, 1]
+    assert row_counts(num_scored, "token", weights).tolist() == [3, 0.5, 4]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -16,17 +16,16 @@ FAST: dict[str, Any] = {"learning_rate": 2e-2, "num_train_epochs": 12, "loss_flo
 
 
 def test_an_edit_rests_so_many_epochs_with_the_loss_that_it_had() -> None:
-    resting = RestingEdits(torch.tensor([2, 4, 3]), floor=0.5, epochs=2)
-    resting.add(torch.tensor([0, 1]), torch.tensor([0.8, 4.0]), epoch=3)
+    resting = RestingEdits(3, floor=0.5, epochs=2)
+    resting.add(torch.tensor([0, 1]), torch.tensor([0.4, 1.0]), epoch=3)
     assert resting.split([2, 1, 0], 3) == ([2, 1], [0])
     assert resting.split([0, 1], 5) == ([1], [0])
     assert resting.split([0, 1], 6) == ([0, 1], [])
-    assert resting.loss([0], "edit") == pytest.approx(0.4)
-    assert resting.loss([0], "token") == pytest.approx(0.8)
-    restored = RestingEdits(torch.tensor([2, 4, 3]), floor=0.5, epochs=2)
+    assert resting.losses[0] == pytest.approx(0.4)
+    restored = RestingEdits(3, floor=0.5, epochs=2)
     restored.restore(resting.state())
     assert restored.split([0, 1], 5) == ([1], [0])
-    assert restored.loss([0], "edit") == pytest.approx(0.4)
+    assert restored.losses[0] == pytest.approx(0.4)
     restored.restore({})
     assert restored.split([0, 1], 5) == ([0, 1], [])
 

@@ -1,0 +1,113 @@
+"""The arguments that make edits generalize and leave the rest alone, and the recipes that set them in one word."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+Recipe = Literal["published", "balanced"]
+KeptLoss = Literal["kl", "likelihood"]
+KeptChoice = Literal["random", "nearest"]
+
+GENERATED = "generated"
+LOCALITY = "locality"
+# what a field is where it was left open
+RECIPES: dict[str, dict[str, Any]] = {
+    "published": {
+        "num_prefixes": 0,
+        "kept_subjects": 0,
+        "kept_text_pieces": 0,
+        "preserve_energy": 0.0,
+    },
+    "balanced": {
+        "num_prefixes": 15,
+        "kept_subjects": 4,
+        "kept_text_pieces": 1000,
+        "preserve_energy": 0.5,
+    },
+}
+
+
+@dataclass
+class PreservationArguments:
+    """What is trained beside the edits, and what keeps the rest of the model; see [`BreadthFirstConfig`]."""
+
+    recipe: Recipe = field(
+        default="published", metadata={"help": "What the fields below are where they are not given."}
+    )
+    num_prefixes: int | None = field(
+        default=None, metadata={"help": "Prefixes that the base generates; every edit is also trained behind each."}
+    )
+    num_concatenated: int = field(
+        default=0, metadata={"help": "Variants of each edit that go on with a random kept fact (SAUL)."}
+    )
+    variants_per_epoch: int | None = field(
+        default=1, metadata={"help": "Variants of each edit in an epoch, drawn anew."}
+    )
+    variant_weight: float = field(default=1.0, metadata={"help": "Of a variant in the loss, beside 1 of its edit."})
+    kept_facts: str | None = field(
+        default=None,
+        metadata={"help": "Prompts whose answers are kept: a file, a dataset on the Hub, or 'locality' of the edits."},
+    )
+    num_kept_facts: int = field(default=2000, metadata={"help": "Take so many of them, at most."})
+    kept_facts_choice: KeptChoice = field(
+        default="random", metadata={"help": "Which of them: random, or nearest to the edits."}
+    )
+    kept_subjects: int | None = field(
+        default=None, metadata={"help": "Kept prompts made of each edit's by putting other edits' subjects into it."}
+    )
+    kept_text_pieces: int | None = field(
+        default=None, metadata={"help": "Pieces of text on which the model is kept as it is."}
+    )
+    kept_per_edit: float = field(default=1.0, metadata={"help": "Kept rows beside each edit of a batch."})
+    kept_weight: float = field(default=1.0, metadata={"help": "Of what is kept in the loss, beside 1 of the edits."})
+    kept_loss: KeptLoss = field(
+        default="kl", metadata={"help": "Hold kept rows to the base's distribution, or train its own answers."}
+    )
+    preserve_text: str = field(
+        default=GENERATED,
+        metadata={"help": "Text to preserve: a file, a dataset on the Hub, or 'generated' by the base."},
+    )
+    preserve_tokens: int = field(default=32768, metadata={"help": "Tokens of that text, at most."})
+    preserve_energy: float | None = field(
+        default=None, metadata={"help": "Share of the inputs' energy on that text that is closed to training; 0: none."}
+    )
+    preserve_cache_dir: str | None = field(
+        default=None, metadata={"help": "A folder where its statistics are kept for later runs."}
+    )
+    delta_bound: float | None = field(default=None, metadata={"help": "L-infinity bound on the delta (FT-L)."})
+    keep_largest: float | None = field(
+        default=None, metadata={"help": "Share of each delta's values that are kept after training (RECT)."}
+    )
+
+    def resolve(self) -> None:
+        """Set the fields that were left open as the recipe says, and check all of them.
+
+        Raises:
+            ValueError: if a field does not have one of the values named in [`BreadthFirstConfig`].
+        """
+        for name, allowed in (("recipe", Recipe), ("kept_loss", KeptLoss), ("kept_facts_choice", KeptChoice)):
+            value, known = getattr(self, name), get_args(allowed)
+            if value not in known:
+                raise ValueError(f"BreadthFirstConfig.{name}={value!r}: expected one of {', '.join(known)}.")
+        for name, value in RECIPES[self.recipe].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        for name in ("num_prefixes", "num_concatenated", "kept_subjects", "kept_text_pieces"):
+            self._check(name, "0 or more", getattr(self, name) >= 0)
+        self._check("variants_per_epoch", "1 or more", self.variants_per_epoch is None or self.variants_per_epoch >= 1)
+        for name in ("num_kept_facts", "preserve_tokens"):
+            self._check(name, "1 or more", getattr(self, name) >= 1)
+        for name in ("variant_weight", "kept_weight", "kept_per_edit"):
+            value = getattr(self, name)
+            self._check(name, "a number above 0", math.isfinite(value) and value > 0)
+        self._check("preserve_energy", "0 to 1", 0 <= (self.preserve_energy or 0) <= 1)
+
+    def _check(self, name: str, expected: str, holds: bool) -> None:
+        if not holds:
+            raise ValueError(f"BreadthFirstConfig.{name}={getattr(self, name)!r}: expected {expected}.")
+
+    @property
+    def has_kept(self) -> bool:
+        return bool(self.kept_facts or self.kept_subjects or self.kept_text_pieces)

@@ -1,0 +1,150 @@
+"""All that a run trains on, encoded: the edits, variants of them, and what is kept as the base has it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from .augmentation import concatenated, paraphrased, swapped_subjects, with_prefix
+from .edits import Edit
+from .encoding import EncodedEdits, encode_edits
+from .general_ability import text_windows
+from .generated_text import base_texts, generate_prefixes
+from .kept_facts import BaseAnswers, base_answers, facts_to_keep, join_encoded
+from .leaks import check_paraphrases
+from .model_state import max_length
+from .preservation_arguments import GENERATED, LOCALITY
+from .recipe import BreadthFirstConfig
+from .training_rows import TrainingRows
+
+logger = logging.getLogger(__name__)
+
+PIECE = 24  # tokens of a kept piece of text
+SCORED = 4  # of them, the last: what is scored costs the head, and the tokens before it are what it is scored by
+WINDOW = 128  # tokens that are read at once for statistics of a text
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run trains on.
+
+    Attributes:
+        encoded: all rows.
+        rows: which of them are of which kind.
+        prefixes: that the base generated.
+        prompts: that were trained on beside those of the edits.
+        windows: (n, tokens) the text to preserve, where a projector is made from it.
+    """
+
+    encoded: EncodedEdits
+    rows: TrainingRows
+    prefixes: tuple[str, ...] = ()
+    prompts: Sequence[str] = ()
+    windows: torch.Tensor | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Return what `locft_provenance.json` says of it."""
+        rows = self.rows
+        return {"variants": sum(rows.num_variants), "kept": rows.num_kept, "prefixes": list(self.prefixes)}
+
+
+def training_data(
+    edits: Sequence[Edit], model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: BreadthFirstConfig
+) -> TrainingData:
+    """Make what the recipe asks for of some edits. What the base has to say to it, it is asked here.
+
+    Args:
+        edits: the edits.
+        model: the model, whose adapter is disabled where the base is asked.
+        tokenizer: its tokenizer.
+        args: the recipe.
+
+    Raises:
+        ValueError: if an edit or a variant cannot be encoded for this model, a training paraphrase is a rephrasing for
+            evaluation, or there is nothing to keep where the recipe asks for it.
+    """
+    check_paraphrases(edits)
+    prefixes = generate_prefixes(model, tokenizer, *_numbers(args.num_prefixes or 0), seed=args.seed)
+    if prefixes:
+        logger.info("Prefixes: %s", prefixes)
+    prompts = _kept_prompts(edits, model, tokenizer, args)
+    answers = _answers(model, tokenizer, prompts, args)
+    variants = [
+        paraphrased(edit) + [with_prefix(edit, prefix) for prefix in prefixes] + followed
+        for edit, followed in zip(edits, _concatenated(edits, answers, args), strict=True)
+    ]
+    trained = [*edits, *(variant for own in variants for variant in own)]
+    parts = [
+        encode_edits(
+            trained,
+            tokenizer,
+            append_eos=args.append_eos,
+            chat_template=args.chat_template,
+            max_length=max_length(model),
+        )
+    ]
+    windows = _text(model, tokenizer, args)
+    kept = [answers.encoded] if answers else []
+    if args.kept_text_pieces:
+        assert windows is not None
+        kept.append(_pieces(windows, args.kept_text_pieces, args.seed))
+    rows = TrainingRows(
+        len(edits),
+        [len(own) for own in variants],
+        sum(map(len, kept)),
+        args.variants_per_epoch,
+        args.kept_per_edit,
+    )
+    return TrainingData(
+        join_encoded([*parts, *kept]),
+        rows,
+        prefixes,
+        [*(variant.prompt for own in variants for variant in own), *prompts],
+        windows if args.preserve_energy else None,
+    )
+
+
+def _numbers(num_prefixes: int) -> tuple[int, int]:
+    """Return how many prefixes are short and how many are long: a third and two thirds, as in the source."""
+    short = num_prefixes // 3
+    return short, num_prefixes - short
+
+
+def _kept_prompts(
+    edits: Sequence[Edit], model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: BreadthFirstConfig
+) -> list[str]:
+    prompts = []
+    if args.kept_subjects:
+        prompts += swapped_subjects(edits, args.kept_subjects * len(edits), seed=args.seed)
+        if not prompts:
+            logger.warning("No edit names a subject that its prompt holds, so that kept_subjects has nothing to keep.")
+    if args.kept_facts:
+        prompts += facts_to_keep(
+            None if args.kept_facts == LOCALITY else args.kept_facts,
+            edits,
+            args.num_kept_facts,
+            how=args.kept_facts_choice,
+            seed=args.seed,
+            model=model,
+            tokenizer=tokenizer,
+        )
+    return list(dict.fromkeys(prompts))
+
+
+def _concatenated(edits: Sequence[Edit], answers: BaseAnswers | None, args: BreadthFirstConfig) -> list[list[Edit]]:
+    facts = answers.edits if answers and args.num_concatenated else []
+    if args.num_concatenated and not facts:
+        raise ValueError(
+            f"BreadthFirstConfig.num_concatenated={args.num_concatenated} needs kept facts with answers to go on "
+            "with: give kept_facts, or kept_subjects where edits have subjects, and kept_answer_tokens."
+        )
+    random = np.random.default_rng(args.seed)
+    chosen = random.integers(len(facts) or 1, size=(len(edits), args.num_concatenated)).tolist()
+    return [[concatenated(edit, facts[n]) for n in own] for edit, own in zip(edits, chosen, strict=True)]
