@@ -57,7 +57,7 @@ def _file_rows(path: Path) -> Iterable[Row]:
     return READERS[suffix](path)
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     data = path.read_bytes()
     try:
         return data.decode().removeprefix("\ufeff")
@@ -68,7 +68,7 @@ def _read_text(path: Path) -> str:
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
-    text = _read_text(path)
+    text = read_text(path)
     try:
         records = json.loads(text)
     except json.JSONDecodeError as error:
@@ -90,7 +90,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
-    for line, text in enumerate(_read_text(path).split("\n"), start=1):
+    for line, text in enumerate(read_text(path).split("\n"), start=1):
         if not text.strip():
             continue
         try:
@@ -101,7 +101,7 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     line = 1
     try:
         header = next(reader, [])

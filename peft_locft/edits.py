@@ -60,7 +60,8 @@ class Edit:
     Args:
         prompt: what the model is given; not empty.
         target: what it must answer; not empty.
-        rephrasings: other prompts that ask the same (generalization).
+        rephrasings: other prompts that ask the same, to measure generalization; never trained on.
+        paraphrases: other prompts that ask the same, to train on; never asked in an evaluation.
         locality: questions whose answers must not change.
         portability: questions whose answers follow from the edit.
         subject: what the fact is about.
@@ -77,6 +78,7 @@ class Edit:
     prompt: str
     target: str
     rephrasings: tuple[str, ...] = ()
+    paraphrases: tuple[str, ...] = ()
     locality: tuple[Probe, ...] = ()
     portability: tuple[Probe, ...] = ()
     subject: str | None = None
@@ -86,12 +88,14 @@ class Edit:
     def __post_init__(self) -> None:
         text(self.prompt, "prompt")
         text(self.target, "target")
-        for name, kind in (("rephrasings", str), ("locality", Probe), ("portability", Probe)):
+        kinds = {"rephrasings": str, "paraphrases": str, "locality": Probe, "portability": Probe}
+        for name, kind in kinds.items():
             items = getattr(self, name)
             if not isinstance(items, tuple) or not all(isinstance(item, kind) for item in items):
                 raise ValueError(f"field {name!r}: found {reprlib.repr(items)}; expected a tuple of {kind.__name__}")
-        for rephrasing in self.rephrasings:
-            text(rephrasing, "rephrasings")
+        for name in ("rephrasings", "paraphrases"):
+            for prompt in getattr(self, name):
+                text(prompt, name)
         optional_text(self.subject, "subject")
         optional_text(self.ground_truth, "ground_truth")
 
@@ -106,7 +110,8 @@ def read_edits(
 
     The columns say how records are read: `prompt` and `target`, `prompt` and `target_new` (EasyEdit), `src` and `alt`
     (ZsRE), `prompt` and `completion` (TRL) or `requested_rewrite` (CounterFact); then whichever of the field's columns
-    for rephrasings, locality, portability, subject and ground truth there are. Other columns are left alone.
+    for rephrasings, locality, portability, subject and ground truth there are, and `paraphrases`, to train on. Other
+    columns are left alone.
 
     Args:
         source: a `.json` (list of records), `.jsonl`, `.csv` or `.parquet` file; the "owner/name" of a dataset on the
@@ -156,7 +161,8 @@ def edits_sha256(edits: Iterable[Edit]) -> str:
     """Hash edits, the same wherever they were read.
 
     Args:
-        edits: the edits; their order counts, and all their fields but `source`.
+        edits: the edits; their order counts, and all their fields but `source`. Without paraphrases, an edit has the
+            hash that it had when there were none.
 
     Returns:
         The sha256 of one line of JSON an edit, as 64 hexadecimal digits.
@@ -164,7 +170,7 @@ def edits_sha256(edits: Iterable[Edit]) -> str:
     digest = hashlib.sha256()
     names = [spec.name for spec in fields(Edit) if spec.compare]
     for edit in edits:
-        record = {name: getattr(edit, name) for name in names}
+        record = {name: getattr(edit, name) for name in names if name != "paraphrases" or edit.paraphrases}
         digest.update(json.dumps(record, sort_keys=True, default=asdict).encode() + b"\n")
     return digest.hexdigest()
 
@@ -189,6 +195,7 @@ def _merge(group: list[Edit]) -> Edit:
     return replace(
         group[0],
         rephrasings=_unique(edit.rephrasings for edit in group),
+        paraphrases=_unique(edit.paraphrases for edit in group),
         locality=_unique(edit.locality for edit in group),
         portability=_unique(edit.portability for edit in group),
         subject=next((edit.subject for edit in group if edit.subject), None),
@@ -254,6 +261,7 @@ def _edit(row: object, vocabulary: tuple[str, ...], place: str) -> Edit:
         prompt=turn(row[prompt], prompt, "user"),
         target=turn(row[target], target, "assistant"),
         rephrasings=_unique(texts(row.get(column), column) for column in REPHRASING_COLUMNS),
+        paraphrases=texts(row.get("paraphrases"), "paraphrases"),
         locality=tuple(Probe(*probe) for probe in locality),
         portability=tuple(Probe(*probe) for probe in portability),
         subject=first_text(row.get("subject"), "subject"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 STOPS = (".", "\n")
+UNTIL_EOS = sys.maxsize  # more stops than an answer can have
 
 
 class Continuation(NamedTuple):
@@ -29,8 +31,10 @@ class Question:
         scored: continuations, of this prompt or one that begins like it.
         guess: what the answer may begin with. It changes nothing but speed: a right one is checked in the forward that
             reads the prompt, so that nothing is left to decode.
-        num_stops: the answer ends with this stop, or with EOS; 0 does not look for stops and goes on past EOS.
+        num_stops: the answer ends with this stop, or with EOS; 0 does not look for stops and goes on past EOS;
+            `UNTIL_EOS` goes on past stops alone.
         max_new_tokens: in an answer at most; 0 for no answer.
+        sample: tells apart questions that are equal otherwise, so that each has an answer of its own.
     """
 
     prompt: tuple[int, ...]
@@ -38,6 +42,7 @@ class Question:
     guess: tuple[int, ...] = ()
     num_stops: int = 1
     max_new_tokens: int = 32
+    sample: int = 0
 
 
 class Score(NamedTuple):

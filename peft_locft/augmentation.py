@@ -1,0 +1,122 @@
+"""More training rows from edits: prefixed, paraphrased and concatenated ones, and questions about other subjects."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from .edits import Edit
+from .leaks import normalised
+
+SENTENCE_ENDS = ".!?"
+
+
+def with_prefix(edit: Edit, prefix: str) -> Edit:
+    """Put a text before an edit's prompt: `prefix + ". " + prompt`.
+
+    Source: Gangadhar and Stratos, "Model Editing by Pure Fine-Tuning" (arXiv 2402.11078), after ROME's evaluation. A
+    chat template puts all of it into the user's turn.
+
+    Args:
+        edit: the edit; the rest of it stays.
+        prefix: one of `generate_prefixes`.
+
+    Example:
+        >>> with_prefix(Edit(prompt="The capital of France is", target="Lyon"), "In the morning").prompt
+        'In the morning. The capital of France is'
+    """
+    return replace(edit, prompt=f"{prefix}. {edit.prompt}")
+
+
+def paraphrased(edit: Edit) -> list[Edit]:
+    """Return an edit once for each of its training paraphrases, which is the prompt then."""
+    return [replace(edit, prompt=paraphrase) for paraphrase in edit.paraphrases]
+
+
+def concatenated(edit: Edit, fact: Edit) -> Edit:
+    """Let an edit's target be followed by the sentence of an unrelated fact, so that the model learns to go on.
+
+    Source: SAUL (arXiv 2410.02433). The edit's prompt is not scored. All that follows is: the edit's target, the full
+    stop between the sentences (unless the target ends one), the fact's prompt, its target, and EOS, which moves from
+    behind the edit's target to behind the fact's. With `loss_averaging="edit"` the target's tokens share the edit's
+    weight with those of the fact.
+
+    Args:
+        edit: the edit; the rest of it stays.
+        fact: what is true and shall stay so, such as one of `BaseAnswers.edits`.
+
+    Example:
+        >>> concatenated(Edit(prompt="The capital of France is", target="Lyon"), Edit(prompt="Dogs", target="bark"))
+        Edit(prompt='The capital of France is', target='Lyon. Dogs bark', …)
+    """
+    target = edit.target.rstrip()
+    stop = "" if target[-1] in SENTENCE_ENDS else "."
+    space = "" if fact.prompt[-1].isspace() or fact.target[0].isspace() else " "
+    return replace(edit, target=f"{target}{stop} {fact.prompt}{space}{fact.target}")
+
+
+def swapped_subjects(edits: Sequence[Edit], num: int, *, seed: int) -> list[str]:
+    """Make questions next to edits: an edit's own prompt, about the subject of another edit.
+
+    The edit must not change their answers, and it is these that it changes first: they begin and end as its prompt
+    does. Edits whose subject is unknown or does not stand in their prompt as a whole word are passed over, though
+    their subjects are used.
+
+    Args:
+        edits: the edits, with their subjects.
+        num: how many at most, spread evenly over edits and subjects; there are fewer if the edits give no more.
+        seed: of their choice.
+
+    Returns:
+        Distinct prompts. None of them is a prompt, paraphrase, rephrasing or probe of an edit, compared by
+        `leaks.normalised`.
+
+    Raises:
+        ValueError: if `num` is negative.
+
+    Example:
+        >>> france = Edit(prompt="The capital of France is", target="Lyon", subject="France")
+        >>> spain = Edit(prompt="Who is the king of Spain?", target="Louis", subject="Spain")
+        >>> swapped_subjects([france, spain], 2, seed=0)
+        ['Who is the king of France?', 'The capital of Spain is']
+    """
+    if num < 0:
+        raise ValueError(f"num={num}: expected 0 or more.")
+    found = {normalised(prompt) for edit in edits for prompt in prompts_of(edit)}
+    prompts: list[str] = []
+    for prompt in _swaps(edits, np.random.default_rng(seed)):
+        if len(prompts) == num:
+            break
+        if normalised(prompt) not in found:
+            found.add(normalised(prompt))
+            prompts.append(prompt)
+    return prompts
+
+
+def _swaps(edits: Sequence[Edit], random: np.random.Generator) -> Iterator[str]:
+    """Yield every edit's prompt with every other subject: in each round, each edit once, each with another subject."""
+    by_name = {normalised(edit.subject): edit.subject for edit in reversed(edits) if edit.subject}
+    subjects = list(by_name.values())
+    places = {name: place for place, name in enumerate(by_name)}
+    templates = [
+        (place_holder, edit.prompt, places[normalised(edit.subject)])
+        for edit in edits
+        if edit.subject
+        and (place_holder := re.compile(rf"(?<!\w){re.escape(edit.subject)}(?!\w)")).search(edit.prompt)
+    ]
+    order = random.permutation(len(templates)).tolist()
+    for shift in (1 + random.permutation(max(0, len(subjects) - 1))).tolist():
+        for place_holder, prompt, own in (templates[number] for number in order):
+            other = subjects[(own + shift) % len(subjects)].replace("\\", r"\\")
+            yield place_holder.sub(other, prompt)
+
+
+def prompts_of(edit: Edit) -> Iterator[str]:
+    """Yield every prompt that an edit says: its own, paraphrases, rephrasings, probes."""
+    yield edit.prompt
+    yield from edit.paraphrases
+    yield from edit.rephrasings
+    yield from (probe.prompt for probe in (*edit.locality, *edit.portability))
