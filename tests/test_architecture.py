@@ -161,6 +161,15 @@ ARROWS: dict[str, set[str]] = {
         "files",
         "tuner.config",
     },
+    "input_statistics": {
+        "decoding",
+        "evaluation",
+        "files",
+        "model_state",
+        "statistics_key",
+        "tail",
+        "tuner.provenance",
+    },
     "inspection": {"adapter_reading", "base_tensors", "card", "files", "shipped_edits"},
     "lora_export": {
         "adapter_claims",
@@ -182,6 +191,8 @@ ARROWS: dict[str, set[str]] = {
     "packed_questions": {"prefixes", "questions"},
     "plots": {"evaluation_report", "figures", "files", "report_words"},
     "prefixes": set(),
+    "preservation": {"shrinking"},
+    "preserver": {"input_statistics", "preservation", "trained_tensors"},
     "questions": set(),
     "recipe": {"objectives"},
     "report_page": {
@@ -200,7 +211,9 @@ ARROWS: dict[str, set[str]] = {
     "resting": {"objectives"},
     "resume": {"adapter_folder"},
     "safetensors_header": set(),
+    "scale_choice": set(),
     "scoring": {"bootstrap", "questions"},
+    "statistics_key": {"residency", "tuner.arithmetic", "tuner.presets", "tuner.provenance"},
     "stream_merge": {"_version", "checkpoint", "edited_weights", "file_copies", "files", "in_place_journal"},
     "sharing": {"adapter_claims", "card", "inspection", "shipped_edits"},
     "shipped_edits": {"adapter_reading", "edits", "files"},
@@ -227,6 +240,7 @@ ARROWS: dict[str, set[str]] = {
         "tail",
         "training_callbacks",
     },
+    "trained_tensors": {"input_statistics", "preservation", "tuner.delta", "tuner.layer", "tuner.provenance"},
     "training_callbacks": {"batches", "recipe", "resting"},
     "training_run": {
         TUNER,
