@@ -57,6 +57,9 @@ class PreservationArguments:
     kept_subjects: int | None = field(
         default=None, metadata={"help": "Kept prompts made of each edit's by putting other edits' subjects into it."}
     )
+    kept_answer_tokens: int = field(
+        default=1, metadata={"help": "Tokens of the base's answers that are kept; 1 with kl asks for no decoding."}
+    )
     kept_text_pieces: int | None = field(
         default=None, metadata={"help": "Pieces of text on which the model is kept as it is."}
     )
@@ -71,7 +74,8 @@ class PreservationArguments:
     )
     preserve_tokens: int = field(default=32768, metadata={"help": "Tokens of that text, at most."})
     preserve_energy: float | None = field(
-        default=None, metadata={"help": "Share of the inputs' energy on that text that is closed to training; 0: none."}
+        default=None,
+        metadata={"help": "Share of the inputs' energy on that text that is closed to training."},
     )
     preserve_cache_dir: str | None = field(
         default=None, metadata={"help": "A folder where its statistics are kept for later runs."}

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from .input_statistics import Tokens, input_statistics
 from .preservation import NullSpaceProjector, check_limit, check_share
+from .recipe import BreadthFirstConfig
 from .trained_tensors import TrainedTensor, check_projectable, check_whole, find_trained
 
 
@@ -120,6 +121,25 @@ class Preserver:
             if each.projector is not None
         }
         return {"bound": self._bound, "keep_share": self._keep_share, "closed_directions": closed}
+
+
+def prepare_preserver(model: nn.Module, windows: torch.Tensor | None, args: BreadthFirstConfig) -> Preserver:
+    """Return the preserver that a recipe asks for; see [`Preserver.prepare`].
+
+    Args:
+        model: not wrapped for several processes.
+        windows: (n, tokens) the text to preserve, for the projector.
+        args: the recipe.
+    """
+    return Preserver.prepare(
+        model,
+        windows=windows,
+        energy_share=args.preserve_energy or None,
+        bound=args.delta_bound,
+        keep_share=args.keep_largest,
+        cache_dir=args.preserve_cache_dir,
+        progress=not args.disable_tqdm,
+    )
 
 
 class PreservationCallback(TrainerCallback):

@@ -142,8 +142,8 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
     def _check_depth_first(self) -> None:
         if self.num_prefixes or self.num_concatenated or self.has_kept:
             raise ValueError(
-                f"BreadthFirstConfig.recipe={self.recipe!r} or its fields train variants of edits or keep facts beside "
-                "them, and depth-first trains one edit and nothing else. Leave them out."
+                f"BreadthFirstConfig.recipe={self.recipe!r}, or a field of it, trains variants of edits or keeps "
+                "facts beside them, and depth-first trains one edit and nothing else. Leave it out."
             )
         if self.per_device_train_batch_size not in (1, type(self).per_device_train_batch_size):
             raise ValueError(

@@ -10,7 +10,9 @@ from torch import nn
 
 from .base_distributions import BaseDistributions
 from .edit_runner import EditRunner
+from .encoding import EncodedEdits
 from .objectives import LossAveraging, row_counts, token_losses
+from .recipe import BreadthFirstConfig
 from .tail import logits_at
 from .training_rows import TrainingRows
 
@@ -54,6 +56,27 @@ class RowLosses:
         self.counts = row_counts(num_scored, loss_averaging, weights)
         self.to_base = to_base and rows.num_kept > 0
         self.base: BaseDistributions | None = None
+
+    @classmethod
+    def of(cls, encoded: EncodedEdits, rows: TrainingRows, args: BreadthFirstConfig) -> RowLosses:
+        """Return the losses that a recipe asks for.
+
+        Args:
+            encoded: all rows.
+            rows: which of them are of which kind.
+            args: the recipe, and which of the processes this is.
+        """
+        own = torch.arange(min(args.process_index, len(encoded) - 1), len(encoded), args.world_size)
+        runner = EditRunner(encoded, own, args.objective, args.max_tokens_per_micro_batch, args.device)
+        return cls(
+            rows,
+            runner,
+            encoded.lengths - (1 if args.objective == "full" else encoded.target_starts),
+            args.loss_averaging,
+            args.variant_weight,
+            args.kept_weight,
+            to_base=args.kept_loss == "kl",
+        )
 
     @torch.no_grad()
     def ask_base(self, model: nn.Module, disabled: AbstractContextManager[Any]) -> None:

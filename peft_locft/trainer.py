@@ -22,18 +22,18 @@ from .adapter_facts import training_record
 from .adapter_folder import save_adapter
 from .batches import EditBatches, LossRecord
 from .distributed import backward, check_not_sharded, end_step, missing_pieces
-from .edit_runner import EditRunner
 from .edits import Edit, edits_sha256, read_edits
-from .encoding import EncodedEdits, encode_edits
-from .evaluation import base_of
-from .model_state import check_finite, check_vocabulary, configuration_unchanged, dropout_off, max_length
+from .encoding import EncodedEdits
+from .generated_text import as_base
+from .model_state import check_finite, check_vocabulary, configuration_unchanged, dropout_off
+from .preserver import PreservationCallback, Preserver, prepare_preserver
 from .recipe import BreadthFirstConfig
 from .residency import trunk_off_device
 from .resting import RestingEdits
 from .resume import check_same_edits, invalidate, whole_checkpoint
 from .row_losses import BatchWeight, RowLosses
 from .training_callbacks import CURVES_KEY, EditProgress, FloorAndRecord
-from .training_rows import TrainingRows
+from .training_data import training_data
 
 logger = logging.getLogger(__name__)
 
@@ -89,26 +89,13 @@ class BreadthFirstTrainer(Trainer):
                 "BreadthFirstTrainer needs train_dataset, the edits, and processing_class, the tokenizer."
             )
         self.edits = read_edits(train_dataset)
-        encoded = encode_edits(
-            self.edits,
-            processing_class,
-            append_eos=args.append_eos,
-            chat_template=args.chat_template,
-            max_length=max_length(model),
-        )
+        self.data = training_data(self.edits, model, processing_class, args)
+        encoded = self.data.encoded
         check_vocabulary(model, encoded.token_ids)
         self.record = LossRecord()
-        num_scored = encoded.lengths - (1 if args.objective == "full" else encoded.target_starts)
         self.resting = RestingEdits(len(encoded), args.loss_floor, args.skip_learned_epochs)
-        self.runner = EditRunner(
-            encoded,
-            torch.arange(min(args.process_index, len(encoded) - 1), len(encoded), args.world_size),
-            args.objective,
-            args.max_tokens_per_micro_batch,
-            args.device,
-        )
-        rows = TrainingRows(len(encoded))
-        self.losses = RowLosses(rows, self.runner, num_scored, args.loss_averaging, 1.0, 1.0, False)
+        self.losses = RowLosses.of(encoded, self.data.rows, args)
+        self.runner = self.losses.runner
         with configuration_unchanged(model):
             super().__init__(
                 model=model, args=args, train_dataset=encoded, processing_class=processing_class, **kwargs
@@ -117,8 +104,12 @@ class BreadthFirstTrainer(Trainer):
             self.accelerator,
             activation_cache_dir=args.activation_cache_dir,
             trunk_residency=args.trunk_residency == "layerwise",
+            preserve_energy=args.preserve_energy,
+            kept_loss=args.has_kept and args.kept_loss == "kl",
         )
         self.add_callback(FloorAndRecord(self.record, self.resting, args))
+        self.preservation = PreservationCallback(Preserver([]))
+        self.add_callback(self.preservation)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(EditProgress(self.record))
 
@@ -142,6 +133,7 @@ class BreadthFirstTrainer(Trainer):
         layerwise = self.args.trunk_residency == "layerwise"
         off_device = trunk_off_device(self.model, self.args.device) if layerwise else nullcontext()
         with configuration_unchanged(self.model), off_device:
+            self.preservation.preserver = prepare_preserver(self.model, self.data.windows, self.args)
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
@@ -203,7 +195,7 @@ class BreadthFirstTrainer(Trainer):
         if not self.runner.is_prepared:
             with self.compute_loss_context_manager():
                 self.runner.prepare(model, self.args, self.accelerator)
-                self.losses.ask_base(model, nullcontext())
+                self.losses.ask_base(model, as_base(self.accelerator.unwrap_model(model)))
         weight = num_items_in_batch or self.losses.weight(torch.tensor(inputs))
         trained, resting = self.resting.split(inputs, int(self.state.epoch))
         shares = self._gradient(model, trained, weight)

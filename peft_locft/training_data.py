@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -148,3 +148,32 @@ def _concatenated(edits: Sequence[Edit], answers: BaseAnswers | None, args: Brea
     random = np.random.default_rng(args.seed)
     chosen = random.integers(len(facts) or 1, size=(len(edits), args.num_concatenated)).tolist()
     return [[concatenated(edit, facts[n]) for n in own] for edit, own in zip(edits, chosen, strict=True)]
+
+
+def _answers(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], args: BreadthFirstConfig
+) -> BaseAnswers | None:
+    if not prompts:
+        return None
+    return base_answers(
+        model, tokenizer, prompts, max_new_tokens=args.kept_answer_tokens, chat_template=args.chat_template
+    )
+
+
+def _text(model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: BreadthFirstConfig) -> torch.Tensor | None:
+    if not (args.kept_text_pieces or args.preserve_energy):
+        return None
+    text = args.preserve_text
+    texts = base_texts(model, tokenizer, args.preserve_tokens, seed=args.seed) if text == GENERATED else text
+    window = min(WINDOW, max_length(model) or WINDOW)
+    return text_windows(texts, tokenizer, window, args.preserve_tokens, model)
+
+
+def _pieces(windows: torch.Tensor, number: int, seed: int) -> EncodedEdits:
+    """Cut pieces out of windows of text, of which the last tokens are scored."""
+    pieces = windows[:, : windows.shape[1] // PIECE * PIECE].reshape(-1, PIECE)
+    chosen = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed))[:number]
+    pieces = pieces[chosen]
+    return EncodedEdits(
+        pieces.flatten().int(), torch.arange(len(pieces) + 1) * PIECE, torch.full((len(pieces),), PIECE - SCORED)
+    )
