@@ -20,7 +20,10 @@ EDITS_AT_ONCE = 256
 
 
 def embed_prompts(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> torch.Tensor:
-    """Embed prompts by the base model's own hidden states: their mean over a prompt's tokens, halfway up the layers.
+    """Embed prompts by the base model's own hidden states halfway up the layers.
+
+    Each token's state is brought to length 1 before the mean over the prompt is taken: the first token's is larger by
+    orders of magnitude in most models, and says nothing of the text.
 
     Args:
         model: a decoder-only language model; an adapter on it is disabled meanwhile.
@@ -40,7 +43,7 @@ def embed_prompts(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts:
             inputs = {"input_ids": ids, "attention_mask": mask, "output_hidden_states": True, "use_cache": False}
             first = torch.zeros(1, dtype=torch.int64, device=device)
             states = logits_at(model, first, first, inputs).hidden_states  # logits of one token: none are wanted
-            half = states[len(states) // 2].float()
+            half = normalize(states[len(states) // 2].float(), dim=-1)
             means = (half * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
             for number, mean in zip(batch, means.cpu(), strict=True):
                 embedded[number] = mean
