@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import build, locations, logits, randomize
 
-from peft_locft import LocFTConfig, read_adapter
+from peft_locft import LocFTConfig, check_adapter
 from peft_locft.scale_choice import SCALES, TradeOff, choose_scale
 
 
@@ -69,7 +69,7 @@ def test_the_choice_is_saved_with_the_adapter(tmp_path: Path) -> None:
     assert str(choice).splitlines()[0] == "| scale | scale | reliability | perplexity | score | kept |"
     assert choice.to_dict()["tried"][7]["metrics"]["reliability"] == pytest.approx(0.91)
     model.save_pretrained(tmp_path)
-    config: Any = read_adapter(tmp_path).config
+    config: Any = check_adapter(tmp_path).config
     assert config.scale == 0.7
     again = PeftModel.from_pretrained(build("llama"), tmp_path)
     assert torch.equal(logits(again), logits(model))
