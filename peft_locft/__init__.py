@@ -18,7 +18,9 @@ from .harness import evaluate_on_tasks
 from .in_place import detach, merge_in_place
 from .inspection import AdapterSummary, inspect_adapter
 from .lora_export import export_lora
+from .preserver import PreservationCallback, Preserver
 from .recipe import BreadthFirstConfig
+from .scale_choice import TradeOff, choose_scale
 from .sharing import push_adapter
 from .shipped_edits import Conflicts, find_conflicts, shipped_edits
 from .small_export import export_small
@@ -41,9 +43,13 @@ __all__ = [
     "LocFTConfig",
     "LocFTModel",
     "MergeSummary",
+    "PreservationCallback",
+    "Preserver",
     "Probe",
+    "TradeOff",
     "__version__",
     "check_adapter",
+    "choose_scale",
     "describe_adapter",
     "detach",
     "edits_sha256",

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
@@ -194,11 +193,11 @@ def _basis(name: str, second_moment: torch.Tensor, energy_share: float) -> torch
 
 def _once(compute: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Return what the first process computes, in all of them: bits may differ from one machine to another."""
-    is_parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not is_parallel:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return compute()
-    shared = [compute() if torch.distributed.get_rank() == 0 else None]
-    return broadcast_object_list(shared)[0]
+    shared = [compute() if torch.distributed.get_rank() == 0 else {}]
+    torch.distributed.broadcast_object_list(shared)
+    return shared[0]
 
 
 def _set_projectors(trained: Sequence[TrainedTensor], bases: dict[str, torch.Tensor]) -> None:
