@@ -16,6 +16,7 @@ from .shrinking import keep_relatively_largest
 
 # of the largest eigenvalue: what a second moment in float32 has below it is rounding
 ROUNDING = torch.finfo(torch.float32).eps
+LEAST_SLOWED = 0.01
 
 
 @dataclass(frozen=True)
@@ -64,16 +65,7 @@ class NullSpaceProjector:
                 is zero, or if no direction would be left to train in.
         """
         check_share("energy_share", energy_share)
-        if second_moment.ndim != 2 or second_moment.shape[0] != second_moment.shape[1]:
-            raise ValueError(
-                f"second_moment: found the shape {tuple(second_moment.shape)}; expected (d_in, d_in), E[k kᵀ] of the "
-                "inputs k."
-            )
-        if not bool(torch.isfinite(second_moment).all()) or not bool(second_moment.any()):
-            raise ValueError("second_moment: found values that are not finite, or none but zeros. Compute it anew.")
-        values, vectors = torch.linalg.eigh(second_moment.double())
-        values, vectors = values.flip(0), vectors.flip(1)
-        values = values.where(values > len(values) * ROUNDING * values[0], 0.0)
+        values, vectors = _directions(second_moment)
         held = values.cumsum(0) / values.sum()
         rank = int((values > 0).sum())
         dropped = min(int((held < energy_share).sum()) + 1, rank)
@@ -113,6 +105,78 @@ class NullSpaceProjector:
         projected = delta.detach().clone()
         self.project_(projected, before)
         return projected
+
+
+@dataclass(frozen=True)
+class DampingProjector:
+    """Slows down every change of a weight in the directions that preserved inputs have: the soft null space.
+
+    A change `D` becomes `D P` with `P = (I + λ C / m)⁻¹`, where `C = E[k kᵀ]` and `m` is the mean of its eigenvalues:
+    a direction with the mean energy is slowed down 1 + λ times, one without any not at all. With λ → ∞ it is the
+    null-space projector of all directions in which there is input.
+
+    The null-space projector closes some directions and leaves the others as they were. Here every direction can be
+    used, and the more a change along it moves the outputs of what is preserved, the less it is.
+
+    Args:
+        basis: (d_in, r) directions, orthonormal columns.
+        slowed: (r,) what is taken from a change in each of them, λ e / (m + λ e).
+        input_dim: as of [`NullSpaceProjector`].
+    """
+
+    basis: torch.Tensor
+    slowed: torch.Tensor
+    input_dim: int = 1
+
+    @classmethod
+    def from_second_moment(cls, second_moment: torch.Tensor, damping: float, input_dim: int = 1) -> DampingProjector:
+        """Take the directions from a second moment; those that would be slowed down by less than 1 % are left alone.
+
+        Args:
+            second_moment: (d_in, d_in) `E[k kᵀ]` of the inputs to preserve.
+            damping: λ, above 0.
+            input_dim: see the class.
+
+        Raises:
+            ValueError: if the damping is out of range, or the second moment is not a square matrix of finite values,
+                or is zero.
+        """
+        check_limit("damping", damping)
+        values, vectors = _directions(second_moment)
+        relative = damping * values / values.mean()
+        slowed = relative / (1 + relative)
+        used = slowed >= LEAST_SLOWED
+        return cls(vectors[:, used].float().contiguous(), slowed[used].float(), input_dim)
+
+    def damp_(self, delta: torch.Tensor, before: torch.Tensor) -> None:
+        """Slow one step's change down, in place: `delta ← before + (delta - before) P`.
+
+        Args:
+            delta: as the optimizer left it.
+            before: the delta before the step.
+        """
+        with torch.no_grad():
+            wide = delta.float()
+            change, basis, slowed = wide - before.float(), self.basis.to(wide.device), self.slowed.to(wide.device)
+            if self.input_dim == 1:
+                wide = wide - (change @ basis * slowed) @ basis.T
+            else:
+                wide = wide - basis @ (slowed[:, None] * (basis.T @ change))
+            delta.copy_(wide)
+
+
+def _directions(second_moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return eigenvalues, the largest first and what is rounding set to zero, and eigenvectors; float64."""
+    if second_moment.ndim != 2 or second_moment.shape[0] != second_moment.shape[1]:
+        raise ValueError(
+            f"second_moment: found the shape {tuple(second_moment.shape)}; expected (d_in, d_in), E[k kᵀ] of the "
+            "inputs k."
+        )
+    if not bool(torch.isfinite(second_moment).all()) or not bool(second_moment.any()):
+        raise ValueError("second_moment: found values that are not finite, or none but zeros. Compute it anew.")
+    values, vectors = torch.linalg.eigh(second_moment.double())
+    values, vectors = values.flip(0), vectors.flip(1)
+    return values.where(values > len(values) * ROUNDING * values[0], 0.0), vectors
 
 
 def bound_(delta: torch.Tensor, limit: float, origin: torch.Tensor | None = None) -> None:

@@ -19,12 +19,14 @@ RECIPES: dict[str, dict[str, Any]] = {
         "kept_subjects": 0,
         "kept_text_pieces": 0,
         "preserve_energy": 0.0,
+        "preserve_damping": 0.0,
     },
     "balanced": {
         "num_prefixes": 15,
         "kept_subjects": 4,
         "kept_text_pieces": 1000,
-        "preserve_energy": 0.5,
+        "preserve_energy": 0.0,
+        "preserve_damping": 10.0,
     },
 }
 
@@ -73,6 +75,13 @@ class PreservationArguments:
         metadata={"help": "Text to preserve: a file, a dataset on the Hub, or 'generated' by the base."},
     )
     preserve_tokens: int = field(default=32768, metadata={"help": "Tokens of that text, at most."})
+    preserve_damping: float | None = field(
+        default=None,
+        metadata={"help": "How much slower is trained where that text has the mean of its inputs' energy; 0: not."},
+    )
+    preserve_prompts: float = field(
+        default=0.3, metadata={"help": "Weight of the kept prompts' last tokens there, beside 1 of the text."}
+    )
     preserve_energy: float | None = field(
         default=None,
         metadata={"help": "Share of the inputs' energy on that text that is closed to training."},
@@ -106,6 +115,8 @@ class PreservationArguments:
         for name in ("variant_weight", "kept_weight", "kept_per_edit"):
             value = getattr(self, name)
             self._check(name, "a number above 0", math.isfinite(value) and value > 0)
+        for name in ("preserve_damping", "preserve_prompts"):
+            self._check(name, "0 or more", 0 <= getattr(self, name) < math.inf)
         self._check("preserve_energy", "0 to 1", 0 <= (self.preserve_energy or 0) <= 1)
 
     def _check(self, name: str, expected: str, holds: bool) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from .input_statistics import Tokens, input_statistics
-from .preservation import NullSpaceProjector, check_limit, check_share
+from .input_statistics import InputStatistics, Tokens, input_statistics
+from .preservation import DampingProjector, NullSpaceProjector, check_limit, check_share
 from .recipe import BreadthFirstConfig
 from .trained_tensors import TrainedTensor, check_projectable, check_whole, find_trained
+
+Projector: TypeAlias = NullSpaceProjector | DampingProjector
 
 
 class Preserver:
@@ -42,6 +45,7 @@ class Preserver:
         *,
         windows: Tokens | None = None,
         energy_share: float | None = None,
+        damping: float | None = None,
         bound: float | None = None,
         keep_share: float | None = None,
         token_weights: Sequence[Sequence[float]] | torch.Tensor | None = None,
@@ -59,6 +63,8 @@ class Preserver:
             windows: text to preserve, see `input_statistics`.
             energy_share: for the null-space projector: the share of the inputs' energy, in (0, 1], whose directions
                 are closed to training; 0.5 is a good value. `None`: no projector.
+            damping: for the soft projector: how much slower training shall be in a direction with the mean energy of
+                the inputs; 10 is a good value. `None`: no such projector.
             bound: the L-infinity bound on every value of `scale * delta`; `None`: none.
             keep_share: RECT's share of the values of each delta that are kept when training has ended; `None`: all.
                 What the projector holds is then held no longer exactly.
@@ -73,36 +79,41 @@ class Preserver:
                 `input_statistics` raises.
             FloatingPointError: if an input is not finite on the text.
         """
-        _check(windows, energy_share, bound, keep_share, token_weights)
-        if energy_share is None and bound is None and keep_share is None:
+        _check(windows, energy_share, damping, bound, keep_share, token_weights)
+        projects = energy_share is not None or damping is not None
+        if not projects and bound is None and keep_share is None:
             return cls([])
         trained = list(find_trained(model))
         check_whole(trained)
-        if energy_share is not None:
+        if projects:
             check_projectable(trained)
         for each in trained:
             if energy_share is not None or each.layer is None:
                 each.remember_origin()
-        if energy_share is not None:
+        if projects:
             assert windows is not None
             locations = list(dict.fromkeys(each.location for each in trained))
 
-            def bases() -> dict[str, torch.Tensor]:
+            def projectors() -> dict[str, Projector]:
                 found = input_statistics(
                     model, windows, locations, token_weights=token_weights, cache_dir=cache_dir, progress=progress
                 )
-                return {name: _basis(name, each.second_moment, energy_share) for name, each in found.items()}
+                return {name: _projector(name, each, energy_share, damping) for name, each in found.items()}
 
-            _set_projectors(trained, _once(bases))
+            _set_projectors(trained, _once(projectors))
         return cls(trained, bound, keep_share)
+
+    def before_step(self) -> None:
+        """Take notice of what the optimizer is about to change."""
+        for each in self.trained:
+            each.remember_before()
 
     def after_step(self, step_taken: bool = True) -> None:
         """Act on what the optimizer has changed; it need not be called where it took no step."""
         if not step_taken:
             return
         for each in self.trained:
-            if each.projector is not None:
-                each.projector.project_(each.tensor, each.origin)
+            each.project()
             if self._bound is not None:
                 each.bound(self._bound)
 
@@ -122,18 +133,23 @@ class Preserver:
         return {"bound": self._bound, "keep_share": self._keep_share, "closed_directions": closed}
 
 
-def prepare_preserver(model: nn.Module, windows: torch.Tensor | None, args: BreadthFirstConfig) -> Preserver:
+def prepare_preserver(
+    model: nn.Module, windows: Tokens | None, weights: Sequence[Sequence[float]] | None, args: BreadthFirstConfig
+) -> Preserver:
     """Return the preserver that a recipe asks for; see [`Preserver.prepare`].
 
     Args:
         model: not wrapped for several processes.
-        windows: (n, tokens) the text to preserve, for the projector.
+        windows: token ids of what is to be preserved, for the projector.
+        weights: what each of them counts; `None`: all the same.
         args: the recipe.
     """
     return Preserver.prepare(
         model,
         windows=windows,
         energy_share=args.preserve_energy or None,
+        damping=args.preserve_damping or None,
+        token_weights=weights,
         bound=args.delta_bound,
         keep_share=args.keep_largest,
         cache_dir=args.preserve_cache_dir,
@@ -147,6 +163,9 @@ class PreservationCallback(TrainerCallback):
     def __init__(self, preserver: Preserver) -> None:
         self.preserver = preserver
 
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.preserver.before_step()
+
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # a gradient that was dropped leaves none, and the optimizer standing still
         self.preserver.after_step(any(each.tensor.grad is not None for each in self.preserver.trained))
@@ -158,10 +177,13 @@ class PreservationCallback(TrainerCallback):
 def _check(
     windows: Tokens | None,
     energy_share: float | None,
+    damping: float | None,
     bound: float | None,
     keep_share: float | None,
     token_weights: Any,
 ) -> None:
+    if energy_share is not None and damping is not None:
+        raise ValueError("energy_share and damping: found both; expected one projector, the hard one or the soft one.")
     if energy_share is not None:
         check_share("energy_share", energy_share)
     if keep_share is not None:
@@ -173,25 +195,30 @@ def _check(
             "energy_share and bound: what is clipped is not in the null space any more, so that one would undo the "
             "other. Give one of them."
         )
-    if energy_share is not None and windows is None:
-        raise ValueError("energy_share: the null-space projector needs windows, the text to preserve.")
-    if energy_share is None and (windows is not None or token_weights is not None):
+    projects = energy_share is not None or damping is not None
+    if projects and windows is None:
+        raise ValueError("energy_share or damping: a projector needs windows, the text to preserve.")
+    if not projects and (windows is not None or token_weights is not None):
         raise ValueError(
-            "windows: a text to preserve is for the null-space projector alone. Give energy_share, such as 0.5, too."
+            "windows: a text to preserve is for the projectors alone. Give damping, such as 10, or energy_share, such "
+            "as 0.5, too."
         )
 
 
 # ---------------------------------------------------------------------- projectors
 
 
-def _basis(name: str, second_moment: torch.Tensor, energy_share: float) -> torch.Tensor:
+def _projector(name: str, statistics: InputStatistics, energy_share: float | None, damping: float | None) -> Projector:
     try:
-        return NullSpaceProjector.from_second_moment(second_moment, energy_share).basis
+        if energy_share is not None:
+            return NullSpaceProjector.from_second_moment(statistics.second_moment, energy_share)
+        assert damping is not None
+        return DampingProjector.from_second_moment(statistics.second_moment, damping)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
 
-def _once(compute: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def _once(compute: Callable[[], dict[str, Projector]]) -> dict[str, Projector]:
     """Return what the first process computes, in all of them: bits may differ from one machine to another."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return compute()
@@ -200,7 +227,7 @@ def _once(compute: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Ten
     return shared[0]
 
 
-def _set_projectors(trained: Sequence[TrainedTensor], bases: dict[str, torch.Tensor]) -> None:
+def _set_projectors(trained: Sequence[TrainedTensor], projectors: dict[str, Projector]) -> None:
     for each in trained:
         assert each.input_dim is not None
-        each.projector = NullSpaceProjector(bases[each.location].to(each.tensor.device), each.input_dim)
+        each.projector = replace(projectors[each.location], input_dim=each.input_dim)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .input_statistics import input_dimension
-from .preservation import NullSpaceProjector, bound_, sparsify_
+from .preservation import DampingProjector, NullSpaceProjector, bound_, sparsify_
 from .tuner.delta import Delta
 from .tuner.layer import LocFTLayer
 from .tuner.provenance import clean_name
@@ -31,6 +31,7 @@ class TrainedTensor:
         adapter: the delta's adapter.
         origin: what training began from; `None`: zeros.
         projector: of this location, if there is to be one.
+        before: the tensor before the step at hand, where the projector needs it.
     """
 
     location: str
@@ -40,7 +41,8 @@ class TrainedTensor:
     layer: LocFTLayer | None = None
     adapter: str = ""
     origin: torch.Tensor | None = None
-    projector: NullSpaceProjector | None = None
+    projector: NullSpaceProjector | DampingProjector | None = None
+    before: torch.Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -59,6 +61,18 @@ class TrainedTensor:
         tensor = self.tensor.detach()
         if self.layer is None or bool(tensor.any()):
             self.origin = tensor.clone()
+
+    def remember_before(self) -> None:
+        if isinstance(self.projector, DampingProjector):
+            tensor = self.tensor.detach()
+            self.before = tensor.clone() if self.before is None else self.before.copy_(tensor)
+
+    def project(self) -> None:
+        if isinstance(self.projector, NullSpaceProjector):
+            self.projector.project_(self.tensor, self.origin)
+        elif isinstance(self.projector, DampingProjector):
+            assert self.before is not None
+            self.projector.damp_(self.tensor, self.before)
 
     def bound(self, limit: float) -> None:
         if self.layer is None:

@@ -105,6 +105,7 @@ class BreadthFirstTrainer(Trainer):
             activation_cache_dir=args.activation_cache_dir,
             trunk_residency=args.trunk_residency == "layerwise",
             preserve_energy=args.preserve_energy,
+            preserve_damping=args.preserve_damping,
             kept_loss=args.has_kept and args.kept_loss == "kl",
         )
         self.add_callback(FloorAndRecord(self.record, self.resting, args))
@@ -133,7 +134,9 @@ class BreadthFirstTrainer(Trainer):
         layerwise = self.args.trunk_residency == "layerwise"
         off_device = trunk_off_device(self.model, self.args.device) if layerwise else nullcontext()
         with configuration_unchanged(self.model), off_device:
-            self.preservation.preserver = prepare_preserver(self.model, self.data.windows, self.args)
+            self.preservation.preserver = prepare_preserver(
+                self.model, self.data.preserved, self.data.preserved_weights, self.args
+            )
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:

@@ -40,14 +40,16 @@ class TrainingData:
         rows: which of them are of which kind.
         prefixes: that the base generated.
         prompts: that were trained on beside those of the edits.
-        windows: (n, tokens) the text to preserve, where a projector is made from it.
+        preserved: token ids of what a projector is made from: text, and kept prompts.
+        preserved_weights: what each of these tokens counts.
     """
 
     encoded: EncodedEdits
     rows: TrainingRows
     prefixes: tuple[str, ...] = ()
     prompts: Sequence[str] = ()
-    windows: torch.Tensor | None = None
+    preserved: Sequence[Sequence[int]] | None = None
+    preserved_weights: Sequence[Sequence[float]] | None = None
 
     def record(self) -> dict[str, Any]:
         """Return what `locft_provenance.json` says of it."""
@@ -107,7 +109,7 @@ def training_data(
         rows,
         prefixes,
         [*(variant.prompt for own in variants for variant in own), *prompts],
-        windows if args.preserve_energy else None,
+        *_preserved(windows, answers, args),
     )
 
 
@@ -161,7 +163,7 @@ def _answers(
 
 
 def _text(model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: BreadthFirstConfig) -> torch.Tensor | None:
-    if not (args.kept_text_pieces or args.preserve_energy):
+    if not (args.kept_text_pieces or args.preserve_energy or args.preserve_damping):
         return None
     text = args.preserve_text
     texts = base_texts(model, tokenizer, args.preserve_tokens, seed=args.seed) if text == GENERATED else text
@@ -177,3 +179,19 @@ def _pieces(windows: torch.Tensor, number: int, seed: int) -> EncodedEdits:
     return EncodedEdits(
         pieces.flatten().int(), torch.arange(len(pieces) + 1) * PIECE, torch.full((len(pieces),), PIECE - SCORED)
     )
+
+
+def _preserved(
+    windows: torch.Tensor | None, answers: BaseAnswers | None, args: BreadthFirstConfig
+) -> tuple[list[list[int]], list[list[float]]] | tuple[None, None]:
+    """Return what a projector is made from: all tokens of the text, and the kept prompts' last, which answer them."""
+    if windows is None or not (args.preserve_energy or args.preserve_damping):
+        return None, None
+    tokens: list[list[int]] = windows.tolist()
+    weights = [[1 / windows.numel()] * windows.shape[1]] * len(windows)
+    if answers is not None and args.preserve_prompts:
+        starts = answers.encoded.target_starts.tolist()
+        prompts = [answers.encoded[n].input_ids[:start].tolist() for n, start in enumerate(starts)]
+        tokens += prompts
+        weights += [[0.0] * (len(prompt) - 1) + [args.preserve_prompts / len(prompts)] for prompt in prompts]
+    return tokens, weights
