@@ -72,8 +72,20 @@ def _any_of(*checks: Check) -> Check:
     return lambda value: any(check(value) for check in checks)
 
 
+def _has(**fields: Check) -> Check:
+    return lambda value: isinstance(value, dict) and all(check(value.get(name)) for name, check in fields.items())
+
+
+def _is_short_hash(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value) is not None
+
+
 TEXTS = _or_none(_any_of(is_text, _is_list(is_text)))
 COUNTS = _is_list(is_count)
+_are_edits = _has(count=is_count, sha256=is_sha256)
+_are_trained_prompts = _has(count=is_count, sha256=_is_list(_is_short_hash))
+_is_augmentation = _has(prefixes=_is_list(is_text), counts=_is_dict(is_count), trained_prompts=_are_trained_prompts)
+_is_shrunk = _has(delta_dtype=_or_none(is_text), keep_largest=_or_none(is_number), share_kept=is_number)
 # of LocFTConfig and of what PEFT has in every configuration: the check, and what to write
 CONFIG_FIELDS: dict[str, tuple[Check, str]] = {
     "auto_mapping": (_or_none(_is_dict(is_text)), "names of a class and its library, or null"),
@@ -104,23 +116,10 @@ def _is_export(value: Any) -> bool:
     return value["to"] == "peft" or (is_count(value.get("rank")) and is_number(value.get("share_kept")))
 
 
-def _is_shrunk(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and _or_none(is_text)(value.get("delta_dtype"))
-        and _or_none(is_number)(value.get("keep_largest"))
-        and is_number(value.get("share_kept"))
-    )
-
-
 FIGURES = ("before", "after", "change")
 
 
 RECIPE_NUMBERS = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "seed")
-
-
-def _are_edits(value: Any) -> bool:
-    return isinstance(value, dict) and is_count(value.get("count")) and is_sha256(value.get("sha256"))
 
 
 def _is_recipe(value: Any) -> bool:
@@ -165,6 +164,7 @@ def _is_figure(value: Any) -> bool:
 
 PROVENANCE_FIELDS: dict[str, tuple[Check, str]] = {
     "format": (lambda value: type(value) is int and value == PROVENANCE_FORMAT, str(PROVENANCE_FORMAT)),
+    "augmentation": (_is_augmentation, "prefixes, counts and the hashes of trained_prompts"),
     "base_model": (_is_dict(_or_none(is_text)), "names"),
     "base_sha256": (_is_dict(is_sha256), "64 hexadecimal digits a tensor"),
     "edits": (_are_edits, "their count and sha256"),

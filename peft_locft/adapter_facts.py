@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers.utils.hub import extract_commit_hash
 from .batches import LossRecord
 from .edits import Edit, edits_sha256
 from .evaluation_report import EvaluationReport
+from .leaks import trained_prompts_record
 from .recipe import BreadthFirstConfig
 
 RECIPE_FIELDS = (
@@ -47,17 +48,34 @@ def training_record(
     losses: LossRecord,
     num_steps: int,
     evaluations: dict[str, Any] | None = None,
+    augmentation: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return what a training run leaves in `locft_provenance.json`: the edits' hash, the recipe, the losses.
 
-    `evaluations` are what an `EvaluationCallback` has left: its `curves`, and the `kept_epoch` where it chose one.
+    `evaluations` are what an `EvaluationCallback` has left: its `curves`, and the `kept_epoch` where it chose one;
+    `augmentation` is an [`augmentation_record`].
     """
     recipe = {name: getattr(args, name) for name in RECIPE_FIELDS}
     return {
         "edits": {"count": len(edits), "sha256": edits_sha256(edits)},
         "recipe": {name: getattr(value, "value", value) for name, value in recipe.items()},
         "training": {"steps": num_steps, "epoch_losses": list(losses.epoch_losses), **(evaluations or {})},
+        **({"augmentation": augmentation} if augmentation else {}),
     }
+
+
+def augmentation_record(
+    *, prefixes: Sequence[str] = (), counts: Mapping[str, int] | None = None, prompts: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Return what is recorded of the rows that a run trained on beyond its edits.
+
+    Args:
+        prefixes: those that were put before prompts, as they are.
+        counts: rows by their kind, such as `{"paraphrases": 120, "facts_to_keep": 400}`.
+        prompts: those of all these rows, of which hashes are recorded: see `leaks.trained_prompts_record`.
+    """
+    trained = trained_prompts_record(prompts)
+    return {"prefixes": list(prefixes), "counts": dict(counts or {}), "trained_prompts": trained}
 
 
 def evaluation_record(report: EvaluationReport) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from .encoding import encode_prompts
 from .evaluation_config import EvaluationConfig
 from .evaluation_report import EvaluationReport
 from .general_ability import Text, measure_text, text_windows
+from .leaks import trained_prompts, without_leaks
 from .questions import STOPS, Answer, Choice, Question, TopK, greedy
 from .scoring import n_gram_entropy
 from .tabulation import Asked, Column, results
@@ -67,7 +68,8 @@ def evaluate_edits(
 
     Raises:
         ValueError: there are no edits, they cannot be read or encoded, the adapter was trained on another base
-            (unless `args.allow_other_base`), or the text is too short.
+            (unless `args.allow_other_base`), the model is known to have been trained on a rephrasing or probe (unless
+            `args.on_leak` says to leave it out), or the text is too short.
         FloatingPointError: the model's logits are NaN or infinite.
 
     Example:
@@ -153,7 +155,9 @@ class EditEvaluator:
         progress: bool = True,
     ) -> None:
         self.args = EvaluationConfig() if args is None else args
-        self.edits = _checked_edits(edits)
+        read = _checked_edits(edits)
+        self._identity = {"count": len(read), "sha256": edits_sha256(read)}
+        self.edits, self._num_leaks = without_leaks(read, trained_prompts(model), self.args.on_leak)
         check_base(model, self.args.allow_other_base)
         self.tokenizer, self.progress, self.base_model = tokenizer, progress, base_model
         self._take(model)
@@ -251,7 +255,7 @@ class EditEvaluator:
             "model": getattr(config, "name_or_path", None) or type(self.model).__name__,
             "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
             "adapters": list(adapters) if isinstance(adapters, list) else None,
-            "edits": {"count": len(self.edits), "sha256": edits_sha256(self.edits)},
+            "edits": self._identity,
             **asdict(self.args),
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         }
@@ -268,5 +272,7 @@ class EditEvaluator:
         repeated = sum(count - 1 for count in prompts.values())
         if repeated:
             yield f"{repeated} of {len(edits)} edits repeat a prompt with another target: no model can give both."
+        if self._num_leaks:
+            yield f"{self._num_leaks} rephrasings and probes were left out: the adapter was trained on them."
         if self.disabled is None:
             yield "There is no base beside this model, so that no figure has a before."

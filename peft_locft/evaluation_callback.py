@@ -50,7 +50,8 @@ class EvaluationCallback(TrainerCallback):
 
     Raises:
         ValueError: if `every` or `patience` is below 1; when training begins, if `best_metric` is not among what is
-            measured, or the model is not whole on its device (`trunk_residency="layerwise"`).
+            measured, the model is not whole on its device (`trunk_residency="layerwise"`), or a rephrasing or probe is
+            trained on (see `EvaluationConfig.on_leak`).
 
     Example:
         >>> callback = EvaluationCallback(edits[:100], every=5, best_metric="generalization_exact_match")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import get_args
 
+from .leaks import OnLeak
 from .metrics import Protocol
 
 LEAST = {
@@ -39,6 +40,9 @@ class EvaluationConfig:
         max_tokens_per_forward (`int`, *optional*):
             Changes nothing but speed and memory; `None`: chosen by the device.
         allow_other_base (`bool`, defaults to `False`): evaluate an adapter on a base that it was not trained on.
+        on_leak (`str`, defaults to `"error"`):
+            What to do with rephrasings and probes that the adapter was trained on: `"error"`, or `"drop"` to leave
+            them out.
 
     Raises:
         ValueError: if a field does not have one of the values named here.
@@ -62,6 +66,9 @@ class EvaluationConfig:
     allow_other_base: bool = field(
         default=False, metadata={"help": "Evaluate an adapter on a base that it was not trained on."}
     )
+    on_leak: OnLeak = field(
+        default="error", metadata={"help": "For questions that the adapter was trained on: refuse, or leave them out."}
+    )
 
     def __post_init__(self) -> None:
         known = get_args(Protocol)
@@ -69,6 +76,9 @@ class EvaluationConfig:
         if wrong or not self.protocols:
             found = ", ".join(map(repr, wrong)) or "none"
             raise ValueError(f"EvaluationConfig.protocols: found {found}; expected some of {', '.join(known)}.")
+        if self.on_leak not in get_args(OnLeak):
+            expected = ", ".join(get_args(OnLeak))
+            raise ValueError(f"EvaluationConfig.on_leak={self.on_leak!r}: expected one of {expected}.")
         for name, least in LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:

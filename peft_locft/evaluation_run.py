@@ -13,12 +13,13 @@ from typing import Any
 from peft import PeftConfig, PeftModel
 from torch import nn
 
-from .adapter_claims import PROVENANCE_NAME
+from .adapter_claims import PROVENANCE_NAME, check_facts
 from .edits import first_edits
 from .evaluation import EditEvaluator, Edits, Text
 from .evaluation_config import EvaluationConfig
 from .evaluation_report import EvaluationReport
 from .harness import evaluate_on_tasks
+from .leaks import mark_trained
 from .loading import load_model
 
 
@@ -62,8 +63,9 @@ def evaluate_model(
         See `evaluate_edits`. Where the adapter says how its loss went, that is in `curves`.
 
     Raises:
-        ValueError: no model is named; edits or text cannot be used; the adapter does not fit the model, or was trained
-            on another base; `num_edits` is below 1.
+        ValueError: no model is named; edits or text cannot be used; the adapter does not fit the model, was trained
+            on another base, or on a question that is asked here (see `EvaluationConfig.on_leak`); `num_edits` is below
+            1.
         OSError: model, tokenizer or adapter cannot be loaded.
         ImportError: tasks are asked for, and lm-evaluation-harness is not installed.
         FloatingPointError: a model's logits are NaN or infinite.
@@ -79,6 +81,9 @@ def evaluate_model(
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     model, tokenizer = load_model(name, dtype, **source)
     edited = model if adapter is None else _with_adapter(model, adapter)
+    facts = _facts(adapter)
+    if "trained_prompts" in facts.get("augmentation", {}):
+        mark_trained(edited, facts["augmentation"]["trained_prompts"])
     base = None
     if base_model_name_or_path is not None:
         base, _ = load_model(base_model_name_or_path, dtype, trust_remote_code=trust_remote_code)
@@ -97,7 +102,7 @@ def evaluate_model(
         of_tasks = found.results(evaluator.args.confidence)
     report = evaluator.evaluate()
     settings = report.settings | {"adapter": _text(adapter), "tasks": list(tasks)}
-    report = replace(report, results=report.results | of_tasks, curves=_curves(adapter), settings=settings)
+    report = replace(report, results=report.results | of_tasks, curves=_curves(facts), settings=settings)
     if output_dir is not None:
         report.save(output_dir)
     return report
@@ -130,12 +135,18 @@ def _with_adapter(model: nn.Module, adapter: str | os.PathLike[str]) -> PeftMode
         raise ValueError(f"{adapter}: the adapter cannot be put on this model: {error}") from None
 
 
-def _curves(adapter: str | os.PathLike[str] | None) -> list[dict[str, float]]:
-    """Return what a training run of ours has left of its epochs."""
+def _facts(adapter: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """Return what is recorded of a local adapter."""
     file = Path(adapter, PROVENANCE_NAME) if adapter is not None else None
     if file is None or not file.is_file():
-        return []
+        return {}
     facts = json.loads(file.read_text(encoding="utf-8"))
+    check_facts(facts, file)
+    return dict(facts)
+
+
+def _curves(facts: dict[str, Any]) -> list[dict[str, float]]:
+    """Return what a training run of ours has left of its epochs."""
     training = facts.get("training", {})
     if training.get("curves"):
         return list(training["curves"])

@@ -22,7 +22,7 @@ from .files import file_written_whole
 from .tuner.config import DELTA_DTYPES
 
 # an export that answers otherwise is not what was evaluated
-OF_THE_EDIT = ("edits", "recipe", "training")
+OF_THE_EDIT = ("edits", "recipe", "training", "augmentation")
 
 
 @dataclass(frozen=True, slots=True)

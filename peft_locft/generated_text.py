@@ -17,7 +17,7 @@ from .model_state import max_length
 from .questions import UNTIL_EOS, Question, TopK
 
 SHORT_PREFIX, LONG_PREFIX = 5, 10  # tokens, by the source
-TEXT_LENGTH = 256
+TEXT_LENGTH = 128
 MAX_ROUNDS = 20
 
 
@@ -89,7 +89,7 @@ def base_texts(
 ) -> list[str]:
     """Let the base model generate text, for those who have none of what it shall preserve.
 
-    Each text begins at BOS (EOS where the tokenizer has no BOS) and ends at EOS, or after 256 tokens or what positions
+    Each text begins at BOS (EOS where the tokenizer has no BOS) and ends at EOS, or after 128 tokens or what positions
     the model has.
 
     Args:
@@ -108,7 +108,7 @@ def base_texts(
 
     Example:
         >>> len(base_texts(model, tokenizer, 32_768))
-        147
+        306
     """
     if num_tokens < 1:
         raise ValueError(f"num_tokens={num_tokens}: expected 1 or more.")

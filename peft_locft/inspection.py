@@ -72,6 +72,12 @@ class AdapterSummary:
             if losses:
                 unit = "edits" if recipe["edit_order"] == "depth_first" else "epochs"
                 yield "loss", f"{losses[0]:.4f} → {losses[-1]:.4f} in {len(losses)} {unit}"
+        augmentation = self.facts.get("augmentation")
+        if augmentation is not None:
+            counts = {"prefixes": len(augmentation["prefixes"])} | augmentation["counts"]
+            words = [f"{count} {_printable(name).replace('_', ' ')}" for name, count in counts.items() if count]
+            yield "augmented", ", ".join(words) or "with nothing"
+            yield from (("prefix", _printable(prefix)) for prefix in augmentation["prefixes"])
         report = evaluation_report(self.facts)
         for name, result in {} if report is None else report.results.items():
             yield "measured", f"{name}  {f'{result.before} → ' if result.before else ''}{result.after}"

@@ -25,6 +25,7 @@ from .distributed import backward, check_not_sharded, end_step, missing_pieces
 from .edits import Edit, edits_sha256, read_edits
 from .encoding import EncodedEdits
 from .generated_text import as_base
+from .leaks import mark_trained
 from .model_state import check_finite, check_vocabulary, configuration_unchanged, dropout_off
 from .preserver import PreservationCallback, Preserver, prepare_preserver
 from .recipe import BreadthFirstConfig
@@ -92,6 +93,7 @@ class BreadthFirstTrainer(Trainer):
         self.data = training_data(self.edits, model, processing_class, args)
         encoded = self.data.encoded
         check_vocabulary(model, encoded.token_ids)
+        mark_trained(model, self.data.record()["trained_prompts"])
         self.record = LossRecord()
         self.resting = RestingEdits(len(encoded), args.loss_floor, args.skip_learned_epochs)
         self.losses = RowLosses.of(encoded, self.data.rows, args)
@@ -291,6 +293,8 @@ class BreadthFirstTrainer(Trainer):
             save_adapter(
                 model,
                 output_dir or self.args.output_dir,
-                record=training_record(self.edits, self.args, self.record, self.state.global_step, evaluations),
+                record=training_record(
+                    self.edits, self.args, self.record, self.state.global_step, evaluations, self.data.record()
+                ),
                 state_dict=state_dict,
             )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from .adapter_facts import augmentation_record
 from .augmentation import concatenated, paraphrased, swapped_subjects, with_prefix
 from .edits import Edit
 from .encoding import EncodedEdits, encode_edits
@@ -39,6 +40,7 @@ class TrainingData:
         encoded: all rows.
         rows: which of them are of which kind.
         prefixes: that the base generated.
+        counts: how many rows there are beside the edits, by their kind.
         prompts: that were trained on beside those of the edits.
         preserved: token ids of what a projector is made from: text, and kept prompts.
         preserved_weights: what each of these tokens counts.
@@ -47,14 +49,14 @@ class TrainingData:
     encoded: EncodedEdits
     rows: TrainingRows
     prefixes: tuple[str, ...] = ()
+    counts: Mapping[str, int] = field(default_factory=dict)
     prompts: Sequence[str] = ()
     preserved: Sequence[Sequence[int]] | None = None
     preserved_weights: Sequence[Sequence[float]] | None = None
 
     def record(self) -> dict[str, Any]:
         """Return what `locft_provenance.json` says of it."""
-        rows = self.rows
-        return {"variants": sum(rows.num_variants), "kept": rows.num_kept, "prefixes": list(self.prefixes)}
+        return augmentation_record(prefixes=self.prefixes, counts=self.counts, prompts=self.prompts)
 
 
 def training_data(
@@ -78,38 +80,41 @@ def training_data(
         logger.info("Prefixes: %s", prefixes)
     prompts = _kept_prompts(edits, model, tokenizer, args)
     answers = _answers(model, tokenizer, prompts, args)
-    variants = [
-        paraphrased(edit) + [with_prefix(edit, prefix) for prefix in prefixes] + followed
-        for edit, followed in zip(edits, _concatenated(edits, answers, args), strict=True)
-    ]
+    kinds = {
+        "paraphrases": [paraphrased(edit) for edit in edits],
+        "prefixed": [[with_prefix(edit, prefix) for prefix in prefixes] for edit in edits],
+        "concatenated": _concatenated(edits, answers, args),
+    }
+    variants = [[variant for own in of_edit for variant in own] for of_edit in zip(*kinds.values(), strict=True)]
     trained = [*edits, *(variant for own in variants for variant in own)]
-    parts = [
-        encode_edits(
-            trained,
-            tokenizer,
-            append_eos=args.append_eos,
-            chat_template=args.chat_template,
-            max_length=max_length(model),
-        )
-    ]
+    encoded = encode_edits(
+        trained,
+        tokenizer,
+        append_eos=args.append_eos,
+        chat_template=args.chat_template,
+        max_length=max_length(model),
+    )
     windows = _text(model, tokenizer, args)
-    kept = [answers.encoded] if answers else []
+    kept = {} if answers is None else {"facts to keep": answers.encoded}
     if args.kept_text_pieces:
         assert windows is not None
-        kept.append(_pieces(windows, args.kept_text_pieces, args.seed))
-    rows = TrainingRows(
-        len(edits),
-        [len(own) for own in variants],
-        sum(map(len, kept)),
-        args.variants_per_epoch,
-        args.kept_per_edit,
-    )
+        kept["pieces of text to keep"] = _pieces(windows, args.kept_text_pieces, args.seed)
+    counts = {kind: sum(map(len, rows)) for kind, rows in kinds.items()} | {kind: len(r) for kind, r in kept.items()}
+    preserved, weights = _preserved(windows, answers, args)
     return TrainingData(
-        join_encoded([*parts, *kept]),
-        rows,
-        prefixes,
-        [*(variant.prompt for own in variants for variant in own), *prompts],
-        *_preserved(windows, answers, args),
+        encoded=join_encoded([encoded, *kept.values()]),
+        rows=TrainingRows(
+            len(edits),
+            [len(own) for own in variants],
+            sum(map(len, kept.values())),
+            args.variants_per_epoch,
+            args.kept_per_edit,
+        ),
+        prefixes=prefixes,
+        counts={kind: count for kind, count in counts.items() if count},
+        prompts=[*(edit.prompt for own in kinds["paraphrases"] for edit in own), *prompts],
+        preserved=preserved,
+        preserved_weights=weights,
     )
 
 
