@@ -248,8 +248,8 @@ def test_two_processes_have_one_projector(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ({"energy_share": 0.5}, "needs windows, the text to preserve"),
-        ({"windows": WINDOWS}, "for the null-space projector alone. Give energy_share"),
-        ({"bound": 1.0, "token_weights": [[1.0]]}, "for the null-space projector alone. Give energy_share"),
+        ({"windows": WINDOWS}, "for the projectors alone. Give damping"),
+        ({"bound": 1.0, "token_weights": [[1.0]]}, "for the projectors alone. Give damping"),
         ({"windows": WINDOWS, "energy_share": 0.5, "bound": 1.0}, "one would undo the other. Give one of them"),
         ({"windows": WINDOWS, "energy_share": 0.0}, "energy_share=0.0: expected a share"),
         ({"keep_share": 20}, "keep_share=20: expected a share"),
