@@ -33,7 +33,54 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 @dataclass
 class PreservationArguments:
-    """What is trained beside the edits, and what keeps the rest of the model; see [`BreadthFirstConfig`]."""
+    """What is trained beside the edits, and what keeps the rest of the model: fields of [`BreadthFirstConfig`].
+
+    Args:
+        recipe (`str`, defaults to `"published"`):
+            What the fields that are `None` below are taken for: `"published"`, nothing beside the edits;
+            `"balanced"`, what was measured to be best in generalization and locality together.
+        num_prefixes (`int`, *optional*):
+            Texts that the base generates, a third of them of at most 5 tokens and the others of at most 10; every edit
+            has a variant behind each (Gangadhar and Stratos, arXiv 2402.11078).
+        num_concatenated (`int`, defaults to 0):
+            Variants of each edit whose target is followed by a random kept fact (SAUL, arXiv 2410.02433).
+        variants_per_epoch (`int`, *optional*, defaults to 1):
+            Variants of each edit, its training `paraphrases` included, that are trained beside it in an epoch, drawn
+            anew each time; `None`: all of them.
+        variant_weight (`float`, defaults to 1.0): of a variant in the loss, beside 1 of its edit.
+        kept_facts (`str`, *optional*):
+            Prompts whose answers shall stay: a file or a dataset on the Hub, see `facts_to_keep`; `"locality"`: the
+            locality probes of the edits, which cannot be evaluated on afterwards.
+        num_kept_facts (`int`, defaults to 2000): so many of them, at most.
+        kept_facts_choice (`str`, defaults to `"random"`): or `"nearest"`, those most similar to the edits' prompts.
+        kept_subjects (`int`, *optional*):
+            For each edit, so many prompts made from its own by putting other edits' subjects in the place of its
+            subject: what is asked in the same words, and must be answered as before.
+        kept_answer_tokens (`int`, defaults to 1):
+            Tokens of the base's own answers that are kept. With 1 and `kept_loss="kl"` nothing is decoded.
+        kept_text_pieces (`int`, *optional*): pieces of 24 tokens of `preserve_text` on which the model is kept.
+        kept_per_edit (`float`, defaults to 1.0):
+            Rows of what is kept beside each edit of a batch. 0 trains on none, and leaves them to the projector.
+        kept_weight (`float`, defaults to 1.0): of their mean loss, beside 1 of the mean of the edits and variants.
+        kept_loss (`str`, defaults to `"kl"`):
+            `"kl"` holds the model to what the base says next, KL(base || model); `"likelihood"` trains the base's own
+            answers as targets, as the source does.
+        preserve_text (`str`, defaults to `"generated"`):
+            The text to preserve: a file, a dataset on the Hub, or text that the base generates itself.
+        preserve_tokens (`int`, defaults to 32768): of that text, at most.
+        preserve_damping (`float`, *optional*):
+            How much slower is trained in a direction that has the mean energy of the location's inputs on that text;
+            see `DampingProjector`. 0: no slower.
+        preserve_prompts (`float`, defaults to 0.3):
+            Weight of the kept prompts' last tokens in these statistics, beside 1 of the text.
+        preserve_energy (`float`, *optional*):
+            Share of that energy whose directions are closed to training instead; see `NullSpaceProjector`. 0: none.
+        preserve_cache_dir (`str`, *optional*): a folder where the statistics are kept for later runs.
+        delta_bound (`float`, *optional*): no value of the delta becomes larger (the L-infinity bound of FT-L).
+        keep_largest (`float`, *optional*):
+            Share of each delta's values that are kept after training, those largest beside their weight (RECT, arXiv
+            2401.04700).
+    """
 
     recipe: Recipe = field(
         default="published", metadata={"help": "What the fields below are where they are not given."}
@@ -110,11 +157,10 @@ class PreservationArguments:
         for name in ("num_prefixes", "num_concatenated", "kept_subjects", "kept_text_pieces"):
             self._check(name, "0 or more", getattr(self, name) >= 0)
         self._check("variants_per_epoch", "1 or more", self.variants_per_epoch is None or self.variants_per_epoch >= 1)
-        for name in ("num_kept_facts", "preserve_tokens"):
+        for name in ("num_kept_facts", "kept_answer_tokens", "preserve_tokens"):
             self._check(name, "1 or more", getattr(self, name) >= 1)
         for name in ("variant_weight", "kept_weight", "kept_per_edit"):
-            value = getattr(self, name)
-            self._check(name, "a number above 0", math.isfinite(value) and value > 0)
+            self._check(name, "0 or more", 0 <= getattr(self, name) < math.inf)
         for name in ("preserve_damping", "preserve_prompts"):
             self._check(name, "0 or more", 0 <= getattr(self, name) < math.inf)
         self._check("preserve_energy", "0 to 1", 0 <= (self.preserve_energy or 0) <= 1)

@@ -95,8 +95,8 @@ def training_data(
         max_length=max_length(model),
     )
     windows = _text(model, tokenizer, args)
-    kept = {} if answers is None else {"facts to keep": answers.encoded}
-    if args.kept_text_pieces:
+    kept = {"facts to keep": answers.encoded} if answers is not None and args.kept_per_edit else {}
+    if args.kept_text_pieces and args.kept_per_edit:
         assert windows is not None
         kept["pieces of text to keep"] = _pieces(windows, args.kept_text_pieces, args.seed)
     counts = {kind: sum(map(len, rows)) for kind, rows in kinds.items()} | {kind: len(r) for kind, r in kept.items()}

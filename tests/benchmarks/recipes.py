@@ -1,0 +1,94 @@
+"""The recipes side by side: what edits of SmolLM2-135M learn, how they generalize, and what they leave alone.
+
+Each setting trains the same edits from the same base, and is evaluated on their prompts, rephrasings and locality
+probes and on a text. No setting has seen any of these but the prompts: what is kept comes from the base itself.
+A setting that is in the output folder already is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+
+from peft_locft import BreadthFirstConfig, BreadthFirstTrainer, LocFTConfig, read_edits
+from peft_locft.evaluation import EditEvaluator
+from peft_locft.evaluation_config import EvaluationConfig
+
+from .common import machine, markdown_table, parser_for, write_json
+
+LATE, SEVERAL = [20], [18, 20, 22]
+AUGMENTED: dict[str, Any] = {"num_prefixes": 15}
+PRESERVED: dict[str, Any] = {"preserve_damping": 10.0, "kept_subjects": 4, "kept_text_pieces": 0}
+SETTINGS: dict[str, tuple[list[int], dict[str, Any]]] = {
+    "published": (LATE, {}),
+    "+ augmentation": (LATE, AUGMENTED),
+    "+ preservation": (LATE, AUGMENTED | PRESERVED),
+    "balanced": (SEVERAL, {"recipe": "balanced"}),
+}
+METRICS = {
+    "reliability": "reliability_exact_match",
+    "generalization": "generalization_exact_match",
+    "first word of locality unchanged": "locality_first_word_unchanged",
+    "perplexity": "perplexity",
+}
+
+
+def main() -> None:
+    from smollm2 import load_smollm2
+
+    parser = parser_for(__doc__, epochs=25, num_edits=500)
+    parser.add_argument("--text", type=Path, required=True, help="for perplexity, not seen in training")
+    parser.add_argument("--settings", nargs="+", default=["published", "+ augmentation", "+ preservation", "balanced"])
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print(machine(), flush=True)
+    edits = read_edits(arguments.edits, on_conflict="last")[: arguments.num_edits]
+    base, tokenizer = load_smollm2(dtype=torch.bfloat16)
+    evaluator = None
+    rows = []
+    for name in arguments.settings:
+        path = arguments.output / f"{arguments.edits.stem}_{len(edits)}_{name.replace(' ', '')}.json"
+        if not path.exists():
+            layers, fields = SETTINGS[name]
+            model = get_peft_model(base, LocFTConfig(target_modules=["down_proj"], layers_to_transform=layers))
+            found = train(model, tokenizer, edits, fields, arguments)
+            if evaluator is None:
+                asked = EvaluationConfig(protocols=["generation"])
+                evaluator = EditEvaluator(model, tokenizer, edits, asked, text=arguments.text)
+            report = evaluator.evaluate(model)
+            found |= {metric: cell(report.results[key]) for metric, key in METRICS.items()}
+            write_json(path, {"machine": machine(), "layers": layers, "fields": fields, "row": found})
+            base = model.unload()
+        rows.append({"setting": name} | json.loads(path.read_text())["row"])
+        print(rows[-1], flush=True)
+    print(f"\n{len(edits)} edits of {arguments.edits.name}\n\n{markdown_table(rows)}")
+
+
+def train(model: Any, tokenizer: Any, edits: Any, fields: dict[str, Any], arguments: Any) -> dict[str, Any]:
+    begun = time.perf_counter()
+    args = BreadthFirstConfig(
+        output_dir=str(arguments.output / "training"),
+        per_device_train_batch_size=20,
+        num_train_epochs=arguments.epochs,
+        report_to=[],
+        **({"learning_rate": arguments.learning_rate} | fields),
+    )
+    trainer = BreadthFirstTrainer(model=model, args=args, train_dataset=edits, processing_class=tokenizer)
+    trainer.train()
+    seconds = round(time.perf_counter() - begun)
+    return {"epochs": len(trainer.epoch_losses), "loss": round(trainer.epoch_losses[-1], 4), "seconds": seconds}
+
+
+def cell(result: Any) -> str:
+    after, before = result.after, result.before
+    text = f"{after.value:.3f} [{after.low:.3f}, {after.high:.3f}]"
+    return text if before is None else f"{text} (before: {before.value:.3f})"
+
+
+if __name__ == "__main__":
+    main()
