@@ -1,6 +1,6 @@
 """What keeps the rest of a model while a weight of it is trained: tensors in, tensors out. No model needed.
 
-- the null-space projector: AlphaEdit's, applied to every change that training makes to a delta;
+- the null-space projector: AlphaEdit's, applied to every change that training makes to a delta; and a soft form of it;
 - the L-infinity bound of FT-L;
 - RECT's sparsification of a trained delta.
 """
@@ -64,13 +64,7 @@ class NullSpaceProjector:
                 is zero, or if no direction would be left to train in.
         """
         check_share("energy_share", energy_share)
-        if second_moment.ndim != 2 or second_moment.shape[0] != second_moment.shape[1]:
-            raise ValueError(
-                f"second_moment: found the shape {tuple(second_moment.shape)}; expected (d_in, d_in), E[k kᵀ] of the "
-                "inputs k."
-            )
-        if not bool(torch.isfinite(second_moment).all()) or not bool(second_moment.any()):
-            raise ValueError("second_moment: found values that are not finite, or none but zeros. Compute it anew.")
+        _check_second_moment(second_moment)
         values, vectors = torch.linalg.eigh(second_moment.double())
         values, vectors = values.flip(0), vectors.flip(1)
         values = values.where(values > len(values) * ROUNDING * values[0], 0.0)
@@ -113,6 +107,55 @@ class NullSpaceProjector:
         projected = delta.detach().clone()
         self.project_(projected, before)
         return projected
+
+
+@dataclass(frozen=True)
+class SoftProjector:
+    """Damps every change of a weight in the directions of preserved inputs, the more the more energy they hold.
+
+    A change `D` becomes `D (I + strength * C / m)⁻¹`, where `m = trace(C) / d_in` is the mean eigenvalue of `C`: in a
+    direction of mean energy, with a strength of 1, half of it is left. Nothing is closed, so that doing it twice is
+    not doing it once, and it is for the change of one step: the delta before the step has to be kept.
+
+    Args:
+        matrix: (d_in, d_in), symmetric.
+        input_dim: as in `NullSpaceProjector`.
+    """
+
+    matrix: torch.Tensor
+    input_dim: int = 1
+
+    @classmethod
+    def from_second_moment(cls, second_moment: torch.Tensor, strength: float, input_dim: int = 1) -> SoftProjector:
+        """Compute the matrix from (d_in, d_in) `E[k kᵀ]` of the inputs to preserve.
+
+        Raises:
+            ValueError: if the strength is no finite number above 0; if the second moment is not a square matrix of
+                finite values or is zero.
+        """
+        check_positive("soft_strength", strength)
+        _check_second_moment(second_moment)
+        wide = second_moment.double()
+        damping = torch.eye(len(wide), dtype=wide.dtype) + strength * wide / wide.diagonal().mean()
+        return cls(torch.linalg.inv(damping).float(), input_dim)
+
+    def project_change(self, delta: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """Return `before + (delta - before) (I + strength * C / m)⁻¹`, as `NullSpaceProjector.project_change`."""
+        with torch.no_grad():
+            start = before.float()
+            change = delta.float() - start
+            matrix = self.matrix.to(start.device)
+            return (start + (change @ matrix if self.input_dim == 1 else matrix @ change)).to(delta.dtype)
+
+
+def _check_second_moment(second_moment: torch.Tensor) -> None:
+    if second_moment.ndim != 2 or second_moment.shape[0] != second_moment.shape[1]:
+        raise ValueError(
+            f"second_moment: found the shape {tuple(second_moment.shape)}; expected (d_in, d_in), E[k kᵀ] of the "
+            "inputs k."
+        )
+    if not bool(torch.isfinite(second_moment).all()) or not bool(second_moment.any()):
+        raise ValueError("second_moment: found values that are not finite, or none but zeros. Compute it anew.")
 
 
 def bound_(delta: torch.Tensor, limit: float, origin: torch.Tensor | None = None) -> None:
@@ -163,7 +206,7 @@ def check_share(name: str, share: float) -> None:
         raise ValueError(f"{name}={share!r}: expected a share, a number above 0 and up to 1.")
 
 
-def check_limit(name: str, limit: float) -> None:
-    """Raise a ValueError if this is no bound: a finite number above 0."""
-    if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < math.inf:
-        raise ValueError(f"{name}={limit!r}: expected a finite number above 0, such as 5e-4.")
+def check_positive(name: str, number: float) -> None:
+    """Raise a ValueError if this is no finite number above 0."""
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < math.inf:
+        raise ValueError(f"{name}={number!r}: expected a finite number above 0.")
