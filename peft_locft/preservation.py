@@ -14,8 +14,8 @@ import torch
 
 from .shrinking import keep_relatively_largest
 
-# of the largest eigenvalue: what a second moment in float32 has below it is rounding
-ROUNDING = torch.finfo(torch.float32).eps
+# of the largest eigenvalue: what a second moment from products in float32 has below it is rounding
+ROUNDING = 10 * torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class NullSpaceProjector:
 
         Args:
             second_moment: (d_in, d_in) `E[k kᵀ]` of the inputs to preserve.
-            energy_share: in (0, 1]; 1 drops every direction in which there is any input.
+            energy_share: in (0, 1]; 1 drops every direction in which there is any input, beyond
+                rounding.
             input_dim: see the class.
 
         Raises:
@@ -66,10 +67,9 @@ class NullSpaceProjector:
         check_share("energy_share", energy_share)
         _check_second_moment(second_moment)
         values, vectors = torch.linalg.eigh(second_moment.double())
-        values, vectors = values.flip(0), vectors.flip(1)
-        values = values.where(values > len(values) * ROUNDING * values[0], 0.0)
+        values, vectors = values.flip(0).clamp(min=0.0), vectors.flip(1)
         held = values.cumsum(0) / values.sum()
-        rank = int((values > 0).sum())
+        rank = int((values > ROUNDING * values[0]).sum())
         dropped = min(int((held < energy_share).sum()) + 1, rank)
         if dropped == len(values):
             raise ValueError(

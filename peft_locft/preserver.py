@@ -165,8 +165,8 @@ def _check(
     given = [name for name, value in each_step.items() if value is not None]
     if len(given) > 1:
         raise ValueError(
-            f"{' and '.join(given)}: what one does to a step the other undoes; a clipped delta, for one, is not in the "
-            "null space any more. Give one of them."
+            f"{' and '.join(given)}: what one does to a step the other undoes: a clipped delta leaves the null space. "
+            "Give one of them."
         )
     needs_text = energy_share is not None or soft_strength is not None
     if needs_text and windows is None:
