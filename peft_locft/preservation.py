@@ -1,6 +1,6 @@
 """What keeps the rest of a model while a weight of it is trained: tensors in, tensors out. No model needed.
 
-- the null-space projector: AlphaEdit's, applied to every change that training makes to a delta;
+- the null-space projector: AlphaEdit's, applied to every change that training makes to a delta; and a soft form of it;
 - the L-infinity bound of FT-L;
 - RECT's sparsification of a trained delta.
 """
@@ -14,9 +14,8 @@ import torch
 
 from .shrinking import keep_relatively_largest
 
-# of the largest eigenvalue: what a second moment in float32 has below it is rounding
-ROUNDING = torch.finfo(torch.float32).eps
-LEAST_SLOWED = 0.01
+# of the largest eigenvalue: what a second moment from products in float32 has below it is rounding
+ROUNDING = 10 * torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,8 @@ class NullSpaceProjector:
 
         Args:
             second_moment: (d_in, d_in) `E[k kᵀ]` of the inputs to preserve.
-            energy_share: in (0, 1]; 1 drops every direction in which there is any input.
+            energy_share: in (0, 1]; 1 drops every direction in which there is any input, beyond
+                rounding.
             input_dim: see the class.
 
         Raises:
@@ -65,9 +65,11 @@ class NullSpaceProjector:
                 is zero, or if no direction would be left to train in.
         """
         check_share("energy_share", energy_share)
-        values, vectors = _directions(second_moment)
+        _check_second_moment(second_moment)
+        values, vectors = torch.linalg.eigh(second_moment.double())
+        values, vectors = values.flip(0).clamp(min=0.0), vectors.flip(1)
         held = values.cumsum(0) / values.sum()
-        rank = int((values > 0).sum())
+        rank = int((values > ROUNDING * values[0]).sum())
         dropped = min(int((held < energy_share).sum()) + 1, rank)
         if dropped == len(values):
             raise ValueError(
@@ -108,65 +110,45 @@ class NullSpaceProjector:
 
 
 @dataclass(frozen=True)
-class DampingProjector:
-    """Slows down every change of a weight in the directions that preserved inputs have: the soft null space.
+class SoftProjector:
+    """Damps every change of a weight in the directions of preserved inputs, the more the more energy they hold.
 
-    A change `D` becomes `D P` with `P = (I + λ C / m)⁻¹`, where `C = E[k kᵀ]` and `m` is the mean of its eigenvalues:
-    a direction with the mean energy is slowed down 1 + λ times, one without any not at all. With λ → ∞ it is the
-    null-space projector of all directions in which there is input.
-
-    The null-space projector closes some directions and leaves the others as they were. Here every direction can be
-    used, and the more a change along it moves the outputs of what is preserved, the less it is.
+    A change `D` becomes `D (I + strength * C / m)⁻¹`, where `m = trace(C) / d_in` is the mean eigenvalue of `C`: in a
+    direction of mean energy, with a strength of 1, half of it is left. Nothing is closed, so that doing it twice is
+    not doing it once, and it is for the change of one step: the delta before the step has to be kept.
 
     Args:
-        basis: (d_in, r) directions, orthonormal columns.
-        slowed: (r,) what is taken from a change in each of them, λ e / (m + λ e).
-        input_dim: as of [`NullSpaceProjector`].
+        matrix: (d_in, d_in), symmetric.
+        input_dim: as in `NullSpaceProjector`.
     """
 
-    basis: torch.Tensor
-    slowed: torch.Tensor
+    matrix: torch.Tensor
     input_dim: int = 1
 
     @classmethod
-    def from_second_moment(cls, second_moment: torch.Tensor, damping: float, input_dim: int = 1) -> DampingProjector:
-        """Take the directions from a second moment; those that would be slowed down by less than 1 % are left alone.
-
-        Args:
-            second_moment: (d_in, d_in) `E[k kᵀ]` of the inputs to preserve.
-            damping: λ, above 0.
-            input_dim: see the class.
+    def from_second_moment(cls, second_moment: torch.Tensor, strength: float, input_dim: int = 1) -> SoftProjector:
+        """Compute the matrix from (d_in, d_in) `E[k kᵀ]` of the inputs to preserve.
 
         Raises:
-            ValueError: if the damping is out of range, or the second moment is not a square matrix of finite values,
-                or is zero.
+            ValueError: if the strength is no finite number above 0; if the second moment is not a square matrix of
+                finite values or is zero.
         """
-        check_limit("damping", damping)
-        values, vectors = _directions(second_moment)
-        relative = damping * values / values.mean()
-        slowed = relative / (1 + relative)
-        used = slowed >= LEAST_SLOWED
-        return cls(vectors[:, used].float().contiguous(), slowed[used].float(), input_dim)
+        check_positive("soft_strength", strength)
+        _check_second_moment(second_moment)
+        wide = second_moment.double()
+        damping = torch.eye(len(wide), dtype=wide.dtype) + strength * wide / wide.diagonal().mean()
+        return cls(torch.linalg.inv(damping).float(), input_dim)
 
-    def damp_(self, delta: torch.Tensor, before: torch.Tensor) -> None:
-        """Slow one step's change down, in place: `delta ← before + (delta - before) P`.
-
-        Args:
-            delta: as the optimizer left it.
-            before: the delta before the step.
-        """
+    def project_change(self, delta: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """Return `before + (delta - before) (I + strength * C / m)⁻¹`, as `NullSpaceProjector.project_change`."""
         with torch.no_grad():
-            wide = delta.float()
-            change, basis, slowed = wide - before.float(), self.basis.to(wide.device), self.slowed.to(wide.device)
-            if self.input_dim == 1:
-                wide = wide - (change @ basis * slowed) @ basis.T
-            else:
-                wide = wide - basis @ (slowed[:, None] * (basis.T @ change))
-            delta.copy_(wide)
+            start = before.float()
+            change = delta.float() - start
+            matrix = self.matrix.to(start.device)
+            return (start + (change @ matrix if self.input_dim == 1 else matrix @ change)).to(delta.dtype)
 
 
-def _directions(second_moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return eigenvalues, the largest first and what is rounding set to zero, and eigenvectors; float64."""
+def _check_second_moment(second_moment: torch.Tensor) -> None:
     if second_moment.ndim != 2 or second_moment.shape[0] != second_moment.shape[1]:
         raise ValueError(
             f"second_moment: found the shape {tuple(second_moment.shape)}; expected (d_in, d_in), E[k kᵀ] of the "
@@ -174,9 +156,6 @@ def _directions(second_moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
         )
     if not bool(torch.isfinite(second_moment).all()) or not bool(second_moment.any()):
         raise ValueError("second_moment: found values that are not finite, or none but zeros. Compute it anew.")
-    values, vectors = torch.linalg.eigh(second_moment.double())
-    values, vectors = values.flip(0), vectors.flip(1)
-    return values.where(values > len(values) * ROUNDING * values[0], 0.0), vectors
 
 
 def bound_(delta: torch.Tensor, limit: float, origin: torch.Tensor | None = None) -> None:
@@ -227,7 +206,7 @@ def check_share(name: str, share: float) -> None:
         raise ValueError(f"{name}={share!r}: expected a share, a number above 0 and up to 1.")
 
 
-def check_limit(name: str, limit: float) -> None:
-    """Raise a ValueError if this is no bound: a finite number above 0."""
-    if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < math.inf:
-        raise ValueError(f"{name}={limit!r}: expected a finite number above 0, such as 5e-4.")
+def check_positive(name: str, number: float) -> None:
+    """Raise a ValueError if this is no finite number above 0."""
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < math.inf:
+        raise ValueError(f"{name}={number!r}: expected a finite number above 0.")

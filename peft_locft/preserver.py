@@ -12,11 +12,10 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from .input_statistics import InputStatistics, Tokens, input_statistics
-from .preservation import DampingProjector, NullSpaceProjector, check_limit, check_share
-from .recipe import BreadthFirstConfig
+from .preservation import NullSpaceProjector, SoftProjector, check_positive, check_share
 from .trained_tensors import TrainedTensor, check_projectable, check_whole, find_trained
 
-Projector: TypeAlias = NullSpaceProjector | DampingProjector
+Projector: TypeAlias = NullSpaceProjector | SoftProjector
 
 
 class Preserver:
@@ -45,7 +44,7 @@ class Preserver:
         *,
         windows: Tokens | None = None,
         energy_share: float | None = None,
-        damping: float | None = None,
+        soft_strength: float | None = None,
         bound: float | None = None,
         keep_share: float | None = None,
         token_weights: Sequence[Sequence[float]] | torch.Tensor | None = None,
@@ -63,8 +62,8 @@ class Preserver:
             windows: text to preserve, see `input_statistics`.
             energy_share: for the null-space projector: the share of the inputs' energy, in (0, 1], whose directions
                 are closed to training; 0.5 is a good value. `None`: no projector.
-            damping: for the soft projector: how much slower training shall be in a direction with the mean energy of
-                the inputs; 10 is a good value. `None`: no such projector.
+            soft_strength: in place of it, for the soft form of the projector: how strongly changes are damped, a
+                number above 0. Then `before_step` has to be called, too. `None`: no soft projector.
             bound: the L-infinity bound on every value of `scale * delta`; `None`: none.
             keep_share: RECT's share of the values of each delta that are kept when training has ended; `None`: all.
                 What the projector holds is then held no longer exactly.
@@ -73,38 +72,37 @@ class Preserver:
             progress: show a progress bar.
 
         Raises:
-            ValueError: if an argument is out of range or has no effect; if projector and bound are both asked for; if
+            ValueError: if an argument is out of range or has no effect; if two of projector, soft projector and bound
+                are asked for; if
                 a trained parameter is not one that these can act on: of LoRA or another PEFT method for all of them,
                 anything but the weight of a Linear or Conv1D for the projector; if one is sharded; and whatever
                 `input_statistics` raises.
             FloatingPointError: if an input is not finite on the text.
         """
-        _check(windows, energy_share, damping, bound, keep_share, token_weights)
-        projects = energy_share is not None or damping is not None
-        if not projects and bound is None and keep_share is None:
+        _check(windows, energy_share, soft_strength, bound, keep_share, token_weights)
+        if energy_share is soft_strength is bound is keep_share is None:
             return cls([])
         trained = list(find_trained(model))
         check_whole(trained)
-        if projects:
+        if windows is not None:
             check_projectable(trained)
         for each in trained:
             if energy_share is not None or each.layer is None:
                 each.remember_origin()
-        if projects:
-            assert windows is not None
+        if windows is not None:
             locations = list(dict.fromkeys(each.location for each in trained))
 
             def projectors() -> dict[str, Projector]:
                 found = input_statistics(
                     model, windows, locations, token_weights=token_weights, cache_dir=cache_dir, progress=progress
                 )
-                return {name: _projector(name, each, energy_share, damping) for name, each in found.items()}
+                return {name: _projector(name, each, energy_share, soft_strength) for name, each in found.items()}
 
             _set_projectors(trained, _once(projectors))
         return cls(trained, bound, keep_share)
 
     def before_step(self) -> None:
-        """Take notice of what the optimizer is about to change."""
+        """Keep what a soft projector needs of the moment before the optimizer's step; else without effect."""
         for each in self.trained:
             each.remember_before()
 
@@ -128,7 +126,7 @@ class Preserver:
         closed = {
             each.name: {"dropped": each.projector.basis.shape[1], "of": each.projector.basis.shape[0]}
             for each in self.trained
-            if each.projector is not None
+            if isinstance(each.projector, NullSpaceProjector)
         }
         return {"bound": self._bound, "keep_share": self._keep_share, "closed_directions": closed}
 
@@ -177,43 +175,42 @@ class PreservationCallback(TrainerCallback):
 def _check(
     windows: Tokens | None,
     energy_share: float | None,
-    damping: float | None,
+    soft_strength: float | None,
     bound: float | None,
     keep_share: float | None,
     token_weights: Any,
 ) -> None:
-    if energy_share is not None and damping is not None:
-        raise ValueError("energy_share and damping: found both; expected one projector, the hard one or the soft one.")
-    if energy_share is not None:
-        check_share("energy_share", energy_share)
-    if keep_share is not None:
-        check_share("keep_share", keep_share)
-    if bound is not None:
-        check_limit("bound", bound)
-    if energy_share is not None and bound is not None:
+    for name, share in (("energy_share", energy_share), ("keep_share", keep_share)):
+        if share is not None:
+            check_share(name, share)
+    for name, number in (("soft_strength", soft_strength), ("bound", bound)):
+        if number is not None:
+            check_positive(name, number)
+    each_step = {"energy_share": energy_share, "soft_strength": soft_strength, "bound": bound}
+    given = [name for name, value in each_step.items() if value is not None]
+    if len(given) > 1:
         raise ValueError(
-            "energy_share and bound: what is clipped is not in the null space any more, so that one would undo the "
-            "other. Give one of them."
+            f"{' and '.join(given)}: what one does to a step the other undoes: a clipped delta leaves the null space. "
+            "Give one of them."
         )
-    projects = energy_share is not None or damping is not None
-    if projects and windows is None:
-        raise ValueError("energy_share or damping: a projector needs windows, the text to preserve.")
-    if not projects and (windows is not None or token_weights is not None):
-        raise ValueError(
-            "windows: a text to preserve is for the projectors alone. Give damping, such as 10, or energy_share, such "
-            "as 0.5, too."
-        )
+    needs_text = energy_share is not None or soft_strength is not None
+    if needs_text and windows is None:
+        raise ValueError(f"{given[0]}: a projector needs windows, the text to preserve.")
+    if not needs_text and (windows is not None or token_weights is not None):
+        raise ValueError("windows: a text to preserve is for a projector alone. Give energy_share, such as 0.5, too.")
 
 
 # ---------------------------------------------------------------------- projectors
 
 
-def _projector(name: str, statistics: InputStatistics, energy_share: float | None, damping: float | None) -> Projector:
+def _projector(
+    name: str, statistics: InputStatistics, energy_share: float | None, soft_strength: float | None
+) -> Projector:
     try:
         if energy_share is not None:
             return NullSpaceProjector.from_second_moment(statistics.second_moment, energy_share)
-        assert damping is not None
-        return DampingProjector.from_second_moment(statistics.second_moment, damping)
+        assert soft_strength is not None
+        return SoftProjector.from_second_moment(statistics.second_moment, soft_strength)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
@@ -230,4 +227,8 @@ def _once(compute: Callable[[], dict[str, Projector]]) -> dict[str, Projector]:
 def _set_projectors(trained: Sequence[TrainedTensor], projectors: dict[str, Projector]) -> None:
     for each in trained:
         assert each.input_dim is not None
-        each.projector = replace(projectors[each.location], input_dim=each.input_dim)
+        found, device = projectors[each.location], each.tensor.device
+        if isinstance(found, NullSpaceProjector):
+            each.projector = NullSpaceProjector(found.basis.to(device), each.input_dim)
+        else:
+            each.projector = SoftProjector(found.matrix.to(device), each.input_dim)

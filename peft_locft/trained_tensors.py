@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .input_statistics import input_dimension
-from .preservation import DampingProjector, NullSpaceProjector, bound_, sparsify_
+from .preservation import NullSpaceProjector, SoftProjector, bound_, sparsify_
 from .tuner.delta import Delta
 from .tuner.layer import LocFTLayer
 from .tuner.provenance import clean_name
@@ -31,7 +31,7 @@ class TrainedTensor:
         adapter: the delta's adapter.
         origin: what training began from; `None`: zeros.
         projector: of this location, if there is to be one.
-        before: the tensor before the step at hand, where the projector needs it.
+        before: the tensor before a step, for a projector that needs it.
     """
 
     location: str
@@ -41,7 +41,7 @@ class TrainedTensor:
     layer: LocFTLayer | None = None
     adapter: str = ""
     origin: torch.Tensor | None = None
-    projector: NullSpaceProjector | DampingProjector | None = None
+    projector: NullSpaceProjector | SoftProjector | None = None
     before: torch.Tensor | None = None
 
     @property
@@ -63,16 +63,17 @@ class TrainedTensor:
             self.origin = tensor.clone()
 
     def remember_before(self) -> None:
-        if isinstance(self.projector, DampingProjector):
-            tensor = self.tensor.detach()
-            self.before = tensor.clone() if self.before is None else self.before.copy_(tensor)
+        if isinstance(self.projector, SoftProjector):
+            self.before = self.tensor.detach().clone()
 
     def project(self) -> None:
         if isinstance(self.projector, NullSpaceProjector):
             self.projector.project_(self.tensor, self.origin)
-        elif isinstance(self.projector, DampingProjector):
-            assert self.before is not None
-            self.projector.damp_(self.tensor, self.before)
+        elif self.projector is not None:
+            if self.before is None:
+                raise RuntimeError("Preserver.after_step: with soft_strength, call before_step before every step.")
+            self.tensor.data.copy_(self.projector.project_change(self.tensor, self.before))
+            self.before = None
 
     def bound(self, limit: float) -> None:
         if self.layer is None:
@@ -140,8 +141,8 @@ def check_projectable(trained: Sequence[TrainedTensor]) -> None:
     if others:
         listed = ", ".join(f"{each.name} ({type(each.module).__name__})" for each in others[:3])
         raise ValueError(
-            f"energy_share: the null-space projector is for weights that are multiplied with an input, of a Linear or "
-            f"Conv1D; found also {listed}{' and others' if len(others) > 3 else ''}. Leave them out "
+            "A projector is for weights that are multiplied with an input, of a Linear or Conv1D; "
+            f"found also {listed}{' and others' if len(others) > 3 else ''}. Leave them out "
             "(LocFTConfig.exclude_modules for embeddings, norms and quantized linears, train_bias=False, no "
             "target_parameters of fused experts), or use bound in its place."
         )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import same_bits
 
-from peft_locft.preservation import NullSpaceProjector, bound_, check_limit, sparsify_
+from peft_locft.preservation import NullSpaceProjector, SoftProjector, bound_, check_positive, sparsify_
 from peft_locft.shrinking import keep_relatively_largest
 
 D_OUT, D_IN = 6, 10
@@ -126,6 +126,28 @@ def test_a_narrow_delta_is_projected_in_float32() -> None:
     assert same_bits(delta, wide.bfloat16())
 
 
+# ---------------------------------------------------------------------- the soft form
+
+
+def test_a_change_is_damped_by_the_energy_of_its_direction() -> None:
+    moment = torch.diag(torch.tensor([6.0, 3.0, 0.0]))
+    before = torch.ones(2, 3)
+    for input_dim in (1, 0):
+        projector = SoftProjector.from_second_moment(moment, 2.0, input_dim)
+        found = projector.project_change(before + 7.0, before) if input_dim else None
+        if found is None:
+            found = projector.project_change(before.T + 7.0, before.T).T
+        # the mean eigenvalue is 3
+        expected = torch.tensor([[1 + 7 / 5, 1 + 7 / 3, 1 + 7]] * 2)
+        torch.testing.assert_close(found, expected)
+    narrow = SoftProjector.from_second_moment(moment, 2.0).project_change(before.bfloat16(), before.bfloat16())
+    assert narrow.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"soft_strength=-1: expected a finite number above 0"):
+        SoftProjector.from_second_moment(moment, -1)
+    with pytest.raises(ValueError, match="none but zeros"):
+        SoftProjector.from_second_moment(torch.zeros(3, 3), 1.0)
+
+
 # ---------------------------------------------------------------------- the bound, and RECT
 
 
@@ -141,7 +163,7 @@ def test_the_bound_is_around_the_base_weight() -> None:
 @pytest.mark.parametrize("limit", [0, -1.0, math.inf, math.nan, True])
 def test_no_bound_is_refused(limit: float) -> None:
     with pytest.raises(ValueError, match=r"bound=.*: expected a finite number above 0"):
-        check_limit("bound", limit)
+        check_positive("bound", limit)
 
 
 def test_the_relatively_largest_changes_stay() -> None:

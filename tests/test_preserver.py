@@ -18,7 +18,7 @@ from peft_locft import BreadthFirstConfig, BreadthFirstTrainer, LocFTConfig
 from peft_locft.preservation import NullSpaceProjector
 from peft_locft.preserver import PreservationCallback, Preserver
 from peft_locft.shrinking import keep_relatively_largest
-from peft_locft.trained_tensors import find_trained
+from peft_locft.trained_tensors import TrainedTensor, find_trained
 
 WINDOWS = token_ids(batch_size=4, length=9)
 LEARNED = token_ids(batch_size=3, length=6).flip(1)
@@ -41,6 +41,8 @@ def train(model: nn.Module, preserver: Preserver | None, num_steps: int = 8, lea
     for _ in range(num_steps):
         optimizer.zero_grad()
         model(input_ids=LEARNED, labels=LEARNED).loss.backward()
+        if preserver is not None:
+            preserver.before_step()
         optimizer.step()
         if preserver is not None:
             preserver.after_step()
@@ -48,7 +50,28 @@ def train(model: nn.Module, preserver: Preserver | None, num_steps: int = 8, lea
         preserver.after_training()
 
 
+def basis_of(each: TrainedTensor) -> torch.Tensor:
+    assert isinstance(each.projector, NullSpaceProjector)
+    return each.projector.basis
+
+
 # ---------------------------------------------------------------------- the projector
+
+
+def train_projecting_every_change(model: nn.Module, preserver: Preserver) -> None:
+    """Do what `train` does, with the delta before each step kept, and that step's change projected."""
+    projectors = {each.name: each.projector for each in preserver.trained}
+    parameters = {each.name: each.tensor for each in find_trained(model)}
+    optimizer = torch.optim.Adam(list(parameters.values()), lr=0.02)
+    for _ in range(8):
+        optimizer.zero_grad()
+        model(input_ids=LEARNED, labels=LEARNED).loss.backward()
+        before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        optimizer.step()
+        for name, parameter in parameters.items():
+            projector = projectors[name]
+            assert projector is not None
+            parameter.data.copy_(projector.project_change(parameter, before[name]))
 
 
 @pytest.mark.parametrize("family", sorted(SEVERAL))
@@ -63,18 +86,7 @@ def test_training_is_that_with_every_change_of_adam_projected(family: str) -> No
 
     other = get_peft_model(build(family), config)
     randomize(other, std=0.05)
-    projectors = {each.name: each.projector for each in preserver.trained}
-    parameters = {each.name: each.tensor for each in find_trained(other)}
-    optimizer = torch.optim.Adam(list(parameters.values()), lr=0.02)
-    for _ in range(8):
-        optimizer.zero_grad()
-        other(input_ids=LEARNED, labels=LEARNED).loss.backward()
-        before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-        optimizer.step()
-        for name, parameter in parameters.items():
-            projector = projectors[name]
-            assert isinstance(projector, NullSpaceProjector)
-            parameter.data.copy_(projector.project_change(parameter, before[name]))
+    train_projecting_every_change(other, preserver)
     found, expected = trained(model), trained(other)
     for name, origin in origins.items():
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4)
@@ -94,13 +106,26 @@ def test_outputs_for_preserved_text_stay_what_they_were(family: str) -> None:
     torch.testing.assert_close(logits(model, text), before, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_soft_projector_damps_every_change(family: str) -> None:
+    model, other = (get_peft_model(build(family), SEVERAL[family]) for _ in range(2))
+    preserver = Preserver.prepare(model, windows=WINDOWS, soft_strength=3.0, progress=False)
+    with pytest.raises(RuntimeError, match="with soft_strength, call before_step before every step"):
+        preserver.after_step()
+    train(model, preserver)
+    train_projecting_every_change(other, preserver)
+    assert_same_tensors(trained(model), trained(other))
+    assert preserver.describe()["closed_directions"] == {}
+    assert all(float(tensor.norm()) > 0.1 for tensor in trained(model).values())
+
+
 def test_every_location_has_a_projector_of_its_own() -> None:
     model = get_peft_model(build("llama"), SEVERAL["llama"])
     preserver = Preserver.prepare(model, windows=WINDOWS, energy_share=0.6, progress=False)
     closed = preserver.describe()["closed_directions"]
     assert sorted(closed) == sorted(locations(model))
     assert {each["of"] for each in closed.values()} == {32, 48}
-    bases = [each.projector.basis for each in preserver.trained if each.projector is not None]
+    bases = [basis_of(each) for each in preserver.trained]
     assert len({basis.data_ptr() for basis in bases}) == 4
     assert not any(same_bits(bases[0], basis) for basis in bases[1:])
 
@@ -179,7 +204,13 @@ def preserving(folder: Path, preserve: dict[str, Any], **arguments: Any) -> Pres
 
 
 @pytest.mark.parametrize(
-    "preserve", [{"windows": WINDOWS, "energy_share": 0.7}, {"bound": 0.01, "keep_share": 0.3}], ids=["space", "bound"]
+    "preserve",
+    [
+        {"windows": WINDOWS, "energy_share": 0.7},
+        {"windows": WINDOWS, "soft_strength": 1.0},
+        {"bound": 0.01, "keep_share": 0.3},
+    ],
+    ids=["null-space", "soft", "bound"],
 )
 def test_a_run_that_is_resumed_ends_with_the_same_bits(tmp_path: Path, preserve: dict[str, Any]) -> None:
     whole = preserving(tmp_path / "whole", preserve)
@@ -209,9 +240,8 @@ def test_any_trainer_can_call_it(tmp_path: Path) -> None:
     args = BreadthFirstConfig(output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, num_train_epochs=2)
     Trainer(model=model, args=args, train_dataset=rows, callbacks=[PreservationCallback(preserver)]).train()
     (each,) = preserver.trained
-    assert each.projector is not None
     assert each.tensor.detach().norm() > 1e-3
-    assert (each.tensor.detach() @ each.projector.basis).abs().max() < 1e-6
+    assert (each.tensor.detach() @ basis_of(each)).abs().max() < 1e-6
 
 
 def in_a_process(rank: int, folder: str) -> None:
@@ -220,8 +250,7 @@ def in_a_process(rank: int, folder: str) -> None:
     # only the first reads the text
     windows = WINDOWS if rank == 0 else WINDOWS + 5
     preserver = Preserver.prepare(model, windows=windows, energy_share=0.7, progress=False)
-    assert preserver.trained[0].projector is not None
-    torch.save(preserver.trained[0].projector.basis, f"{folder}/basis-{rank}.pt")
+    torch.save(basis_of(preserver.trained[0]), f"{folder}/basis-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -237,8 +266,7 @@ def test_two_processes_have_one_projector(tmp_path: Path) -> None:
     assert same_bits(*bases)
     model = get_peft_model(build("llama"), ATTENTION)
     alone = Preserver.prepare(model, windows=WINDOWS, energy_share=0.7, progress=False)
-    assert alone.trained[0].projector is not None
-    assert same_bits(alone.trained[0].projector.basis, bases[0])
+    assert same_bits(basis_of(alone.trained[0]), bases[0])
 
 
 # ---------------------------------------------------------------------- mistakes
@@ -247,10 +275,13 @@ def test_two_processes_have_one_projector(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"energy_share": 0.5}, "needs windows, the text to preserve"),
-        ({"windows": WINDOWS}, "for the projectors alone. Give damping"),
-        ({"bound": 1.0, "token_weights": [[1.0]]}, "for the projectors alone. Give damping"),
-        ({"windows": WINDOWS, "energy_share": 0.5, "bound": 1.0}, "one would undo the other. Give one of them"),
+        ({"energy_share": 0.5}, "energy_share: a projector needs windows, the text to preserve"),
+        ({"soft_strength": 0.5}, "soft_strength: a projector needs windows, the text to preserve"),
+        ({"windows": WINDOWS}, "for a projector alone. Give energy_share"),
+        ({"bound": 1.0, "token_weights": [[1.0]]}, "for a projector alone. Give energy_share"),
+        ({"windows": WINDOWS, "energy_share": 0.5, "bound": 1.0}, "energy_share and bound: what one does"),
+        ({"windows": WINDOWS, "energy_share": 0.5, "soft_strength": 1.0}, "energy_share and soft_strength: what one"),
+        ({"windows": WINDOWS, "soft_strength": 0}, "soft_strength=0: expected a finite number above 0"),
         ({"windows": WINDOWS, "energy_share": 0.0}, "energy_share=0.0: expected a share"),
         ({"keep_share": 20}, "keep_share=20: expected a share"),
         ({"bound": -1.0}, "bound=-1.0: expected a finite number above 0"),
@@ -320,10 +351,3 @@ def test_a_text_in_all_directions_names_the_location() -> None:
     model = get_peft_model(build("llama"), ATTENTION)
     with pytest.raises(ValueError, match=r"model.layers.1.self_attn.o_proj: energy_share=1.0: .* all 32 directions"):
         Preserver.prepare(model, windows=token_ids(20, 20), energy_share=1.0, progress=False)
-
-
-def test_projectors_are_on_the_trained_tensor_s_device() -> None:
-    model = get_peft_model(build("llama"), ATTENTION)
-    (each,) = Preserver.prepare(model, windows=WINDOWS, energy_share=0.5, progress=False).trained
-    assert isinstance(each.projector, NullSpaceProjector)
-    assert each.projector.basis.device == each.tensor.device
