@@ -70,7 +70,7 @@ class PreservationArguments:
         preserve_tokens (`int`, defaults to 32768): of that text, at most.
         preserve_damping (`float`, *optional*):
             How much slower is trained in a direction that has the mean energy of the location's inputs on that text;
-            see `DampingProjector`. 0: no slower.
+            see `SoftProjector`. 0: no slower.
         preserve_prompts (`float`, defaults to 0.3):
             Weight of the kept prompts' last tokens in these statistics, beside 1 of the text.
         preserve_energy (`float`, *optional*):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from .input_statistics import InputStatistics, Tokens, input_statistics
 from .preservation import NullSpaceProjector, SoftProjector, check_positive, check_share
+from .recipe import BreadthFirstConfig
 from .trained_tensors import TrainedTensor, check_projectable, check_whole, find_trained
 
 Projector: TypeAlias = NullSpaceProjector | SoftProjector
@@ -145,9 +145,9 @@ def prepare_preserver(
     return Preserver.prepare(
         model,
         windows=windows,
-        energy_share=args.preserve_energy or None,
-        damping=args.preserve_damping or None,
         token_weights=weights,
+        energy_share=args.preserve_energy or None,
+        soft_strength=args.preserve_damping or None,
         bound=args.delta_bound,
         keep_share=args.keep_largest,
         cache_dir=args.preserve_cache_dir,
