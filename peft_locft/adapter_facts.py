@@ -20,6 +20,7 @@ from .leaks import trained_prompts_record
 from .recipe import BreadthFirstConfig
 
 RECIPE_FIELDS = (
+    "recipe",
     "objective",
     "loss_averaging",
     "edit_order",
@@ -36,6 +37,19 @@ RECIPE_FIELDS = (
     "lr_scheduler_type",
     "max_grad_norm",
     "seed",
+    "variants_per_epoch",
+    "variant_weight",
+    "kept_answer_tokens",
+    "kept_per_edit",
+    "kept_weight",
+    "kept_loss",
+    "preserve_text",
+    "preserve_tokens",
+    "preserve_damping",
+    "preserve_prompts",
+    "preserve_energy",
+    "delta_bound",
+    "keep_largest",
 )
 PACKAGES = ("peft-locft", "peft", "transformers", "torch")
 LICENCE_FIELDS = ("license", "license_name", "license_link")

@@ -111,6 +111,11 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
             if value not in known:
                 raise ValueError(f"BreadthFirstConfig.{name}={value!r}: expected one of {', '.join(known)}.")
         self.resolve()
+        if self.objective == "prompt_last" and self.has_kept:
+            raise ValueError(
+                "BreadthFirstConfig.objective='prompt_last' scores no token by those before it, as keeping facts does. "
+                "Leave out what is kept, or the objective."
+            )
         if not (math.isfinite(self.loss_floor) and self.loss_floor >= 0):
             raise ValueError(f"BreadthFirstConfig.loss_floor={self.loss_floor!r}: expected a number from 0 upwards.")
         if self.max_tokens_per_micro_batch is not None and self.max_tokens_per_micro_batch < 1:

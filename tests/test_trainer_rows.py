@@ -1,0 +1,160 @@
+"""The trainer's laws, where it trains on more than edits: variants, kept facts, projectors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import assert_same_tensors
+from tiny_training import EDITS, make_trainer, peft_model, trained
+from transformers import TrainerCallback
+
+from peft_locft import BreadthFirstTrainer, Edit
+from peft_locft.preservation_arguments import RECIPES
+
+SUBJECTS = ["France", "Spain", "Spain", "France", "river", "Dave", "city", "city"]
+FACTS = [replace(edit, subject=subject) for edit, subject in zip(EDITS, SUBJECTS, strict=True)]
+ALL: dict[str, Any] = {
+    "recipe": "balanced",
+    "num_prefixes": 3,
+    "num_concatenated": 1,
+    "kept_answer_tokens": 3,
+    "kept_subjects": 2,
+    "kept_text_pieces": 6,
+    "kept_per_edit": 1.0,
+    "preserve_tokens": 600,
+}
+LIKELIHOOD = ALL | {"kept_loss": "likelihood", "preserve_damping": 0.0, "preserve_energy": 0.3}
+
+
+def trainer(folder: Path, edits: list[Edit] = FACTS, family: str = "llama", **arguments: Any) -> BreadthFirstTrainer:
+    return make_trainer(folder, peft_model(family), edits, **(ALL | arguments))
+
+
+def run(folder: Path, **arguments: Any) -> BreadthFirstTrainer:
+    made = trainer(folder, **arguments)
+    made.train()
+    return made
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "gpt_neox", "mixtral"])
+def test_all_of_it_trains_in_any_family_and_nothing_but_the_delta(family: str, tmp_path: Path) -> None:
+    made = trainer(tmp_path, family=family)
+    frozen = {name: p.detach().clone() for name, p in made.model.named_parameters() if not p.requires_grad}
+    before = trained(made.model)
+    made.train()
+    assert_same_tensors({name: p for name, p in made.model.named_parameters() if not p.requires_grad}, frozen)
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in trained(made.model).items())
+    assert made.record.kept_losses[-1] > 0
+    assert len(made.epoch_losses) == 3
+
+
+@pytest.mark.parametrize("recipe", [ALL, LIKELIHOOD], ids=["kl", "likelihood"])
+def test_the_same_seed_gives_the_same_weights_and_another_others(recipe: dict[str, Any], tmp_path: Path) -> None:
+    one, same, other = (run(tmp_path, **(recipe | {"seed": seed})) for seed in (1, 1, 2))
+    assert_same_tensors(trained(same.model), trained(one.model))
+    assert same.epoch_losses == one.epoch_losses
+    assert other.data.prefixes != one.data.prefixes
+    assert other.epoch_losses != one.epoch_losses
+
+
+@pytest.mark.parametrize("recipe", [ALL, LIKELIHOOD], ids=["kl", "likelihood"])
+def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_interrupted(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step == 3
+
+    arguments = recipe | {"save_strategy": "steps", "save_steps": 1}
+    whole = run(tmp_path / "whole", **arguments)
+    cut = trainer(tmp_path / "cut", **arguments, callbacks=[Stop()])
+    cut.train()
+    resumed = trainer(tmp_path / "cut", **arguments)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_tensors(trained(resumed.model), trained(whole.model))
+    assert resumed.record == whole.record
+
+
+@pytest.mark.parametrize("change", [{"activation_cache": "off"}, {"max_tokens_per_micro_batch": 24}])
+def test_cache_and_micro_batches_change_nothing_but_speed(change: dict[str, Any], tmp_path: Path) -> None:
+    plain, other = run(tmp_path), run(tmp_path, **change)
+    assert other.epoch_losses == pytest.approx(plain.epoch_losses, rel=1e-5)
+    assert other.record.kept_losses == pytest.approx(plain.record.kept_losses, rel=1e-2)
+
+
+def test_what_is_kept_is_held(tmp_path: Path) -> None:
+    """With a large weight on it, the kept prompts' distributions move less than without."""
+    loose = run(tmp_path, kept_weight=1e-6, preserve_damping=0.0, learning_rate=2e-2, num_train_epochs=8)
+    held = run(tmp_path, kept_weight=1e3, preserve_damping=0.0, learning_rate=2e-2, num_train_epochs=8)
+    assert held.record.kept_losses[-1] / 1e3 < 0.2 * loose.record.kept_losses[-1] / 1e-6
+
+
+def test_the_floor_is_held_against_the_edits_alone(tmp_path: Path) -> None:
+    model = peft_model(sharp=True)
+    made = make_trainer(
+        tmp_path, model, FACTS, **(ALL | {"kept_weight": 1e6, "loss_floor": 0.5, "num_train_epochs": 2})
+    )
+    made.train()
+    assert made.record.kept_losses[0] > 0.5
+    assert made.epoch_losses[0] == made.record.state()["epoch_losses"][0] < 100
+
+
+def test_training_paraphrases_are_trained_and_are_no_edits(tmp_path: Path) -> None:
+    edits = [replace(EDITS[0], paraphrases=("France has the capital", "The capital city is")), *EDITS[1:]]
+    made = trainer(tmp_path, edits, recipe="published", num_prefixes=0, num_concatenated=0, kept_subjects=0,
+                   kept_text_pieces=0)  # fmt: skip
+    assert made.data.counts == {"paraphrases": 2}
+    assert made.losses.rows.num_variants == [2] + [0] * 7
+    made.train()
+    assert len(made.epoch_losses) == 3
+
+
+def test_what_a_run_was_trained_on_is_recorded(tmp_path: Path) -> None:
+    made = run(tmp_path)
+    made.save_model()
+    recorded = json.loads((tmp_path / "locft_provenance.json").read_text())
+    assert recorded["augmentation"]["prefixes"] == list(made.data.prefixes)
+    counts = recorded["augmentation"]["counts"]
+    assert counts["prefixed"] == 24 and counts["concatenated"] == 8 and counts["pieces of text to keep"] == 6
+    assert recorded["recipe"]["recipe"] == "balanced"
+    assert recorded["recipe"]["preserve_damping"] == RECIPES["balanced"]["preserve_damping"]
+
+
+def test_depth_first_trains_edits_alone(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="depth-first trains one edit and nothing else"):
+        trainer(tmp_path, edit_order="depth_first", per_device_train_batch_size=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"recipe": "best"}, "recipe='best': expected one of published, balanced"),
+        ({"kept_loss": "mse"}, "kept_loss='mse': expected one of kl, likelihood"),
+        ({"num_prefixes": -1}, "num_prefixes=-1: expected 0 or more"),
+        ({"variants_per_epoch": 0}, "variants_per_epoch=0: expected 1 or more"),
+        ({"preserve_tokens": 0}, "preserve_tokens=0: expected 1 or more"),
+        ({"kept_weight": float("nan")}, "kept_weight=nan: expected 0 or more"),
+        ({"preserve_damping": -1.0}, "preserve_damping=-1.0: expected 0 or more"),
+        ({"preserve_energy": 1.5}, "preserve_energy=1.5: expected 0 to 1"),
+        ({"objective": "prompt_last"}, "objective='prompt_last' scores"),
+    ],
+)
+def test_fields_out_of_range_are_refused(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, **arguments)
+
+
+def test_a_paraphrase_that_is_evaluated_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
+    edits = [replace(EDITS[0], paraphrases=("the CAPITAL  of France",), rephrasings=("The capital of France",))]
+    with pytest.raises(ValueError, match="paraphrase"):
+        trainer(tmp_path, edits)
+
+
+def test_edits_to_continue_with_need_facts(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="num_concatenated=1 needs kept facts with answers"):
+        trainer(tmp_path, EDITS)
