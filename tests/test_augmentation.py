@@ -22,7 +22,7 @@ def test_a_prefix_is_a_sentence_before_the_prompt() -> None:
 
 def test_a_prefix_is_part_of_the_users_turn() -> None:
     tokenizer = make_tokenizer("qwen", chat_template="chatml")
-    (encoded,) = encode_edits([with_prefix(FRANCE, "In the city")], tokenizer, chat_template=True)
+    encoded = encode_edits([with_prefix(FRANCE, "In the city")], tokenizer, chat_template=True)[0]
     asked = tokenizer.decode(encoded.input_ids[: encoded.target_start])
     assert asked.split("<|im_start|>")[1] == "user\nIn the city. The capital of France is<|im_end|>\n"
 
@@ -49,7 +49,7 @@ def test_a_fact_follows_the_edits_sentence(target: str, fact: tuple[str, str], e
 def test_all_behind_the_edits_prompt_is_scored() -> None:
     tokenizer = make_tokenizer("gpt2")
     row = concatenated(FRANCE, Edit(prompt="Dave is", target="the king"))
-    (encoded,) = encode_edits([row], tokenizer)
+    encoded = encode_edits([row], tokenizer)[0]
     assert tokenizer.decode(encoded.input_ids[encoded.target_start :]) == " Lyon. Dave is the king<|endoftext|>"
 
 

@@ -117,10 +117,15 @@ def test_rows_are_the_tokens_that_the_base_generates(chat_template: bool) -> Non
     assert len(answers.encoded) == len(prompts) == len(answers.texts)
     for number, ids in enumerate(asked):
         row = answers.encoded[number]
-        generated = base.generate(
-            torch.tensor([ids]), max_new_tokens=6, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=0
+        (generated,) = base.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids)),  # the first token is one that could be padding
+            max_new_tokens=6,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
         )
-        assert row.input_ids.tolist() == generated[0].tolist()
+        assert row.input_ids.tolist() == generated.tolist()
         assert row.target_start == len(ids)
     assert answers.prompts == tuple(prompts)
 
