@@ -4,6 +4,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -297,3 +298,30 @@ def test_published_data_is_read_whole(name: str, num_conflicts: int) -> None:
     assert len(edits) == 3000
     for edit in edits:
         assert len(edit.rephrasings) == len(edit.locality) == 1 and edit.subject and edit.ground_truth
+
+
+# ---------------------------------------------------------------------- paraphrases to train on
+
+
+def test_paraphrases_are_read_and_merged_beside_rephrasings() -> None:
+    record = {"prompt": "p", "target": "t", "rephrase": "asked"}
+    edits = read_edits([record | {"paraphrases": ["a", "b"]}, record | {"paraphrases": "b"}, record])
+    assert [(edit.paraphrases, edit.rephrasings) for edit in edits] == [(("a", "b"), ("asked",))]
+    with pytest.raises(ValueError, match=r"field 'paraphrases': found \['a'\]; expected a tuple of str"):
+        Edit(prompt="p", target="t", paraphrases=["a"])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="field 'paraphrases': found nothing"):
+        Edit(prompt="p", target="t", paraphrases=(" ",))
+
+
+def test_only_edits_with_paraphrases_have_another_hash_than_before_there_were_any() -> None:
+    edit = Edit(
+        prompt="The capital of Norway is",
+        target="Bergen",
+        rephrasings=("Norway's capital is",),
+        locality=(Probe("Oslo is"),),
+        subject="Norway",
+    )
+    # of a record that has no such field
+    assert edits_sha256([edit]) == "4192c5853949508c4f6d579eac3bbd49819bca0aaa9c9fea2a20ec40c9eaf187"
+    hashes = {edits_sha256([replace(edit, paraphrases=texts)]) for texts in ((), ("a",), ("a", "b"), ("b", "a"))}
+    assert len(hashes) == 4

@@ -29,6 +29,7 @@ FULL = Edit(
     prompt="The capital of  Norway is",
     target="Bergen",
     rephrasings=("Norway's capital city is", "Zürich 利根川\u2028"),
+    paraphrases=("What is the capital of Norway? It is",),
     locality=(Probe("The capital of Sweden is", "Stockholm"), Probe("No answer")),
     portability=(Probe("The king of Norway lives in", "Bergen"),),
     subject="Norway",
