@@ -27,7 +27,7 @@ from .small_export import export_small
 from .stream_merge import MergeSummary, merge_checkpoint
 from .trainer import BreadthFirstTrainer
 from .training_run import train_edits
-from .tuner import LocFTConfig, LocFTModel
+from .tuner import LocFTConfig, LocFTModel, balanced_config
 
 __all__ = [
     "AdapterSummary",
@@ -48,6 +48,7 @@ __all__ = [
     "Probe",
     "TradeOff",
     "__version__",
+    "balanced_config",
     "check_adapter",
     "choose_scale",
     "describe_adapter",

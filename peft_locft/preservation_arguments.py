@@ -44,9 +44,9 @@ class PreservationArguments:
             has a variant behind each (Gangadhar and Stratos, arXiv 2402.11078).
         num_concatenated (`int`, defaults to 0):
             Variants of each edit whose target is followed by a random kept fact (SAUL, arXiv 2410.02433).
-        variants_per_epoch (`int`, *optional*, defaults to 1):
+        variants_per_epoch (`float`, *optional*, defaults to 1.0):
             Variants of each edit, its training `paraphrases` included, that are trained beside it in an epoch, drawn
-            anew each time; `None`: all of them.
+            anew each time; 0.5 is one of every second edit; `None`: all of them.
         variant_weight (`float`, defaults to 1.0): of a variant in the loss, beside 1 of its edit.
         kept_facts (`str`, *optional*):
             Prompts whose answers shall stay: a file or a dataset on the Hub, see `facts_to_keep`; `"locality"`: the
@@ -91,8 +91,8 @@ class PreservationArguments:
     num_concatenated: int = field(
         default=0, metadata={"help": "Variants of each edit that go on with a random kept fact (SAUL)."}
     )
-    variants_per_epoch: int | None = field(
-        default=1, metadata={"help": "Variants of each edit in an epoch, drawn anew."}
+    variants_per_epoch: float | None = field(
+        default=1.0, metadata={"help": "Variants of each edit in an epoch, drawn anew."}
     )
     variant_weight: float = field(default=1.0, metadata={"help": "Of a variant in the loss, beside 1 of its edit."})
     kept_facts: str | None = field(
@@ -156,7 +156,9 @@ class PreservationArguments:
                 setattr(self, name, value)
         for name in ("num_prefixes", "num_concatenated", "kept_subjects", "kept_text_pieces"):
             self._check(name, "0 or more", getattr(self, name) >= 0)
-        self._check("variants_per_epoch", "1 or more", self.variants_per_epoch is None or self.variants_per_epoch >= 1)
+        self._check(
+            "variants_per_epoch", "a number above 0", self.variants_per_epoch is None or self.variants_per_epoch > 0
+        )
         for name in ("num_kept_facts", "kept_answer_tokens", "preserve_tokens"):
             self._check(name, "1 or more", getattr(self, name) >= 1)
         for name in ("variant_weight", "kept_weight", "kept_per_edit"):

@@ -113,7 +113,7 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
         self.resolve()
         if self.objective == "prompt_last" and self.has_kept:
             raise ValueError(
-                "BreadthFirstConfig.objective='prompt_last' scores no token by those before it, as keeping facts does. "
+                "BreadthFirstConfig.objective='prompt_last' scores no token by those before it, as what is kept is. "
                 "Leave out what is kept, or the objective."
             )
         if not (math.isfinite(self.loss_floor) and self.loss_floor >= 0):

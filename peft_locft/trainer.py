@@ -139,6 +139,7 @@ class BreadthFirstTrainer(Trainer):
             self.preservation.preserver = prepare_preserver(
                 self.model, self.data.preserved, self.data.preserved_weights, self.args
             )
+            self.add_callback(self.pop_callback(self.preservation))  # behind one that brings the best epoch back
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:

@@ -18,14 +18,14 @@ class TrainingRows:
         num_edits: rows that are edits.
         num_variants: (edits,) rows that are variants of each.
         num_kept: rows that are kept.
-        variants_per_epoch: of each edit's, drawn anew every epoch; `None`: all of them.
+        variants_per_epoch: of each edit's, drawn anew every epoch, 0.5 for one of every second edit's; `None`: all.
         kept_per_edit: kept rows beside every edit of a batch.
     """
 
     num_edits: int
     num_variants: Sequence[int] = ()
     num_kept: int = 0
-    variants_per_epoch: int | None = None
+    variants_per_epoch: float | None = None
     kept_per_edit: float = 0.0
 
     @property
@@ -46,7 +46,7 @@ class TrainingRows:
         """
         variants, begin = [], self.num_edits
         for count in self.num_variants:
-            number = count if self.variants_per_epoch is None else min(self.variants_per_epoch, count)
+            number = self._number(count, generator)
             drawn = range(count) if number == count else torch.randperm(count, generator=generator)[:number].tolist()
             variants.append([begin + each for each in drawn])
             begin += count
@@ -59,6 +59,13 @@ class TrainingRows:
             companions.append(own + kept[taken:until])
             taken = until
         return companions
+
+    def _number(self, count: int, generator: torch.Generator) -> int:
+        if self.variants_per_epoch is None or not count:
+            return count
+        whole, part = divmod(self.variants_per_epoch, 1)
+        more = bool(part) and bool(torch.rand((), generator=generator) < part)
+        return min(int(whole) + more, count)
 
     def _kept_in_turn(self, number: int, generator: torch.Generator) -> list[int]:
         """Draw kept rows, none a second time before all the others were."""

@@ -13,7 +13,7 @@ from tiny_models import assert_same_tensors
 from tiny_training import EDITS, make_trainer, peft_model, trained
 from transformers import TrainerCallback
 
-from peft_locft import BreadthFirstTrainer, Edit
+from peft_locft import BreadthFirstTrainer, Edit, LocFTConfig
 from peft_locft.preservation_arguments import RECIPES
 
 SUBJECTS = ["France", "Spain", "Spain", "France", "river", "Dave", "city", "city"]
@@ -32,7 +32,9 @@ LIKELIHOOD = ALL | {"kept_loss": "likelihood", "preserve_damping": 0.0, "preserv
 
 
 def trainer(folder: Path, edits: list[Edit] = FACTS, family: str = "llama", **arguments: Any) -> BreadthFirstTrainer:
-    return make_trainer(folder, peft_model(family), edits, **(ALL | arguments))
+    # the experts of a mixture are one parameter, which has no projector
+    config = LocFTConfig(target_modules=["o_proj"], layers_to_transform=[1]) if family == "mixtral" else None
+    return make_trainer(folder, peft_model(family, config), edits, **(ALL | arguments))
 
 
 def run(folder: Path, **arguments: Any) -> BreadthFirstTrainer:
@@ -82,9 +84,10 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_interrupted(
 
 @pytest.mark.parametrize("change", [{"activation_cache": "off"}, {"max_tokens_per_micro_batch": 24}])
 def test_cache_and_micro_batches_change_nothing_but_speed(change: dict[str, Any], tmp_path: Path) -> None:
-    plain, other = run(tmp_path), run(tmp_path, **change)
+    fast = {"preserve_damping": 0.0, "learning_rate": 2e-2}  # or what is kept is hardly moved at all
+    plain, other = run(tmp_path, **fast), run(tmp_path, **fast, **change)
     assert other.epoch_losses == pytest.approx(plain.epoch_losses, rel=1e-5)
-    assert other.record.kept_losses == pytest.approx(plain.record.kept_losses, rel=1e-2)
+    assert other.record.kept_losses == pytest.approx(plain.record.kept_losses, rel=1e-4)
 
 
 def test_what_is_kept_is_held(tmp_path: Path) -> None:
@@ -136,7 +139,7 @@ def test_depth_first_trains_edits_alone(tmp_path: Path) -> None:
         ({"recipe": "best"}, "recipe='best': expected one of published, balanced"),
         ({"kept_loss": "mse"}, "kept_loss='mse': expected one of kl, likelihood"),
         ({"num_prefixes": -1}, "num_prefixes=-1: expected 0 or more"),
-        ({"variants_per_epoch": 0}, "variants_per_epoch=0: expected 1 or more"),
+        ({"variants_per_epoch": 0}, "variants_per_epoch=0: expected a number above 0"),
         ({"preserve_tokens": 0}, "preserve_tokens=0: expected 1 or more"),
         ({"kept_weight": float("nan")}, "kept_weight=nan: expected 0 or more"),
         ({"preserve_damping": -1.0}, "preserve_damping=-1.0: expected 0 or more"),

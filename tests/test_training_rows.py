@@ -42,6 +42,15 @@ def test_variants_are_drawn_anew_every_epoch_and_no_kept_row_comes_twice_before_
     assert len(set(drawn)) > 6
 
 
+def test_half_a_variant_is_one_of_every_second_edit() -> None:
+    rows = TrainingRows(num_edits=400, num_variants=[3] * 400, variants_per_epoch=0.5)
+    (batch,) = EditBatches(400, 400, 0, rows=rows)
+    assert batch[:400] == list(EditBatches(400, 400, 0))[0]
+    owners = [(row - 400) // 3 for row in batch[400:]]
+    assert len(set(owners)) == len(owners)
+    assert 160 < len(owners) < 240
+
+
 @pytest.mark.parametrize(("kept_per_edit", "expected"), [(0.5, [2, 2, 1]), (0.1, [0, 1, 0]), (2.0, [8, 8, 4])])
 def test_a_fraction_of_kept_rows_comes_out_over_an_epoch(kept_per_edit: float, expected: list[int]) -> None:
     rows = TrainingRows(num_edits=10, num_kept=50, kept_per_edit=kept_per_edit)

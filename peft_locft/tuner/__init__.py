@@ -30,7 +30,7 @@ from .arithmetic import compose_weight, tensor_sha256  # noqa: E402
 from .config import LocFTConfig  # noqa: E402  (the config class needs PeftType.LOCFT)
 from .layer import LocFTLayer  # noqa: E402
 from .model import LocFTModel  # noqa: E402
-from .presets import Location, default_location, find_decoder_layers  # noqa: E402
+from .presets import Location, balanced_config, default_location, find_decoder_layers  # noqa: E402
 
 _registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType.LOCFT)
 if _registered is None:
@@ -48,6 +48,7 @@ __all__ = [
     "LocFTLayer",
     "LocFTModel",
     "Location",
+    "balanced_config",
     "compose_weight",
     "default_location",
     "find_decoder_layers",

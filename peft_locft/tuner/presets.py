@@ -106,6 +106,37 @@ def default_location(model: nn.Module, layers: list[int] | None = None) -> Locat
     return Location(names, (), published.learning_rate)
 
 
+def balanced_config(model: nn.Module, **fields: Any) -> LocFTConfig:
+    """Return the location of `BreadthFirstConfig(recipe="balanced")`: down-projections of three layers.
+
+    The published layer for the model, as of [`default_location`], and one to either side of it at a fifteenth of the
+    model's depth, every second layer of 30: three of them learn the same with smaller changes in each.
+
+    Args:
+        model: a decoder-only language model.
+        **fields: other fields of [`LocFTConfig`].
+
+    Raises:
+        ValueError: if the decoder layers or their down-projections cannot be found, or these are experts that are one
+            parameter, whose inputs no projector is known for.
+
+    Example:
+        >>> model = get_peft_model(model, balanced_config(model))
+    """
+    stack_name, stack = find_decoder_layers(model)
+    text_config = _text_config(model)
+    published = PUBLISHED.get(getattr(text_config, "model_type", ""), DEFAULT_DEPTH)
+    middle, apart = published.layer_of(len(stack)), max(round(len(stack) / 15), 1)
+    layers = [layer for layer in (middle - apart, middle, middle + apart) if 0 <= layer < len(stack)]
+    location = _down_projection(stack_name, stack, layers, text_config)
+    if location.target_parameters:
+        raise ValueError(
+            f"{location.target_parameters[0]} holds all experts in one parameter, whose inputs no projector is known "
+            "for. Name Linear modules: LocFTConfig(target_modules=['o_proj'], layers_to_transform=[...])."
+        )
+    return LocFTConfig(target_modules=list(location.target_modules), **fields)
+
+
 def entire_layers(model: nn.Module, layers: list[int]) -> Location:
     """Return every weight of whole decoder layers: linears and norms as modules, anything else by parameter.
 
