@@ -1,4 +1,4 @@
-"""Lists of edits over the life of an adapter: which it holds, and what adding, replacing and withdrawing make of them."""
+"""Lists of edits over the life of an adapter: what adding, replacing and withdrawing make of those that it holds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import os
 import reprlib
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,7 +82,8 @@ def merge_edit_lists(known: Sequence[Edit], new: Sequence[Edit] = (), forget: It
             which may be followed by anything. Empty lines are left out.
 
     Raises:
-        ValueError: if a line of `forget` means no known edit, if a withdrawn prompt is in `new`, or if nothing is left.
+        ValueError: if a line of `forget` means no known edit, if a withdrawn prompt is in `new`, or if nothing is
+            left.
 
     Example:
         >>> print(merge_edit_lists([oslo, bern], forget=["The capital of Norway is"]))
@@ -194,22 +195,19 @@ def _named(known: Sequence[Edit], lines: Iterable[str]) -> list[Edit]:
         if not meant:
             unknown.append(line)
     if unknown:
-        raise ValueError(_unknown(unknown, by_prompt, lambda edit: f"{edit_id(edit)}  {reprlib.repr(edit.prompt)}"))
+        raise ValueError(_unknown(unknown, by_prompt))
     return [edit for edit in known if id(edit) in found]
 
 
-def _unknown(lines: Sequence[str], by_prompt: dict[str, list[Edit]], shown: Callable[[Edit], str]) -> str:
-    described = [
-        f"forget: {len(lines)} lines mean none of the edits that the adapter holds. The first, and the nearest:"
-    ]
+def _unknown(lines: Sequence[str], by_prompt: dict[str, list[Edit]]) -> str:
+    described = [f"forget: {len(lines)} lines mean none of the edits that the adapter holds. The nearest to them:"]
     ids = {edit_id(edit): edit for edits in by_prompt.values() for edit in edits}
     for line in lines[:MOST_NAMED]:
         near = [ids[name] for name in difflib.get_close_matches(line.split()[0], ids, n=1, cutoff=0.7)]
         near += [by_prompt[prompt][0] for prompt in difflib.get_close_matches(line, by_prompt, n=2, cutoff=0.5)]
-        described.append(f"  {reprlib.repr(line)}: {'; '.join(map(shown, near)) or 'nothing near'}")
-    return "\n".join(
-        [*described, "`locft inspect ADAPTER --edits` lists them. Give ids or prompts as they stand there."]
-    )
+        shown = [f"{edit_id(edit)}  {edit.prompt!r}" for edit in dict.fromkeys(near)]
+        described.append(f"  {line!r}: {'; '.join(shown) or 'nothing near'}")
+    return "\n".join([*described, "Give ids, as `locft inspect ADAPTER --edits` lists them, or prompts."])
 
 
 def _spaced(prompt: str) -> str:

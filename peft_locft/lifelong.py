@@ -112,7 +112,7 @@ def update_adapter(
         OSError: if a file, the base model or its tokenizer cannot be read.
 
     Example:
-        >>> print(update_adapter("out", forget=["The capital of Norway is"], args=BreadthFirstConfig(output_dir="out")))
+        >>> print(update_adapter("out", None, ["The capital of Norway is"], BreadthFirstConfig(output_dir="out")))
         edits: 99 kept, 0 added, 0 replaced, 1 withdrawn
         1 of 1 withdrawn prompts are answered as by the base
         …
@@ -128,49 +128,43 @@ def update_adapter(
     plan = merge_edit_lists(held, new, [] if forget is None else read_lines_to_forget(forget))
     if args.resume_from_checkpoint:
         whole_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    base = model_name_or_path or checked.config.base_model_name_or_path
-    if base is None:
-        raise ValueError(f"{adapter}: it does not say which base model it belongs to; give model_name_or_path.")
-    model, tokenizer = load_model(
-        base, dtype, revision=revision or checked.config.revision, trust_remote_code=trust_remote_code
-    )
     if ship_edits is None:
         ship_edits = (checked.folder / EDITS_NAME).is_file()
+    config = checked.config
+    base, revision = model_name_or_path or config.base_model_name_or_path, revision or config.revision
+    if base is None:
+        raise ValueError(f"{adapter}: it does not say which base model it belongs to; give model_name_or_path.")
+    model, tokenizer = load_model(base, dtype, revision=revision, trust_remote_code=trust_remote_code)
+    peft_model = _with_trainable_adapter(model, checked)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* prompts have several targets")  # said by read_edits, once
-        trainer = ContinuedTrainer(
-            _with_trainable_adapter(model, checked),
-            args,
-            plan,
-            tokenizer,
-            earlier=checked.facts,
-            ship_edits=ship_edits,
-        )
+        trainer = ContinuedTrainer(peft_model, args, plan, tokenizer, earlier=checked.facts, ship_edits=ship_edits)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    num_as_base = trainer.count_as_base()
+    num_restored, num_as_base = len(trainer.questions), trainer.count_as_base()
+    if num_as_base is not None and num_as_base < num_restored:
+        logger.warning(
+            "%d of %d withdrawn prompts are not answered as by the base. Train longer, or to a lower loss_floor.",
+            num_restored - num_as_base,
+            num_restored,
+        )
     file = None if ship_edits else _write_beside(args, plan.edits)
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()  # one process writes what all of them read now
-    if num_as_base is not None and num_as_base < len(plan.restored_prompts):
-        logger.warning(
-            "%d of %d withdrawn prompts are not answered as by the base. Train longer, or to a lower loss_floor.",
-            len(plan.restored_prompts) - num_as_base, len(plan.restored_prompts),
-        )  # fmt: skip
-    return UpdateSummary(plan, len(plan.restored_prompts), num_as_base, file, inspect_adapter(args.output_dir))
+    return UpdateSummary(plan, num_restored, num_as_base, file, inspect_adapter(args.output_dir))
 
 
 def _check_recipe(adapter: CheckedAdapter, args: BreadthFirstConfig) -> None:
     if args.edit_order != "breadth_first":
         raise ValueError(
-            f"BreadthFirstConfig.edit_order={args.edit_order!r}: an adapter is trained on over all its edits together. "
-            "Give 'breadth_first'."
+            f"BreadthFirstConfig.edit_order={args.edit_order!r}: an adapter is trained on over all its edits "
+            "together. Give 'breadth_first'."
         )
     for name in ("append_eos", "chat_template"):
         found, recorded = getattr(args, name), adapter.facts.get("recipe", {}).get(name, getattr(args, name))
         if found != recorded:
             raise ValueError(
-                f"BreadthFirstConfig.{name}={found}: {adapter.folder} was trained with {recorded}, and its edits would "
-                f"look different to the model. Give {name}={recorded}."
+                f"BreadthFirstConfig.{name}={found}: {adapter.folder} was trained with {recorded}, and its edits "
+                f"would look different to the model. Give {name}={recorded}."
             )
 
 
