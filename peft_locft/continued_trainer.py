@@ -22,6 +22,7 @@ from .recipe import BreadthFirstConfig
 from .trainer import BreadthFirstTrainer
 
 ANSWER_TOKENS = 32  # of the base, as many as the published protocol looks at
+NO_STOP = 1_000_000  # so many there are in no answer: it goes on to EOS, or as far as anybody looks
 SHARE_CHANGED = 0.1  # of the rows of an epoch, at least
 COUNTED = ("added", "replaced", "withdrawn")
 
@@ -54,10 +55,7 @@ class ContinuedTrainer(BreadthFirstTrainer):
         self.continued = {name: before.get(name, 0) + len(getattr(plan, name)) for name in COUNTED}
         self.continued["times"] = before.get("times", 0) + 1
         prompts = encode_prompts(plan.restored_prompts, processing_class, chat_template=args.chat_template)
-        # a stop in the answer does not end it: it goes to EOS, or as far as anybody looks
-        self.questions = [
-            Question(tuple(ids), num_stops=ANSWER_TOKENS + 1, max_new_tokens=ANSWER_TOKENS) for ids in prompts
-        ]
+        self.questions = [Question(tuple(ids), num_stops=NO_STOP, max_new_tokens=ANSWER_TOKENS) for ids in prompts]
         self.base_answers = self._ask_base(model)
         self._train_on(
             _with_answers(self.train_dataset, self.questions, self.base_answers, len(plan.added) + len(plan.replaced))
