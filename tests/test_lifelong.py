@@ -38,6 +38,7 @@ from peft_locft.encoding import encode_edits, encode_prompts
 from peft_locft.loading import load_model
 from peft_locft.questions import Question
 
+FORGET: dict[str, Any] = {"forget": [EDITS[0].prompt]}
 KILLED = Path(__file__).with_name("killed_update_process.py")
 
 
@@ -145,9 +146,8 @@ def test_repeated_rows_have_the_losses_of_the_plain_model(base: Path, tmp_path: 
         model = load_model(base)[0]
         peft_model = PeftModel.from_pretrained(model, adapter_of(model, tmp_path), is_trainable=True)
         args = recipe(tmp_path / "out", activation_cache=cache, learning_rate=0.0, per_device_train_batch_size=5)
-        plan = merge_edit_lists(
-            EDITS * 1 + [Edit(prompt=f"Number {n}", target="x") for n in range(20)], [], ["Number 3"]
-        )
+        more = [Edit(prompt=f"Number {number}", target="they") for number in range(20)]
+        plan = merge_edit_lists([*EDITS, *more], forget=["Number 3"])
         trainer = ContinuedTrainer(peft_model, args, plan, make_tokenizer("llama2"), earlier={}, ship_edits=False)
         assert len(trainer.train_dataset) == 27 + 3
         trainer.train()
@@ -220,10 +220,13 @@ def test_a_prompt_that_is_not_the_base_s_again_is_warned_of(
     [
         ({}, "found neither new edits nor edits to forget"),
         ({"forget": ["nothing"]}, "1 lines mean none of the edits"),
-        ({"args": {"edit_order": "depth_first"}}, "edit_order='depth_first': an adapter is trained on over all"),
-        ({"args": {"append_eos": False}}, "append_eos=False: .* was trained with True"),
-        ({"args": {"resume_from_checkpoint": "True"}}, "holds no whole checkpoint"),
-        ({"kept_edits": EDITS[1:]}, "kept_edits: found 7 edits"),
+        (
+            FORGET | {"args": {"edit_order": "depth_first"}},
+            "edit_order='depth_first': an adapter is trained on over all",
+        ),
+        (FORGET | {"args": {"append_eos": False}}, "append_eos=False: .* was trained with True"),
+        (FORGET | {"args": {"resume_from_checkpoint": "True"}}, "holds no whole checkpoint"),
+        (FORGET | {"kept_edits": EDITS[1:]}, "kept_edits: found 7 edits"),
     ],
 )
 def test_mistakes_are_refused_before_a_model_is_loaded(
@@ -231,12 +234,8 @@ def test_mistakes_are_refused_before_a_model_is_loaded(
 ) -> None:
     monkeypatch.setattr("peft_locft.lifelong.load_model", lambda *_, **__: pytest.fail("loaded a model"))
     args = recipe(tmp_path / "out", **({"per_device_train_batch_size": 1} | call.pop("args", {})))
-    if message.startswith("found neither"):
-        forget = None
-    else:
-        forget = call.pop("forget", [EDITS[0].prompt])
     with pytest.raises(ValueError, match=message):
-        update_adapter(learned, forget=forget, args=args, **call)
+        update_adapter(learned, args=args, **call)
     assert not (tmp_path / "out").exists()
 
 
