@@ -222,7 +222,7 @@ def test_a_prompt_that_is_not_the_base_s_again_is_warned_of(
         ({"forget": ["nothing"]}, "1 lines mean none of the edits"),
         (
             FORGET | {"args": {"edit_order": "depth_first"}},
-            "edit_order='depth_first': an adapter is trained on over all",
+            "edit_order='depth_first': an adapter is trained on over",
         ),
         (FORGET | {"args": {"append_eos": False}}, "append_eos=False: .* was trained with True"),
         (FORGET | {"args": {"resume_from_checkpoint": "True"}}, "holds no whole checkpoint"),
