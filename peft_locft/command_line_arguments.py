@@ -203,13 +203,12 @@ def _parse(argv: list[str], command: str, usage: str, types: tuple[type, ...]) -
         # TrainingArguments has a folder of its own choice, and takes one name alone
         flags["output_dir"].required = True
         flags["report_to"].nargs = "+"
-    if RunArguments in types:
-        flags["model_name_or_path"].required = flags["edits"].required = True
     # the file's words first: of two with the same name argparse takes the later one
     words = [*_config_file_words(argv, set(flags), prog, usage), *argv]
-    if any(word.partition("=")[0] == "--resume_from_adapter" for word in words):
-        # it names its base, and edits may be withdrawn alone
-        flags["model_name_or_path"].required = flags["edits"].required = False
+    if RunArguments in types:
+        # an adapter that is resumed names its base, and edits may be withdrawn alone
+        resumes = any(word.partition("=")[0] == "--resume_from_adapter" for word in words)
+        flags["model_name_or_path"].required = flags["edits"].required = not resumes
     parser.add_argument("--config", help="A YAML file with any of these flags as keys.")
     *parsed, _, unknown = parser.parse_args_into_dataclasses(
         words, return_remaining_strings=True, look_for_args_file=False
