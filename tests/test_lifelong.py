@@ -26,7 +26,6 @@ from peft_locft import (
     edit_id,
     evaluate_edits,
     inspect_adapter,
-    save_adapter,
     shipped_edits,
     train_edits,
     update_adapter,
@@ -89,7 +88,7 @@ def test_edits_come_are_replaced_and_go(base: Path, learned: Path, tmp_path: Pat
     new = [Edit(prompt="Who is Dave?", target="the river"), Edit(prompt=EDITS[0].prompt, target="Louis")]
     withdrawn = [EDITS[2], EDITS[4]]
     forget = [edit_id(EDITS[2]), EDITS[4].prompt]
-    summary = update_adapter(learned, new, forget, recipe(tmp_path / "next", num_train_epochs=40))
+    summary = update_adapter(learned, new, forget, recipe(tmp_path / "next", num_train_epochs=80))
     assert contents(learned) == before
 
     held = [EDITS[1], EDITS[3], *EDITS[5:], new[1], new[0]]
@@ -108,7 +107,8 @@ def test_edits_come_are_replaced_and_go(base: Path, learned: Path, tmp_path: Pat
     model, tokenizer = load_model(base)
     prompts = [edit.prompt for edit in withdrawn]
     wanted = [up_to_eos(tokens, tokenizer) for tokens in answers(model, tokenizer, prompts)]
-    assert reliability(PeftModel.from_pretrained(model, learned), tokenizer, EDITS) == 1
+    before_it = answers(PeftModel.from_pretrained(model, learned), tokenizer, prompts)
+    assert all(up_to_eos(tokens, tokenizer) != base for tokens, base in zip(before_it, wanted, strict=True))
     edited = PeftModel.from_pretrained(load_model(base)[0], tmp_path / "next")
     assert reliability(edited, tokenizer, held) == 1
     assert [up_to_eos(tokens, tokenizer) for tokens in answers(edited, tokenizer, prompts)] == wanted
@@ -140,33 +140,19 @@ def test_what_has_changed_is_a_tenth_of_the_rows_at_least() -> None:
     assert len(_with_answers(encoded, [], [], num_new=0)) == 60
 
 
-def test_repeated_rows_have_the_losses_of_the_plain_model(base: Path, tmp_path: Path) -> None:
+def test_repeated_rows_have_the_losses_of_the_plain_model(base: Path, learned: Path, tmp_path: Path) -> None:
+    more = [Edit(prompt=f"Number {number}", target="they") for number in range(20)]
+    plan = merge_edit_lists([*EDITS, *more], forget=["Number 3"])
     losses = []
     for cache in ("memory", "off"):
-        model = load_model(base)[0]
-        peft_model = PeftModel.from_pretrained(model, adapter_of(model, tmp_path), is_trainable=True)
+        model, tokenizer = load_model(base)
+        peft_model = PeftModel.from_pretrained(model, learned, is_trainable=True)
         args = recipe(tmp_path / "out", activation_cache=cache, learning_rate=0.0, per_device_train_batch_size=5)
-        more = [Edit(prompt=f"Number {number}", target="they") for number in range(20)]
-        plan = merge_edit_lists([*EDITS, *more], forget=["Number 3"])
-        trainer = ContinuedTrainer(peft_model, args, plan, make_tokenizer("llama2"), earlier={}, ship_edits=False)
+        trainer = ContinuedTrainer(peft_model, args, plan, tokenizer, earlier={}, ship_edits=False)
         assert len(trainer.train_dataset) == 27 + 3
         trainer.train()
         losses.append(trainer.epoch_losses[0])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
-def adapter_of(model: Any, folder: Path) -> Path:
-    from peft import get_peft_model
-    from tiny_models import randomize
-
-    from peft_locft import LocFTConfig
-
-    if not (folder / "random").exists():
-        edited = get_peft_model(model, LocFTConfig(task_type="CAUSAL_LM"))
-        randomize(edited)
-        save_adapter(edited, folder / "random")
-        edited.unload()
-    return folder / "random"
 
 
 def test_an_interrupted_update_ends_with_the_same_weights(learned: Path, tmp_path: Path) -> None:
