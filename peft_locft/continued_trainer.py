@@ -52,8 +52,8 @@ class ContinuedTrainer(BreadthFirstTrainer):
         super().__init__(model=model, args=args, train_dataset=plan.edits, processing_class=processing_class)
         self.ship_edits = ship_edits
         before = earlier.get("continued", {})
-        self.continued = {name: before.get(name, 0) + len(getattr(plan, name)) for name in COUNTED}
-        self.continued["times"] = before.get("times", 0) + 1
+        self.continued = {"times": before.get("times", 0) + 1}
+        self.continued |= {name: before.get(name, 0) + len(getattr(plan, name)) for name in COUNTED}
         prompts = encode_prompts(plan.restored_prompts, processing_class, chat_template=args.chat_template)
         self.questions = [Question(tuple(ids), num_stops=NO_STOP, max_new_tokens=ANSWER_TOKENS) for ids in prompts]
         self.base_answers = self._ask_base(model)

@@ -21,7 +21,7 @@ from tiny_training import EDITS
 from peft_locft import BreadthFirstConfig, update_adapter
 from peft_locft.continued_trainer import ContinuedTrainer
 
-CALLS = (0, 4, 8, 10, 11, 12, 14, 20, 1000)
+CALLS = (0, 8, 10, 12, 14, 1000)
 
 
 def update(folder: Path, num_calls: int) -> None:

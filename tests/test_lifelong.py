@@ -23,6 +23,7 @@ from peft_locft import (
     BreadthFirstConfig,
     Edit,
     EvaluationConfig,
+    LocFTConfig,
     edit_id,
     evaluate_edits,
     inspect_adapter,
@@ -42,7 +43,7 @@ KILLED = Path(__file__).with_name("killed_update_process.py")
 
 
 def recipe(folder: Path, **arguments: Any) -> BreadthFirstConfig:
-    defaults: dict[str, Any] = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "learning_rate": 2e-2}
+    defaults: dict[str, Any] = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
     return BreadthFirstConfig(
         output_dir=str(folder), use_cpu=True, disable_tqdm=True, logging_strategy="no", **(defaults | arguments)
     )
@@ -60,7 +61,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def learned(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter that answers all of EDITS, and ships them."""
     folder = tmp_path_factory.mktemp("learned") / "adapter"
-    train_edits(base, EDITS, args=recipe(folder, num_train_epochs=40), ship_edits=True)
+    # room for what a random base answers, too
+    config = LocFTConfig(target_modules=["gate_proj", "up_proj", "down_proj"], layers_to_transform=[1, 2])
+    train_edits(base, EDITS, config, recipe(folder, num_train_epochs=40), ship_edits=True)
     return folder
 
 
@@ -88,7 +91,7 @@ def test_edits_come_are_replaced_and_go(base: Path, learned: Path, tmp_path: Pat
     new = [Edit(prompt="Who is Dave?", target="the river"), Edit(prompt=EDITS[0].prompt, target="Louis")]
     withdrawn = [EDITS[2], EDITS[4]]
     forget = [edit_id(EDITS[2]), EDITS[4].prompt]
-    summary = update_adapter(learned, new, forget, recipe(tmp_path / "next", num_train_epochs=80))
+    summary = update_adapter(learned, new, forget, recipe(tmp_path / "next", num_train_epochs=60))
     assert contents(learned) == before
 
     held = [EDITS[1], EDITS[3], *EDITS[5:], new[1], new[0]]
