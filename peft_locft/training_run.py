@@ -101,9 +101,8 @@ def train_edits(
     if evaluate_every:
         sample = random.Random(args.seed).sample(read, min(evaluate_num_edits, len(read)))
         asked = EvaluationConfig(protocols=["generation", "token_accuracy"], chat_template=args.chat_template)
-        trainer.add_callback(
-            EvaluationCallback(sample, evaluate_every, asked, best_metric=best_metric, patience=patience)
-        )
+        callback = EvaluationCallback(sample, evaluate_every, asked, best_metric=best_metric, patience=patience)
+        trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     if ship_edits and args.should_save:

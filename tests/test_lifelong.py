@@ -91,7 +91,9 @@ def test_edits_come_are_replaced_and_go(base: Path, learned: Path, tmp_path: Pat
     new = [Edit(prompt="Who is Dave?", target="the river"), Edit(prompt=EDITS[0].prompt, target="Louis")]
     withdrawn = [EDITS[2], EDITS[4]]
     forget = [edit_id(EDITS[2]), EDITS[4].prompt]
-    summary = update_adapter(learned, new, forget, recipe(tmp_path / "next", num_train_epochs=60))
+    # an answer of 32 random tokens is learned to the last of them far below the published floor
+    args = recipe(tmp_path / "next", num_train_epochs=100, loss_floor=1e-3)
+    summary = update_adapter(learned, new, forget, args)
     assert contents(learned) == before
 
     held = [EDITS[1], EDITS[3], *EDITS[5:], new[1], new[0]]
