@@ -89,24 +89,24 @@ def reliability(model: Any, tokenizer: Any, edits: Sequence[Edit]) -> float:
 def test_edits_come_are_replaced_and_go(base: Path, learned: Path, tmp_path: Path) -> None:
     before = contents(learned)
     new = [Edit(prompt="Who is Dave?", target="the river"), Edit(prompt=EDITS[0].prompt, target="Louis")]
-    withdrawn = [EDITS[2], EDITS[4]]
-    forget = [edit_id(EDITS[2]), EDITS[4].prompt]
+    withdrawn = [EDITS[2]]
+    forget = [edit_id(EDITS[2])]
     # an answer of 32 random tokens is learned to the last of them far below the published floor
-    args = recipe(tmp_path / "next", num_train_epochs=100, loss_floor=1e-3)
+    args = recipe(tmp_path / "next", num_train_epochs=60, loss_floor=1e-3)
     summary = update_adapter(learned, new, forget, args)
     assert contents(learned) == before
 
-    held = [EDITS[1], EDITS[3], *EDITS[5:], new[1], new[0]]
+    held = [EDITS[1], *EDITS[3:], new[1], new[0]]
     assert shipped_edits(tmp_path / "next") == held
     facts = json.loads((tmp_path / "next" / "locft_provenance.json").read_text())
     assert facts["edits"]["count"] == len(held)
-    assert facts["continued"] == {"times": 1, "added": 1, "replaced": 1, "withdrawn": 2}
+    assert facts["continued"] == {"times": 1, "added": 1, "replaced": 1, "withdrawn": 1}
     # what was withdrawn is nowhere in it
-    assert not any(b"The river runs through" in content for content in contents(tmp_path / "next").values())
+    assert not any(b"Who is the king of Spain" in content for content in contents(tmp_path / "next").values())
     assert str(summary).startswith(
-        "edits: 5 kept, 1 added, 1 replaced, 2 withdrawn\n2 of 2 withdrawn prompts are answered as by the base\n\n"
+        "edits: 6 kept, 1 added, 1 replaced, 1 withdrawn\n1 of 1 withdrawn prompts are answered as by the base\n\n"
     )
-    assert "\ncontinued   1 times, 1 added, 1 replaced, 2 withdrawn\n" in str(summary)
+    assert "\ncontinued   1 times, 1 added, 1 replaced, 1 withdrawn\n" in str(summary)
     assert summary.folder == tmp_path / "next" and summary.kept_edits is None
 
     model, tokenizer = load_model(base)
