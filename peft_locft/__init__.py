@@ -6,6 +6,7 @@ Importing the package registers `LOCFT` with PEFT, and does nothing else.
 from ._version import __version__
 from .adapter_folder import describe_adapter, save_adapter
 from .adapter_reading import CheckedAdapter, check_adapter, read_adapter
+from .edit_lists import EditPlan, edit_id, held_edits, merge_edit_lists
 from .edits import Edit, Probe, edits_sha256, read_edits
 from .encoding import encode_edits, encode_prompts
 from .evaluation import EditEvaluator, evaluate_edits
@@ -17,6 +18,7 @@ from .exports import export_peft, export_weights
 from .harness import evaluate_on_tasks
 from .in_place import detach, merge_in_place
 from .inspection import AdapterSummary, inspect_adapter
+from .lifelong import UpdateSummary, update_adapter
 from .lora_export import export_lora
 from .preserver import PreservationCallback, Preserver
 from .recipe import BreadthFirstConfig
@@ -37,6 +39,7 @@ __all__ = [
     "Conflicts",
     "Edit",
     "EditEvaluator",
+    "EditPlan",
     "EvaluationCallback",
     "EvaluationConfig",
     "EvaluationReport",
@@ -47,12 +50,14 @@ __all__ = [
     "Preserver",
     "Probe",
     "TradeOff",
+    "UpdateSummary",
     "__version__",
     "balanced_config",
     "check_adapter",
     "choose_scale",
     "describe_adapter",
     "detach",
+    "edit_id",
     "edits_sha256",
     "encode_edits",
     "encode_prompts",
@@ -64,8 +69,10 @@ __all__ = [
     "export_small",
     "export_weights",
     "find_conflicts",
+    "held_edits",
     "inspect_adapter",
     "merge_checkpoint",
+    "merge_edit_lists",
     "merge_in_place",
     "push_adapter",
     "read_adapter",
@@ -73,4 +80,5 @@ __all__ = [
     "save_adapter",
     "shipped_edits",
     "train_edits",
+    "update_adapter",
 ]

@@ -168,6 +168,7 @@ PROVENANCE_FIELDS: dict[str, tuple[Check, str]] = {
     "base_model": (_is_dict(_or_none(is_text)), "names"),
     "base_sha256": (_is_dict(is_sha256), "64 hexadecimal digits a tensor"),
     "edits": (_are_edits, "their count and sha256"),
+    "continued": (_is_dict(is_count), "counts of edits"),
     "recipe": (_is_recipe, f"settings, {', '.join(RECIPE_NUMBERS)} and others"),
     "export": (_is_export, "to peft, or to lora with a rank and the share_kept"),
     "files": (_is_dict(is_sha256), "64 hexadecimal digits a file"),

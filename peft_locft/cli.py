@@ -46,13 +46,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(argv: list[str]) -> None:
-    """Write a file of edits into a model and save the adapter."""
+    """Write a file of edits into a model and save the adapter; or add, replace and withdraw edits of a saved one."""
     from .command_line_arguments import parse_train
+    from .lifelong import update_adapter
     from .training_run import train_edits
 
     arguments = parse_train(argv)
     begun = time.perf_counter()
-    summary = train_edits(**arguments)
+    summary: Any = update_adapter(**arguments) if "adapter" in arguments else train_edits(**arguments)
     if arguments["args"].process_index == 0:  # of several, under torchrun or accelerate launch
         print(f"Trained in {time.perf_counter() - begun:.0f} s, saved to {summary.folder}\n\n{summary}")
 
@@ -80,6 +81,7 @@ def inspect(argv: list[str]) -> None:
     """Verify an adapter folder and print what it holds."""
     import argparse
 
+    from .edit_lists import describe_edits, held_edits
     from .inspection import inspect_adapter
     from .shipped_edits import find_conflicts
 
@@ -88,8 +90,18 @@ def inspect(argv: list[str]) -> None:
     parser.add_argument("--base", help="also verify that this base model has the tensors it was trained on")
     parser.add_argument("--revision", help="branch, tag or commit of the base model on the Hub")
     parser.add_argument("--beside", nargs="+", help="also name the prompts that these adapters edit, too")
+    parser.add_argument(
+        "--edits",
+        nargs="?",
+        const=True,
+        metavar="FILE",
+        help="list the edits that it ships, or those of FILE that it was trained on, with their ids; nothing else",
+    )
     arguments = vars(parser.parse_args(argv))
-    others = arguments.pop("beside")
+    others, edits = arguments.pop("beside"), arguments.pop("edits")
+    if edits is not None:
+        print(describe_edits(held_edits(arguments["folder"], None if edits is True else edits)))
+        return
     print(inspect_adapter(**arguments))
     if others:
         print(find_conflicts([arguments["folder"], *others]))

@@ -26,8 +26,13 @@ from .tuner.config import ALL_LINEAR, ENTIRE_LAYER
 class RunArguments:
     """The base model and the edits."""
 
-    model_name_or_path: str = field(metadata={"help": "Base model: a folder or a name on the Hub."})
-    edits: str = field(metadata={"help": "Edits: a JSON, JSONL, CSV or Parquet file, or a dataset on the Hub."})
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Base model: a folder or a name on the Hub. A resumed adapter names its own."},
+    )
+    edits: str | None = field(
+        default=None, metadata={"help": "Edits: a JSON, JSONL, CSV or Parquet file, or a dataset on the Hub."}
+    )
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base model."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "Precision of the base model; 'auto' is what its checkpoint says."}
@@ -46,6 +51,18 @@ class RunArguments:
     peft_config: str | None = field(
         default=None,
         metadata={"help": "An adapter_config.json, or its folder, of another PEFT method to train instead of LocFT."},
+    )
+    ship_edits: bool = field(default=False, metadata={"help": "Save the edits in the adapter's folder, too."})
+    resume_from_adapter: str | None = field(
+        default=None,
+        metadata={"help": "An adapter folder: train on from its delta, with --edits to add and --forget to withdraw."},
+    )
+    forget: str | None = field(
+        default=None,
+        metadata={"help": "A text file with a prompt, or an id of `locft inspect --edits`, on each line to withdraw."},
+    )
+    kept_edits: str | None = field(
+        default=None, metadata={"help": "The edits that the resumed adapter was trained on, if it does not ship them."}
     )
 
 
@@ -121,19 +138,46 @@ class BaselineArguments:
 
 
 def parse_train(argv: list[str]) -> dict[str, Any]:
-    """Return the arguments of `train_edits` from the words after `locft train`.
+    """Return the arguments of `train_edits` from the words after `locft train`; with `--resume_from_adapter`, those of
+    `update_adapter`, `adapter` among them.
 
     `--config FILE.yaml` gives flags by name; flags on the command line go before it.
 
     Raises:
         ValueError: if the YAML file cannot be read or has a key that is no flag or has no value, if fields of the
-            configuration contradict each other, or if flags of LocFTConfig come with `--peft_config`.
+            configuration contradict each other, or if flags of LocFTConfig come with `--peft_config` or
+            `--resume_from_adapter`.
         SystemExit: from argparse, if a flag is unknown, missing or malformed.
     """
     usage = "--model_name_or_path MODEL --edits FILE --output_dir FOLDER"
     run, location, args = _parse(argv, "train", usage, (RunArguments, LocationArguments, BreadthFirstConfig))
     arguments = vars(run)
+    if arguments["resume_from_adapter"] is not None:
+        return _resumed_arguments(arguments, location) | {"args": args}
+    del arguments["resume_from_adapter"]
+    for name in ("forget", "kept_edits"):
+        if arguments.pop(name) is not None:
+            raise ValueError(f"--{name} is for an adapter that is trained on: give --resume_from_adapter, too.")
     return arguments | {"peft_config": _peft_config(arguments["peft_config"], location), "args": args}
+
+
+def _resumed_arguments(arguments: dict[str, Any], location: LocationArguments) -> dict[str, Any]:
+    without_effect = ("peft_config", "evaluate_every", "evaluate_num_edits", "best_metric", "patience")
+    others = {name: arguments.pop(name) for name in without_effect} | vars(location)
+    given = [name for name, value in others.items() if value != _default_of(name)]
+    if given:
+        raise ValueError(
+            f"--resume_from_adapter trains what the adapter has, where it has it, and takes no --{given[0]}: leave it "
+            "out."
+        )
+    # a flag that is not given leaves it as the adapter has it
+    arguments["ship_edits"] = arguments["ship_edits"] or None
+    return {"adapter": arguments.pop("resume_from_adapter")} | arguments
+
+
+def _default_of(name: str) -> Any:
+    of_run = {each.name: each.default for each in dataclasses.fields(RunArguments)}
+    return of_run[name] if name in of_run else getattr(LocationArguments(), name)
 
 
 def parse_evaluate(argv: list[str]) -> dict[str, Any]:
@@ -161,6 +205,10 @@ def _parse(argv: list[str], command: str, usage: str, types: tuple[type, ...]) -
         flags["report_to"].nargs = "+"
     # the file's words first: of two with the same name argparse takes the later one
     words = [*_config_file_words(argv, set(flags), prog, usage), *argv]
+    if RunArguments in types:
+        # an adapter that is resumed names its base, and edits may be withdrawn alone
+        resumes = any(word.partition("=")[0] == "--resume_from_adapter" for word in words)
+        flags["model_name_or_path"].required = flags["edits"].required = not resumes
     parser.add_argument("--config", help="A YAML file with any of these flags as keys.")
     *parsed, _, unknown = parser.parse_args_into_dataclasses(
         words, return_remaining_strings=True, look_for_args_file=False

@@ -68,6 +68,8 @@ class AdapterSummary:
         if "edits" in self.facts:
             recipe, losses = self.facts["recipe"], self.facts["training"]["epoch_losses"]
             yield "edits", str(self.facts["edits"]["count"])
+            if "continued" in self.facts:
+                yield "continued", ", ".join(f"{count} {name}" for name, count in self.facts["continued"].items())
             yield "recipe", ", ".join(f"{key} {_printable(str(value))}" for key, value in recipe.items())
             if losses:
                 unit = "edits" if recipe["edit_order"] == "depth_first" else "epochs"

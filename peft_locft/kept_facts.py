@@ -201,10 +201,11 @@ def base_answers(
         answers = ask(model, tokenizer, questions, whose="the base")
     texts = tuple(tokenizer.decode(answer.token_ids, skip_special_tokens=True) for answer in answers)
     rows = [ids + answer.token_ids for ids, answer in zip(encoded, answers, strict=True)]
-    return BaseAnswers(tuple(prompts), texts, _flat(rows, [len(ids) for ids in encoded]))
+    return BaseAnswers(tuple(prompts), texts, flat(rows, [len(ids) for ids in encoded]))
 
 
-def _flat(rows: Sequence[Sequence[int]], starts: Sequence[int]) -> EncodedEdits:
+def flat(rows: Sequence[Sequence[int]], starts: Sequence[int]) -> EncodedEdits:
+    """Put rows of token ids, and where the scored tokens of each begin, into flat tensors."""
     tokens = torch.tensor([token for row in rows for token in row], dtype=torch.int32)
     offsets = torch.tensor([0, *map(len, rows)]).cumsum(0)
     return EncodedEdits(tokens, offsets, torch.tensor(starts))
@@ -220,3 +221,11 @@ def join_encoded(parts: Sequence[EncodedEdits]) -> EncodedEdits:
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     tokens, starts = (torch.cat([getattr(part, name) for part in parts]) for name in ("token_ids", "target_starts"))
     return EncodedEdits(tokens, offsets, starts)
+
+
+def slice_encoded(encoded: EncodedEdits, begin: int, end: int | None) -> EncodedEdits:
+    """Take the rows from `begin` to before `end`."""
+    end = len(encoded) if end is None else end
+    offsets = encoded.offsets[begin : end + 1]
+    tokens = encoded.token_ids[int(offsets[0]) : int(offsets[-1])]
+    return EncodedEdits(tokens, offsets - offsets[0], encoded.target_starts[begin:end])

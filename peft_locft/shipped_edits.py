@@ -24,9 +24,13 @@ def ship_edits(folder: Path, edits: Sequence[Edit], recorded: dict[str, object] 
         ValueError: if they are not those that are `recorded` of the run that made the adapter, where one is.
     """
     _check_edits(edits, recorded, "edits")
+    write_whole(folder / EDITS_NAME, edit_lines(edits))
+
+
+def edit_lines(edits: Sequence[Edit]) -> str:
+    """Return edits as JSON, one object a line, as `read_edits` reads them."""
     records = [{name: value for name, value in asdict(edit).items() if name != "source" and value} for edit in edits]
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    write_whole(folder / EDITS_NAME, "".join(lines))
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def shipped_edits(folder: str | os.PathLike[str]) -> list[Edit] | None:

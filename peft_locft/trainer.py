@@ -34,7 +34,7 @@ from .resting import RestingEdits
 from .resume import check_same_edits, invalidate, whole_checkpoint
 from .row_losses import BatchWeight, RowLosses
 from .training_callbacks import CURVES_KEY, EditProgress, FloorAndRecord
-from .training_data import training_data
+from .training_data import TrainingData, training_data
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class BreadthFirstTrainer(Trainer):
                 "BreadthFirstTrainer needs train_dataset, the edits, and processing_class, the tokenizer."
             )
         self.edits = read_edits(train_dataset)
-        self.data = training_data(self.edits, model, processing_class, args)
+        self.data = self._make_data(model, processing_class, args)
         encoded = self.data.encoded
         check_vocabulary(model, encoded.token_ids)
         mark_trained(model, self.data.record()["trained_prompts"])
@@ -147,6 +147,9 @@ class BreadthFirstTrainer(Trainer):
             super()._move_model_to_device(model, device)
 
     # ------------------------------------------------------------------ data
+
+    def _make_data(self, model: Any, tokenizer: PreTrainedTokenizerBase, args: BreadthFirstConfig) -> TrainingData:
+        return training_data(self.edits, model, tokenizer, args)
 
     def get_train_dataloader(self) -> DataLoader[int]:
         """Return a loader of indices that gives every process every batch whole; `training_step` takes its share."""

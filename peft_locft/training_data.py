@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from .edits import Edit
 from .encoding import EncodedEdits, encode_edits
 from .general_ability import text_windows
 from .generated_text import base_texts, generate_prefixes
-from .kept_facts import BaseAnswers, base_answers, facts_to_keep, join_encoded
+from .kept_facts import BaseAnswers, base_answers, facts_to_keep, join_encoded, slice_encoded
 from .leaks import check_paraphrases
 from .model_state import max_length
 from .preservation_arguments import GENERATED, LOCALITY
@@ -57,6 +57,19 @@ class TrainingData:
     def record(self) -> dict[str, Any]:
         """Return what `locft_provenance.json` says of it."""
         return augmentation_record(prefixes=self.prefixes, counts=self.counts, prompts=self.prompts)
+
+    def with_targets(self, more: EncodedEdits | None) -> TrainingData:
+        """Return the same with more rows that are trained towards targets, as edits are, and have no variants."""
+        if more is None:
+            return self
+        num_edits = self.rows.num_edits
+        parts = (slice_encoded(self.encoded, 0, num_edits), more, slice_encoded(self.encoded, num_edits, None))
+        rows = replace(
+            self.rows,
+            num_edits=num_edits + len(more),
+            num_variants=[*self.rows.num_variants, *([0] * len(more))],
+        )
+        return replace(self, encoded=join_encoded(parts), rows=rows)
 
 
 def training_data(

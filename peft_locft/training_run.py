@@ -13,7 +13,7 @@ from typing import Literal
 import datasets
 from peft import PeftConfig, get_peft_model
 
-from .adapter_folder import check_folder
+from .adapter_folder import check_folder, describe_adapter
 from .edits import Edit, first_edits
 from .evaluation_callback import EvaluationCallback
 from .evaluation_config import EvaluationConfig
@@ -43,6 +43,7 @@ def train_edits(
     evaluate_num_edits: int = 100,
     best_metric: str | None = None,
     patience: int = 2,
+    ship_edits: bool = False,
 ) -> AdapterSummary:
     """Write edits into a model and save the adapter to `args.output_dir`.
 
@@ -60,6 +61,8 @@ def train_edits(
         evaluate_num_edits: edits that are evaluated, chosen by `args.seed`.
         best_metric: the metric by which an epoch is the best; its weights are kept.
         patience: evaluations without a better one after which training ends.
+        ship_edits: save the edits in the adapter's folder, too: whoever has the adapter can read them then, and
+            `update_adapter` needs nothing else.
 
     Returns:
         What was saved.
@@ -98,11 +101,12 @@ def train_edits(
     if evaluate_every:
         sample = random.Random(args.seed).sample(read, min(evaluate_num_edits, len(read)))
         asked = EvaluationConfig(protocols=["generation", "token_accuracy"], chat_template=args.chat_template)
-        trainer.add_callback(
-            EvaluationCallback(sample, evaluate_every, asked, best_metric=best_metric, patience=patience)
-        )
+        callback = EvaluationCallback(sample, evaluate_every, asked, best_metric=best_metric, patience=patience)
+        trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
+    if ship_edits and args.should_save:
+        describe_adapter(args.output_dir, edits=trainer.edits)
     trainer.accelerator.wait_for_everyone()  # one process writes what all of them read now
     return inspect_adapter(args.output_dir)
 

@@ -45,7 +45,7 @@ def test_variants_are_drawn_anew_every_epoch_and_no_kept_row_comes_twice_before_
 def test_half_a_variant_is_one_of_every_second_edit() -> None:
     rows = TrainingRows(num_edits=400, num_variants=[3] * 400, variants_per_epoch=0.5)
     (batch,) = EditBatches(400, 400, 0, rows=rows)
-    assert batch[:400] == list(EditBatches(400, 400, 0))[0]
+    assert batch[:400] == next(iter(EditBatches(400, 400, 0)))
     owners = [(row - 400) // 3 for row in batch[400:]]
     assert len(set(owners)) == len(owners)
     assert 160 < len(owners) < 240

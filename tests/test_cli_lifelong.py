@@ -1,0 +1,91 @@
+"""`locft train --resume_from_adapter` and `locft inspect --edits`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_training import EDITS, base_model
+from tokenizers_for_tests import make_tokenizer
+
+from peft_locft import edit_id, shipped_edits
+from peft_locft.cli import main
+from peft_locft.command_line_arguments import parse_train
+from peft_locft.shipped_edits import edit_lines
+
+RUN = ["--num_train_epochs", "1", "--use_cpu", "--disable_tqdm", "True"]
+RESUMED = ["--resume_from_adapter", "a", "--output_dir", "o", "--use_cpu"]
+
+
+def test_an_adapter_is_listed_and_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, out, edits = tmp_path / "model", tmp_path / "out", tmp_path / "edits.jsonl"
+    base_model().save_pretrained(base)
+    make_tokenizer("llama2").save_pretrained(base)
+    edits.write_text(edit_lines(EDITS))
+    call = ["train", "--model_name_or_path", str(base), "--edits", str(edits), "--num_edits", "7", "--ship_edits"]
+    assert main([*call, "--output_dir", str(out), *RUN]) == 0
+    assert shipped_edits(out) == EDITS[:7]
+    capsys.readouterr()
+    assert main(["inspect", str(out), "--edits"]) == 0
+    listed = capsys.readouterr().out
+    assert listed.splitlines()[0] == f"{edit_id(EDITS[0])}  'The capital of France is' -> 'Madrid'"
+    assert main(["inspect", str(out), "--edits", str(edits)]) == 0
+    assert capsys.readouterr().out == listed
+
+    (tmp_path / "ids.txt").write_text("\n".join(line for line in listed.splitlines() if "Spain" in line))
+    edits.write_text(edit_lines(EDITS[7:]))
+    update = ["train", "--resume_from_adapter", str(out), "--forget", str(tmp_path / "ids.txt")]
+    assert main([*update, "--edits", str(edits), "--output_dir", str(out), *RUN]) == 0
+    assert "\nedits: 5 kept, 1 added, 0 replaced, 2 withdrawn\n" in capsys.readouterr().out
+    assert shipped_edits(out) == [EDITS[0], *EDITS[3:]]
+
+
+def test_the_flags_are_those_of_the_function(tmp_path: Path) -> None:
+    found = parse_train([*RESUMED, "--forget", "f", "--kept_edits", "k", "--seed", "3"])
+    args = found.pop("args")
+    assert (args.output_dir, args.seed) == ("o", 3)
+    assert found == {
+        "adapter": "a",
+        "edits": None,
+        "forget": "f",
+        "kept_edits": "k",
+        "ship_edits": None,
+        "model_name_or_path": None,
+        "revision": None,
+        "dtype": "auto",
+        "trust_remote_code": False,
+        "on_conflict": "warn",
+        "num_edits": None,
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"resume_from_adapter": "b", "ship_edits": True}))
+    found = parse_train(["--config", str(tmp_path / "run.yaml"), "--output_dir", "o", "--use_cpu", "--edits", "e"])
+    assert (found["adapter"], found["edits"], found["ship_edits"]) == ("b", "e", True)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([*RESUMED, "--layers_to_transform", "1"], "takes no --layers_to_transform: leave it out"),
+        ([*RESUMED, "--target_modules", "up_proj", "--forget", "f"], "takes no --target_modules"),
+        ([*RESUMED, "--peft_config", "lora"], "takes no --peft_config"),
+        ([*RESUMED, "--evaluate_every", "2"], "takes no --evaluate_every"),
+        ([*RESUMED], "found neither new edits nor edits to forget"),
+        ([*RESUMED, "--forget", "f"], "a is no adapter folder"),
+        (
+            ["--model_name_or_path", "m", "--edits", "e", "--output_dir", "o", "--use_cpu", "--forget", "f"],
+            "--forget is for an adapter that is trained on: give --resume_from_adapter, too",
+        ),
+        (
+            ["--model_name_or_path", "m", "--edits", "e", "--output_dir", "o", "--use_cpu", "--kept_edits", "f"],
+            "--kept_edits is for an adapter that is trained on",
+        ),
+    ],
+)
+def test_mistakes_are_named(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *words]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
