@@ -22,7 +22,7 @@ from .loading import load_model
 from .recipe import BreadthFirstConfig
 from .resume import whole_checkpoint
 from .trainer import BreadthFirstTrainer
-from .tuner import LocFTConfig
+from .tuner import LocFTConfig, balanced_config
 from .tuner.presets import default_location
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,10 @@ def train_edits(
         whole_checkpoint(args.output_dir, args.resume_from_checkpoint)
     model, tokenizer = load_model(model_name_or_path, dtype, revision=revision, trust_remote_code=trust_remote_code)
     if isinstance(peft_config, LocFTConfig) and peft_config.target_modules is None:
-        _warn_of_other_rate(default_location(model).learning_rate, args.learning_rate)
+        if args.recipe == "balanced" and peft_config.layers_to_transform is peft_config.target_parameters is None:
+            peft_config.target_modules = balanced_config(model).target_modules
+        else:
+            _warn_of_other_rate(default_location(model).learning_rate, args.learning_rate)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* prompts have several targets")  # said by read_edits, once
         trainer = BreadthFirstTrainer(

@@ -22,7 +22,7 @@ from peft_locft.evaluation_config import EvaluationConfig
 from .common import machine, markdown_table, parser_for, write_json
 
 LATE, SEVERAL = [20], [18, 20, 22]
-AUGMENTED: dict[str, Any] = {"num_prefixes": 15}
+AUGMENTED: dict[str, Any] = {"num_prefixes": 15, "variants_per_epoch": 0.5}
 PRESERVED: dict[str, Any] = {"preserve_damping": 10.0, "kept_subjects": 4, "kept_text_pieces": 0}
 SETTINGS: dict[str, tuple[list[int], dict[str, Any]]] = {
     "published": (LATE, {}),
