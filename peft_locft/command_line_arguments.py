@@ -17,6 +17,8 @@ from transformers import HfArgumentParser
 
 from .baselines import METHODS
 from .evaluation_config import EvaluationConfig
+from .locate_arguments import LocateArguments, PresetArguments, search_arguments
+from .location_preset import LocationPreset
 from .recipe import BreadthFirstConfig
 from .tuner import LocFTConfig
 from .tuner.config import ALL_LINEAR, ENTIRE_LAYER
@@ -131,9 +133,10 @@ def parse_train(argv: list[str]) -> dict[str, Any]:
         SystemExit: from argparse, if a flag is unknown, missing or malformed.
     """
     usage = "--model_name_or_path MODEL --edits FILE --output_dir FOLDER"
-    run, location, args = _parse(argv, "train", usage, (RunArguments, LocationArguments, BreadthFirstConfig))
+    types = (RunArguments, LocationArguments, PresetArguments, BreadthFirstConfig)
+    run, location, preset, args = _parse(argv, "train", usage, types)
     arguments = vars(run)
-    return arguments | {"peft_config": _peft_config(arguments["peft_config"], location), "args": args}
+    return arguments | {"peft_config": _trained(arguments["peft_config"], location, preset.location), "args": args}
 
 
 def parse_evaluate(argv: list[str]) -> dict[str, Any]:
@@ -150,6 +153,25 @@ def parse_baselines(argv: list[str]) -> dict[str, Any]:
     return vars(run) | {"location": _peft_config(None, location), "args": args}
 
 
+def parse_locate(argv: list[str]) -> dict[str, Any]:
+    """Return the arguments of `run_location_search` from the words after `locft locate`; raises as `parse_train`."""
+    usage = "--model_name_or_path MODEL --edits FILE --output_dir FOLDER"
+    run, args = _parse(argv, "locate", usage, (LocateArguments, BreadthFirstConfig))
+    return search_arguments(run, args)
+
+
+def _trained(path: str | None, location: LocationArguments, preset: str | None) -> PeftConfig | LocationPreset:
+    if preset is None:
+        return _peft_config(path, location)
+    fields = [name for name, value in vars(location).items() if value != getattr(LocationArguments(), name)]
+    if fields or path is not None:
+        raise ValueError(
+            f"--location says what to train, and so {'do' if len(fields) > 1 else 'does'} "
+            f"{', '.join(fields) or '--peft_config'}: give one or the other."
+        )
+    return LocationPreset.load(preset)
+
+
 def _parse(argv: list[str], command: str, usage: str, types: tuple[type, ...]) -> tuple[Any, ...]:
     prog = f"locft {command}"
     usage = f"{prog} {usage} [--config FILE.yaml] [FLAG ...]"
@@ -161,6 +183,8 @@ def _parse(argv: list[str], command: str, usage: str, types: tuple[type, ...]) -
         flags["report_to"].nargs = "+"
     # the file's words first: of two with the same name argparse takes the later one
     words = [*_config_file_words(argv, set(flags), prog, usage), *argv]
+    if PresetArguments in types:
+        words = [*_preset_words(words), *words]
     parser.add_argument("--config", help="A YAML file with any of these flags as keys.")
     *parsed, _, unknown = parser.parse_args_into_dataclasses(
         words, return_remaining_strings=True, look_for_args_file=False
@@ -190,6 +214,14 @@ def _config_file_words(argv: list[str], flags: set[str], prog: str, usage: str) 
     if empty:
         raise ValueError(f"--config {path}: {', '.join(empty)} without a value. Give one, or remove the line.")
     return [word for name, value in content.items() for word in _words(name, value)]
+
+
+def _preset_words(words: list[str]) -> list[str]:
+    """Return the learning rate of the location that words name, to stand before them."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--location")
+    path = early.parse_known_args(words)[0].location
+    return [] if path is None else [f"--learning_rate={LocationPreset.load(path).learning_rate}"]
 
 
 def _words(name: str, value: Any) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Literal
 
 import datasets
 from peft import PeftConfig, get_peft_model
+from transformers import AutoConfig
 
 from .adapter_folder import check_folder
 from .edits import Edit, first_edits
@@ -19,6 +20,7 @@ from .evaluation_callback import EvaluationCallback
 from .evaluation_config import EvaluationConfig
 from .inspection import AdapterSummary, inspect_adapter
 from .loading import load_model
+from .location_preset import LocationPreset
 from .recipe import BreadthFirstConfig
 from .resume import whole_checkpoint
 from .trainer import BreadthFirstTrainer
@@ -31,7 +33,7 @@ logger = logging.getLogger(__name__)
 def train_edits(
     model_name_or_path: str | os.PathLike[str],
     edits: str | os.PathLike[str] | Sequence[Edit] | datasets.Dataset,
-    peft_config: PeftConfig | None = None,
+    peft_config: PeftConfig | LocationPreset | None = None,
     args: BreadthFirstConfig | None = None,
     *,
     revision: str | None = None,
@@ -49,7 +51,8 @@ def train_edits(
     Args:
         model_name_or_path: the base model: a folder or a name on the Hub.
         edits: whatever `read_edits` reads.
-        peft_config: what to train; `None` is `LocFTConfig()`. Any other PEFT method works too.
+        peft_config: what to train; `None` is `LocFTConfig()`. Any other PEFT method works too, and so does what
+            `locft locate` has found.
         args: the recipe, and where to save; `None` is the published one.
         revision: branch, tag or commit of the base model on the Hub.
         dtype: `"auto"` (as the checkpoint says), `"float32"`, `"bfloat16"` or `"float16"`, for the base model.
@@ -74,6 +77,9 @@ def train_edits(
         >>> print(summary)
     """
     args = BreadthFirstConfig() if args is None else args
+    if isinstance(peft_config, LocationPreset):
+        config = AutoConfig.from_pretrained(model_name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+        peft_config = peft_config.config_for(config)
     peft_config = LocFTConfig() if peft_config is None else copy.deepcopy(peft_config)
     if peft_config.task_type is None:
         peft_config.task_type = "CAUSAL_LM"  # lets AutoPeftModelForCausalLM load it
