@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SCORE = "score"
-CELL_WIDTH, CELL_HEIGHT, LEFT, TITLE, GAP = 0.38, 0.3, 0.95, 0.5, 0.25  # inches
-LEAST_WIDTH = 4.0
+CELL_WIDTH, CELL_HEIGHT, LEFT, TITLE, GAP = 0.4, 0.26, 0.95, 0.32, 0.3  # inches
+LEAST_WIDTH = 3.2
+MOST_BESIDE = 12  # columns of a panel that has another one beside it
 MOST_WRITTEN = 16  # columns, in which there is room for numbers
 
 
@@ -31,15 +32,16 @@ def locations_figure(search: LocationSearch) -> Figure:
     names = [SCORE, *(name for name in IN_TABLE if any(name in trial.figures for trial in trials))]
     modules = list(dict.fromkeys(trial.module for trial in trials))
     layers = sorted({trial.layer for trial in trials})
-    width = LEFT + max(LEAST_WIDTH, CELL_WIDTH * len(layers)) + GAP
-    rows = CELL_HEIGHT * len(modules)
-    height = len(names) * (TITLE + rows + GAP)
-    figure = Figure(figsize=(width, height))
+    columns = 2 if len(layers) <= MOST_BESIDE else 1
+    cell = max(CELL_WIDTH, LEAST_WIDTH / len(layers))
+    wide, high = LEFT + cell * len(layers) + GAP, TITLE + CELL_HEIGHT * len(modules) + GAP
+    num_rows = math.ceil(len(names) / columns)
+    figure = Figure(figsize=(wide * columns, high * num_rows))
     for number, name in enumerate(names):
-        bottom = height - (number + 1) * (TITLE + rows) - number * GAP
-        place = (LEFT / width, bottom / height, 1 - (LEFT + GAP) / width, rows / height)
+        row, column = divmod(number, columns)
+        left, bottom = (column + LEFT / wide) / columns, 1 - (row + 1 - GAP / high) / num_rows
+        place = (left, bottom, cell * len(layers) / (wide * columns), CELL_HEIGHT * len(modules) / (high * num_rows))
         _draw(figure.add_axes(place), name, trials, modules, layers, search.best)
-    figure.axes[-1].set_xlabel(f"layer ({trials[0].num_edits} edits)")
     return figure
 
 
@@ -83,16 +85,9 @@ def _write(axes: Axes, table: Sequence[Sequence[float]], norm: object, lower_is_
         for column, value in enumerate(line):
             share = float(norm(value)) if not math.isnan(value) else 0.0
             is_dark = (1 - share if lower_is_better else share) > 0.6
-            text = "-" if math.isnan(value) else f"{value:.2f}"
-            axes.text(
-                column,
-                row,
-                text,
-                ha="center",
-                va="center",
-                fontsize=7,
-                color="white" if is_dark else COLOURS["ink"][0],
-            )
+            text = "-" if math.isnan(value) else f"{value:.3g}"
+            colour = "white" if is_dark else COLOURS["ink"][0]
+            axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
 
 
 def _value(name: str, trial: LocationTrial) -> float:

@@ -19,7 +19,8 @@ DEFAULT = ("reliability_token_accuracy", "generalization_token_accuracy", "local
 class LocationScore:
     """The weighted harmonic mean of some metrics: high only where none of them is low.
 
-    Shares count as they are, but at least 0.01, so that a 0 of one does not hide the others; perplexity as its before over its after, 1 at most; KL as exp(-KL).
+    Shares count as they are; perplexity as its before over its after, 1 at most; KL as exp(-KL). Each counts as 0.01
+    at least, so that a 0 of one does not hide the others.
 
     Args:
         weights: of the metrics, by name.

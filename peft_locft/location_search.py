@@ -85,7 +85,7 @@ def search_locations(
         edits: whatever `read_edits` reads, with rephrasings and locality probes.
         args: the recipe of every trial, and where results go.
         plan: which locations; `None` is all kinds of modules in all layers.
-        num_edits: the sample, drawn by `args.seed`; `None`: all.
+        num_edits: the sample, drawn by `args.seed`; `None`: all, in their order.
         score: weights of metrics, see `LocationScore`; `None`: its default.
         evaluation: how the last rung is evaluated; earlier ones are asked only what the score needs, of a share of the
             text. `None`: greedy answers and token accuracy, 2,048 tokens of text in windows of 256.
@@ -104,7 +104,8 @@ def search_locations(
     if args.world_size > 1:
         raise ValueError(
             f"search_locations found a group of {args.world_size} processes, which would train every location "
-            "together. Call peft_locft.one_process.leave_group() before making a BreadthFirstConfig, as `locft locate` does."
+            "together. Call peft_locft.one_process.leave_group() before making a BreadthFirstConfig, as "
+            "`locft locate` does."
         )
     plan = plan or SearchPlan()
     sample = _sample(read_edits(edits), num_edits, args.seed)
@@ -135,8 +136,9 @@ def search_locations(
 def _sample(edits: Sequence[Edit], num_edits: int | None, seed: int) -> list[Edit]:
     if num_edits is not None and num_edits < 1:
         raise ValueError(f"num_edits={num_edits}: expected 1 or more; None is all of them")
-    count = len(edits) if num_edits is None else min(num_edits, len(edits))
-    return random.Random(seed).sample(list(edits), count)
+    if num_edits is None:
+        return list(edits)
+    return random.Random(seed).sample(list(edits), min(num_edits, len(edits)))
 
 
 def _check_plan(plan: SearchPlan, model: PreTrainedModel) -> list[int]:

@@ -22,6 +22,7 @@ from .files import write_whole
 from .location_plan import Candidate, neighbours, survivors
 from .location_results import LocationTrial, plain_figures, read_trial
 from .location_score import LocationScore
+from .memory import free_memory
 from .model_state import Diverged
 from .recipe import BreadthFirstConfig
 from .trials import known_result, try_adapter
@@ -214,10 +215,16 @@ class LocationTrials:
             else:
                 config = replace(config, protocols=list(dict.fromkeys([*needed, *config.protocols])))
             edits = self.edits[: self.sizes[rung]]
-            self._evaluators[rung] = EditEvaluator(
-                self.model, self.tokenizer, edits, config, text=self.text, progress=False
-            )
+            evaluator = EditEvaluator(self.model, self.tokenizer, edits, config, text=self.text, progress=False)
+            if evaluator.windows is not None and self._fits(evaluator.windows.numel()):
+                evaluator.kept_logits = []
+            self._evaluators[rung] = evaluator
         return self._evaluators[rung]
+
+    def _fits(self, num_tokens: int) -> bool:
+        """Whether the logits of so many tokens take less than a quarter of the memory that is free."""
+        head = self.model.get_output_embeddings().weight
+        return num_tokens * head.shape[0] * head.itemsize < free_memory(head.device) / 4
 
 
 def _scores(trials: Mapping[Candidate, LocationTrial]) -> dict[Candidate, float]:
