@@ -17,6 +17,9 @@ from .exports import export_peft, export_weights
 from .harness import evaluate_on_tasks
 from .in_place import detach, merge_in_place
 from .inspection import AdapterSummary, inspect_adapter
+from .location_preset import LocationPreset
+from .location_results import LocationSearch
+from .location_search import SearchPlan, search_locations
 from .lora_export import export_lora
 from .recipe import BreadthFirstConfig
 from .sharing import push_adapter
@@ -40,8 +43,11 @@ __all__ = [
     "EvaluationReport",
     "LocFTConfig",
     "LocFTModel",
+    "LocationPreset",
+    "LocationSearch",
     "MergeSummary",
     "Probe",
+    "SearchPlan",
     "__version__",
     "check_adapter",
     "describe_adapter",
@@ -64,6 +70,7 @@ __all__ = [
     "read_adapter",
     "read_edits",
     "save_adapter",
+    "search_locations",
     "shipped_edits",
     "train_edits",
 ]

@@ -69,7 +69,7 @@ def _draw(
     axes.set_yticks(range(len(modules)), list(modules))
     for label in axes.get_yticklabels():
         label.set_parse_math(False)  # a name is no formula
-    title = name if name == SCORE else label_of(name)
+    title = f"score by layer, {trials[0].num_edits} edits" if name == SCORE else label_of(name)
     if name != SCORE and short_name(name) != name:
         title = f"{group_of(name)}: {title}"
     axes.set_title(f"{title} ({low:.3g} to {high:.3g})", loc="left", parse_math=False)
