@@ -1,4 +1,4 @@
-"""Which locations a search tries, on how many edits, and which of them go on: pure functions."""
+"""Which locations a search tries, for how long, and which of them go on: pure functions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-FEWEST_EDITS = 3  # of the first rung
+FEWEST_EDITS = 8  # of the first rung
 
 
 @dataclass(frozen=True, order=True)
@@ -24,32 +24,58 @@ class Candidate:
         return f"{self.module}-{self.layer:03d}"
 
 
-def rungs(num_edits: int, num_candidates: int, keep: int, num_rungs: int | None = None) -> list[int]:
-    """Return on how many edits candidates are tried: few at first, `keep` times as many in each rung, all in the last.
+@dataclass(frozen=True)
+class Rung:
+    """How locations are tried: on how many edits, for how many epochs at most."""
+
+    num_edits: int
+    num_epochs: int
+
+    @property
+    def cost(self) -> int:
+        """How often an edit is trained."""
+        return self.num_edits * self.num_epochs
+
+
+def rungs(
+    num_edits: int, num_epochs: float, num_candidates: int, keep: int, num_rungs: int | None = None
+) -> list[Rung]:
+    """Return how candidates are tried at first, and how those that are left are tried then.
+
+    The last rung is the whole recipe on all edits. The others train for one in `keep` epochs; the last of these on all
+    edits, the one before on one in `keep`, and so on. A rung costs a candidate about `keep` times as much as the one
+    before, and has one in `keep` of its candidates. Epochs are cut before edits are, since what a location changes
+    beside the edits depends on how many there are.
 
     Args:
         num_edits: of the sample.
+        num_epochs: of the recipe.
         num_candidates: that begin.
-        keep: one in so many goes on to the next rung, which has so many times the edits.
-        num_rungs: how many; 1 tries every candidate on all edits. `None`: as many as leave one candidate for the
-            last, unless the first would have less than `FEWEST_EDITS` edits.
+        keep: one in so many goes on to the next rung.
+        num_rungs: how many; 1 tries every candidate with the whole recipe on all edits. `None`: as many as leave one
+            candidate for the last, unless the first would have less than `FEWEST_EDITS` edits.
 
     Raises:
         ValueError: if `keep` is below 2, `num_rungs` is below 1, or the edits are too few for so many.
 
     Example:
-        >>> rungs(num_edits=100, num_candidates=160, keep=3)
-        [4, 12, 34, 100]
+        >>> [(rung.num_edits, rung.num_epochs) for rung in rungs(100, 25, num_candidates=160, keep=3)]
+        [(12, 9), (34, 9), (100, 9), (100, 25)]
     """
     if keep < 2:
         raise ValueError(f"keep={keep}: one in so many goes on; expected 2 or more.")
     if num_rungs is None:
-        most = min(num_candidates, num_edits / FEWEST_EDITS)
-        num_rungs = 1 + (math.floor(math.log(most, keep) + 1e-9) if most > 1 else 0)
-    sizes = [math.ceil(num_edits / keep**power) for power in reversed(range(num_rungs))]
+        num_rungs = min(1 + _divisions(num_candidates, keep), 2 + _divisions(num_edits / FEWEST_EDITS, keep))
+    sizes = [math.ceil(num_edits / keep**power) for power in reversed(range(num_rungs - 1))]
     if num_rungs < 1 or len(set(sizes)) < len(sizes):
         raise ValueError(f"num_rungs={num_rungs}: expected 1 or more, and {num_edits} edits have not so many sizes.")
-    return sizes
+    whole = math.ceil(num_epochs)
+    return [*(Rung(size, math.ceil(whole / keep)) for size in sizes), Rung(num_edits, whole)]
+
+
+def _divisions(number: float, by: int) -> int:
+    """Return how often a number can be divided before it is below 1, less one; 0 for one that is."""
+    return math.floor(math.log(number, by) + 1e-9) if number > 1 else 0
 
 
 def survivors(scores: dict[Candidate, float], keep: int) -> list[Candidate]:
@@ -82,15 +108,15 @@ def neighbours(best: Iterable[Candidate], layers: Sequence[int], step: int) -> l
     )
 
 
-def cost(sizes: Sequence[int], num_candidates: int, keep: int) -> float:
-    """Return how many trainings of one location on all edits a search without a stride is worth.
+def cost(ladder: Sequence[Rung], num_candidates: int, keep: int) -> float:
+    """Return how many trainings with the whole recipe on all edits a search without a stride is worth.
 
     Example:
-        >>> cost([4, 12, 34, 100], num_candidates=160, keep=3)
-        23.54
+        >>> round(cost(rungs(100, 25, 160, keep=3), num_candidates=160, keep=3), 1)
+        24.5
     """
     total, count = 0, num_candidates
-    for size in sizes:
-        total += count * size
+    for rung in ladder:
+        total += count * rung.cost
         count = max(1, count // keep)
-    return total / sizes[-1]
+    return total / ladder[-1].cost

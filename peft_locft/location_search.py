@@ -19,7 +19,7 @@ from .edits import Edit, edits_sha256, read_edits
 from .evaluation import Edits, Text
 from .evaluation_config import EvaluationConfig
 from .loading import load_model
-from .location_plan import coarse_layers, rungs
+from .location_plan import Rung, coarse_layers, rungs
 from .location_preset import model_shape
 from .location_results import LocationSearch
 from .location_score import LocationScore
@@ -43,8 +43,8 @@ class SearchPlan:
         modules: kinds of modules, or names, see `location_of`.
         layers: decoder layers, counted from 0; `None`: all.
         stride: begin with every so many-th of the layers, and come closer to the best: half as far each time.
-        keep: one in so many goes on to the next rung, which has so many times the edits.
-        num_rungs: 1 tries all of them on all edits; `None`: see `rungs`.
+        keep: one in so many goes on to the next rung, in which a trial costs so many times as much.
+        num_rungs: 1 tries all of them with the whole recipe on all edits; `None`: see `rungs`.
         learning_rates: of some modules, where it is not the recipe's: coarse ones want a lower one.
     """
 
@@ -71,8 +71,8 @@ def search_locations(
 ) -> LocationSearch:
     """Find out where edits are best written into a model.
 
-    Successive halving: all locations are trained and evaluated on a few edits, one in `plan.keep` of them on more, and
-    so on; the last of them on all. The layers before a location are run once for all locations of a rung, and the base
+    Successive halving: all locations are trained on a few edits for a few epochs, one in `plan.keep` of them on more,
+    and so on; the last with the whole recipe on all edits. The layers before a location are run once for all locations of a rung, and the base
     is asked once.
 
     Every result is written to `args.output_dir` when it is there, so that a search that was killed goes on where it
@@ -116,12 +116,13 @@ def search_locations(
     )
     evaluation = replace(evaluation, chat_template=args.chat_template)
     coarse = coarse_layers(layers, plan.stride)
-    sizes = rungs(len(sample), len(coarse) * len(plan.modules), plan.keep, plan.num_rungs)
+    num_candidates = len(coarse) * len(plan.modules)
+    ladder = rungs(len(sample), args.num_train_epochs, num_candidates, plan.keep, plan.num_rungs)
     folder = Path(args.output_dir)
     progress = not args.disable_tqdm if show_progress is None else show_progress
     rates = plan.learning_rates or {}
-    trials = LocationTrials(model, tokenizer, sample, args, sizes, weights, evaluation, text, rates)
-    setting = _setting(model, sample, args, plan, layers, sizes, weights, trials)
+    trials = LocationTrials(model, tokenizer, sample, args, ladder, weights, evaluation, text, rates)
+    setting = _setting(model, sample, args, plan, layers, ladder, weights, trials)
     trials.begin(folder, setting)
     with sharing_states(folder / STATES, layers):
         found = trials.search(plan.modules, layers, coarse, plan.stride, plan.keep, progress)
@@ -185,7 +186,7 @@ def _setting(
     args: BreadthFirstConfig,
     plan: SearchPlan,
     layers: Sequence[int],
-    sizes: Sequence[int],
+    ladder: Sequence[Rung],
     score: LocationScore,
     trials: LocationTrials,
 ) -> dict[str, Any]:
@@ -204,7 +205,7 @@ def _setting(
         "layers": list(layers),
         "stride": plan.stride,
         "keep": plan.keep,
-        "rungs": list(sizes),
+        "rungs": [[rung.num_edits, rung.num_epochs] for rung in ladder],
         "learning_rates": dict(plan.learning_rates or {}),
     }
 

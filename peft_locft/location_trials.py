@@ -19,7 +19,7 @@ from .evaluation import EditEvaluator, Text
 from .evaluation_config import EvaluationConfig
 from .file_copies import locked
 from .files import write_whole
-from .location_plan import Candidate, neighbours, survivors
+from .location_plan import Candidate, Rung, neighbours, survivors
 from .location_results import LocationTrial, plain_figures, read_trial
 from .location_score import LocationScore
 from .memory import free_memory
@@ -44,7 +44,7 @@ class LocationTrials:
         tokenizer: its tokenizer.
         edits: the sample; a rung has the first of them.
         args: the recipe.
-        sizes: how many edits each rung has.
+        ladder: the rungs.
         score: of a trial.
         evaluation: of the last rung.
         text: for perplexity and KL.
@@ -55,7 +55,7 @@ class LocationTrials:
     tokenizer: PreTrainedTokenizerBase
     edits: Sequence[Edit]
     args: BreadthFirstConfig
-    sizes: Sequence[int]
+    ladder: Sequence[Rung]
     score: LocationScore
     evaluation: EvaluationConfig
     text: Text | None
@@ -66,7 +66,7 @@ class LocationTrials:
     @property
     def text_sha256(self) -> str | None:
         """The hash of the text's tokens, as far as the last rung reads it."""
-        windows = self._evaluator(len(self.sizes) - 1).windows
+        windows = self._evaluator(len(self.ladder) - 1).windows
         return None if windows is None else tensor_sha256(windows)
 
     def begin(self, folder: Path, setting: dict[str, Any]) -> None:
@@ -106,21 +106,21 @@ class LocationTrials:
             ValueError: if training diverges at every location.
         """
         begin = [Candidate(module, layer) for module in modules for layer in coarse]
-        counts = [max(1, len(begin) // keep**rung) for rung in range(len(self.sizes))]
-        total = sum(count * size for count, size in zip(counts, self.sizes, strict=True))
+        counts = [max(1, len(begin) // keep**number) for number in range(len(self.ladder))]
+        total = sum(count * rung.cost for count, rung in zip(counts, self.ladder, strict=True))
         with tqdm(total=total, desc="locating", unit="edit", disable=not progress) as bar:
             found = self._try(0, begin, bar)
             while stride > 1:
                 stride = (stride + 1) // 2 if stride > 2 else 1
                 closer = neighbours(survivors(_scores(found), keep), layers, stride)
                 new = [candidate for candidate in closer if candidate not in found]
-                bar.total += len(new) * self.sizes[0]
+                bar.total += len(new) * self.ladder[0].cost
                 found |= self._try(0, new, bar)
             if all(trial.failed for trial in found.values()):
                 reasons = "; ".join(sorted({str(trial.failed) for trial in found.values()})[:2])
                 raise ValueError(f"Training diverged at every location ({reasons}). Lower the learning rate.")
             trials = list(found.values())
-            for rung in range(1, len(self.sizes)):
+            for rung in range(1, len(self.ladder)):
                 found = self._try(rung, survivors(_scores(found), keep), bar)
                 trials += found.values()
         return trials
@@ -138,16 +138,15 @@ class LocationTrials:
                     found[candidate] = trial
                     waiting.remove(candidate)
                     best = max(found.values(), key=lambda trial: trial.score)
-                    bar.set_postfix_str(f"rung {rung + 1} of {len(self.sizes)}, best: {best.candidate}")
+                    bar.set_postfix_str(f"rung {rung + 1} of {len(self.ladder)}, best: {best.candidate}")
             if len(waiting) == before:
                 time.sleep(PATIENCE)
         return {candidate: found[candidate] for candidate in candidates}
 
     def _one(self, rung: int, candidate: Candidate, bar: tqdm[Any]) -> LocationTrial | None:
         """Return a trial; `None` while another process makes it."""
-        size = self.sizes[rung]
         path = self._folder / f"{rung}-{candidate.file_name}.json"
-        cell = asdict(candidate) | {"rung": rung, "num_edits": size}
+        cell = asdict(candidate) | {"rung": rung, "num_edits": self.ladder[rung].num_edits}
         row = known_result(path, cell)
         if row is None:
             place = path.with_suffix("")
@@ -159,25 +158,21 @@ class LocationTrials:
                 if row is None:
                     trial = self._measure(rung, candidate, place)
                     write_whole(path, json.dumps(asdict(trial), indent=1) + "\n")
-                    bar.update(size)
+                    bar.update(self.ladder[rung].cost)
                     shutil.rmtree(place, ignore_errors=True)
                     return trial
         # no time was spent on it here, and none should be expected for the rest because of it
-        bar.total -= size
+        bar.total -= self.ladder[rung].cost
         return read_trial(row)
 
     def _measure(self, rung: int, candidate: Candidate, place: Path) -> LocationTrial:
         location = location_of(self.model, candidate.module, candidate.layer)
-        edits = self.edits[: self.sizes[rung]]
+        edits = self.edits[: self.ladder[rung].num_edits]
         rate = self.learning_rates.get(candidate.module, self.args.learning_rate)
-        quiet: dict[str, Any] = {
-            "save_strategy": "no",
-            "logging_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-        }
-        quiet["output_dir"] = str(place)
-        args = replace(self.args, learning_rate=rate, **quiet)
+        own: dict[str, Any] = {"output_dir": str(place), "num_train_epochs": self.ladder[rung].num_epochs}
+        own |= {"learning_rate": rate, "report_to": "none", "disable_tqdm": True}
+        own |= dict.fromkeys(("save_strategy", "logging_strategy"), "no")
+        args = replace(self.args, **own)
         known = {
             **asdict(candidate),
             "rung": rung,
@@ -208,13 +203,13 @@ class LocationTrials:
         """Return the evaluator of a rung, which asks the base once."""
         if rung not in self._evaluators:
             config, needed = self.evaluation, self.score.protocols
-            if rung < len(self.sizes) - 1:
-                share = self.sizes[rung] / self.sizes[-1]
+            if rung < len(self.ladder) - 1:
+                share = self.ladder[rung].cost / self.ladder[-1].cost
                 tokens = max(config.text_window, round(share * config.max_text_tokens))
                 config = replace(config, protocols=needed, max_text_tokens=tokens)
             else:
                 config = replace(config, protocols=list(dict.fromkeys([*needed, *config.protocols])))
-            edits = self.edits[: self.sizes[rung]]
+            edits = self.edits[: self.ladder[rung].num_edits]
             evaluator = EditEvaluator(self.model, self.tokenizer, edits, config, text=self.text, progress=False)
             if evaluator.windows is not None and self._fits(evaluator.windows.numel()):
                 evaluator.kept_logits = []

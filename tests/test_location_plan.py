@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from peft_locft.location_plan import Candidate, coarse_layers, cost, neighbours, rungs, survivors
 
 
+def sizes(*arguments: Any, **options: Any) -> list[tuple[int, int]]:
+    return [(rung.num_edits, rung.num_epochs) for rung in rungs(*arguments, **options)]
+
+
 def test_rungs_grow_by_what_is_cut_off() -> None:
-    assert rungs(27, 10, keep=3) == [3, 9, 27]
-    assert rungs(100, 160, keep=3) == [4, 12, 34, 100]
-    assert rungs(100, 160, keep=3, num_rungs=2) == [34, 100]
-    assert rungs(100, 160, keep=3, num_rungs=1) == [100]
-    # neither one location, nor a few edits, have anything to cut
-    assert rungs(100, 1, keep=3) == [100]
-    assert rungs(8, 100, keep=3) == [8]
-    assert rungs(1, 1, keep=2) == [1]
+    assert sizes(27, 25, 10, keep=3) == [(9, 9), (27, 9), (27, 25)]
+    assert sizes(100, 25, 160, keep=3) == [(12, 9), (34, 9), (100, 9), (100, 25)]
+    assert sizes(100, 25, 160, keep=3, num_rungs=2) == [(100, 9), (100, 25)]
+    assert sizes(100, 25, 160, keep=3, num_rungs=1) == [(100, 25)]
+    # neither one location, nor a few edits, have much to cut
+    assert sizes(100, 25, 1, keep=3) == [(100, 25)]
+    assert sizes(8, 2, 100, keep=3) == [(8, 1), (8, 2)]
+    assert sizes(1, 25, 9, keep=3) == [(1, 9), (1, 25)]
 
 
-def test_a_search_costs_the_edits_that_are_trained() -> None:
-    assert cost([3, 9, 27], 10, keep=3) == (10 * 3 + 3 * 9 + 1 * 27) / 27
-    assert cost([27], 10, keep=3) == 10
+def test_a_search_costs_what_is_trained() -> None:
+    ladder = rungs(27, 25, 10, keep=3)
+    assert cost(ladder, 10, keep=3) == (10 * 9 * 9 + 3 * 27 * 9 + 27 * 25) / (27 * 25)
+    assert cost(ladder[-1:], 10, keep=3) == 10
+    assert cost(rungs(100, 25, 160, keep=3), 160, keep=3) < 160 / 4
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((10, 10, 1), "keep=1: one in so many goes on; expected 2 or more"),
-        ((10, 10, 2, 0), "num_rungs=0: expected 1 or more"),
-        ((4, 10, 3, 4), "num_rungs=4: expected 1 or more, and 4 edits have not so many sizes"),
+        ((10, 25, 10, 1), "keep=1: one in so many goes on; expected 2 or more"),
+        ((10, 25, 10, 2, 0), "num_rungs=0: expected 1 or more"),
+        ((4, 25, 10, 3, 5), "num_rungs=5: expected 1 or more, and 4 edits have not so many sizes"),
     ],
 )
 def test_rungs_that_cannot_be(arguments: tuple[int, ...], message: str) -> None:

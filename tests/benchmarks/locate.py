@@ -126,10 +126,11 @@ def of_32_layers(num_edits: int) -> str:
     count = 5 * 32
     lines = []
     for edits in sorted({num_edits, 100, 300}):
-        sizes = rungs(edits, count, keep=3)
+        ladder = rungs(edits, 25, count, keep=3)
+        words = ", ".join(f"{rung.num_edits} x {rung.num_epochs}" for rung in ladder)
         lines.append(
-            f"5 kinds of modules in 32 layers, {edits} edits, rungs of {', '.join(map(str, sizes))}: the training of "
-            f"{cost(sizes, count, keep=3):.1f} locations on all edits, of {count}."
+            f"5 kinds of modules in 32 layers, rungs of {words} edits x epochs: {cost(ladder, count, keep=3):.1f} "
+            f"trainings in full, of {count}."
         )
     return "\n".join(lines)
 
