@@ -3,8 +3,8 @@
     python killed_search_process.py FOLDER KILLS
 
 KILLS is JSON: for every child the comparison of a replay with the whole model at which it is killed, from 1, or null.
-Each goes on where the one before was killed, and writes what it has found to FOLDER/found.json. With `"together"` in its
-place, two children start at once, as a launcher starts them, and call `locft locate`.
+Each goes on where the one before was killed, and writes what it has found to FOLDER/found.json. With `"together"` in
+its place, two children start at once, as a launcher starts them, and call `locft locate`.
 """
 
 from __future__ import annotations

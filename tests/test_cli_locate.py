@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_location_preset import preset_for
+from tiny_searches import preset_for
 from tiny_training import EDITS, base_model
 from tokenizers_for_tests import make_tokenizer
 

@@ -7,25 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import get_peft_model
 from tiny_models import build, every_family, locations
+from tiny_searches import preset_for
 from tiny_training import EDITS, base_model
 from tokenizers_for_tests import make_tokenizer
 
 from peft_locft import BreadthFirstConfig, LocationPreset, train_edits
-from peft_locft.location_preset import model_shape
-from peft_locft.tuner.module_kinds import location_of
-
-
-def preset_for(model: Any, module: str = "up", layer: int = 1) -> LocationPreset:
-    location = location_of(model, module, layer)
-    names = (location.target_modules, location.target_parameters)
-    return LocationPreset(module, layer, *names, 2e-3, model_shape(model.config), {"score": {"perplexity": 1.0}})
 
 
 @every_family
 def test_it_comes_back_as_it_was_and_names_the_same_weights(family: str, tmp_path: Path) -> None:
-    from peft import get_peft_model
-
     model = build(family)
     for module in ("down", "entire-layer"):
         preset = preset_for(model, module, 2)

@@ -112,7 +112,7 @@ def test_coarse_to_fine_comes_to_the_best_layer(tmp_path: Path, monkeypatch: pyt
     found = search(tmp_path, base_model(num_hidden_layers=9), plan=plan)
     assert found.best.layer == 5
     # 8, 4 and 0; two beside the best of these, and one beside the best of all
-    assert [candidate.layer for candidate in tried] == [8, 4, 0, 6, 2, 7, 5, 3][: len(tried)] or len(tried) < 9
+    assert [candidate.layer for candidate in tried] == [8, 4, 0, 6, 2, 5, 3]
 
 
 def fake_measure(monkeypatch: pytest.MonkeyPatch, score: Any) -> list[Candidate]:
@@ -173,7 +173,7 @@ def test_another_configuration_in_the_same_folder_is_refused(halved: tuple[Path,
         ValueError, match=r"it holds a search with other recipe: found recipe=.* Give another output_dir"
     ):
         search(folder, recipe={"learning_rate": 1e-3})
-    with pytest.raises(ValueError, match="other keep, score: found keep=3, and this one has 2"):
+    with pytest.raises(ValueError, match="other keep, rungs, score: found keep=3, and this one has 2"):
         search(folder, plan=replace(PLAN, keep=2, num_rungs=2), score={"locality_tokens_unchanged": 1.0})
     assert (folder / "best.json").read_bytes() == written
 

@@ -9,9 +9,11 @@ from typing import Any
 from tiny_training import EDITS, base_model
 from tokenizers_for_tests import make_tokenizer
 
-from peft_locft import BreadthFirstConfig, EvaluationConfig, Probe
+from peft_locft import BreadthFirstConfig, EvaluationConfig, LocationPreset, Probe
+from peft_locft.location_preset import model_shape
 from peft_locft.location_results import LocationSearch
 from peft_locft.location_search import SearchPlan, search_locations
+from peft_locft.tuner.module_kinds import location_of
 
 PROBED = [replace(edit, locality=(Probe("Dave is", "Louis"),), rephrasings=(f"So: {edit.prompt}",)) for edit in EDITS]
 PLAN = SearchPlan(modules=["mlp", "down", "up"], layers=[1, 2], learning_rates={"down": 1e-7, "up": 1e-7})
@@ -40,3 +42,10 @@ def without_seconds(found: LocationSearch) -> list[dict[str, Any]]:
     """Return the trials of a search but for how long they took."""
     rows = [asdict(trial) for trial in found.trials]
     return [{name: value for name, value in row.items() if "seconds" not in name} for row in rows]
+
+
+def preset_for(model: Any, module: str = "up", layer: int = 1) -> LocationPreset:
+    """Return a preset as a search writes it."""
+    location = location_of(model, module, layer)
+    names = (location.target_modules, location.target_parameters)
+    return LocationPreset(module, layer, *names, 2e-3, model_shape(model.config), {"score": {"perplexity": 1.0}})
