@@ -59,8 +59,8 @@ def rungs(
         ValueError: if `keep` is below 2, `num_rungs` is below 1, or the edits are too few for so many.
 
     Example:
-        >>> [(rung.num_edits, rung.num_epochs) for rung in rungs(100, 25, num_candidates=160, keep=3)]
-        [(12, 9), (34, 9), (100, 9), (100, 25)]
+        >>> [(rung.num_edits, rung.num_epochs) for rung in rungs(100, 25, num_candidates=160, keep=4)]
+        [(25, 7), (100, 7), (100, 25)]
     """
     if keep < 2:
         raise ValueError(f"keep={keep}: one in so many goes on; expected 2 or more.")
@@ -112,8 +112,8 @@ def cost(ladder: Sequence[Rung], num_candidates: int, keep: int) -> float:
     """Return how many trainings with the whole recipe on all edits a search without a stride is worth.
 
     Example:
-        >>> round(cost(rungs(100, 25, 160, keep=3), num_candidates=160, keep=3), 1)
-        24.5
+        >>> round(cost(rungs(100, 25, 160, keep=4), num_candidates=160, keep=4), 1)
+        32.4
     """
     total, count = 0, num_candidates
     for rung in ladder:

@@ -51,7 +51,7 @@ class SearchPlan:
     modules: Sequence[str] = KINDS
     layers: Sequence[int] | None = None
     stride: int = 1
-    keep: int = 3
+    keep: int = 4
     num_rungs: int | None = None
     learning_rates: Mapping[str, float] | None = None
 

@@ -15,6 +15,7 @@ def sizes(*arguments: Any, **options: Any) -> list[tuple[int, int]]:
 
 def test_rungs_grow_by_what_is_cut_off() -> None:
     assert sizes(27, 25, 10, keep=3) == [(9, 9), (27, 9), (27, 25)]
+    assert sizes(100, 25, 160, keep=4) == [(25, 7), (100, 7), (100, 25)]
     assert sizes(100, 25, 160, keep=3) == [(12, 9), (34, 9), (100, 9), (100, 25)]
     assert sizes(100, 25, 160, keep=3, num_rungs=2) == [(100, 9), (100, 25)]
     assert sizes(100, 25, 160, keep=3, num_rungs=1) == [(100, 25)]
@@ -28,7 +29,9 @@ def test_a_search_costs_what_is_trained() -> None:
     ladder = rungs(27, 25, 10, keep=3)
     assert cost(ladder, 10, keep=3) == (10 * 9 * 9 + 3 * 27 * 9 + 27 * 25) / (27 * 25)
     assert cost(ladder[-1:], 10, keep=3) == 10
-    assert cost(rungs(100, 25, 160, keep=3), 160, keep=3) < 160 / 4
+    # a large model's, and a small one's
+    assert cost(rungs(100, 25, 160, keep=4), 160, keep=4) < 160 / 4
+    assert cost(rungs(27, 25, 10, keep=4), 10, keep=4) < 10 / 4
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from peft_locft.location_search import SearchPlan, search_locations
 from peft_locft.tuner.module_kinds import location_of
 
 PROBED = [replace(edit, locality=(Probe("Dave is", "Louis"),), rephrasings=(f"So: {edit.prompt}",)) for edit in EDITS]
-PLAN = SearchPlan(modules=["mlp", "down", "up"], layers=[1, 2], learning_rates={"down": 1e-7, "up": 1e-7})
+PLAN = SearchPlan(modules=["mlp", "down", "up"], layers=[1, 2], keep=3, learning_rates={"down": 1e-7, "up": 1e-7})
 RELIABILITY = {"reliability_token_accuracy": 1.0}
 
 

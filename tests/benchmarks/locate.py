@@ -35,7 +35,7 @@ def main() -> None:
     evaluation = EvaluationConfig(
         protocols=["generation", "token_accuracy"], max_text_tokens=arguments.max_text_tokens, text_window=256
     )
-    plan = SearchPlan(modules=arguments.modules, layers=arguments.layers)
+    plan = SearchPlan(modules=arguments.modules, layers=arguments.layers, keep=arguments.keep)
     args = BreadthFirstConfig(
         output_dir=str(arguments.output / "search"), use_cpu=True, disable_tqdm=True, report_to="none",
         logging_strategy="no", num_train_epochs=arguments.epochs, learning_rate=arguments.learning_rate,
@@ -61,7 +61,9 @@ def main() -> None:
         "plain winner": winner["location"],
         "winner of the search": str(found.best.candidate),
     }
-    print(f"\n{markdown_table(plain)}\n\n{markdown_table([summary])}\n\n{of_32_layers(arguments.num_edits)}")
+    print(
+        f"\n{markdown_table(plain)}\n\n{markdown_table([summary])}\n\n{of_32_layers(arguments.num_edits, arguments.keep)}"
+    )
     settings = {name: str(value) for name, value in vars(arguments).items()}
     write_json(
         arguments.output / "locate.json",
@@ -73,7 +75,8 @@ def parse() -> argparse.Namespace:
     parser = parser_for(__doc__, epochs=25, num_edits=27)
     parser.add_argument("--modules", nargs="+", default=["down", "mlp"], help="kinds of modules")
     parser.add_argument("--layers", nargs="+", type=int, default=[5, 10, 15, 20, 25], help="of 30, from 0")
-    parser.add_argument("--batch_size", type=int, default=20, help="edits in a batch")
+    parser.add_argument("--keep", type=int, default=4, help="one location in so many goes on to a longer trial")
+    parser.add_argument("--batch_size", type=int, default=9, help="edits in a batch")
     parser.add_argument("--text", help="for KL: a text file")
     parser.add_argument("--max_text_tokens", type=int, default=1024, help="of that text")
     return parser.parse_args()
@@ -121,15 +124,15 @@ def _plain(
     return row | {"epochs": len(tried.epoch_losses), "seconds": time.process_time() - begun}
 
 
-def of_32_layers(num_edits: int) -> str:
+def of_32_layers(num_edits: int, keep: int) -> str:
     """Say what a full search of a model with 32 layers costs, in trainings of one location on all edits."""
     count = 5 * 32
     lines = []
     for edits in sorted({num_edits, 100, 300}):
-        ladder = rungs(edits, 25, count, keep=3)
+        ladder = rungs(edits, 25, count, keep)
         words = ", ".join(f"{rung.num_edits} x {rung.num_epochs}" for rung in ladder)
         lines.append(
-            f"5 kinds of modules in 32 layers, rungs of {words} edits x epochs: {cost(ladder, count, keep=3):.1f} "
+            f"5 kinds of modules in 32 layers, rungs of {words} edits x epochs: {cost(ladder, count, keep):.1f} "
             f"trainings in full, of {count}."
         )
     return "\n".join(lines)
