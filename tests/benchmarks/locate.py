@@ -61,9 +61,8 @@ def main() -> None:
         "plain winner": winner["location"],
         "winner of the search": str(found.best.candidate),
     }
-    print(
-        f"\n{markdown_table(plain)}\n\n{markdown_table([summary])}\n\n{of_32_layers(arguments.num_edits, arguments.keep)}"
-    )
+    large = of_32_layers(arguments.num_edits, arguments.keep)
+    print(f"\n{markdown_table(plain)}\n\n{markdown_table([summary])}\n\n{large}")
     settings = {name: str(value) for name, value in vars(arguments).items()}
     write_json(
         arguments.output / "locate.json",
