@@ -65,17 +65,13 @@ def rungs(
     if keep < 2:
         raise ValueError(f"keep={keep}: one in so many goes on; expected 2 or more.")
     if num_rungs is None:
-        num_rungs = min(1 + _divisions(num_candidates, keep), 2 + _divisions(num_edits / FEWEST_EDITS, keep))
+        by_edits = 2 + (math.floor(math.log(num_edits / FEWEST_EDITS, keep) + 1e-9) if num_edits > FEWEST_EDITS else 0)
+        num_rungs = min(1 + math.ceil(math.log(num_candidates, keep) - 1e-9), by_edits)
     sizes = [math.ceil(num_edits / keep**power) for power in reversed(range(num_rungs - 1))]
     if num_rungs < 1 or len(set(sizes)) < len(sizes):
         raise ValueError(f"num_rungs={num_rungs}: expected 1 or more, and {num_edits} edits have not so many sizes.")
     whole = math.ceil(num_epochs)
     return [*(Rung(size, math.ceil(whole / keep)) for size in sizes), Rung(num_edits, whole)]
-
-
-def _divisions(number: float, by: int) -> int:
-    """Return how often a number can be divided before it is below 1, less one; 0 for one that is."""
-    return math.floor(math.log(number, by) + 1e-9) if number > 1 else 0
 
 
 def survivors(scores: dict[Candidate, float], keep: int) -> list[Candidate]:

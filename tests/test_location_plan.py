@@ -17,6 +17,7 @@ def test_rungs_grow_by_what_is_cut_off() -> None:
     assert sizes(27, 25, 10, keep=3) == [(9, 9), (27, 9), (27, 25)]
     assert sizes(100, 25, 160, keep=4) == [(25, 7), (100, 7), (100, 25)]
     assert sizes(100, 25, 160, keep=3) == [(12, 9), (34, 9), (100, 9), (100, 25)]
+    assert sizes(32, 25, 10, keep=4) == [(8, 7), (32, 7), (32, 25)]
     assert sizes(100, 25, 160, keep=3, num_rungs=2) == [(100, 9), (100, 25)]
     assert sizes(100, 25, 160, keep=3, num_rungs=1) == [(100, 25)]
     # neither one location, nor a few edits, have much to cut
@@ -31,7 +32,7 @@ def test_a_search_costs_what_is_trained() -> None:
     assert cost(ladder[-1:], 10, keep=3) == 10
     # a large model's, and a small one's
     assert cost(rungs(100, 25, 160, keep=4), 160, keep=4) < 160 / 4
-    assert cost(rungs(27, 25, 10, keep=4), 10, keep=4) < 10 / 4
+    assert cost(rungs(32, 25, 10, keep=4), 10, keep=4) < 10 / 4
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = parser_for(__doc__, epochs=25, num_edits=27)
+    parser = parser_for(__doc__, epochs=25, num_edits=32)
     parser.add_argument("--modules", nargs="+", default=["down", "mlp"], help="kinds of modules")
     parser.add_argument("--layers", nargs="+", type=int, default=[5, 10, 15, 20, 25], help="of 30, from 0")
     parser.add_argument("--keep", type=int, default=4, help="one location in so many goes on to a longer trial")
