@@ -78,8 +78,8 @@ def train_edits(
     """
     args = BreadthFirstConfig() if args is None else args
     if isinstance(peft_config, LocationPreset):
-        config = AutoConfig.from_pretrained(model_name_or_path, revision=revision, trust_remote_code=trust_remote_code)
-        peft_config = peft_config.config_for(config)
+        source = {"revision": revision, "trust_remote_code": trust_remote_code}
+        peft_config = peft_config.config_for(AutoConfig.from_pretrained(model_name_or_path, **source))
     peft_config = LocFTConfig() if peft_config is None else copy.deepcopy(peft_config)
     if peft_config.task_type is None:
         peft_config.task_type = "CAUSAL_LM"  # lets AutoPeftModelForCausalLM load it
