@@ -8,7 +8,7 @@ import os
 import random
 import warnings
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import datasets
 from peft import PeftConfig, get_peft_model
@@ -77,12 +77,8 @@ def train_edits(
         >>> print(summary)
     """
     args = BreadthFirstConfig() if args is None else args
-    if isinstance(peft_config, LocationPreset):
-        source = {"revision": revision, "trust_remote_code": trust_remote_code}
-        peft_config = peft_config.config_for(AutoConfig.from_pretrained(model_name_or_path, **source))
-    peft_config = LocFTConfig() if peft_config is None else copy.deepcopy(peft_config)
-    if peft_config.task_type is None:
-        peft_config.task_type = "CAUSAL_LM"  # lets AutoPeftModelForCausalLM load it
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    peft_config = _what_to_train(peft_config, model_name_or_path, source)
     if best_metric is not None and not evaluate_every:
         raise ValueError(f"best_metric={best_metric!r} needs evaluations while training: give evaluate_every.")
     # a mistake should not wait for a large model to load, or to be trained
@@ -90,7 +86,7 @@ def train_edits(
     read = first_edits(edits, num_edits, on_conflict)
     if args.resume_from_checkpoint:
         whole_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    model, tokenizer = load_model(model_name_or_path, dtype, revision=revision, trust_remote_code=trust_remote_code)
+    model, tokenizer = load_model(model_name_or_path, dtype, **source)
     if isinstance(peft_config, LocFTConfig) and peft_config.target_modules is None:
         _warn_of_other_rate(default_location(model).learning_rate, args.learning_rate)
     with warnings.catch_warnings():
@@ -111,6 +107,17 @@ def train_edits(
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()  # one process writes what all of them read now
     return inspect_adapter(args.output_dir)
+
+
+def _what_to_train(
+    asked: PeftConfig | LocationPreset | None, model_name_or_path: str | os.PathLike[str], source: dict[str, Any]
+) -> PeftConfig:
+    if isinstance(asked, LocationPreset):
+        return asked.config_for(AutoConfig.from_pretrained(model_name_or_path, **source))
+    config = LocFTConfig() if asked is None else copy.deepcopy(asked)
+    if config.task_type is None:
+        config.task_type = "CAUSAL_LM"  # lets AutoPeftModelForCausalLM load it
+    return config
 
 
 def _warn_of_other_rate(published: float | None, chosen: float) -> None:
