@@ -77,7 +77,7 @@ def train_edits(
         >>> print(summary)
     """
     args = BreadthFirstConfig() if args is None else args
-    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     peft_config = _what_to_train(peft_config, model_name_or_path, source)
     if best_metric is not None and not evaluate_every:
         raise ValueError(f"best_metric={best_metric!r} needs evaluations while training: give evaluate_every.")
