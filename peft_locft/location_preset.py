@@ -89,6 +89,8 @@ class LocationPreset:
             is_rate = isinstance(preset.learning_rate, float) and preset.learning_rate > 0
             if not any(names.values()) or not is_rate or not math.isfinite(preset.learning_rate):
                 raise ValueError("no location, or no learning rate above 0")
+            if not isinstance(preset.model, dict):
+                raise ValueError("no model")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path}: found no location ({error!r}); expected a best.json of `locft locate`, version {VERSION}."

@@ -168,7 +168,7 @@ class LocationTrials:
     def _measure(self, rung: int, candidate: Candidate, place: Path) -> LocationTrial:
         location = location_of(self.model, candidate.module, candidate.layer)
         edits = self.edits[: self.ladder[rung].num_edits]
-        rate = self.learning_rates.get(candidate.module, self.args.learning_rate)
+        rate = float(self.learning_rates.get(candidate.module, self.args.learning_rate))
         own: dict[str, Any] = {"output_dir": str(place), "num_train_epochs": self.ladder[rung].num_epochs}
         own |= {"learning_rate": rate, "report_to": "none", "disable_tqdm": True}
         own |= dict.fromkeys(("save_strategy", "logging_strategy"), "no")

@@ -70,6 +70,7 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
         whole | {"target_modules": [], "target_parameters": []},
         whole | {"learning_rate": 0.0},
         whole | {"learning_rate": "1e-3"},
+        whole | {"model": "llama"},
         whole | {"unknown": 1},
     ]
     for content in wrong:
