@@ -38,7 +38,7 @@ def search_until(folder: Path, kill: int | None) -> None:
         return agrees(*arguments)
 
     # in the middle of a trial: once for packing, once for what was kept
-    cache.agrees = dying
+    cache.agrees = dying  # type: ignore[assignment]
     found = search(folder)
     (folder / "found.json").write_text(json.dumps(without_seconds(found)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -18,7 +19,7 @@ def states(folder: Path) -> dict[str, torch.Tensor]:
     return {file.name: load_file(file)[NAME] for file in sorted(folder.glob("*.safetensors"))}
 
 
-def train(folder: Path, layer: int, **arguments: str) -> None:
+def train(folder: Path, layer: int, **arguments: Any) -> None:
     model = peft_model("llama", LocFTConfig(task_type="CAUSAL_LM", layers_to_transform=[layer]))
     make_trainer(folder, model, num_train_epochs=1, **arguments).train()
 

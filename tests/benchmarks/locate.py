@@ -117,7 +117,8 @@ def _plain(
     with tempfile.TemporaryDirectory() as folder:
         evaluator = EditEvaluator(model, tokenizer, edits, evaluation, text=text, progress=False)
         config = config_of(location_of(model, module, layer))
-        tried = try_adapter(model, tokenizer, edits, config, replace(args, output_dir=folder), evaluator)
+        own: dict[str, Any] = {"output_dir": folder}
+        tried = try_adapter(model, tokenizer, edits, config, replace(args, **own), evaluator)
     row = {"location": str(Candidate(module, layer)), "score": score.of(tried.report)}
     print(row, flush=True)
     return row | {"epochs": len(tried.epoch_losses), "seconds": time.process_time() - begun}
