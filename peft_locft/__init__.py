@@ -19,6 +19,9 @@ from .harness import evaluate_on_tasks
 from .in_place import detach, merge_in_place
 from .inspection import AdapterSummary, inspect_adapter
 from .lifelong import UpdateSummary, update_adapter
+from .location_preset import LocationPreset
+from .location_results import LocationSearch
+from .location_search import SearchPlan, search_locations
 from .lora_export import export_lora
 from .preserver import PreservationCallback, Preserver
 from .recipe import BreadthFirstConfig
@@ -45,10 +48,13 @@ __all__ = [
     "EvaluationReport",
     "LocFTConfig",
     "LocFTModel",
+    "LocationPreset",
+    "LocationSearch",
     "MergeSummary",
     "PreservationCallback",
     "Preserver",
     "Probe",
+    "SearchPlan",
     "TradeOff",
     "UpdateSummary",
     "__version__",
@@ -78,6 +84,7 @@ __all__ = [
     "read_adapter",
     "read_edits",
     "save_adapter",
+    "search_locations",
     "shipped_edits",
     "train_edits",
     "update_adapter",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from .narrowing import find_narrowable, narrowed
 from .packed_attention import packed_attention
 from .prefixes import Pack, PrefixTree
 from .residency import ParkedLayer
+from .shared_states import shared_states
 from .tail import CacheUnusable, Tail, entering, logits_at, passed_over
 
 logger = logging.getLogger(__name__)
+
+Room = Callable[[tuple[int, int], torch.dtype], torch.Tensor]  # for (nodes, hidden)
 
 
 @dataclass(frozen=True)
@@ -156,21 +160,39 @@ def cache_trunk(
     """
     if replay.tail.why_whole is not None:
         raise CacheUnusable(replay.tail.why_whole)
-    path = states = None
-    if storage.kept_in is not None:
-        path = Path(storage.kept_in, f"{fingerprint(model, replay.tail, replay.tree, replay.device)}.safetensors")
+    shared, path, states = shared_states(), None, None
+    others: dict[int, Path] = {}
+    folder = storage.kept_in or (None if shared is None else str(shared.folder))
+    if folder is not None:
+        path = _file(folder, model, replay)
         states = load_states(path, len(replay.tree))
     if states is None:
-        states = _run_trunk(model, replay, batches, storage, path)
+        if shared is not None and folder is not None:
+            earlier = [layer for layer in shared.layers if 0 < layer < replay.tail.first]
+            files = {layer: _file(folder, model, replay, layer) for layer in earlier}
+            others = {layer: file for layer, file in files.items() if not file.exists()}
+        states = _run_trunk(model, replay, batches, storage, path, others)
     replay = replace(replay, states=states)
     if not agrees(model, replay, trial):
         raise CacheUnusable("its later layers take more from the earlier ones than their states")
     return replay
 
 
+def _file(folder: str, model: nn.Module, replay: Replay, first: int | None = None) -> Path:
+    """Return the file of the states that enter a layer; `None`: the first of the tail."""
+    tail = replay.tail if first is None else Tail(replay.tail.layers, first)
+    return Path(folder, f"{fingerprint(model, tail, replay.tree, replay.device)}.safetensors")
+
+
 def _run_trunk(
-    model: nn.Module, replay: Replay, batches: Sequence[torch.Tensor], storage: Storage, path: Path | None
+    model: nn.Module,
+    replay: Replay,
+    batches: Sequence[torch.Tensor],
+    storage: Storage,
+    path: Path | None,
+    others: Mapping[int, Path],
 ) -> torch.Tensor:
+    """Return what leaves the trunk; on the way write what enters other layers, too, unless the trunk is parked."""
     layers, last = replay.tail.layers, replay.tail.first
     parked = [layer for layer in replay.tail.trunk if isinstance(layer, ParkedLayer)]
     stops = range(1, last + 1) if parked else [last]
@@ -185,49 +207,68 @@ def _run_trunk(
             )
         )
 
-        def room(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-            if stop == last and path is not None:
-                return stack.enter_context(new_file(path, shape, dtype))
+        def room(file: Path | None, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+            if file is not None:
+                return stack.enter_context(new_file(file, shape, dtype))
             return allocate(shape, dtype, storage.place, storage.folder)
 
         for stop in stops:
+            doors = {stop: partial(room, path if stop == last else None)}
+            if not parked:
+                doors |= {layer: partial(room, file) for layer, file in others.items()}
             with parked[stop - 1].resident() if parked else nullcontext():
-                states = _states_before(model, part, layers[stop], batches, room, progress)
+                states = _states_before(model, part, doors, batches, progress)
             part = replace(part, tail=Tail(layers, stop), states=states)
     return states
+
+
+class _Keeper:
+    """Keeps what comes to a door, a row a distinct prefix."""
+
+    states: torch.Tensor | None = None
+    pack: Pack
+
+    def __init__(self, replay: Replay, room: Room) -> None:
+        self.replay, self.room = replay, room
+
+    def __call__(self, arriving: torch.Tensor) -> None:
+        if self.states is None:
+            self.states = self.room((len(self.replay.tree), arriving.shape[-1]), arriving.dtype)
+        rows, pack = arriving.flatten(0, 1), self.pack
+        rows = rows if self.replay.packed else rows[pack.places.to(rows.device)]
+        self.states[pack.nodes] = rows.to(self.states.device)
 
 
 @torch.no_grad()
 def _states_before(
     model: nn.Module,
     replay: Replay,
-    door: nn.Module,
+    doors: Mapping[int, Room],
     batches: Sequence[torch.Tensor],
-    room: Callable[[tuple[int, int], torch.dtype], torch.Tensor],
     progress: tqdm[Any],
 ) -> torch.Tensor:
-    """Run the model as far as a layer's door, over all edits, and return what comes there, (nodes, hidden).
+    """Run the model as far as the last of some doors, over all edits, keep what comes to each, and return that one's.
 
     A forward is run to its end, as FSDP and ZeRO need it, but behind the door there is only the head, for one token.
+
+    Args:
+        doors: by the number of the layer that is entered, where (nodes, hidden) is kept.
     """
-    states: torch.Tensor | None = None
     one = torch.zeros(1, dtype=torch.int64, device=replay.device)
-    behind = list(replay.tail.layers)
-    behind = behind[behind.index(door) :]
-
-    def keep(arriving: torch.Tensor) -> None:
-        nonlocal states
-        if states is None:
-            states = room((len(replay.tree), arriving.shape[-1]), arriving.dtype)
-        rows = arriving.flatten(0, 1)
-        states[pack.nodes] = (rows if replay.packed else rows[pack.places.to(rows.device)]).to(states.device)
-
-    with entering(door, keep), passed_over(behind):
+    last = max(doors)
+    keepers = {stop: _Keeper(replay, room) for stop, room in doors.items()}
+    with ExitStack() as stack:
+        for stop, keeper in keepers.items():
+            stack.enter_context(entering(replay.tail.layers[stop], keeper))
+        stack.enter_context(passed_over(list(replay.tail.layers[last:])))
         for batch in batches:
             pack = replay.tree.pack(batch)
+            for keeper in keepers.values():
+                keeper.pack = pack
             with replay.replayed(pack):
                 logits_at(model, one, one, replay.inputs(pack))
             progress.update()
+    states = keepers[last].states
     if states is None:
         raise CacheUnusable("its first trained layer is not reached by a forward")
     return states

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import gc
 import importlib.util
 import json
 import logging
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,7 +24,7 @@ from .files import write_whole
 from .loading import load_model
 from .plots import draw_baselines
 from .recipe import BreadthFirstConfig
-from .trainer import BreadthFirstTrainer
+from .trials import known_result, try_adapter
 from .tuner import LocFTConfig
 
 logger = logging.getLogger(__name__)
@@ -128,7 +126,7 @@ def compare_baselines(
     for baseline in tqdm(chosen, desc="baselines", disable=bool(args.disable_tqdm)):
         cell = setting | {"baseline": asdict(baseline)}
         path = folder / f"{str(baseline).replace(', ', '_').replace(' ', '-')}.json"
-        row = _known(path, cell)
+        row = known_result(path, cell)
         if row is None:
             row = cell | _measure(model, tokenizer, edits, baseline, args, location, evaluator)
             write_whole(path, json.dumps(row, indent=1) + "\n")
@@ -137,15 +135,6 @@ def compare_baselines(
     if importlib.util.find_spec("matplotlib") is not None:
         draw_baselines(rows, folder / "baselines.png")
     return rows
-
-
-def _known(path: Path, cell: dict[str, Any]) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    row: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    # through JSON and back, as the file has been
-    expected = json.loads(json.dumps(cell))
-    return row if {name: row.get(name) for name in expected} == expected else None
 
 
 def _measure(
@@ -163,22 +152,11 @@ def _measure(
         "loss_averaging": baseline.loss_averaging,
         "save_strategy": "no",
     }
-    edited = get_peft_model(model, _peft_config(baseline, location))
-    begun = time.perf_counter()
-    trainer = BreadthFirstTrainer(
-        model=edited, args=replace(args, **recipe), train_dataset=edits, processing_class=tokenizer
-    )
-    try:
-        trainer.train()
-        seconds = time.perf_counter() - begun
-        report = evaluator.evaluate(edited)
-    finally:
-        edited.unload()
-        gc.collect()  # trainer and model hold each other
-    figures = {name: result for name, result in report.results.items() if name in FIGURES}
+    tried = try_adapter(model, tokenizer, edits, _peft_config(baseline, location), replace(args, **recipe), evaluator)
+    figures = {name: result for name, result in tried.report.results.items() if name in FIGURES}
     return {
-        "seconds": seconds,
-        "epoch_losses": trainer.epoch_losses[-1:],
+        "seconds": tried.training_seconds,
+        "epoch_losses": tried.epoch_losses[-1:],
         "figures": {name: result.after._asdict() for name, result in figures.items()},
         "before": {name: result.before._asdict() for name, result in figures.items() if result.before},
     }

@@ -1,4 +1,4 @@
-"""`locft train | evaluate | baselines | merge | detach | inspect | export`: parse, call one public function, print."""
+"""The command line, `locft COMMAND`: each parses, calls one public function and prints."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ USAGE = """usage: locft COMMAND ...
 commands:
   train     write a file of edits into a model and save the adapter
   evaluate  measure what an edit did to a model
+  locate    find out where edits are best written into a model
   baselines compare fine-tuning baselines on the same edits
   merge     merge adapters into a checkpoint, into a new folder or in place
   detach    take off again what was merged in place
@@ -67,6 +68,21 @@ def evaluate(argv: list[str]) -> None:
     print(evaluate_model(**arguments))
     if arguments["output_dir"]:
         print(f"\nSaved to {arguments['output_dir']}: open evaluation.html in a browser.")
+
+
+def locate(argv: list[str]) -> None:
+    """Find out where edits are best written into a model."""
+    from .one_process import leave_group
+
+    rank = leave_group()  # before anything looks at the group
+    from .command_line_arguments import parse_locate
+    from .location_search import run_location_search
+
+    arguments = parse_locate(argv)
+    is_shown = rank == 0 and not arguments["args"].disable_tqdm
+    found = run_location_search(**arguments, show_progress=is_shown)
+    if rank == 0:
+        print(f"{found}\n\nSaved to {arguments['args'].output_dir}: train with --location best.json in it.")
 
 
 def baselines(argv: list[str]) -> None:
@@ -194,6 +210,7 @@ def export(argv: list[str]) -> None:
 COMMANDS: dict[str, Any] = {
     "train": train,
     "evaluate": evaluate,
+    "locate": locate,
     "baselines": baselines,
     "merge": merge,
     "detach": detach,

@@ -15,8 +15,10 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 from transformers import HfArgumentParser
 
-from .baselines import METHODS
+from .evaluate_arguments import BaselineArguments, EvaluateArguments
 from .evaluation_config import EvaluationConfig
+from .locate_arguments import LocateArguments, PresetArguments, search_arguments
+from .location_preset import LocationPreset
 from .recipe import BreadthFirstConfig
 from .tuner import LocFTConfig
 from .tuner.config import ALL_LINEAR, ENTIRE_LAYER
@@ -88,55 +90,6 @@ for _field in dataclasses.fields(LocationArguments):
     _field.metadata = LocFTConfig.__dataclass_fields__[_field.name].metadata
 
 
-@dataclass
-class EvaluateArguments:
-    """What is evaluated."""
-
-    edits: str = field(metadata={"help": "Edits: a JSON, JSONL, CSV or Parquet file, or a dataset on the Hub."})
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Edited model, or base of the adapter; unset: the one that the adapter names."},
-    )
-    adapter: str | None = field(default=None, metadata={"help": "A PEFT adapter: a folder or a name on the Hub."})
-    base_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "The model before it was edited, where there is no adapter to take off."}
-    )
-    text: str | None = field(
-        default=None, metadata={"help": "For perplexity and KL: a text file, or a dataset on the Hub."}
-    )
-    tasks: list[str] = field(
-        default_factory=list, metadata={"help": "Tasks of lm-evaluation-harness; needs the extra `eval`."}
-    )
-    limit: float | None = field(default=None, metadata={"help": "Documents of each task, at most."})
-    num_fewshot: int | None = field(default=None, metadata={"help": "Examples in a task's prompt."})
-    num_edits: int | None = field(default=None, metadata={"help": "Take so many edits from the beginning."})
-    output_dir: str | None = field(default=None, metadata={"help": "Where the report is written: JSON, CSV, HTML."})
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "Precision of the model; 'auto' is what its checkpoint says."}
-    )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
-
-
-@dataclass
-class BaselineArguments:
-    """What the baselines are compared on."""
-
-    model_name_or_path: str = field(metadata={"help": "Base model: a folder or a name on the Hub."})
-    edits: str = field(metadata={"help": "Edits: a JSON, JSONL, CSV or Parquet file, or a dataset on the Hub."})
-    num_edits: int | None = field(default=None, metadata={"help": "Take so many edits from the beginning."})
-    methods: list[str] = field(
-        default_factory=lambda: list(METHODS), metadata={"help": f"Some of {', '.join(METHODS)}."}
-    )
-    text: str | None = field(default=None, metadata={"help": "For perplexity: a text file, or a dataset on the Hub."})
-    max_text_tokens: int = field(default=16384, metadata={"help": "Tokens of that text, at most."})
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base model."})
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "Precision of the base model; 'auto' is what its checkpoint says."}
-    )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the base model."})
-
-
 def parse_train(argv: list[str]) -> dict[str, Any]:
     """Return the arguments of `train_edits` from the words after `locft train`; with `--resume_from_adapter`, those of
     `update_adapter`, `adapter` among them.
@@ -150,15 +103,18 @@ def parse_train(argv: list[str]) -> dict[str, Any]:
         SystemExit: from argparse, if a flag is unknown, missing or malformed.
     """
     usage = "--model_name_or_path MODEL --edits FILE --output_dir FOLDER"
-    run, location, args = _parse(argv, "train", usage, (RunArguments, LocationArguments, BreadthFirstConfig))
+    types = (RunArguments, LocationArguments, PresetArguments, BreadthFirstConfig)
+    run, location, preset, args = _parse(argv, "train", usage, types)
     arguments = vars(run)
     if arguments["resume_from_adapter"] is not None:
+        if preset.location is not None:
+            raise ValueError("--resume_from_adapter trains where the adapter has it, and takes no --location.")
         return _resumed_arguments(arguments, location) | {"args": args}
     del arguments["resume_from_adapter"]
     for name in ("forget", "kept_edits"):
         if arguments.pop(name) is not None:
             raise ValueError(f"--{name} is for an adapter that is trained on: give --resume_from_adapter, too.")
-    return arguments | {"peft_config": _peft_config(arguments["peft_config"], location), "args": args}
+    return arguments | {"peft_config": _trained(arguments["peft_config"], location, preset.location), "args": args}
 
 
 def _resumed_arguments(arguments: dict[str, Any], location: LocationArguments) -> dict[str, Any]:
@@ -194,6 +150,25 @@ def parse_baselines(argv: list[str]) -> dict[str, Any]:
     return vars(run) | {"location": _peft_config(None, location), "args": args}
 
 
+def parse_locate(argv: list[str]) -> dict[str, Any]:
+    """Return the arguments of `run_location_search` from the words after `locft locate`; raises as `parse_train`."""
+    usage = "--model_name_or_path MODEL --edits FILE --output_dir FOLDER"
+    run, args = _parse(argv, "locate", usage, (LocateArguments, BreadthFirstConfig))
+    return search_arguments(run, args)
+
+
+def _trained(path: str | None, location: LocationArguments, preset: str | None) -> PeftConfig | LocationPreset:
+    if preset is None:
+        return _peft_config(path, location)
+    fields = [name for name, value in vars(location).items() if value != getattr(LocationArguments(), name)]
+    if fields or path is not None:
+        raise ValueError(
+            f"--location says what to train, and so {'do' if len(fields) > 1 else 'does'} "
+            f"{', '.join(fields) or '--peft_config'}: give one or the other."
+        )
+    return LocationPreset.load(preset)
+
+
 def _parse(argv: list[str], command: str, usage: str, types: tuple[type, ...]) -> tuple[Any, ...]:
     prog = f"locft {command}"
     usage = f"{prog} {usage} [--config FILE.yaml] [FLAG ...]"
@@ -209,6 +184,8 @@ def _parse(argv: list[str], command: str, usage: str, types: tuple[type, ...]) -
         # an adapter that is resumed names its base, and edits may be withdrawn alone
         resumes = any(word.partition("=")[0] == "--resume_from_adapter" for word in words)
         flags["model_name_or_path"].required = flags["edits"].required = not resumes
+    if PresetArguments in types:
+        words = [*_preset_words(words), *words]
     parser.add_argument("--config", help="A YAML file with any of these flags as keys.")
     *parsed, _, unknown = parser.parse_args_into_dataclasses(
         words, return_remaining_strings=True, look_for_args_file=False
@@ -238,6 +215,14 @@ def _config_file_words(argv: list[str], flags: set[str], prog: str, usage: str) 
     if empty:
         raise ValueError(f"--config {path}: {', '.join(empty)} without a value. Give one, or remove the line.")
     return [word for name, value in content.items() for word in _words(name, value)]
+
+
+def _preset_words(words: list[str]) -> list[str]:
+    """Return the learning rate of the location that words name, to stand before them."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--location")
+    path = early.parse_known_args(words)[0].location
+    return [] if path is None else [f"--learning_rate={LocationPreset.load(path).learning_rate}"]
 
 
 def _words(name: str, value: Any) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
+import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -178,6 +179,8 @@ class EditEvaluator:
         if self.items:
             check_fits(model, self.encoder.questions(), tokenizer)
         self._before: list[Reply] | None = None
+        # a list here has the base read the text once, too, at the price of its logits' memory
+        self.kept_logits: list[torch.Tensor] | None = None
 
     def evaluate(self, model: nn.Module | None = None) -> EvaluationReport:
         """Measure a model.
@@ -198,7 +201,9 @@ class EditEvaluator:
         if "fluency" in args.protocols:
             found |= results({FLUENCY: self._fluency()}, *bootstrap)
         if self.windows is not None:
-            measured = measure_text(self.model, self.windows, self.base, self.disabled, self.progress)
+            measured = measure_text(
+                self.model, self.windows, self.base, self.disabled, self.progress, self.kept_logits
+            )
             found |= measured.results(*bootstrap)
         return EvaluationReport(found, missing, asked.rows(args.protocols), self._settings(), list(self._notes()))
 

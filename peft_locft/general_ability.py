@@ -130,6 +130,7 @@ def measure_text(
     base: nn.Module | None = None,
     disabled: Callable[[], AbstractContextManager[Any]] | None = None,
     progress: bool = True,
+    kept: list[torch.Tensor] | None = None,
 ) -> TextMeasured:
     """Read windows of text with a model and its base.
 
@@ -139,17 +140,23 @@ def measure_text(
         base: what its base is to be had from.
         disabled: makes the base answer as such; `None`: there is no base.
         progress: show a progress bar.
+        kept: where the base's logits of each window are kept, (window - 1, V), for the next model on the same windows;
+            empty at first.
 
     Raises:
         FloatingPointError: if the logits of a model are NaN or infinite.
     """
     measured = []
     bar = tqdm(windows, desc="reading text", leave=False, disable=not progress or len(windows) < 4)
-    for window in bar:
+    for number, window in enumerate(bar):
         logits = [_logits(model, window)]
-        if disabled is not None and base is not None:
+        if kept is not None and number < len(kept):
+            logits.append(kept[number])
+        elif disabled is not None and base is not None:
             with disabled():
                 logits.append(_logits(base, window))
+            if kept is not None:
+                kept.append(logits[-1])
         measured.append(_compare(logits, window[1:]))
         del logits  # before there are those of the next window
     table = np.array(measured)

@@ -21,6 +21,7 @@ from torch import nn
 
 from .prefixes import PrefixTree
 from .residency import ParkedLayer
+from .shared_states import shared_states
 from .tail import Tail
 from .tuner.arithmetic import tensor_sha256
 
@@ -62,6 +63,7 @@ def fingerprint(model: nn.Module, tail: Tail, tree: PrefixTree, device: torch.de
     in_stack = {id(parameter) for layer in tail.layers for parameter in layer.parameters()}
     tensors: list[tuple[str, torch.Tensor]] = []
     tensors += [(name, tensor) for name, tensor in model.named_parameters() if id(tensor) not in in_stack]
+    shared = shared_states()
     for index, layer in enumerate(tail.trunk):
         whole = layer.parked[0] if isinstance(layer, ParkedLayer) else layer
         own = chain(whole.named_parameters(), whole.named_buffers())
@@ -72,7 +74,8 @@ def fingerprint(model: nn.Module, tail: Tail, tree: PrefixTree, device: torch.de
                 f"activation_cache_dir needs the weights before the location, and {name} is offloaded. Leave it "
                 "unset, or load the model without offloading."
             )
-        parts.append(f"{name} {tensor_sha256(tensor)}")
+        found = tensor_sha256(tensor) if shared is None else shared.sha256(tensor, tensor_sha256)
+        parts.append(f"{name} {found}")
     parts += [tensor_sha256(tree.token_ids), tensor_sha256(tree.positions), tensor_sha256(tree.nodes)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

@@ -59,8 +59,12 @@ def check_vocabulary(model: Any, input_ids: torch.Tensor) -> None:
         )
 
 
+class Diverged(RuntimeError):
+    """The loss became NaN or infinite while a model was trained."""
+
+
 def check_finite(loss: float, step: int, max_steps: int, learning_rate: float) -> None:
-    """Raise a RuntimeError if a loss is NaN or infinite.
+    """Raise a RuntimeError if a loss is NaN or infinite; after the first step it is [`Diverged`].
 
     Args:
         loss: taken before a step.
@@ -75,7 +79,7 @@ def check_finite(loss: float, step: int, max_steps: int, learning_rate: float) -
             f"The loss is {loss} before the first step: this model, in its dtype, gives no finite answer to these "
             "edits. Load it in float32 or bfloat16."
         )
-    raise RuntimeError(
+    raise Diverged(
         f"The loss became {loss} at step {step + 1} of {max_steps}: the learning rate, {learning_rate:g}, is too high "
         "for this model and location. Train again with a lower one."
     )

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from .evaluation_report import EvaluationReport
 from .figures import COLOURS, SIZE, baselines_figure, curves_figure, metrics_figure
 from .files import write_whole
+from .location_figures import locations_figure
+from .location_results import LocationSearch
 from .report_words import grouped
 
 if TYPE_CHECKING:
@@ -96,6 +98,21 @@ def draw_baselines(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
     """
     with _drawing():
         _save(baselines_figure(rows), Path(path))
+
+
+def draw_locations(search: LocationSearch, path: str | os.PathLike[str]) -> None:
+    """Draw a heatmap of the score and of each metric of a search's first rung: modules by layers, the best framed.
+
+    Args:
+        search: as `search_locations` returns it.
+        path: as in [`draw_metrics`].
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+        ValueError: if matplotlib cannot write such a file.
+    """
+    with _drawing():
+        _save(locations_figure(search), Path(path))
 
 
 def metric_pictures(report: EvaluationReport) -> dict[str, str]:

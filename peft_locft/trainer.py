@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -35,8 +34,6 @@ from .resume import check_same_edits, invalidate, whole_checkpoint
 from .row_losses import BatchWeight, RowLosses
 from .training_callbacks import CURVES_KEY, EditProgress, FloorAndRecord
 from .training_data import TrainingData, training_data
-
-logger = logging.getLogger(__name__)
 
 
 class BreadthFirstTrainer(Trainer):

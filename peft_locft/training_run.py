@@ -8,10 +8,11 @@ import os
 import random
 import warnings
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import datasets
 from peft import PeftConfig, get_peft_model
+from transformers import AutoConfig
 
 from .adapter_folder import check_folder, describe_adapter
 from .edits import Edit, first_edits
@@ -19,6 +20,7 @@ from .evaluation_callback import EvaluationCallback
 from .evaluation_config import EvaluationConfig
 from .inspection import AdapterSummary, inspect_adapter
 from .loading import load_model
+from .location_preset import LocationPreset
 from .recipe import BreadthFirstConfig
 from .resume import whole_checkpoint
 from .trainer import BreadthFirstTrainer
@@ -31,7 +33,7 @@ logger = logging.getLogger(__name__)
 def train_edits(
     model_name_or_path: str | os.PathLike[str],
     edits: str | os.PathLike[str] | Sequence[Edit] | datasets.Dataset,
-    peft_config: PeftConfig | None = None,
+    peft_config: PeftConfig | LocationPreset | None = None,
     args: BreadthFirstConfig | None = None,
     *,
     revision: str | None = None,
@@ -50,7 +52,8 @@ def train_edits(
     Args:
         model_name_or_path: the base model: a folder or a name on the Hub.
         edits: whatever `read_edits` reads.
-        peft_config: what to train; `None` is `LocFTConfig()`. Any other PEFT method works too.
+        peft_config: what to train; `None` is `LocFTConfig()`. Any other PEFT method works too, and so does what
+            `locft locate` has found.
         args: the recipe, and where to save; `None` is the published one.
         revision: branch, tag or commit of the base model on the Hub.
         dtype: `"auto"` (as the checkpoint says), `"float32"`, `"bfloat16"` or `"float16"`, for the base model.
@@ -77,9 +80,8 @@ def train_edits(
         >>> print(summary)
     """
     args = BreadthFirstConfig() if args is None else args
-    peft_config = LocFTConfig() if peft_config is None else copy.deepcopy(peft_config)
-    if peft_config.task_type is None:
-        peft_config.task_type = "CAUSAL_LM"  # lets AutoPeftModelForCausalLM load it
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    peft_config = _what_to_train(peft_config, model_name_or_path, source)
     if best_metric is not None and not evaluate_every:
         raise ValueError(f"best_metric={best_metric!r} needs evaluations while training: give evaluate_every.")
     # a mistake should not wait for a large model to load, or to be trained
@@ -87,12 +89,8 @@ def train_edits(
     read = first_edits(edits, num_edits, on_conflict)
     if args.resume_from_checkpoint:
         whole_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    model, tokenizer = load_model(model_name_or_path, dtype, revision=revision, trust_remote_code=trust_remote_code)
-    if isinstance(peft_config, LocFTConfig) and peft_config.target_modules is None:
-        if args.recipe == "balanced" and peft_config.layers_to_transform is peft_config.target_parameters is None:
-            peft_config.target_modules = balanced_config(model).target_modules
-        else:
-            _warn_of_other_rate(default_location(model).learning_rate, args.learning_rate)
+    model, tokenizer = load_model(model_name_or_path, dtype, **source)
+    _set_default_location(peft_config, model, args)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* prompts have several targets")  # said by read_edits, once
         trainer = BreadthFirstTrainer(
@@ -114,8 +112,27 @@ def train_edits(
     return inspect_adapter(args.output_dir)
 
 
-def _warn_of_other_rate(published: float | None, chosen: float) -> None:
-    if published is not None and published != chosen:
+def _what_to_train(
+    asked: PeftConfig | LocationPreset | None, model_name_or_path: str | os.PathLike[str], source: dict[str, Any]
+) -> PeftConfig:
+    if isinstance(asked, LocationPreset):
+        return asked.config_for(AutoConfig.from_pretrained(model_name_or_path, **source))
+    config = LocFTConfig() if asked is None else copy.deepcopy(asked)
+    if config.task_type is None:
+        config.task_type = "CAUSAL_LM"  # lets AutoPeftModelForCausalLM load it
+    return config
+
+
+def _set_default_location(config: PeftConfig, model: Any, args: BreadthFirstConfig) -> None:
+    if not isinstance(config, LocFTConfig) or config.target_modules is not None:
+        return
+    if args.recipe == "balanced" and config.layers_to_transform is None and config.target_parameters is None:
+        config.target_modules = balanced_config(model).target_modules
+        return
+    published = default_location(model).learning_rate
+    if published is not None and published != args.learning_rate:
         logger.warning(
-            "The published learning rate for this model and location is %g; this run uses %g.", published, chosen
+            "The published learning rate for this model and location is %g; this run uses %g.",
+            published,
+            args.learning_rate,
         )

@@ -13,7 +13,7 @@ from tiny_training import EDITS, base_model
 from tokenizers_for_tests import make_tokenizer
 
 import peft_locft.baselines as module
-from peft_locft import BreadthFirstConfig, EvaluationConfig, LocFTConfig, Probe
+from peft_locft import BreadthFirstConfig, EvaluationConfig, LocFTConfig, Probe, trials
 from peft_locft.baseline_table import Baseline, markdown
 from peft_locft.baselines import METHODS, baselines, compare_baselines, run_baselines
 
@@ -39,7 +39,7 @@ def test_every_method_runs_in_either_order_and_by_either_averaging() -> None:
 def test_all_start_from_the_same_base_and_leave_it_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = base_model(), make_tokenizer("llama2")
     before, recipes = base_state(model), []
-    trainer = module.BreadthFirstTrainer
+    trainer = trials.BreadthFirstTrainer
 
     def recorded(model: Any, args: Any, **kwargs: Any) -> Any:
         made = trainer(model=model, args=args, **kwargs)
@@ -48,7 +48,7 @@ def test_all_start_from_the_same_base_and_leave_it_as_it_was(tmp_path: Path, mon
         recipes.append((*(getattr(args, name) for name in fields), *trained))
         return made
 
-    monkeypatch.setattr(module, "BreadthFirstTrainer", recorded)
+    monkeypatch.setattr(trials, "BreadthFirstTrainer", recorded)
     rows = compare_baselines(model, tokenizer, PROBED, recipe(tmp_path), evaluation=QUICK)
     assert_same_tensors(base_state(model), before)
     assert recipes[:4] == [

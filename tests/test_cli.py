@@ -507,7 +507,8 @@ def test_a_model_that_is_not_there_is_named(call: Words, tmp_path: Path, capsys:
     [
         (
             ["edit"],
-            r"unknown command .edit.; expected one of train, evaluate, baselines, merge, detach, inspect, export\n",
+            r"unknown command .edit.; expected one of train, evaluate, locate, baselines, merge, detach, inspect, "
+            r"export\n",
         ),
         (["inspect"], "required: adapter"),
         (["inspect", "nowhere"], r"locft inspect: nowhere is no adapter folder: it has no adapter_config\.json"),

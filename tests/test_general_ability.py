@@ -98,6 +98,29 @@ def test_a_base_model_stands_for_a_disabled_adapter() -> None:
     assert found.divergences.tolist() == expected.divergences.tolist()
 
 
+def test_the_base_reads_a_text_once_for_several_models() -> None:
+    reads, kept = 0, list[torch.Tensor]()
+    one, other = edited_model(), edited_model(sharp=True)
+    expected = [measure(model) for model in (one, one, other)]
+
+    def count(*_: Any) -> None:
+        nonlocal reads
+        reads += 1
+
+    one.get_base_model().lm_head.register_forward_hook(count)
+    for whole, base_reads in zip(expected[:2], (5, 0), strict=True):
+        reads = 0
+        found = measure_text(one, WINDOWS, one, one.disable_adapter, kept=kept)
+        assert reads == 5 + base_reads and len(kept) == 5
+        assert found.losses.tolist() == whole.losses.tolist()
+        assert found.divergences is not None and whole.divergences is not None
+        assert found.divergences.tolist() == whole.divergences.tolist()
+    # what is kept is what another model is compared with
+    beside = measure_text(other, WINDOWS, other, other.disable_adapter, kept=kept)
+    assert beside.losses[:, 1].tolist() == expected[0].losses[:, 1].tolist()
+    assert beside.losses[:, 0].tolist() == expected[2].losses[:, 0].tolist()
+
+
 def test_without_a_base_there_is_no_before() -> None:
     model = base_model()
     found = measure_text(model, WINDOWS)

@@ -1,0 +1,118 @@
+"""Which locations a search tries, for how long, and which of them go on: pure functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+FEWEST_EDITS = 8  # of the first rung
+
+
+@dataclass(frozen=True, order=True)
+class Candidate:
+    """A location that is tried: a kind of module (see `location_of`) in a decoder layer, counted from 0."""
+
+    module: str
+    layer: int
+
+    def __str__(self) -> str:
+        return f"{self.module}, layer {self.layer}"
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.module}-{self.layer:03d}"
+
+
+@dataclass(frozen=True)
+class Rung:
+    """How locations are tried: on how many edits, for how many epochs at most."""
+
+    num_edits: int
+    num_epochs: int
+
+    @property
+    def cost(self) -> int:
+        """How often an edit is trained."""
+        return self.num_edits * self.num_epochs
+
+
+def rungs(
+    num_edits: int, num_epochs: float, num_candidates: int, keep: int, num_rungs: int | None = None
+) -> list[Rung]:
+    """Return how candidates are tried at first, and how those that are left are tried then.
+
+    The last rung is the whole recipe on all edits. The others train for one in `keep` epochs; the last of these on all
+    edits, the one before on one in `keep`, and so on. A rung costs a candidate about `keep` times as much as the one
+    before, and has one in `keep` of its candidates. Epochs are cut before edits are, since what a location changes
+    beside the edits depends on how many there are.
+
+    Args:
+        num_edits: of the sample.
+        num_epochs: of the recipe.
+        num_candidates: that begin.
+        keep: one in so many goes on to the next rung.
+        num_rungs: how many; 1 tries every candidate with the whole recipe on all edits. `None`: as many as leave one
+            candidate for the last, unless the first would have less than `FEWEST_EDITS` edits.
+
+    Raises:
+        ValueError: if `keep` is below 2, `num_rungs` is below 1, or the edits are too few for so many.
+
+    Example:
+        >>> [(rung.num_edits, rung.num_epochs) for rung in rungs(100, 25, num_candidates=160, keep=4)]
+        [(25, 7), (100, 7), (100, 25)]
+    """
+    if keep < 2:
+        raise ValueError(f"keep={keep}: one in so many goes on; expected 2 or more.")
+    if num_rungs is None:
+        by_edits = 2 + (math.floor(math.log(num_edits / FEWEST_EDITS, keep) + 1e-9) if num_edits > FEWEST_EDITS else 0)
+        num_rungs = min(1 + math.ceil(math.log(num_candidates, keep) - 1e-9), by_edits)
+    sizes = [math.ceil(num_edits / keep**power) for power in reversed(range(num_rungs - 1))]
+    if num_rungs < 1 or len(set(sizes)) < len(sizes):
+        raise ValueError(f"num_rungs={num_rungs}: expected 1 or more, and {num_edits} edits have not so many sizes.")
+    whole = math.ceil(num_epochs)
+    return [*(Rung(size, math.ceil(whole / keep)) for size in sizes), Rung(num_edits, whole)]
+
+
+def survivors(scores: dict[Candidate, float], keep: int) -> list[Candidate]:
+    """Return the best one in `keep`, one at least, the best first; of equal ones, those that were tried first."""
+    ranking = sorted(scores, key=lambda candidate: -scores[candidate])
+    return ranking[: max(1, len(ranking) // keep)]
+
+
+def coarse_layers(layers: Sequence[int], stride: int) -> list[int]:
+    """Return every `stride`-th of some layers, the last of them included.
+
+    Raises:
+        ValueError: if `stride` is below 1 or there are fewer layers.
+    """
+    if not 1 <= stride <= len(layers):
+        raise ValueError(f"stride={stride}: expected 1 to {len(layers)}, the number of layers to try.")
+    return list(layers[::-1][::stride][::-1])
+
+
+def neighbours(best: Iterable[Candidate], layers: Sequence[int], step: int) -> list[Candidate]:
+    """Return the candidates that are `step` places before and behind others among the layers, each once."""
+    place = {layer: index for index, layer in enumerate(layers)}
+    return list(
+        dict.fromkeys(
+            Candidate(candidate.module, layers[index])
+            for candidate in best
+            for index in (place[candidate.layer] - step, place[candidate.layer] + step)
+            if 0 <= index < len(layers)
+        )
+    )
+
+
+def cost(ladder: Sequence[Rung], num_candidates: int, keep: int) -> float:
+    """Return how many trainings with the whole recipe on all edits a search without a stride is worth.
+
+    Example:
+        >>> round(cost(rungs(100, 25, 160, keep=4), num_candidates=160, keep=4), 1)
+        32.4
+    """
+    total, count = 0, num_candidates
+    for rung in ladder:
+        total += count * rung.cost
+        count = max(1, count // keep)
+    return total / ladder[-1].cost

@@ -1,0 +1,259 @@
+"""The search for a location: its winner, what it shares, what it writes, how it goes on, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import assert_same_tensors, base_state
+from tiny_searches import PLAN, PROBED, RELIABILITY, recipe, search, without_seconds
+from tiny_training import EDITS, base_model
+from tokenizers_for_tests import make_tokenizer
+
+import peft_locft.activation_cache as cache
+import peft_locft.location_trials as module
+from peft_locft import BreadthFirstConfig, EvaluationConfig
+from peft_locft.evaluation import EditEvaluator
+from peft_locft.location_plan import Candidate
+from peft_locft.location_preset import LocationPreset
+from peft_locft.location_results import LocationSearch
+from peft_locft.location_search import SearchPlan, run_location_search, search_locations
+from peft_locft.location_trials import LocationTrials
+from peft_locft.model_state import Diverged
+
+TEXT = ["The capital of France is Paris. " * 20]
+
+
+@pytest.fixture(scope="module")
+def halved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LocationSearch]:
+    folder = tmp_path_factory.mktemp("halved")
+    return folder, search(folder)
+
+
+def test_halving_has_the_winner_of_the_full_search(halved: tuple[Path, LocationSearch], tmp_path: Path) -> None:
+    model = base_model(sharp=True)
+    before = base_state(model)
+    full = search(tmp_path, model, plan=replace(PLAN, num_rungs=1))
+    assert_same_tensors(base_state(model), before)
+    _, found = halved
+    assert found.best.module == full.best.module == "mlp"
+    assert found.best.layer == full.best.layer
+    assert [len(found.first_rung()), len(found.trials), len(full.trials)] == [6, 8, 6]
+    assert [trial.epochs for trial in found.ranking] == [8, 8, 3, 3, 3, 3]
+    # the last rung is the full search's trial of the same location, bit for bit
+    [same] = [trial for trial in full.trials if trial.candidate == found.best.candidate]
+    assert (found.best.figures, found.best.epochs) == (same.figures, same.epochs)
+    assert found.best.score > max(trial.score for trial in full.trials if trial.module != "mlp")
+
+
+def test_what_it_writes(halved: tuple[Path, LocationSearch]) -> None:
+    folder, found = halved
+    assert {path.name for path in folder.iterdir()} == {
+        "best.json", "locations.json", "locations.md", "locations.png", "search.json", "trials"
+    }  # fmt: skip
+    assert all(path.suffix == ".json" for path in (folder / "trials").iterdir())
+    table = (folder / "locations.md").read_text()
+    assert table == f"{found}\n"
+    lines = table.splitlines()
+    assert lines[0].startswith("| location | edits | score | reliability_token_accuracy | generalization_token")
+    assert lines[2].startswith("| base | 8 | | 0.") and lines[3].startswith(f"| {found.best.candidate} | 8 | 0.")
+    assert len(lines) == 3 + 6 + 2
+    assert "Score: weighted harmonic mean of reliability_token_accuracy. 8 trials, " in lines[-1]
+    content = json.loads((folder / "locations.json").read_text())
+    assert len(content["trials"]) == 8 and content["setting"]["rungs"] == [[8, 3], [8, 8]]
+    assert LocationPreset.load(folder / "best.json") == found.preset
+    assert found.preset.learning_rate == 5e-2
+
+
+def test_the_trunk_runs_once_a_rung_and_the_base_is_asked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[int] = []
+    run: list[list[int]] = []
+    ask_base, run_trunk = EditEvaluator._ask_base, cache._run_trunk
+
+    def asking(evaluator: EditEvaluator, *arguments: Any) -> Any:
+        asked.append(len(evaluator.edits))
+        return ask_base(evaluator, *arguments)
+
+    def running(*arguments: Any) -> Any:
+        run.append([arguments[1].tail.first, *arguments[5]])
+        return run_trunk(*arguments)
+
+    monkeypatch.setattr(EditEvaluator, "_ask_base", asking)
+    monkeypatch.setattr(cache, "_run_trunk", running)
+    caplog.set_level(logging.INFO, "peft_locft")
+    model = base_model(sharp=True)
+    found = search(tmp_path, model, text=TEXT, evaluation=EvaluationConfig(max_text_tokens=64, text_window=32))
+    assert asked == [8, 8]
+    # in the last layer's trial; what enters the one before is kept on the way, and both rungs have the same edits
+    assert run == [[2, 1]]
+    assert caplog.text.count("are taken from") == len(found.trials) - 1
+    assert not (tmp_path / "states").exists()
+    assert {"perplexity", "kl_from_base"} <= found.best.figures.keys()
+
+
+def test_shared_states_are_those_that_a_run_of_its_own_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = search(tmp_path / "shared", plan=SearchPlan(modules=["mlp"], layers=[0, 1, 2], num_rungs=1))
+    monkeypatch.setattr("peft_locft.kept_states.shared_states", lambda: None)
+    monkeypatch.setattr("peft_locft.activation_cache.shared_states", lambda: None)
+    alone = search(tmp_path / "alone", plan=SearchPlan(modules=["mlp"], layers=[0, 1, 2], num_rungs=1))
+    assert without_seconds(shared) == without_seconds(alone)
+
+
+def test_coarse_to_fine_comes_to_the_best_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = fake_measure(monkeypatch, lambda candidate, edits: 1 / (1 + abs(candidate.layer - 5)))
+    plan = SearchPlan(modules=["down"], stride=4, num_rungs=1)
+    found = search(tmp_path, base_model(num_hidden_layers=9), plan=plan)
+    assert found.best.layer == 5
+    # 8, 4 and 0; two beside the best of these, and one beside the best of all
+    assert [candidate.layer for candidate in tried] == [8, 4, 0, 6, 2, 5, 3]
+
+
+def fake_measure(monkeypatch: pytest.MonkeyPatch, score: Any) -> list[Candidate]:
+    """Have trials scored by a function of candidate and edits; return those that were made."""
+    tried: list[Candidate] = []
+
+    def measure(self: LocationTrials, rung: int, candidate: Candidate, place: Path) -> Any:
+        tried.append(candidate)
+        edits = self.ladder[rung].num_edits
+        return module.LocationTrial(
+            candidate.module,
+            candidate.layer,
+            rung,
+            edits,
+            1e-3,
+            score(candidate, edits),
+            {},
+            {},
+            None,
+            1,
+            ("a",),
+            (),
+            1,
+            1,
+        )
+
+    monkeypatch.setattr(LocationTrials, "_measure", measure)
+    return tried
+
+
+def test_a_search_that_was_interrupted_goes_on(
+    halved: tuple[Path, LocationSearch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, measured = LocationTrials._measure, 0
+
+    def interrupted(*arguments: Any) -> Any:
+        nonlocal measured
+        measured += 1
+        if measured in (3, 8):
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    monkeypatch.setattr(LocationTrials, "_measure", interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            search(tmp_path)
+    found = search(tmp_path)
+    assert measured == 8 + 2
+    assert without_seconds(found) == without_seconds(halved[1])
+    assert search(tmp_path).trials == found.trials
+    assert measured == 10
+
+
+def test_another_configuration_in_the_same_folder_is_refused(halved: tuple[Path, LocationSearch]) -> None:
+    folder, _ = halved
+    written = (folder / "best.json").read_bytes()
+    with pytest.raises(
+        ValueError, match=r"it holds a search with other recipe: found recipe=.* Give another output_dir"
+    ):
+        search(folder, recipe={"learning_rate": 1e-3})
+    with pytest.raises(ValueError, match="other keep, rungs, score: found keep=3, and this one has 2"):
+        search(folder, plan=replace(PLAN, keep=2, num_rungs=2), score={"locality_tokens_unchanged": 1.0})
+    assert (folder / "best.json").read_bytes() == written
+
+
+def test_a_location_that_diverges_is_the_last(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rates = {"mlp": 1e30}
+    found = search(tmp_path, plan=SearchPlan(modules=["mlp", "down"], layers=[1], num_rungs=1, learning_rates=rates))
+    worst = found.ranking[-1]
+    assert (found.best.module, worst.module, worst.score, worst.figures) == ("down", "mlp", 0, {})
+    assert worst.failed and "at step 2" in worst.failed and f"mlp, layer 1: {worst.failed}" in caplog.text
+    assert "| mlp, layer 1 | 8 | diverged | - |" in str(found)
+
+
+def test_a_search_in_which_all_diverge_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> None:
+        raise Diverged("The loss became nan")
+
+    monkeypatch.setattr(module, "try_adapter", fail)
+    with pytest.raises(
+        ValueError, match=r"diverged at every location \(The loss became nan\). Lower the learning rate"
+    ):
+        search(tmp_path)
+
+
+def test_the_default_score_has_what_the_edits_can_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_measure(monkeypatch, lambda candidate, edits: 0.5)
+    default = ["reliability_token_accuracy", "generalization_token_accuracy", "locality_tokens_unchanged"]
+    assert list(search(tmp_path / "all", score=None).setting["score"]) == default
+    found = search(tmp_path / "few", score=None, edits=EDITS, text=TEXT, evaluation=EvaluationConfig(text_window=32))
+    assert list(found.setting["score"]) == [default[0], "kl_from_base"]
+    assert found.setting["text"] is not None
+
+
+def test_a_sample_is_drawn_by_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_measure(monkeypatch, lambda candidate, edits: 0.5)
+    samples = [
+        search(tmp_path / f"{number}", num_edits=3, plan=PLAN, recipe={"seed": seed}).setting["edits"]
+        for number, seed in enumerate((1, 1, 2))
+    ]
+    assert samples[0] == samples[1] != samples[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"plan": SearchPlan(modules=["middle"])}, "modules: found 'middle', and nothing of that kind or name"),
+        ({"plan": SearchPlan(layers=[3])}, "layer 3: the model has 3 decoder layers"),
+        ({"plan": SearchPlan(layers=[])}, r"plan: found .*layers=\[\]; expected some, each once"),
+        ({"plan": SearchPlan(modules=["up", "up"])}, r"plan: found modules=\['up', 'up'\]"),
+        ({"plan": SearchPlan(stride=4)}, "stride=4: expected 1 to 3"),
+        (
+            {"plan": SearchPlan(learning_rates={"updown": 1e-3})},
+            "learning_rates: found updown; expected rates above 0",
+        ),
+        ({"plan": SearchPlan(learning_rates={"up": 0.0})}, "learning_rates: found up=0.0; expected rates above 0 of"),
+        ({"score": {"portability_exact_match": 1.0}}, "score: portability_exact_match cannot be measured"),
+        ({"score": {"kl_from_base": 1.0}}, "score: perplexity and KL cannot be measured.* there is no text"),
+        ({"num_edits": 0}, "num_edits=0: expected 1 or more"),
+    ],
+)
+def test_mistakes_are_found_before_any_work(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        search(tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_group_of_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = recipe(tmp_path)
+    monkeypatch.setattr(BreadthFirstConfig, "world_size", property(lambda self: 2))
+    with pytest.raises(ValueError, match=r"found a group of 2 processes.*Call peft_locft.one_process.leave_group"):
+        search_locations(base_model(), make_tokenizer("llama2"), PROBED, args)
+
+
+def test_it_runs_from_a_models_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_measure(monkeypatch, lambda candidate, edits: candidate.layer / 4)
+    base_model().save_pretrained(tmp_path / "base")
+    make_tokenizer("llama2").save_pretrained(tmp_path / "base")
+    found = run_location_search(
+        tmp_path / "base", PROBED, recipe(tmp_path / "out"), dtype="bfloat16", plan=PLAN, score=RELIABILITY
+    )
+    assert (found.best.layer, found.setting["dtype"]) == (2, "bfloat16")
+    assert found.preset.found["model"] == str(tmp_path / "base")
+    assert torch.get_num_threads() == 1
