@@ -16,17 +16,17 @@ LOCALITY = "locality"
 RECIPES: dict[str, dict[str, Any]] = {
     "published": {
         "num_prefixes": 0,
+        "variants_per_epoch": 1.0,
         "kept_subjects": 0,
-        "kept_text_pieces": 0,
-        "preserve_energy": 0.0,
+        "kept_per_edit": 1.0,
         "preserve_damping": 0.0,
     },
     "balanced": {
         "num_prefixes": 15,
+        "variants_per_epoch": 0.5,
         "kept_subjects": 4,
-        "kept_text_pieces": 1000,
-        "preserve_energy": 0.0,
-        "preserve_damping": 10.0,
+        "kept_per_edit": 0.5,
+        "preserve_damping": 7.0,
     },
 }
 
@@ -44,9 +44,9 @@ class PreservationArguments:
             has a variant behind each (Gangadhar and Stratos, arXiv 2402.11078).
         num_concatenated (`int`, defaults to 0):
             Variants of each edit whose target is followed by a random kept fact (SAUL, arXiv 2410.02433).
-        variants_per_epoch (`float`, *optional*, defaults to 1.0):
+        variants_per_epoch (`float`, *optional*):
             Variants of each edit, its training `paraphrases` included, that are trained beside it in an epoch, drawn
-            anew each time; 0.5 is one of every second edit; `None`: all of them.
+            anew each time; 0.5 is one of every second edit, `inf` all of them.
         variant_weight (`float`, defaults to 1.0): of a variant in the loss, beside 1 of its edit.
         kept_facts (`str`, *optional*):
             Prompts whose answers shall stay: a file or a dataset on the Hub, see `facts_to_keep`; `"locality"`: the
@@ -58,8 +58,8 @@ class PreservationArguments:
             subject: what is asked in the same words, and must be answered as before.
         kept_answer_tokens (`int`, defaults to 1):
             Tokens of the base's own answers that are kept. With 1 and `kept_loss="kl"` nothing is decoded.
-        kept_text_pieces (`int`, *optional*): pieces of 24 tokens of `preserve_text` on which the model is kept.
-        kept_per_edit (`float`, defaults to 1.0):
+        kept_text_pieces (`int`, defaults to 0): pieces of 24 tokens of `preserve_text` on which the model is kept.
+        kept_per_edit (`float`, *optional*):
             Rows of what is kept beside each edit of a batch. 0 trains on none, and leaves them to the projector.
         kept_weight (`float`, defaults to 1.0): of their mean loss, beside 1 of the mean of the edits and variants.
         kept_loss (`str`, defaults to `"kl"`):
@@ -67,13 +67,13 @@ class PreservationArguments:
             answers as targets, as the source does.
         preserve_text (`str`, defaults to `"generated"`):
             The text to preserve: a file, a dataset on the Hub, or text that the base generates itself.
-        preserve_tokens (`int`, defaults to 32768): of that text, at most.
+        preserve_tokens (`int`, defaults to 16384): of that text, at most.
         preserve_damping (`float`, *optional*):
             How much slower is trained in a direction that has the mean energy of the location's inputs on that text;
             see `SoftProjector`. 0: no slower.
-        preserve_prompts (`float`, defaults to 0.3):
+        preserve_prompts (`float`, defaults to 0.5):
             Weight of the kept prompts' last tokens in these statistics, beside 1 of the text.
-        preserve_energy (`float`, *optional*):
+        preserve_energy (`float`, defaults to 0.0):
             Share of that energy whose directions are closed to training instead; see `NullSpaceProjector`. 0: none.
         preserve_cache_dir (`str`, *optional*): a folder where the statistics are kept for later runs.
         delta_bound (`float`, *optional*): no value of the delta becomes larger (the L-infinity bound of FT-L).
@@ -92,7 +92,7 @@ class PreservationArguments:
         default=0, metadata={"help": "Variants of each edit that go on with a random kept fact (SAUL)."}
     )
     variants_per_epoch: float | None = field(
-        default=1.0, metadata={"help": "Variants of each edit in an epoch, drawn anew."}
+        default=None, metadata={"help": "Variants of each edit in an epoch, drawn anew."}
     )
     variant_weight: float = field(default=1.0, metadata={"help": "Of a variant in the loss, beside 1 of its edit."})
     kept_facts: str | None = field(
@@ -109,10 +109,8 @@ class PreservationArguments:
     kept_answer_tokens: int = field(
         default=1, metadata={"help": "Tokens of the base's answers that are kept; 1 with kl asks for no decoding."}
     )
-    kept_text_pieces: int | None = field(
-        default=None, metadata={"help": "Pieces of text on which the model is kept as it is."}
-    )
-    kept_per_edit: float = field(default=1.0, metadata={"help": "Kept rows beside each edit of a batch."})
+    kept_text_pieces: int = field(default=0, metadata={"help": "Pieces of text on which the model is kept as it is."})
+    kept_per_edit: float | None = field(default=None, metadata={"help": "Kept rows beside each edit of a batch."})
     kept_weight: float = field(default=1.0, metadata={"help": "Of what is kept in the loss, beside 1 of the edits."})
     kept_loss: KeptLoss = field(
         default="kl", metadata={"help": "Hold kept rows to the base's distribution, or train its own answers."}
@@ -121,16 +119,16 @@ class PreservationArguments:
         default=GENERATED,
         metadata={"help": "Text to preserve: a file, a dataset on the Hub, or 'generated' by the base."},
     )
-    preserve_tokens: int = field(default=32768, metadata={"help": "Tokens of that text, at most."})
+    preserve_tokens: int = field(default=16384, metadata={"help": "Tokens of that text, at most."})
     preserve_damping: float | None = field(
         default=None,
         metadata={"help": "How much slower is trained where that text has the mean of its inputs' energy; 0: not."},
     )
     preserve_prompts: float = field(
-        default=0.3, metadata={"help": "Weight of the kept prompts' last tokens there, beside 1 of the text."}
+        default=0.5, metadata={"help": "Weight of the kept prompts' last tokens there, beside 1 of the text."}
     )
-    preserve_energy: float | None = field(
-        default=None,
+    preserve_energy: float = field(
+        default=0.0,
         metadata={"help": "Share of the inputs' energy on that text that is closed to training."},
     )
     preserve_cache_dir: str | None = field(
@@ -156,16 +154,12 @@ class PreservationArguments:
                 setattr(self, name, value)
         for name in ("num_prefixes", "num_concatenated", "kept_subjects", "kept_text_pieces"):
             self._check(name, "0 or more", getattr(self, name) >= 0)
-        self._check(
-            "variants_per_epoch", "a number above 0", self.variants_per_epoch is None or self.variants_per_epoch > 0
-        )
         for name in ("num_kept_facts", "kept_answer_tokens", "preserve_tokens"):
             self._check(name, "1 or more", getattr(self, name) >= 1)
-        for name in ("variant_weight", "kept_weight", "kept_per_edit"):
+        self._check("variants_per_epoch", "a number above 0", (self.variants_per_epoch or 0) > 0)
+        for name in ("variant_weight", "kept_weight", "kept_per_edit", "preserve_damping", "preserve_prompts"):
             self._check(name, "0 or more", 0 <= getattr(self, name) < math.inf)
-        for name in ("preserve_damping", "preserve_prompts"):
-            self._check(name, "0 or more", 0 <= getattr(self, name) < math.inf)
-        self._check("preserve_energy", "0 to 1", 0 <= (self.preserve_energy or 0) <= 1)
+        self._check("preserve_energy", "0 to 1", 0 <= self.preserve_energy <= 1)
 
     def _check(self, name: str, expected: str, holds: bool) -> None:
         if not holds:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -120,8 +121,8 @@ def training_data(
             len(edits),
             [len(own) for own in variants],
             sum(map(len, kept.values())),
-            args.variants_per_epoch,
-            args.kept_per_edit,
+            args.variants_per_epoch or math.inf,
+            args.kept_per_edit or 0.0,
         ),
         prefixes=prefixes,
         counts={kind: count for kind, count in counts.items() if count},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,14 +19,14 @@ class TrainingRows:
         num_edits: rows that are edits.
         num_variants: (edits,) rows that are variants of each.
         num_kept: rows that are kept.
-        variants_per_epoch: of each edit's, drawn anew every epoch, 0.5 for one of every second edit's; `None`: all.
+        variants_per_epoch: of each edit's, drawn anew every epoch, 0.5 for one of every second edit's.
         kept_per_edit: kept rows beside every edit of a batch.
     """
 
     num_edits: int
     num_variants: Sequence[int] = ()
     num_kept: int = 0
-    variants_per_epoch: float | None = None
+    variants_per_epoch: float = math.inf
     kept_per_edit: float = 0.0
 
     @property
@@ -61,7 +62,7 @@ class TrainingRows:
         return companions
 
     def _number(self, count: int, generator: torch.Generator) -> int:
-        if self.variants_per_epoch is None or not count:
+        if self.variants_per_epoch >= count:
             return count
         whole, part = divmod(self.variants_per_epoch, 1)
         more = bool(part) and bool(torch.rand((), generator=generator) < part)

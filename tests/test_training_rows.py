@@ -11,7 +11,7 @@ from peft_locft.training_rows import TrainingRows
 
 
 def test_a_batch_has_its_edits_first_then_their_variants_then_what_is_kept() -> None:
-    rows = TrainingRows(num_edits=4, num_variants=[2, 0, 3, 1], num_kept=5, variants_per_epoch=None, kept_per_edit=1)
+    rows = TrainingRows(num_edits=4, num_variants=[2, 0, 3, 1], num_kept=5, kept_per_edit=1)
     own = {0: [4, 5], 1: [], 2: [6, 7, 8], 3: [9]}
     for epoch in range(3):
         batches = EditBatches(4, batch_size=2, seed=1, rows=rows)

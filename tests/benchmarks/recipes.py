@@ -23,12 +23,17 @@ from .common import machine, markdown_table, parser_for, write_json
 
 LATE, SEVERAL = [20], [18, 20, 22]
 AUGMENTED: dict[str, Any] = {"num_prefixes": 15, "variants_per_epoch": 0.5}
-PRESERVED: dict[str, Any] = {"preserve_damping": 10.0, "kept_subjects": 4, "kept_text_pieces": 0}
+PRESERVED: dict[str, Any] = {
+    "learning_rate": 1e-2,
+    "preserve_damping": 7.0,
+    "kept_subjects": 4,
+    "kept_per_edit": 0.5,
+}
 SETTINGS: dict[str, tuple[list[int], dict[str, Any]]] = {
     "published": (LATE, {}),
     "+ augmentation": (LATE, AUGMENTED),
     "+ preservation": (LATE, AUGMENTED | PRESERVED),
-    "balanced": (SEVERAL, {"recipe": "balanced"}),
+    "balanced": (SEVERAL, {"recipe": "balanced", "learning_rate": 1e-2}),
 }
 METRICS = {
     "reliability": "reliability_exact_match",
@@ -43,6 +48,7 @@ def main() -> None:
 
     parser = parser_for(__doc__, epochs=25, num_edits=500)
     parser.add_argument("--text", type=Path, required=True, help="for perplexity, not seen in training")
+    parser.add_argument("--preserve_text", default="generated", help="to preserve: another text than that")
     parser.add_argument("--settings", nargs="+", default=["published", "+ augmentation", "+ preservation", "balanced"])
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -76,6 +82,7 @@ def train(model: Any, tokenizer: Any, edits: Any, fields: dict[str, Any], argume
         per_device_train_batch_size=20,
         num_train_epochs=arguments.epochs,
         report_to=[],
+        preserve_text=arguments.preserve_text,
         **({"learning_rate": arguments.learning_rate} | fields),
     )
     trainer = BreadthFirstTrainer(model=model, args=args, train_dataset=edits, processing_class=tokenizer)
