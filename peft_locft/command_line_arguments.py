@@ -50,6 +50,9 @@ class RunArguments:
         default=None, metadata={"help": "Keep the evaluated epoch that is best by this metric, and stop behind it."}
     )
     patience: int = field(default=2, metadata={"help": "Evaluations without a better one before it stops."})
+    keep_reliability: float | None = field(
+        default=None, metadata={"help": "Take the weakest delta that keeps this reliability on the evaluated edits."}
+    )
     peft_config: str | None = field(
         default=None,
         metadata={"help": "An adapter_config.json, or its folder, of another PEFT method to train instead of LocFT."},
@@ -118,7 +121,14 @@ def parse_train(argv: list[str]) -> dict[str, Any]:
 
 
 def _resumed_arguments(arguments: dict[str, Any], location: LocationArguments) -> dict[str, Any]:
-    without_effect = ("peft_config", "evaluate_every", "evaluate_num_edits", "best_metric", "patience")
+    without_effect = (
+        "peft_config",
+        "evaluate_every",
+        "evaluate_num_edits",
+        "best_metric",
+        "patience",
+        "keep_reliability",
+    )
     others = {name: arguments.pop(name) for name in without_effect} | vars(location)
     given = [name for name, value in others.items() if value != _default_of(name)]
     if given:

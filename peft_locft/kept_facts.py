@@ -204,6 +204,18 @@ def base_answers(
     return BaseAnswers(tuple(prompts), texts, flat(rows, [len(ids) for ids in encoded]))
 
 
+def unanswered(
+    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, chat_template: bool = False
+) -> BaseAnswers:
+    """Encode prompts for which only what the base says next is kept, so that it need not be asked.
+
+    The token behind each is its own last one: it has a place to be scored at, and says nothing.
+    """
+    rows = encode_prompts(prompts, tokenizer, chat_template=chat_template)
+    encoded = flat([[*ids, ids[-1]] for ids in rows], [len(ids) for ids in rows])
+    return BaseAnswers(tuple(prompts), ("",) * len(prompts), encoded)
+
+
 def flat(rows: Sequence[Sequence[int]], starts: Sequence[int]) -> EncodedEdits:
     """Put rows of token ids, and where the scored tokens of each begin, into flat tensors."""
     tokens = torch.tensor([token for row in rows for token in row], dtype=torch.int32)

@@ -269,8 +269,7 @@ class BreadthFirstTrainer(Trainer):
             super()._run_epoch(*args, **kwargs)
 
     def floating_point_ops(self, inputs: Any) -> int:
-        # the estimate of transformers counts every layer and every parameter as trained, and none of that holds here
-        return 0
+        return 0  # transformers' estimate counts every layer and parameter as trained, and none of that holds here
 
     # ------------------------------------------------------------------ saving
 

@@ -19,7 +19,7 @@ from .edits import Edit
 from .encoding import EncodedEdits, encode_edits
 from .general_ability import text_windows
 from .generated_text import base_texts, generate_prefixes
-from .kept_facts import BaseAnswers, base_answers, facts_to_keep, join_encoded, slice_encoded
+from .kept_facts import BaseAnswers, base_answers, facts_to_keep, join_encoded, slice_encoded, unanswered
 from .leaks import check_paraphrases
 from .model_state import max_length
 from .preservation_arguments import GENERATED, LOCALITY
@@ -176,6 +176,8 @@ def _answers(
 ) -> BaseAnswers | None:
     if not prompts:
         return None
+    if args.kept_loss == "kl" and args.kept_answer_tokens == 1 and not args.num_concatenated:
+        return unanswered(prompts, tokenizer, chat_template=args.chat_template)
     return base_answers(
         model, tokenizer, prompts, max_new_tokens=args.kept_answer_tokens, chat_template=args.chat_template
     )

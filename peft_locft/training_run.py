@@ -8,14 +8,16 @@ import os
 import random
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import datasets
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoConfig
 
 from .adapter_folder import check_folder, describe_adapter
 from .edits import Edit, first_edits
+from .evaluation import EditEvaluator
 from .evaluation_callback import EvaluationCallback
 from .evaluation_config import EvaluationConfig
 from .inspection import AdapterSummary, inspect_adapter
@@ -23,11 +25,14 @@ from .loading import load_model
 from .location_preset import LocationPreset
 from .recipe import BreadthFirstConfig
 from .resume import whole_checkpoint
+from .scale_choice import TradeOff, choose_scale
 from .trainer import BreadthFirstTrainer
 from .tuner import LocFTConfig, balanced_config
 from .tuner.presets import default_location
 
 logger = logging.getLogger(__name__)
+
+WEAKER = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 def train_edits(
@@ -45,6 +50,7 @@ def train_edits(
     evaluate_num_edits: int = 100,
     best_metric: str | None = None,
     patience: int = 2,
+    keep_reliability: float | None = None,
     ship_edits: bool = False,
 ) -> AdapterSummary:
     """Write edits into a model and save the adapter to `args.output_dir`.
@@ -64,6 +70,8 @@ def train_edits(
         evaluate_num_edits: edits that are evaluated, chosen by `args.seed`.
         best_metric: the metric by which an epoch is the best; its weights are kept.
         patience: evaluations without a better one after which training ends.
+        keep_reliability: after training, take the weakest delta, `scale` from 0.5 to 1, whose reliability on
+            `evaluate_num_edits` edits is still this; see `choose_scale`.
         ship_edits: save the edits in the adapter's folder, too: whoever has the adapter can read them then, and
             `update_adapter` needs nothing else.
 
@@ -82,13 +90,11 @@ def train_edits(
     args = BreadthFirstConfig() if args is None else args
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     peft_config = _what_to_train(peft_config, model_name_or_path, source)
+    # a mistake should not wait for a large model to load, or to be trained
     if best_metric is not None and not evaluate_every:
         raise ValueError(f"best_metric={best_metric!r} needs evaluations while training: give evaluate_every.")
-    # a mistake should not wait for a large model to load, or to be trained
-    check_folder(args.output_dir)
+    _check(args, peft_config, keep_reliability)
     read = first_edits(edits, num_edits, on_conflict)
-    if args.resume_from_checkpoint:
-        whole_checkpoint(args.output_dir, args.resume_from_checkpoint)
     model, tokenizer = load_model(model_name_or_path, dtype, **source)
     _set_default_location(peft_config, model, args)
     with warnings.catch_warnings():
@@ -99,17 +105,47 @@ def train_edits(
             train_dataset=read,
             processing_class=tokenizer,
         )
+    sample = random.Random(args.seed).sample(read, min(evaluate_num_edits, len(read)))
     if evaluate_every:
-        sample = random.Random(args.seed).sample(read, min(evaluate_num_edits, len(read)))
-        asked = EvaluationConfig(protocols=["generation", "token_accuracy"], chat_template=args.chat_template)
-        callback = EvaluationCallback(sample, evaluate_every, asked, best_metric=best_metric, patience=patience)
+        callback = _evaluation(sample, args, every=evaluate_every, best_metric=best_metric, patience=patience)
         trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if keep_reliability is not None:
+        _weaken(trainer, sample, keep_reliability)
     trainer.save_model()
     if ship_edits and args.should_save:
         describe_adapter(args.output_dir, edits=trainer.edits)
     trainer.accelerator.wait_for_everyone()  # one process writes what all of them read now
     return inspect_adapter(args.output_dir)
+
+
+def _check(args: BreadthFirstConfig, peft_config: PeftConfig, keep_reliability: float | None) -> None:
+    if keep_reliability is not None and not (0 < keep_reliability <= 1 and isinstance(peft_config, LocFTConfig)):
+        raise ValueError(f"keep_reliability={keep_reliability!r}: expected above 0 and up to 1, of a LocFT adapter.")
+    check_folder(args.output_dir)
+    if args.resume_from_checkpoint:
+        whole_checkpoint(args.output_dir, args.resume_from_checkpoint)
+
+
+def _evaluation(sample: Sequence[Edit], args: BreadthFirstConfig, **fields: Any) -> EvaluationCallback:
+    asked = EvaluationConfig(protocols=["generation", "token_accuracy"], chat_template=args.chat_template)
+    return EvaluationCallback(sample, args=asked, **fields)
+
+
+def _weaken(trainer: BreadthFirstTrainer, sample: Sequence[Edit], reliability: float) -> None:
+    """Set the smallest scale of the delta that keeps a reliability on a sample of the edits."""
+    model, args = trainer.accelerator.unwrap_model(trainer.model), trainer.args
+    prompts = [replace(edit, rephrasings=(), locality=(), portability=()) for edit in sample]
+    asked = EvaluationConfig(protocols=["generation"], chat_template=args.chat_template)
+    evaluator = EditEvaluator(model, trainer.processing_class, prompts, asked, progress=not args.disable_tqdm)
+
+    def measured(weaker: PeftModel) -> dict[str, float]:
+        found = evaluator.evaluate(weaker).results["reliability_exact_match"].after.value
+        return {"reliability": found, "scale": weaker.peft_config[weaker.active_adapter].scale}
+
+    trade_off = TradeOff({"scale": -1.0}, at_least={"reliability": reliability})
+    chosen = choose_scale(model, measured, trade_off, WEAKER, progress=not args.disable_tqdm)
+    logger.warning("The delta's scale is %g, the smallest that keeps the reliability.\n%s", chosen.scale, chosen)
 
 
 def _what_to_train(
