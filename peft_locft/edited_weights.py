@@ -17,7 +17,7 @@ import torch
 from .adapter_deltas import AdapterDeltas, read_deltas
 from .checkpoint import Checkpoint, StoredTensor, local_folder, raw_bytes, read_header
 from .checkpoint_names import ParameterFinder, Piece
-from .file_copies import Progress, clone, copy_ranges, gaps, write_all
+from .file_copies import Progress, check_room, clone, copy_ranges, gaps, write_all
 from .tuner.arithmetic import compose_weight, hashed_bytes
 from .tuner.combine import combine_deltas
 
@@ -241,7 +241,9 @@ def write_patched(
     ranges = [(tensor.start, tensor.start + tensor.num_bytes) for _, tensor in new.values()]
     untouched = list(gaps(ranges, size))
     cloned = clone(source, target)
-    if cloned:
+    if not cloned:
+        check_room(target.parent, size)
+    else:
         progress(sum(end - begin for begin, end in untouched))
     digests = {}
     mode = "r+b" if cloned else "wb"

@@ -23,7 +23,7 @@ from .checkpoint import INDEX_NAME, OTHER_WEIGHTS, Checkpoint, local_folder
 from .edited_weights import Edits, plan_edits, write_edited_shard
 from .file_copies import Link, Progress, locked, place_file, sync_folder
 from .files import current_umask, write_whole
-from .in_place_journal import COMMIT_NAME, IN_PLACE_FOLDER
+from .in_place_undo import IN_PLACE_FOLDER
 
 RECORD_NAME = "locft_merge.json"
 STAGING_PREFIX = ".locft-"
@@ -109,12 +109,12 @@ def merge_checkpoint(
         What was done.
 
     Raises:
-        ValueError: if the base has no safetensors checkpoint, or an unfinished merge in place; if an adapter is no
-            LocFT adapter or holds more than deltas; if an edited tensor is not in the checkpoint, is quantized, tied,
-            of another shape, or (without `force`) not the one that the adapter was trained on; if the edit is not
-            finite; if `out` is not empty, a mount point, or in the base; if the weights are not one an adapter; if a
-            hard link was asked for and cannot be made. Nothing is left of a merge that is refused.
-        OSError: if a file cannot be written, or does not read as it was written.
+        ValueError: if the base has no safetensors checkpoint; if an adapter is refused by `check_adapter`, or holds
+            more than deltas; if an edited tensor is not in the checkpoint, is quantized, tied, of another shape, or
+            (without `force`) not the one that the adapter was trained on; if the edit is not finite; if `out` is not
+            empty, a mount point, or in the base; if the weights are not one an adapter; if a hard link was asked for
+            and cannot be made. Nothing is left of a merge that is refused.
+        OSError: if the disk has no room, or a file cannot be written, or does not read as it was written.
 
     Example:
         >>> from peft_locft import merge_checkpoint
@@ -126,8 +126,6 @@ def merge_checkpoint(
     target = Path(out).resolve()
     source = local_folder(base, revision)
     _check_target(source, target)
-    if (source / IN_PLACE_FOLDER / COMMIT_NAME).exists():
-        raise ValueError(f"A merge in place into {source} was interrupted: `locft detach {source}` ends it.")
     edits = plan_edits(Checkpoint(source), adapters, weights, scale, force)
     record = {"base_model": {"name_or_path": str(base), "revision": revision}, **merge_record(edits, weights, scale)}
     target.parent.mkdir(parents=True, exist_ok=True)
