@@ -17,7 +17,7 @@ import torch
 from .adapter_deltas import AdapterDeltas, read_deltas
 from .checkpoint import Checkpoint, StoredTensor, local_folder, raw_bytes, read_header
 from .checkpoint_names import ParameterFinder, Piece
-from .file_copies import Progress, check_room, clone, copy_ranges, gaps, write_all
+from .file_copies import Progress, begin_writing, check_room, clone, copy_ranges, gaps, write_all
 from .tuner.arithmetic import compose_weight, hashed_bytes
 from .tuner.combine import combine_deltas
 
@@ -256,7 +256,9 @@ def write_patched(
             writer.seek(tensor.start)
             for part in parts:
                 digest.update(part)
+                start = writer.tell()
                 write_all(writer, part)
+                begin_writing(writer, start, len(part))
                 progress(len(part))
             digests[name] = digest.hexdigest()
         if copying is not None:

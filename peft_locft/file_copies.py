@@ -44,6 +44,7 @@ def place_file(source: Path, target: Path, link: Link, progress: Progress) -> st
     how = "hard link" if link != "copy" else "copy"
     if link != "hard" and clone(source, target):
         how = "reflink"
+        sync_file(target)
         shutil.copymode(source, target)
     elif link == "copy" or not _hard_link(source, target):
         if link == "hard":
@@ -86,7 +87,8 @@ def _hard_link(source: Path, target: Path) -> bool:
 def clone(source: Path, target: Path) -> bool:
     """Make `target` a copy of `source` that shares its blocks; return False, with no file there, where it cannot.
 
-    The copy has the mode of any new file: that of the source may forbid to write into it.
+    The copy has the mode of any new file, since that of the source may forbid to write into it. It is not on the disk
+    when this returns.
     """
     if sys.platform != "linux":
         return False
@@ -97,7 +99,6 @@ def clone(source: Path, target: Path) -> bool:
             if error.errno not in NOT_HERE:
                 raise
         else:
-            os.fsync(writer.fileno())
             return True
     target.unlink()
     return False

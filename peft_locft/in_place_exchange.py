@@ -122,7 +122,7 @@ def recover(model: Path) -> tuple[Undo | None, bool]:
     if not (folder / UNDO_NAME).is_file():
         if staged:
             shutil.rmtree(folder / STAGED_FOLDER)
-            _remove_empty(folder)
+        _remove_empty(folder)
         return None, staged
     undo = read_undo(folder / UNDO_NAME)
     merged = undo.is_merged(Checkpoint(model))
@@ -131,5 +131,5 @@ def recover(model: Path) -> tuple[Undo | None, bool]:
 
 
 def _remove_empty(folder: Path) -> None:
-    if not any(folder.iterdir()):
+    if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

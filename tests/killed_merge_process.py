@@ -5,9 +5,9 @@
 
 ACTION is `merge`, `merge_in_place` or `detach`. Either the process dies before every call of the system, one after the
 other, that changes a file, or it is killed at so many random moments. The process that ends what it left is killed
-too, and then comes one that is not. After every kill, and before any other call of ours, transformers loads
-what is there. Prints, for each action, how often that was the old model and how often the new one, bit for bit. Anything
-else ends it with an error.
+too, and then comes one that is not. After every kill, and before any other call of ours, transformers loads what is
+there. Prints, for each action, how often that was the old model and how often the new one, bit for bit. Anything else
+ends it with an error.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Case:
             detach(self.work)
 
     def state(self) -> str:
-        """Return which model transformers finds, bit for bit, before anything of ours has looked: `"old"` or `"new"`."""
+        """Return which model transformers loads, bit for bit: `"old"` or `"new"`."""
         if not self.work.exists():
             assert self.action == "merge"
             return "old"
