@@ -139,7 +139,7 @@ def copy_ranges(source: Path, target: Path, ranges: Sequence[tuple[int, int]], p
                 progress(copied)
 
 
-def begin_writing(writer: BinaryIO, start: int, num_bytes: int) -> None:
+def begin_writing(writer: BinaryIO | IO[Any], start: int, num_bytes: int) -> None:
     """Let the disk begin with what was written to a file, so that there is less to wait for in the end."""
     if hasattr(os, "posix_fadvise"):
         # it drops what is on the disk already from memory, and has the rest written; what is being written stays
