@@ -156,7 +156,7 @@ def plan_edits(
         raise ValueError("No adapter to merge: give one or more adapter folders.")
     if weights is not None and len(weights) != len(adapters):
         raise ValueError(f"{len(adapters)} adapters but {len(weights)} weights: expected one weight an adapter.")
-    found = [read_deltas(local_folder(adapter, only=["adapter_*"])) for adapter in adapters]
+    found = [read_deltas(local_folder(adapter, only=["adapter_*", "locft_*"])) for adapter in adapters]
     dtype = getattr(torch, found[0].config.delta_dtype)
     finder = ParameterFinder(checkpoint)
     parameters: dict[tuple[str, ...], EditedParameter] = {}

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -15,7 +16,7 @@ from .edited_weights import plan_edits, write_edited_shard, write_patched
 from .file_copies import locked
 from .in_place_exchange import exchange, recover, settle, stage_index, staging
 from .in_place_undo import IN_PLACE_FOLDER, UNDO_NAME, Undo, edited_names, write_undo
-from .stream_merge import MergeSummary, merge_record, other_files, progress_bar
+from .stream_merge import MergeSummary, conflicts_of, merge_record, other_files, progress_bar
 
 
 def merge_in_place(
@@ -86,6 +87,7 @@ def merge_in_place(
         _refuse_what_others_share(folder, names)
         _refuse_what_is_there(folder, names)
         _, left_out = other_files(edits.checkpoint)
+        conflicts = conflicts_of(edits)
         with staging(folder) as staged, progress_bar(_size(folder, shards), progress) as advance:
             stage_index(folder, staged, names)
             digests: dict[str, str] = {}
@@ -96,7 +98,8 @@ def merge_in_place(
             os.replace(staged / UNDO_NAME, staged.parent / UNDO_NAME)
             exchange(folder, staged, names)
         settle(folder, names, merged=True)
-        return _summary(folder, digests, names.values(), begun, left_out)
+        done = _summary(folder, digests, names.values(), begun)
+        return replace(done, left_out=tuple(left_out), conflicts=conflicts)
 
 
 def detach(model_folder: str | os.PathLike[str], *, progress: bool = False) -> MergeSummary:
@@ -143,15 +146,12 @@ def _size(folder: Path, shards: Iterable[str]) -> int:
     return sum((folder / shard).stat().st_size for shard in shards)
 
 
-def _summary(
-    folder: Path, tensors: Iterable[str], written: Collection[str], begun: float, left_out: Sequence[str] = ()
-) -> MergeSummary:
+def _summary(folder: Path, tensors: Iterable[str], written: Collection[str], begun: float) -> MergeSummary:
     return MergeSummary(
         folder,
         tensors=tuple(sorted(tensors)),
         written=tuple(sorted(written)),
         num_bytes=_size(folder, written),
-        left_out=tuple(left_out),
         seconds=time.perf_counter() - begun,
     )
 
