@@ -254,6 +254,27 @@ def test_untouched_bytes_of_an_edited_file_stay_where_they_are(tmp_path: Path) -
     assert summary.num_bytes == len(new)
 
 
+def test_a_file_that_shares_blocks_is_written_where_it_is_edited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_base(tmp_path / "base", shard_size=SHARDS)
+    edit(base, tmp_path / "adapter")
+    for file in base.glob("*.safetensors"):
+        file.chmod(0o440)
+    merge_checkpoint(base, [tmp_path / "adapter"], tmp_path / "expected")
+
+    def shared(source: Path, target: Path) -> bool:
+        shutil.copyfile(source, target)  # not its mode, as the system's call does
+        return True
+
+    for module in ("file_copies", "edited_weights"):
+        monkeypatch.setattr(f"peft_locft.{module}.clone", shared)
+    done = merge_checkpoint(base, [tmp_path / "adapter"], tmp_path / "out")
+    assert done.placed == {"reflink": len(list(base.iterdir())) - len(done.written)}
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "expected")
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").glob("*.safetensors")} == {0o440}
+
+
 def test_the_new_folder_says_what_was_merged(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     edit(base, tmp_path / "a")
