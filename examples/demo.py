@@ -25,6 +25,7 @@ from peft_locft import (
     EvaluationConfig,
     EvaluationReport,
     LocFTConfig,
+    describe_adapter,
     encode_prompts,
     evaluate_edits,
     inspect_adapter,
@@ -60,6 +61,7 @@ def main() -> None:
 
     report = evaluate_edits(edited, tokenizer, edits)
     report.save(arguments.output_dir / "evaluation")
+    describe_adapter(arguments.output_dir, report=report)
     show(report)
     print(f"\n{inspect_adapter(arguments.output_dir)}")
     expected = [row["answer_after"] for row in report.rows if row["kind"] == "reliability"]

@@ -39,14 +39,14 @@ With {needs}:
 
 ```python
 {usage}```
-
+{base_unnamed}
 ## Merge
 
-Into a model that anything loads, with the answers of the adapter:
+Into a model that needs neither PEFT nor the adapter, and answers as the adapter does:
 
 ```python
 {merge}```
-
+{on_disk}
 ## Measured
 
 {measured}
@@ -63,6 +63,12 @@ To change what one model answers to the prompts in the edits, and to take that b
   from it. The base model's own mistakes and biases remain.
 """
 
+# what a reader who has not met the words needs for the table
+MEASURES = (
+    "Reliability is about the edited prompts, generalization about rephrasings of them, portability about what "
+    "follows from them, and locality about other prompts, whose answers should stay what they were."
+)
+
 
 def usage_lines(config: PeftConfig, adapter: str) -> str:
     """Return the lines of Python that load an adapter."""
@@ -75,13 +81,25 @@ def usage_lines(config: PeftConfig, adapter: str) -> str:
     )
 
 
-def merge_lines(base: str | None) -> str:
+def merge_lines(base: str) -> str:
     """Return the lines of Python that merge a loaded adapter and save the model, which then needs neither."""
-    tokenizer = json.dumps(base if is_hub_id(base) else "the-base-model", ensure_ascii=False)
     return (
         'model.merge_and_unload().save_pretrained("merged")\n'
         "from transformers import AutoTokenizer\n"
-        f'AutoTokenizer.from_pretrained({tokenizer}).save_pretrained("merged")\n'
+        f'AutoTokenizer.from_pretrained({base}).save_pretrained("merged")\n'
+    )
+
+
+def _on_disk(base: str) -> str:
+    command = f"locft merge {base} {json.dumps(NAME_IN_CARD)} merged"
+    return f"\nOr on the disk, without loading a model:\n\n```bash\n{command}\n```\n\n"
+
+
+def _base_unnamed(base: str | None) -> str:
+    where = "no base model" if not base else "a folder on the author's machine"
+    return (
+        f"\nThe adapter's configuration names {where}: before you load it, write the name or the folder of the base "
+        "model into `base_model_name_or_path` of `adapter_config.json`.\n"
     )
 
 
@@ -110,6 +128,7 @@ def model_card(
         tags=sorted(tags),
     )
     rows = _rows(config, facts, location, licence)
+    named = json.dumps(hub_id or "the-base-model", ensure_ascii=False)
     return CARD.format(
         header=data.to_yaml(),
         title=f" in {Path(base).name}" if base else "",
@@ -117,7 +136,9 @@ def model_card(
         rows="\n".join(f"| {label} | {value} |" for label, value in rows),
         needs=f"`{INSTALL}`" if is_locft else "PEFT",
         usage=usage_lines(config, NAME_IN_CARD),
-        merge=merge_lines(base),
+        base_unnamed="" if hub_id else _base_unnamed(base),
+        merge=merge_lines(named),
+        on_disk=_on_disk(named) if is_locft else "\n",
         measured=_measured(facts),
         listed="They are in `locft_edits.jsonl`." if ships_edits else "They are not in this repository.",
     )
@@ -164,8 +185,8 @@ def _lead(config: PeftConfig, facts: Mapping[str, Any]) -> str:
     export = facts.get("export")
     if export is None:
         return (
-            f"{changes} It holds the change of a weight alone: the base model's weights are not in it, and without "
-            "the adapter they are what they were, bit for bit."
+            f"{changes} It holds what is added to the base model's weights. These are not in it, and without the "
+            "adapter they are what they were, bit for bit."
         )
     if export["to"] == "lora":
         return (
@@ -242,4 +263,4 @@ def _measured(facts: Mapping[str, Any]) -> str:
     asked = f"{counted['count']:,} edits" if "count" in counted else "edits"
     same = counted.get("sha256") == facts.get("edits", {}).get("sha256")
     whose = ", those of this adapter" if same and "edits" in facts else ""
-    return f"On {asked}{whose}:\n\n{report.to_markdown()}"
+    return f"On {asked}{whose}:\n\n{report.to_markdown()}\n\n{MEASURES}"

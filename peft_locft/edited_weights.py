@@ -17,7 +17,7 @@ import torch
 from .adapter_deltas import AdapterDeltas, read_deltas
 from .checkpoint import Checkpoint, StoredTensor, local_folder, raw_bytes, read_header
 from .checkpoint_names import ParameterFinder, Piece
-from .file_copies import Progress, clone, copy_ranges, gaps, write_all
+from .file_copies import Progress, begin_writing, check_room, clone, copy_ranges, gaps, write_all
 from .tuner.arithmetic import compose_weight, hashed_bytes
 from .tuner.combine import combine_deltas
 
@@ -156,7 +156,7 @@ def plan_edits(
         raise ValueError("No adapter to merge: give one or more adapter folders.")
     if weights is not None and len(weights) != len(adapters):
         raise ValueError(f"{len(adapters)} adapters but {len(weights)} weights: expected one weight an adapter.")
-    found = [read_deltas(local_folder(adapter, only=["adapter_*"])) for adapter in adapters]
+    found = [read_deltas(local_folder(adapter, only=["adapter_*", "locft_*"])) for adapter in adapters]
     dtype = getattr(torch, found[0].config.delta_dtype)
     finder = ParameterFinder(checkpoint)
     parameters: dict[tuple[str, ...], EditedParameter] = {}
@@ -241,7 +241,9 @@ def write_patched(
     ranges = [(tensor.start, tensor.start + tensor.num_bytes) for _, tensor in new.values()]
     untouched = list(gaps(ranges, size))
     cloned = clone(source, target)
-    if cloned:
+    if not cloned:
+        check_room(target.parent, size)
+    else:
         progress(sum(end - begin for begin, end in untouched))
     digests = {}
     mode = "r+b" if cloned else "wb"
@@ -254,7 +256,9 @@ def write_patched(
             writer.seek(tensor.start)
             for part in parts:
                 digest.update(part)
+                start = writer.tell()
                 write_all(writer, part)
+                begin_writing(writer, start, len(part))
                 progress(len(part))
             digests[name] = digest.hexdigest()
         if copying is not None:

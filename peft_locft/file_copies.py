@@ -38,11 +38,14 @@ def place_file(source: Path, target: Path, link: Link, progress: Progress) -> st
 
     Raises:
         ValueError: if `link` is `"hard"` and the two places cannot share a file.
+        OSError: if the disk has no room for a copy, or it cannot be written.
     """
     source = source.resolve()
     how = "hard link" if link != "copy" else "copy"
     if link != "hard" and clone(source, target):
         how = "reflink"
+        sync_file(target)
+        shutil.copymode(source, target)
     elif link == "copy" or not _hard_link(source, target):
         if link == "hard":
             raise ValueError(
@@ -50,6 +53,7 @@ def place_file(source: Path, target: Path, link: Link, progress: Progress) -> st
                 "no links. Choose a place beside the base, or link='copy'."
             )
         how = "copy"
+        check_room(target.parent, source.stat().st_size)
         target.touch()
         copy_ranges(source, target, [(0, source.stat().st_size)], progress)
         sync_file(target)
@@ -57,6 +61,17 @@ def place_file(source: Path, target: Path, link: Link, progress: Progress) -> st
         return how
     progress(source.stat().st_size)
     return how
+
+
+def check_room(folder: Path, num_bytes: int) -> None:
+    """Raise an OSError if the disk has no room for a file of this size, rather than after it was written in part."""
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise OSError(
+            errno.ENOSPC,
+            f"No space left on device: {num_bytes / 1e6:,.1f} MB are to be written to {folder}, where "
+            f"{free / 1e6:,.1f} MB are free. Nothing was changed",
+        )
 
 
 def _hard_link(source: Path, target: Path) -> bool:
@@ -70,7 +85,11 @@ def _hard_link(source: Path, target: Path) -> bool:
 
 
 def clone(source: Path, target: Path) -> bool:
-    """Make `target` a copy of `source` that shares its blocks; return False, with no file there, where it cannot."""
+    """Make `target` a copy of `source` that shares its blocks; return False, with no file there, where it cannot.
+
+    The copy has the mode of any new file, since that of the source may forbid to write into it. It is not on the disk
+    when this returns.
+    """
     if sys.platform != "linux":
         return False
     with open(source, "rb") as reader, open(target, "wb") as writer:
@@ -80,8 +99,6 @@ def clone(source: Path, target: Path) -> bool:
             if error.errno not in NOT_HERE:
                 raise
         else:
-            os.fsync(writer.fileno())
-            shutil.copymode(source, target)
             return True
     target.unlink()
     return False
@@ -122,7 +139,7 @@ def copy_ranges(source: Path, target: Path, ranges: Sequence[tuple[int, int]], p
                 progress(copied)
 
 
-def begin_writing(writer: BinaryIO, start: int, num_bytes: int) -> None:
+def begin_writing(writer: BinaryIO | IO[Any], start: int, num_bytes: int) -> None:
     """Let the disk begin with what was written to a file, so that there is less to wait for in the end."""
     if hasattr(os, "posix_fadvise"):
         # it drops what is on the disk already from memory, and has the rest written; what is being written stays

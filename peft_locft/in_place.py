@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import constants
 
-from .checkpoint import Checkpoint
+from .checkpoint import INDEX_NAME, Checkpoint
 from .edited_weights import plan_edits, write_edited_shard, write_patched
 from .file_copies import locked
-from .in_place_journal import UNDO_NAME, Committed, Journal
-from .in_place_undo import read_undo, write_undo
-from .stream_merge import MergeSummary, merge_record, other_files, progress_bar
+from .in_place_exchange import exchange, recover, settle, stage_index, staging
+from .in_place_undo import IN_PLACE_FOLDER, UNDO_NAME, Undo, edited_names, write_undo
+from .stream_merge import MergeSummary, conflicts_of, merge_record, other_files, progress_bar
 
 
 def merge_in_place(
@@ -30,22 +30,23 @@ def merge_in_place(
 ) -> MergeSummary:
     """Merge adapters into the files of a model's own folder, and keep what `detach` needs to take them off again.
 
-    The edited tensors have the bits that `merge_checkpoint` gives them; no other byte of the folder changes. Their
-    originals go into `locft/locft_undo.safetensors` in the folder (in a folder of its own, since some servers load
-    every safetensors file that they find beside a model).
+    The edited tensors have the bits that `merge_checkpoint` gives them, and no other tensor changes. The originals go
+    into `locft/locft_undo.safetensors` in the folder (in a folder of its own, since some servers load every
+    safetensors file that they find beside a model).
 
     What holds when the process is killed, or the machine goes down, at any moment:
 
-    - Every file of the checkpoint is the old one or the new one, whole: a new one is written aside, waits until it is
-      on the disk, and takes the place of the old by a rename. A program that has the old one open or mapped keeps it.
-    - If one file holds all edited tensors, the model is therefore the old or the new one, for every reader, always.
-    - If several do, no system call renames them together. The index that names them is moved away while they are
-      renamed, well below a millisecond: a program that opens the model through its index, as transformers does, finds
-      no model in this moment, or after a kill in it, rather than a mixture. (One that has read the index before can
-      get a mixture, and so can one that asks for no index. When the machine goes down in this moment, it takes a file
-      system that keeps the order of renames, as ext4, XFS, Btrfs and APFS do.)
-    - The next `merge_in_place` or `detach` on the folder ends what was interrupted: nothing is left of a merge that
-      was killed before all its files were written aside; one that was killed later is completed, to the same bytes.
+    - Every file is written aside, whole, and no file of the model is written into. A program that has one open or
+      mapped keeps it.
+    - If one file holds all edited tensors, the new one takes its place by a rename. The model is the old or the new
+      one, for every reader, always.
+    - If several do, the new ones come beside the old under names of their own (`…-locft.safetensors`), and the index
+      that names them takes the place of the old one by a rename. Whoever loads the model by its index, as transformers
+      does, finds the old or the new one, always. One that read the index before and opens a file after it finds that
+      of the model that it began with, or none, and never one of the other. A reader that takes all files beside the
+      model, and asks for no index, finds both models from the moment that the new files are there until the old ones
+      are removed, or, after a kill in between, until the next call.
+    - The next `merge_in_place` or `detach` on the folder removes what a killed one left.
 
     It needs room on the disk for the files that hold an edited tensor, unless the file system shares blocks
     (reflinks).
@@ -63,9 +64,10 @@ def merge_in_place(
 
     Raises:
         ValueError: as in `merge_checkpoint`; also if adapters are merged in place already, if the folder is in the
-            Hub's cache or a file to change a symbolic link (what it leads to belongs to others), if another process is
-            at work in the folder, or if a file changed since a merge that was interrupted. The model stays as it was.
-        OSError: if a file cannot be written, or does not read as it was written.
+            Hub's cache or a file to change a symbolic link (what it leads to belongs to others), if a file has the
+            name that an edited one would get, if the index would not come back byte by byte, or if another process is
+            at work in the folder. The model stays as it was.
+        OSError: if the disk has no room, or a file cannot be written, or does not read as it was written.
 
     Example:
         >>> from peft_locft import detach, merge_in_place
@@ -73,30 +75,35 @@ def merge_in_place(
         >>> detach("model")  # every file has the bytes that it had before
     """
     begun = time.perf_counter()
-    with _at_work(model_folder) as (folder, journal):
-        if (journal.folder / UNDO_NAME).exists():
+    with _at_work(model_folder) as (folder, undo, _):
+        if undo is not None:
             raise ValueError(
-                f"{folder} has an edit merged in place already"
-                f"{' (by a merge that was interrupted and is completed now)' if journal.completed else ''}. Edits are "
-                f"not merged on top of each other, since each would round anew: `locft detach {folder}`, and then "
-                "merge all of the adapters together."
+                f"{folder} has an edit merged in place already. Edits are not merged on top of each other, since each "
+                f"would round anew: `locft detach {folder}`, and then merge all of the adapters together."
             )
         edits = plan_edits(Checkpoint(folder), adapters, weights, scale, force)
         shards = edits.by_shard()
-        _refuse_what_others_share(folder, list(shards))
+        names = edited_names(shards)
+        _refuse_what_others_share(folder, names)
+        _refuse_what_is_there(folder, names)
         _, left_out = other_files(edits.checkpoint)
-        with journal.staging() as staged, progress_bar(_size(folder, shards), progress) as advance:
+        conflicts = conflicts_of(edits)
+        with staging(folder) as staged, progress_bar(_size(folder, shards), progress) as advance:
+            stage_index(folder, staged, names)
             digests: dict[str, str] = {}
             for shard, changes in shards.items():
-                digests |= write_edited_shard(folder / shard, staged / shard, changes, advance)
+                digests |= write_edited_shard(folder / shard, staged / names[shard], changes, advance)
             write_undo(staged / UNDO_NAME, edits, digests, merge_record(edits, weights, scale))
-            journal.commit("merge", sorted(shards), sorted(digests))
-        done = journal.carry_out()
-        return replace(_summary(folder, done, begun), left_out=tuple(left_out))
+            # before the new files: by it a later call knows what is there of them
+            os.replace(staged / UNDO_NAME, staged.parent / UNDO_NAME)
+            exchange(folder, staged, names)
+        settle(folder, names, merged=True)
+        done = _summary(folder, digests, names.values(), begun)
+        return replace(done, left_out=tuple(left_out), conflicts=conflicts)
 
 
 def detach(model_folder: str | os.PathLike[str], *, progress: bool = False) -> MergeSummary:
-    """Take off what `merge_in_place` merged: every file of the folder has the bytes again that it had before.
+    """Take off what `merge_in_place` merged: every file of the folder has the name and the bytes again that it had.
 
     What `merge_in_place` says of a kill at any moment holds here too.
 
@@ -110,49 +117,47 @@ def detach(model_folder: str | os.PathLike[str], *, progress: bool = False) -> M
     Raises:
         ValueError: if nothing is merged in place there; if the tensors that the merge wrote, or the layout of their
             file, are no longer those that it wrote, so that the originals do not belong there; if a file to change is
-            a symbolic link; if another process is at work in the folder; or if a file changed since a merge that was
-            interrupted. The model is as it was then.
-        OSError: if a file cannot be written, or does not read as it was written.
+            a symbolic link; or if another process is at work in the folder. The model is as it was then.
+        OSError: if the disk has no room, or a file cannot be written, or does not read as it was written.
     """
     begun = time.perf_counter()
-    with _at_work(model_folder) as (folder, journal):
-        if journal.completed is not None and journal.completed.action == "detach":
-            return _summary(folder, journal.completed, begun)
-        if not (journal.folder / UNDO_NAME).is_file():
+    with _at_work(model_folder) as (folder, undo, something_removed):
+        if undo is None:
             raise ValueError(
-                f"{folder} has no {journal.folder.name}/{UNDO_NAME}: nothing is merged in place there"
-                f"{', and what was left of a merge that was interrupted is removed' if journal.removed else ''}."
+                f"{folder} has no {IN_PLACE_FOLDER}/{UNDO_NAME}: nothing is merged in place there"
+                f"{', and what was left of one that was interrupted is removed' if something_removed else ''}."
             )
-        undo = read_undo(journal.folder / UNDO_NAME)
-        shards = undo.by_shard()
+        undo.check_originals()
         checkpoint = Checkpoint(folder)
-        undo.check(checkpoint)
-        _refuse_what_others_share(folder, list(shards))
-        with journal.staging() as staged, progress_bar(_size(folder, shards), progress) as advance:
-            for shard, names in shards.items():
-                originals = {name: (undo.originals[name].read_bytes(), checkpoint.tensor(name)) for name in names}
-                write_patched(folder / shard, staged / shard, originals, advance)
-            journal.commit("detach", sorted(shards), sorted(undo.originals))
-        return _summary(folder, journal.carry_out(), begun)
+        names = {edited: original for original, edited in undo.edited_names().items()}
+        _refuse_what_others_share(folder, names)
+        with staging(folder) as staged, progress_bar(_size(folder, names), progress) as advance:
+            stage_index(folder, staged, names)
+            for edited, original in names.items():
+                tensors = undo.by_shard()[original]
+                originals = {name: (undo.originals[name].read_bytes(), checkpoint.tensor(name)) for name in tensors}
+                write_patched(folder / edited, staged / original, originals, advance)
+            exchange(folder, staged, names)
+        settle(folder, undo.edited_names(), merged=False)
+        return _summary(folder, undo.originals, names.values(), begun)
 
 
 def _size(folder: Path, shards: Iterable[str]) -> int:
     return sum((folder / shard).stat().st_size for shard in shards)
 
 
-def _summary(folder: Path, done: Committed | None, begun: float) -> MergeSummary:
-    assert done is not None
+def _summary(folder: Path, tensors: Iterable[str], written: Collection[str], begun: float) -> MergeSummary:
     return MergeSummary(
         folder,
-        tensors=tuple(done.tensors),
-        written=tuple(done.replaced),
-        num_bytes=_size(folder, done.replaced),
+        tensors=tuple(sorted(tensors)),
+        written=tuple(sorted(written)),
+        num_bytes=_size(folder, written),
         seconds=time.perf_counter() - begun,
     )
 
 
 @contextmanager
-def _at_work(model_folder: str | os.PathLike[str]) -> Iterator[tuple[Path, Journal]]:
+def _at_work(model_folder: str | os.PathLike[str]) -> Iterator[tuple[Path, Undo | None, bool]]:
     """Give a model's folder to this process alone, and end what another was killed in."""
     folder = Path(model_folder).resolve()
     if not folder.is_dir():
@@ -163,16 +168,24 @@ def _at_work(model_folder: str | os.PathLike[str]) -> Iterator[tuple[Path, Journ
     with locked(folder) as has_it:
         if not has_it:
             raise ValueError(f"Another process is merging or detaching in {folder}: wait until it is done.")
-        journal = Journal(folder)
-        journal.recover()
-        yield folder, journal
+        yield folder, *recover(folder)
 
 
-def _refuse_what_others_share(folder: Path, shards: Sequence[str]) -> None:
-    links = [folder / shard for shard in shards if (folder / shard).is_symlink()]
+def _refuse_what_others_share(folder: Path, names: Mapping[str, str]) -> None:
+    files = [folder / name for name in (*names, INDEX_NAME)]
+    links = [file for file in files if file.is_symlink()]
     if links or folder.is_relative_to(Path(constants.HF_HUB_CACHE).resolve()):
         what = f"{links[0]} is a symbolic link to {links[0].resolve()}" if links else f"{folder} is in the Hub's cache"
         raise ValueError(
             f"{what}, which belongs to others too: in the Hub's cache, to every program that loads this model. Merge "
             f"into a new folder instead: `locft merge {folder} ADAPTER OUT`."
         )
+
+
+def _refuse_what_is_there(folder: Path, names: Mapping[str, str]) -> None:
+    for before, after in names.items():
+        if before != after and os.path.lexists(folder / after):
+            raise ValueError(
+                f"{folder / after} is there already, and the edited {before} would get that name. Move it away if "
+                "nothing needs it."
+            )

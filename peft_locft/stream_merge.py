@@ -23,7 +23,8 @@ from .checkpoint import INDEX_NAME, OTHER_WEIGHTS, Checkpoint, local_folder
 from .edited_weights import Edits, plan_edits, write_edited_shard
 from .file_copies import Link, Progress, locked, place_file, sync_folder
 from .files import current_umask, write_whole
-from .in_place_journal import COMMIT_NAME, IN_PLACE_FOLDER
+from .in_place_undo import IN_PLACE_FOLDER
+from .shipped_edits import Conflicts, find_conflicts
 
 RECORD_NAME = "locft_merge.json"
 STAGING_PREFIX = ".locft-"
@@ -41,6 +42,7 @@ class MergeSummary:
         placed: how the other files were put there, and how many in each way: `{"hard link": 3, "copy": 5}`.
         left_out: names of files that hold the unedited weights in another form. They are not in the new folder; a
             merge in place leaves them as they are.
+        conflicts: prompts that several of the merged adapters edit, as far as they ship their edits.
         seconds: how long it took.
     """
 
@@ -50,6 +52,7 @@ class MergeSummary:
     num_bytes: int
     placed: dict[str, int] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    conflicts: Conflicts | None = None
     seconds: float = 0.0
 
     def __str__(self) -> str:
@@ -63,6 +66,8 @@ class MergeSummary:
             rows.append(("others", ", ".join(f"{count} by {how}" for how, count in sorted(self.placed.items()))))
         if self.left_out:
             rows.append(("not edited", f"{', '.join(self.left_out)}: the base's weights in another form"))
+        if self.conflicts is not None and self.conflicts.conflicts:
+            rows.append(("conflicts", str(self.conflicts)))
         rows.append(("time", f"{self.seconds:.1f} s"))
         return "\n".join(f"{key:<12}{value}" for key, value in rows)
 
@@ -109,12 +114,13 @@ def merge_checkpoint(
         What was done.
 
     Raises:
-        ValueError: if the base has no safetensors checkpoint, or an unfinished merge in place; if an adapter is no
-            LocFT adapter or holds more than deltas; if an edited tensor is not in the checkpoint, is quantized, tied,
-            of another shape, or (without `force`) not the one that the adapter was trained on; if the edit is not
-            finite; if `out` is not empty, a mount point, or in the base; if the weights are not one an adapter; if a
-            hard link was asked for and cannot be made. Nothing is left of a merge that is refused.
-        OSError: if a file cannot be written, or does not read as it was written.
+        ValueError: if the base has no safetensors checkpoint; if an adapter is refused by `check_adapter`, or holds
+            more than deltas; if edits that it ships are broken or not its own; if an edited tensor is not in the
+            checkpoint, is quantized, tied, of another shape, or (without `force`) not the one that the adapter was
+            trained on; if the edit is not finite; if `out` is not empty, a mount point, or in the base; if the weights
+            are not one an adapter; if a hard link was asked for and cannot be made. Nothing is left of a merge that is
+            refused.
+        OSError: if the disk has no room, or a file cannot be written, or does not read as it was written.
 
     Example:
         >>> from peft_locft import merge_checkpoint
@@ -126,10 +132,9 @@ def merge_checkpoint(
     target = Path(out).resolve()
     source = local_folder(base, revision)
     _check_target(source, target)
-    if (source / IN_PLACE_FOLDER / COMMIT_NAME).exists():
-        raise ValueError(f"A merge in place into {source} was interrupted: `locft detach {source}` ends it.")
     edits = plan_edits(Checkpoint(source), adapters, weights, scale, force)
     record = {"base_model": {"name_or_path": str(base), "revision": revision}, **merge_record(edits, weights, scale)}
+    conflicts = conflicts_of(edits)
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target)
     staging = Path(tempfile.mkdtemp(prefix=f"{STAGING_PREFIX}{target.name}-", dir=target.parent))
@@ -142,7 +147,13 @@ def merge_checkpoint(
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    return replace(done, folder=target, seconds=time.perf_counter() - begun)
+    return replace(done, folder=target, conflicts=conflicts, seconds=time.perf_counter() - begun)
+
+
+def conflicts_of(edits: Edits) -> Conflicts | None:
+    """Return the prompts that several of the adapters edit; `None` if there is one adapter alone."""
+    folders = list(dict.fromkeys(adapter.folder for adapter in edits.adapters))
+    return find_conflicts(folders) if len(folders) > 1 else None
 
 
 def _check_target(source: Path, target: Path) -> None:

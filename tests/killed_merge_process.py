@@ -5,8 +5,9 @@
 
 ACTION is `merge`, `merge_in_place` or `detach`. Either the process dies before every call of the system, one after the
 other, that changes a file, or it is killed at so many random moments. The process that ends what it left is killed
-too, and then comes one that is not. Prints, for each action, how often the old model was left, how often the new one,
-and how often, in the moment when several files are exchanged, none. Anything else ends it with an error.
+too, and then comes one that is not. After every kill, and before any other call of ours, transformers loads what is
+there. Prints, for each action, how often that was the old model and how often the new one, bit for bit. Anything else
+ends it with an error.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import conftest  # noqa: F401  (offline, one thread)
-from tiny_checkpoints import INDEX, ONE_FILE, edit, save_base, snapshot
+import torch
+from tiny_checkpoints import ONE_FILE, edit, save_base, snapshot
+from transformers import AutoModelForCausalLM
 
 from peft_locft import LocFTConfig, detach, edited_weights, in_place_undo, merge_checkpoint, merge_in_place
 
@@ -49,8 +52,10 @@ class Case:
         save_base(self.old, shard_size=shard_size, intermediate_size=intermediate_size)
         edit(self.old, self.adapter, LocFTConfig(target_modules=["down_proj"], layers_to_transform=[0, 2]))
         merge_checkpoint(self.old, [self.adapter], self.new)
+        self.old_tensors, self.new_tensors = loaded(self.old), loaded(self.new)
         shutil.copytree(self.old, self.merged)
-        merge_in_place(self.merged, [self.adapter])
+        num_files = len(merge_in_place(self.merged, [self.adapter]).written)
+        assert num_files == (1 if shard_size == ONE_FILE else 2), f"{num_files} files are edited"
 
     def prepare(self) -> None:
         """Make the place on which the action works."""
@@ -68,19 +73,15 @@ class Case:
             detach(self.work)
 
     def state(self) -> str:
-        """Return what a reader of the model finds: `"old"`, `"new"` or `"none"`."""
+        """Return which model transformers loads, bit for bit: `"old"` or `"new"`."""
         if not self.work.exists():
             assert self.action == "merge"
             return "old"
-        found = snapshot(self.work)
+        found = loaded(self.work)
         if self.action == "merge":
-            assert found == snapshot(self.new), "a new folder that is not whole"
-            return "new"
-        if (self.old / INDEX).exists() and INDEX not in found:
-            return "none"
-        for name, folder in (("old", self.old), ("new", self.new)):
-            expected = {file: digest for file, digest in snapshot(folder).items() if file != "locft_merge.json"}
-            if {file: found.get(file) for file in expected} == expected:
+            assert snapshot(self.work) == snapshot(self.new), "a new folder that is not whole"
+        for name, tensors in (("old", self.old_tensors), ("new", self.new_tensors)):
+            if found.keys() == tensors.keys() and all(torch.equal(found[key], tensors[key]) for key in tensors):
                 return name
         raise AssertionError("a third model")
 
@@ -100,6 +101,13 @@ class Case:
                 detach(self.work)
             assert snapshot(self.work) == before
         assert snapshot(self.old) == before, "the base was changed"
+
+
+def loaded(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the bits of every tensor of the model that transformers loads."""
+    model, about = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    assert not any(about.values()), f"{folder} is not whole: {about}"
+    return {name: tensor.view(torch.int32) for name, tensor in model.state_dict().items()}
 
 
 def in_child(call: Callable[[], None]) -> int:

@@ -65,9 +65,7 @@ def test_the_card_of_a_run_says_what_was_edited_and_how_to_use_it(tmp_path: Path
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "import peft_locft  # registers LOCFT with PEFT\nfrom peft import AutoPeftModelForCausalLM\n" in card
     assert 'model.merge_and_unload().save_pretrained("merged")\n' in card
-    assert (
-        "This adapter changes what its base model answers to 8 prompts. It holds the change of a weight alone" in card
-    )
+    assert "This adapter changes what its base model answers to 8 prompts. It holds what is added to the base" in card
     assert "| Location | `model.layers.1.mlp.down_proj.weight` |\n" in card
     sha256 = json.loads((tmp_path / "locft_provenance.json").read_text())["edits"]["sha256"]
     assert f"| Edits | 8 (sha256 `{sha256[:16]}…`) |\n" in card
@@ -100,6 +98,8 @@ def test_a_base_on_the_hub_is_in_the_header() -> None:
     assert f"| Base model | {link} at `v1` |\n" in card
     assert "# Edited facts in Meta-Llama-3-8B-Instruct\n" in card
     assert 'AutoTokenizer.from_pretrained("meta-llama/Meta-Llama-3-8B-Instruct").save_pretrained("merged")\n' in card
+    assert '\nlocft merge "meta-llama/Meta-Llama-3-8B-Instruct" "this-repository" merged\n' in card
+    assert "before you load it" not in card
 
 
 @pytest.mark.parametrize(
@@ -110,6 +110,8 @@ def test_a_path_on_somebodys_machine_is_not(base: str | None) -> None:
     assert "base_model" not in header(card)
     assert "private" not in card
     assert ("| Base model | `llama`, a folder on the author's machine |\n" in card) == bool(base)
+    named = "a folder on the author's machine" if base else "no base model"
+    assert f"names {named}: before you load it, write the name or the folder of the base model into `base_m" in card
 
 
 def test_a_folder_that_looks_like_a_hub_name_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +18,8 @@ from tiny_checkpoints import INDEX, LAYER_1, ONE_FILE, SHARDS, edit, hub_cache, 
 from tiny_models import assert_same_tensors, every_dtype, every_family, logits
 from transformers import AutoModelForCausalLM
 
-from peft_locft import LocFTConfig, detach, merge_checkpoint, merge_in_place
+from peft_locft import LocFTConfig, detach, file_copies, merge_checkpoint, merge_in_place
 from peft_locft.file_copies import locked
-from peft_locft.in_place_journal import Journal
 
 UNDO = "locft/locft_undo.safetensors"
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -45,20 +45,28 @@ def test_every_file_comes_back(family: str, dtype: torch.dtype, tmp_path: Path) 
     before = snapshot(model)
     expected = merge_checkpoint(model, [tmp_path / "adapter"], tmp_path / "out")
     merged = merge_in_place(model, [tmp_path / "adapter"])
-    assert (merged.tensors, merged.written, merged.num_bytes) == (
-        expected.tensors,
-        expected.written,
-        expected.num_bytes,
-    )
-    after = snapshot(model)
-    assert after.keys() - before.keys() == {"locft", UNDO}
-    assert {name for name in before if after[name] != before[name]} == set(merged.written)
-    assert {name: after[name] for name in merged.written} == {
-        name: snapshot(tmp_path / "out")[name] for name in merged.written
+    # those of several files have other names, and the index says so
+    several = len(expected.written) > 1
+    names = {
+        name: name.replace(".safetensors", "-locft.safetensors") if several else name for name in expected.written
     }
+    assert (merged.tensors, merged.num_bytes) == (expected.tensors, expected.num_bytes)
+    assert merged.written == tuple(sorted(names.values()))
+    after, out = snapshot(model), snapshot(tmp_path / "out")
+    assert after.keys() == {names.get(name, name) for name in before} | {"locft", UNDO}
+    assert {name: after[new] for name, new in names.items()} == {name: out[name] for name in names}
+    assert {name for name in before.keys() - names if after[name] != before[name]} == ({INDEX} if several else set())
     detached = detach(model)
     assert snapshot(model) == before
-    assert (detached.tensors, detached.written) == (merged.tensors, merged.written)
+    assert (detached.tensors, detached.written) == (merged.tensors, expected.written)
+
+
+@pytest.fixture
+def two_files(tmp_path: Path) -> tuple[Path, Path]:
+    """Return a model, and an adapter that edits tensors in two of its files."""
+    model = save_base(tmp_path / "sharded", shard_size=SHARDS)
+    edit(model, tmp_path / "of_two", LocFTConfig(target_modules=["down_proj"], layers_to_transform=[0, 2]))
+    return model, tmp_path / "of_two"
 
 
 def test_the_merged_model_loads_beside_its_undo_file(model: Path, tmp_path: Path) -> None:
@@ -67,6 +75,26 @@ def test_the_merged_model_loads_beside_its_undo_file(model: Path, tmp_path: Path
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(model)), logits(edited))
     # some servers load every file of weights that they find beside the model
     assert [path.name for path in model.glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_files_that_are_edited_together_are_found_by_the_index(two_files: tuple[Path, Path], tmp_path: Path) -> None:
+    model, adapter = two_files
+    before = {path.name for path in model.glob("*.safetensors")}
+    merge_checkpoint(model, [adapter], tmp_path / "out")
+    merged = merge_in_place(model, [adapter])
+    assert len(merged.written) == 2
+    assert_same_tensors(stored(model), stored(tmp_path / "out"))
+    assert torch.equal(*(logits(AutoModelForCausalLM.from_pretrained(folder)) for folder in (model, tmp_path / "out")))
+    # those of the index alone, for what takes every file; and of the edited ones none by its old name: whoever has
+    # read the index before does not find a file of the other model
+    beside = {path.name for path in model.glob("*.safetensors")}
+    assert beside == set(json.loads((model / INDEX).read_text())["weight_map"].values())
+    assert beside - before == set(merged.written)
+    # the model that is there is one like any other
+    merge_checkpoint(model, [adapter], tmp_path / "twice", force=True)
+    shutil.copytree(model, tmp_path / "copy", ignore=shutil.ignore_patterns("locft"))
+    assert merge_in_place(tmp_path / "copy", [adapter], force=True).written[0].endswith("-locft-locft.safetensors")
+    assert_same_tensors(stored(tmp_path / "copy"), stored(tmp_path / "twice"))
 
 
 def test_the_undo_file_holds_the_originals_and_says_what_was_merged(model: Path, adapter: Path) -> None:
@@ -104,12 +132,14 @@ def test_other_names_of_a_file_keep_its_old_bytes(model: Path, adapter: Path, tm
     assert snapshot(tmp_path)["linked"] == snapshot(model)["model.safetensors"] == before
 
 
-def test_modes_stay(model: Path, adapter: Path) -> None:
-    (model / "model.safetensors").chmod(0o640)
+def test_modes_stay(two_files: tuple[Path, Path]) -> None:
+    model, adapter = two_files
+    for path in (*model.glob("*.safetensors"), model / INDEX):
+        path.chmod(0o440)  # read-only files too: they are replaced
     merge_in_place(model, [adapter])
-    assert (model / "model.safetensors").stat().st_mode & 0o777 == 0o640
+    assert {path.stat().st_mode & 0o777 for path in (*model.glob("*.safetensors"), model / INDEX)} == {0o440}
     detach(model)
-    assert (model / "model.safetensors").stat().st_mode & 0o777 == 0o640
+    assert {path.stat().st_mode & 0o777 for path in (*model.glob("*.safetensors"), model / INDEX)} == {0o440}
 
 
 def test_weights_in_another_form_are_named(model: Path, adapter: Path) -> None:
@@ -220,100 +250,123 @@ def test_an_error_while_writing_leaves_nothing(
     assert snapshot(model) == before
 
 
+def test_a_disk_without_room_is_told_before_it_is_full(
+    model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = snapshot(model)
+    monkeypatch.setattr(file_copies, "clone", lambda *_: False)
+    monkeypatch.setattr("peft_locft.edited_weights.clone", lambda *_: False)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(OSError, match=r"No space left on device: 0.1 MB are to be written to .* 0.0 MB are free"):
+        merge_in_place(model, [adapter])
+    assert snapshot(model) == before
+
+
+def test_a_file_with_the_name_of_an_edited_one_is_not_overwritten(two_files: tuple[Path, Path]) -> None:
+    model, adapter = two_files
+    edited = merge_in_place(model, [adapter]).written[0]
+    detach(model)
+    (model / edited).write_bytes(b"of somebody")
+    message = f"{edited} is there already, and the edited {edited.replace('-locft', '')} would get that name"
+    assert_refused(message, lambda: merge_in_place(model, [adapter]), model)
+
+
+def in_escapes(index: str) -> str:
+    return index.replace(".safetensors", "\\u002esafetensors")
+
+
+def as_a_title(index: str) -> str:
+    names = set(json.loads(index)["weight_map"].values())
+    return json.dumps({name: name.replace(".safetensors", "-locft.safetensors") for name in names} | json.loads(index))
+
+
+@pytest.mark.parametrize("change", [in_escapes, as_a_title])
+def test_an_index_that_would_not_come_back_is_left_alone(
+    change: Callable[[str], str], two_files: tuple[Path, Path]
+) -> None:
+    model, adapter = two_files
+    (model / INDEX).write_text(change((model / INDEX).read_text()))
+    message = "index.json does not write the names of its files as JSON is commonly written.*Merge into a new folder"
+    assert_refused(message, lambda: merge_in_place(model, [adapter]), model)
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "..", "config.json"])
+def test_an_undo_file_that_came_with_a_model_is_not_followed(name: str, model: Path, adapter: Path) -> None:
+    (model / "locft").mkdir()
+    facts = {"format": 1, "merged": {DOWN: {"shard": name}}, "sizes": {name: 1}}
+    save_file({DOWN: torch.ones(1)}, model / UNDO, {"locft_undo": json.dumps(facts)})
+    for call in (lambda: merge_in_place(model, [adapter]), lambda: detach(model)):
+        assert_refused("locft_undo.safetensors is not what a merge in place wrote", call, model)
+
+
 # ---------------------------------------------------------------------- after an interruption
 
 
-@pytest.fixture
-def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """Return a model with a merge that was decided but not carried out, and its adapter."""
-    model = save_base(tmp_path / "sharded", shard_size=SHARDS)
-    adapter = tmp_path / "adapter"
-    edit(model, adapter, LocFTConfig(target_modules=["down_proj"], layers_to_transform=[0, 2]))
-    monkeypatch.setattr(Journal, "carry_out", lambda self: 1 / 0)
+def stop_at(monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    """Let the rename to a name that ends so fail."""
+    replace = os.replace
+
+    def failing(source: Any, target: Any) -> None:
+        if str(target).endswith(suffix) and "staged" not in Path(target).parts:
+            raise OSError("stopped")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+
+
+@pytest.mark.parametrize("suffix", [UNDO, "-locft.safetensors", INDEX])
+def test_an_error_before_the_index_is_exchanged_leaves_the_old_model(
+    suffix: str, two_files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, adapter = two_files
+    before = snapshot(model)
+    stop_at(monkeypatch, suffix)
+    with pytest.raises(OSError, match="stopped"):
+        merge_in_place(model, [adapter])
+    assert snapshot(model) == before
+    monkeypatch.undo()
+    merge_in_place(model, [adapter])
+    merged = snapshot(model)
+    if suffix == INDEX:
+        stop_at(monkeypatch, suffix)
+        with pytest.raises(OSError, match="stopped"):
+            detach(model)
+        assert snapshot(model) == merged
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one file", "two files"])
+def test_what_was_not_removed_after_the_exchange_is_by_the_next_call(
+    several: bool, model: Path, adapter: Path, two_files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if several:
+        model, adapter = two_files
+    before = snapshot(model)
+    merge_in_place(model, [adapter])
+    merged = snapshot(model)
+    detach(model)
+    # as if the process had been killed there
+    monkeypatch.setattr("peft_locft.in_place.settle", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         merge_in_place(model, [adapter])
-    monkeypatch.undo()
-    assert (model / "locft" / "commit.json").exists()
-    return model, adapter
-
-
-def test_a_merge_that_was_decided_is_completed_before_the_next(interrupted: tuple[Path, Path], tmp_path: Path) -> None:
-    model, adapter = interrupted
-    with pytest.raises(ValueError, match=r"was interrupted: `locft detach .*` ends it"):
-        merge_checkpoint(model, [adapter], tmp_path / "out")
-    with pytest.raises(
-        ValueError, match=r"merged in place already \(by a merge that was interrupted and is completed"
-    ):
-        merge_in_place(model, [adapter])
-    merge_checkpoint(save_base(tmp_path / "again", shard_size=SHARDS), [adapter], tmp_path / "out")
-    assert_same_tensors(stored(model), stored(tmp_path / "out"))
-    detach(model)
-    assert snapshot(model) == snapshot(tmp_path / "again")
-
-
-def test_what_was_changed_since_is_not_overwritten(interrupted: tuple[Path, Path]) -> None:
-    model, adapter = interrupted
-    shard = next(name for name in json.loads((model / "locft" / "commit.json").read_text())["replaced"])
-    save_file(load_file(model / shard), model / shard)
-    for call in (lambda: merge_in_place(model, [adapter]), lambda: detach(model)):
-        assert_refused(f"{shard} was changed since a merge in place was interrupted. To end", call, model)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "{",
-        "[]",
-        '{"action": "merge"}',
-        '{"replaced": {"../x.safetensors": [0, 0]}}',
-        '{"replaced": {"..": [0, 0]}}',
-        '{"replaced": []}',
-    ],
-)
-def test_a_journal_that_came_with_a_model_is_not_followed(content: str, model: Path, adapter: Path) -> None:
-    (model / "locft").mkdir()
-    committed = {"action": "merge", "replaced": {}, "tensors": []}
-    complete = content.endswith("}") and "action" not in content
-    (model / "locft" / "commit.json").write_text(json.dumps(committed | json.loads(content)) if complete else content)
-    for call in (lambda: merge_in_place(model, [adapter]), lambda: detach(model)):
-        assert_refused(r"commit.json is not what a merge in place wrote.*Remove .*locft\.", call, model)
-
-
-def test_while_files_are_exchanged_there_is_no_model(
-    interrupted: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, _ = interrupted
-    replace, seen = os.replace, []
-
-    def watched(source: Any, target: Any) -> None:
-        replace(source, target)
-        if str(target).endswith(".safetensors") and Path(target).parent == model:
-            seen.append(INDEX in os.listdir(model))
-
-    monkeypatch.setattr(os, "replace", watched)
-    detach(model)
-    # two files of the merge that is completed, and the same two of the detach
-    assert seen == [False] * 4
-    assert (model / INDEX).exists()
-
-
-def test_a_detach_that_was_decided_is_completed(model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = snapshot(model)
-    merged = merge_in_place(model, [adapter])
-    monkeypatch.setattr(Journal, "carry_out", lambda self: 1 / 0)
+    assert snapshot(model).keys() > merged.keys()
+    assert_ends_in(merged, "has an edit merged in place already", lambda: merge_in_place(model, [adapter]), model)
     with pytest.raises(ZeroDivisionError):
         detach(model)
-    monkeypatch.undo()
-    detached = detach(model)
-    assert (detached.tensors, detached.written) == (merged.tensors, merged.written)
-    assert snapshot(model) == before
+    assert snapshot(model).keys() > before.keys()
+    message = "nothing is merged in place there, and what was left of one that was interrupted is removed"
+    assert_ends_in(before, message, lambda: detach(model), model)
+
+
+def assert_ends_in(expected: dict[str, str], match: str, call: Callable[[], object], model: Path) -> None:
+    with pytest.raises(ValueError, match=match):
+        call()
+    assert snapshot(model) == expected
 
 
 def test_leftovers_of_an_undecided_merge_go(model: Path, adapter: Path) -> None:
     before = snapshot(model)
     (model / "locft" / "staged").mkdir(parents=True)
     shutil.copy(model / "model.safetensors", model / "locft" / "staged")
-    (model / "locft" / ".commit.json-abc").write_text("{")
-    with pytest.raises(ValueError, match="and what was left of a merge that was interrupted is removed"):
+    with pytest.raises(ValueError, match="and what was left of one that was interrupted is removed"):
         detach(model)
     assert snapshot(model) == before

@@ -28,12 +28,10 @@ def states(folder: Path, shard_size: str, *options: str) -> dict[str, dict[str, 
 
 @pytest.mark.parametrize("shard_size", [ONE_FILE, SHARDS], ids=["one file", "shards"])
 def test_a_process_that_dies_before_any_call_of_the_system(shard_size: str, tmp_path: Path) -> None:
-    for action, found in states(tmp_path, shard_size, "--every_call").items():
+    for found in states(tmp_path, shard_size, "--every_call").values():
         assert found.pop("not killed") == 1
-        assert min(found["old"], found["new"]) > 0
-        assert sum(found.values()) > 20
-        # the moment in which two files are exchanged
-        assert ("none" in found) == (shard_size == SHARDS and action != "merge")
+        assert found.keys() == {"old", "new"}
+        assert sum(found.values()) > 15
 
 
 def test_a_process_that_is_killed_at_random_moments(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from tiny_models import (
 )
 from transformers import AutoModel, AutoModelForCausalLM
 
-from peft_locft import LocFTConfig, file_copies, merge_checkpoint
+from peft_locft import Edit, LocFTConfig, describe_adapter, detach, file_copies, merge_checkpoint, merge_in_place
 from peft_locft.edited_weights import VALUES_AT_ONCE
 
 EVERYTHING_IN_LAYER_1 = LocFTConfig(target_modules="entire-layer", layers_to_transform=[1], train_bias=True)
@@ -144,6 +144,28 @@ def test_weights_are_those_of_add_weighted_adapter(dtype: torch.dtype, tmp_path:
     assert_same_tensors(stored(tmp_path / "out"), expected)
 
 
+def test_prompts_that_several_adapters_edit_are_reported(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    adapters = [tmp_path / "a", tmp_path / "b"]
+    two_adapters(tmp_path, base)
+    silent = merge_checkpoint(base, adapters, tmp_path / "silent")
+    assert "conflicts" not in str(silent)
+    for adapter, target in zip(adapters, ("Bergen", "Tromsø"), strict=True):
+        describe_adapter(adapter, edits=[Edit(prompt="The capital of Norway is", target=target)])
+    merged = merge_checkpoint(base, adapters, tmp_path / "out")
+    assert merged.conflicts is not None and len(merged.conflicts.conflicts) == 1
+    assert "conflicts   1 prompts have different targets in several adapters, 0 the same; of 1 edits" in str(merged)
+    assert f"'Bergen' in {adapters[0]}, 'Tromsø' in {adapters[1]}\n" in str(merged)
+    assert merge_in_place(base, adapters).conflicts == merged.conflicts
+    detach(base)
+    assert merge_checkpoint(base, adapters[:1], tmp_path / "one").conflicts is None
+    # the same one twice is no conflict with itself
+    assert merge_checkpoint(base, adapters[:1] * 2, tmp_path / "twice").conflicts is None
+    with open(adapters[1] / "locft_edits.jsonl", "a") as file:
+        file.write("{")
+    assert_refused(r"locft_edits.jsonl, line 2 is not readable: found no JSON", base, adapters, tmp_path / "broken")
+
+
 def test_adapters_of_a_model_with_and_without_its_head_add_up(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     down = LocFTConfig(target_modules=["layers.1.mlp.down_proj"])
@@ -230,6 +252,27 @@ def test_untouched_bytes_of_an_edited_file_stay_where_they_are(tmp_path: Path) -
     differing = [index for index, pair in enumerate(zip(old, new, strict=True)) if pair[0] != pair[1]]
     assert differing[-1] - differing[0] < 32 * 48 * 4  # one down_proj in float32
     assert summary.num_bytes == len(new)
+
+
+def test_a_file_that_shares_blocks_is_written_where_it_is_edited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_base(tmp_path / "base", shard_size=SHARDS)
+    edit(base, tmp_path / "adapter")
+    for file in base.glob("*.safetensors"):
+        file.chmod(0o440)
+    merge_checkpoint(base, [tmp_path / "adapter"], tmp_path / "expected")
+
+    def shared(source: Path, target: Path) -> bool:
+        shutil.copyfile(source, target)  # not its mode, as the system's call does
+        return True
+
+    for module in ("file_copies", "edited_weights"):
+        monkeypatch.setattr(f"peft_locft.{module}.clone", shared)
+    done = merge_checkpoint(base, [tmp_path / "adapter"], tmp_path / "out")
+    assert done.placed == {"reflink": len(list(base.iterdir())) - len(done.written)}
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "expected")
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").glob("*.safetensors")} == {0o440}
 
 
 def test_the_new_folder_says_what_was_merged(tmp_path: Path) -> None:
