@@ -1,0 +1,88 @@
+"""`recipe="balanced"` from its one word: the location it takes, and the call and command that run it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_models import build
+from tiny_training import EDITS, base_model
+from tokenizers_for_tests import make_tokenizer
+
+from peft_locft import BreadthFirstConfig, LocFTConfig, balanced_config, train_edits
+from peft_locft.cli import main
+
+EXPECTED = {
+    "llama": [f"model.layers.{layer}.mlp.down_proj" for layer in (0, 1, 2)],
+    "gpt2": [f"transformer.h.{layer}.mlp.c_proj" for layer in (0, 1, 2)],
+    "gpt_neox": [f"gpt_neox.layers.{layer}.mlp.dense_4h_to_h" for layer in (0, 1, 2)],
+    "mistral": [f"model.layers.{layer}.mlp.down_proj" for layer in (0, 1, 2)],
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "model"
+    base_model(sharp=True).save_pretrained(folder)
+    make_tokenizer("llama2").save_pretrained(folder)
+    return folder
+
+
+def recipe(folder: Path, **fields: object) -> BreadthFirstConfig:
+    given = {"recipe": "balanced", "num_prefixes": 3, "preserve_tokens": 400, "num_train_epochs": 2} | fields
+    return BreadthFirstConfig(
+        output_dir=str(folder),
+        use_cpu=True,
+        disable_tqdm=True,
+        learning_rate=1e-2,
+        **given,  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("family", EXPECTED)
+def test_the_location_is_three_down_projections_whatever_is_published(family: str) -> None:
+    found = balanced_config(build(family), scale=0.5)
+    assert sorted(found.target_modules or ()) == EXPECTED[family]
+    assert found.scale == 0.5
+
+
+def test_it_is_as_deep_in_a_deep_model() -> None:
+    found = balanced_config(build("llama", num_hidden_layers=30))
+    assert sorted(found.target_modules or ()) == [f"model.layers.{layer}.mlp.down_proj" for layer in (19, 21, 23)]
+
+
+def test_experts_in_one_parameter_have_no_projector() -> None:
+    with pytest.raises(
+        ValueError, match=r"holds all experts in one parameter.* Name Linear modules"
+    ):
+        balanced_config(build("mixtral"))
+
+
+def test_one_word_trains_it(saved: Path, tmp_path: Path) -> None:
+    train_edits(saved, EDITS, args=recipe(tmp_path / "out"))
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert sorted(config["target_modules"]) == EXPECTED["llama"]
+
+
+def test_a_location_that_is_given_goes_before_it(saved: Path, tmp_path: Path) -> None:
+    train_edits(saved, EDITS, LocFTConfig(layers_to_transform=[1]), args=recipe(tmp_path / "out"))
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert sorted(config["target_modules"]) == ["model.layers.1.mlp.down_proj"]
+
+
+def test_the_command_takes_the_recipe_and_the_weakest_delta(saved: Path, tmp_path: Path) -> None:
+    edits = tmp_path / "edits.jsonl"
+    edits.write_text("".join(json.dumps({"prompt": e.prompt, "target": e.target}) + "\n" for e in EDITS))
+    words = f"train --model_name_or_path {saved} --edits {edits} --output_dir {tmp_path / 'out'} --use_cpu true"
+    words += " --recipe balanced --num_prefixes 2 --preserve_tokens 400 --learning_rate 3e-2 --loss_floor 1e-3"
+    assert main([*words.split(), "--keep_reliability", "0.1", "--layers_to_transform", "1"]) == 0
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert 0.5 <= config["scale"] < 1.0
+
+
+@pytest.mark.parametrize("reliability", [0.0, 1.5])
+def test_a_reliability_is_a_share(reliability: float, saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"keep_reliability=.* expected above 0 and up to 1"):
+        train_edits(saved, EDITS, args=recipe(tmp_path / "out"), keep_reliability=reliability)
+    assert not (tmp_path / "out").exists()
