@@ -53,9 +53,7 @@ def test_it_is_as_deep_in_a_deep_model() -> None:
 
 
 def test_experts_in_one_parameter_have_no_projector() -> None:
-    with pytest.raises(
-        ValueError, match=r"holds all experts in one parameter.* Name Linear modules"
-    ):
+    with pytest.raises(ValueError, match=r"holds all experts in one parameter.* Name Linear modules"):
         balanced_config(build("mixtral"))
 
 
