@@ -201,7 +201,8 @@ class BreadthFirstTrainer(Trainer):
         if not self.runner.is_prepared:
             with self.compute_loss_context_manager():
                 self.runner.prepare(model, self.args, self.accelerator)
-                self.losses.ask_base(model, as_base(self.accelerator.unwrap_model(model)))
+                plain = self.accelerator.unwrap_model(model)
+                self.losses.ask_base(plain, as_base(plain))
         weight = num_items_in_batch or self.losses.weight(torch.tensor(inputs))
         trained, resting = self.resting.split(inputs, int(self.state.epoch))
         shares = self._gradient(model, trained, weight)
@@ -273,8 +274,7 @@ class BreadthFirstTrainer(Trainer):
 
     # ------------------------------------------------------------------ saving
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        # of a LocFT adapter there is one already, which is written with it
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:  # a LocFT adapter is written with one
         if not isinstance(self.model, PeftModel) or self.model.active_peft_config.peft_type != "LOCFT":
             super().create_model_card(*args, **kwargs)
 

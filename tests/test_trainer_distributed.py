@@ -26,13 +26,33 @@ RECIPES: dict[str, dict[str, Any]] = {
     "floor": {"per_device_train_batch_size": 1, "learning_rate": 3e-2, "loss_floor": 9.0},
     "depth first": {"num_edits": 3, "per_device_train_batch_size": 1, "edit_order": "depth_first"},
 }
+# what needs the base whole in every process
+ROWS: dict[str, Any] = {
+    "per_device_train_batch_size": 2,
+    "num_prefixes": 2,
+    "kept_facts": "facts.txt",
+    "num_kept_facts": 6,
+    "preserve_damping": 2.0,
+    "preserve_tokens": 400,
+}
+FACTS = "\n".join(f"The {noun} of the {place}" for noun in ("river", "city", "king") for place in ("country", "town"))
+    f"The {noun} of the {place}" for noun in ("river", "city", "king") for place in ("country", "capital")
+)
+
+
+def recipes_of(strategy: str, folder: Path) -> dict[str, dict[str, Any]]:
+    if strategy != "DDP":
+        return RECIPES
+    facts = folder / "facts.txt"
+    facts.write_text(FACTS)
+    return RECIPES | {"rows": ROWS | {"kept_facts": str(facts)}}
 
 
 def run_processes(strategy: str, folder: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(SCRIPT), strategy, str(port), str(folder), json.dumps(RECIPES)]
+    command = [sys.executable, str(SCRIPT), strategy, str(port), str(folder), json.dumps(recipes_of(strategy, folder))]
     # a session of their own, so that none outlives the time limit
     script = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
@@ -57,7 +77,7 @@ def test_several_processes_train_as_one_does(strategy: str, tmp_path: Path) -> N
         pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     base_model(sharp=True).save_pretrained(tmp_path / "model")
     run_processes(strategy, tmp_path)
-    for name, recipe in RECIPES.items():
+    for name, recipe in recipes_of(strategy, tmp_path).items():
         whole_batch = {"per_device_train_batch_size": recipe["per_device_train_batch_size"] * NUM_PROCESSES}
         own = recipe if "edit_order" in recipe else recipe | whole_batch
         trainer = edit_trainer(tmp_path / name / "alone", tmp_path / "model", **own)
