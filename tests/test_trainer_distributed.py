@@ -36,8 +36,6 @@ ROWS: dict[str, Any] = {
     "preserve_tokens": 400,
 }
 FACTS = "\n".join(f"The {noun} of the {place}" for noun in ("river", "city", "king") for place in ("country", "town"))
-    f"The {noun} of the {place}" for noun in ("river", "city", "king") for place in ("country", "capital")
-)
 
 
 def recipes_of(strategy: str, folder: Path) -> dict[str, dict[str, Any]]:
