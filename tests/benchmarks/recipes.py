@@ -41,6 +41,8 @@ METRICS = {
     "first word of locality unchanged": "locality_first_word_unchanged",
     "perplexity": "perplexity",
 }
+AXES = ("generalization", "first word of locality unchanged")
+LINES = (("#2f6fb4", "o"), ("#b35c00", "s"), ("#1c8a5f", "^"))
 
 
 def main() -> None:
@@ -49,7 +51,7 @@ def main() -> None:
     parser = parser_for(__doc__, epochs=25, num_edits=500)
     parser.add_argument("--text", type=Path, required=True, help="for perplexity, not seen in training")
     parser.add_argument("--preserve_text", default="generated", help="to preserve: another text than that")
-    parser.add_argument("--settings", nargs="+", default=["published", "+ augmentation", "+ preservation", "balanced"])
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="columns")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(machine(), flush=True)
@@ -73,6 +75,7 @@ def main() -> None:
         rows.append({"setting": name} | json.loads(path.read_text())["row"])
         print(rows[-1], flush=True)
     print(f"\n{len(edits)} edits of {arguments.edits.name}\n\n{markdown_table(rows)}")
+    draw_frontier(arguments.output)
 
 
 def train(model: Any, tokenizer: Any, edits: Any, fields: dict[str, Any], arguments: Any) -> dict[str, Any]:
@@ -89,6 +92,33 @@ def train(model: Any, tokenizer: Any, edits: Any, fields: dict[str, Any], argume
     trainer.train()
     seconds = round(time.perf_counter() - begun)
     return {"epochs": len(trainer.epoch_losses), "loss": round(trainer.epoch_losses[-1], 4), "seconds": seconds}
+
+
+def draw_frontier(folder: Path) -> None:
+    """Draw what is unchanged against what generalizes: a point a setting, a line a set of edits, of all in a folder."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    sets = sorted({path.name.rpartition("_")[0] for path in folder.glob("*_*_*.json")})
+    for (colour, marker), edits in zip(LINES, sets, strict=False):
+        points = {}
+        for name in SETTINGS:
+            path = folder / f"{edits}_{name.replace(' ', '')}.json"
+            if path.exists():
+                row = json.loads(path.read_text())["row"]
+                points[name] = [value_of(row[metric]) for metric in AXES]
+        across, up = zip(*points.values(), strict=True)
+        axes.plot(across, up, marker=marker, color=colour, label=edits.replace("_3k_", ", ") + " edits")
+        for name, point in points.items():
+            axes.annotate(name, (point[0], point[1]), xytext=(5, 5), textcoords="offset points", fontsize=8)
+    axes.set(xlabel=AXES[0], ylabel=AXES[1], xlim=(0, None), ylim=(0, 1))
+    axes.legend(frameon=False, loc="center right")
+    figure.savefig(folder / "recipes.png", dpi=160)
+
+
+def value_of(text: str) -> float:
+    return float(text.split()[0])
 
 
 def cell(result: Any) -> str:
