@@ -95,7 +95,7 @@ def train(model: Any, tokenizer: Any, edits: Any, fields: dict[str, Any], argume
 
 
 def draw_frontier(folder: Path) -> None:
-    """Draw what is unchanged against what generalizes: a point a setting, a line a set of edits, of all in a folder."""
+    """Draw what is unchanged against what generalizes: a point a setting, a line a set of edits."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.2, 3.6), layout="constrained")
@@ -112,8 +112,9 @@ def draw_frontier(folder: Path) -> None:
         axes.plot(across, up, marker=marker, color=colour, label=edits.replace("_3k_", ", ") + " edits")
         for name, point in points.items():
             axes.annotate(name, (point[0], point[1]), xytext=(5, 5), textcoords="offset points", fontsize=8)
-    axes.set(xlabel=AXES[0], ylabel=AXES[1], xlim=(0, None), ylim=(0, 1))
-    axes.legend(frameon=False, loc="center right")
+    axes.set(xlabel=AXES[0], ylabel=AXES[1], ylim=(0, 1))
+    axes.set_xlim(0, 1.25 * axes.get_xlim()[1])
+    axes.legend(frameon=False, loc="upper left")
     figure.savefig(folder / "recipes.png", dpi=160)
 
 
