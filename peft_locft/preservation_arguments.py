@@ -19,6 +19,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "variants_per_epoch": 1.0,
         "kept_subjects": 0,
         "kept_per_edit": 1.0,
+        "kept_answer_tokens": 1,
         "preserve_damping": 0.0,
     },
     "balanced": {
@@ -26,7 +27,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "variants_per_epoch": 0.5,
         "kept_subjects": 4,
         "kept_per_edit": 0.5,
-        "preserve_damping": 7.0,
+        "kept_answer_tokens": 4,
+        "preserve_damping": 10.0,
     },
 }
 
@@ -56,7 +58,7 @@ class PreservationArguments:
         kept_subjects (`int`, *optional*):
             For each edit, so many prompts made from its own by putting other edits' subjects in the place of its
             subject: what is asked in the same words, and must be answered as before.
-        kept_answer_tokens (`int`, defaults to 1):
+        kept_answer_tokens (`int`, *optional*):
             Tokens of the base's own answers that are kept. With 1 and `kept_loss="kl"` nothing is decoded.
         kept_text_pieces (`int`, defaults to 0): pieces of 24 tokens of `preserve_text` on which the model is kept.
         kept_per_edit (`float`, *optional*):
@@ -106,8 +108,8 @@ class PreservationArguments:
     kept_subjects: int | None = field(
         default=None, metadata={"help": "Kept prompts made of each edit's by putting other edits' subjects into it."}
     )
-    kept_answer_tokens: int = field(
-        default=1, metadata={"help": "Tokens of the base's answers that are kept; 1 with kl asks for no decoding."}
+    kept_answer_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens of the base's answers that are kept; 1 with kl asks for no decoding."}
     )
     kept_text_pieces: int = field(default=0, metadata={"help": "Pieces of text on which the model is kept as it is."})
     kept_per_edit: float | None = field(default=None, metadata={"help": "Kept rows beside each edit of a batch."})

@@ -179,7 +179,7 @@ def _answers(
     if args.kept_loss == "kl" and args.kept_answer_tokens == 1 and not args.num_concatenated:
         return unanswered(prompts, tokenizer, chat_template=args.chat_template)
     return base_answers(
-        model, tokenizer, prompts, max_new_tokens=args.kept_answer_tokens, chat_template=args.chat_template
+        model, tokenizer, prompts, max_new_tokens=args.kept_answer_tokens or 1, chat_template=args.chat_template
     )
 
 
