@@ -40,7 +40,7 @@ class PreservationArguments:
     Args:
         recipe (`str`, defaults to `"published"`):
             What the fields that are `None` below are taken for: `"published"`, nothing beside the edits;
-            `"balanced"`, what was measured to be best in generalization and locality together.
+            `"balanced"`, what keeps far more of the rest of the model; docs/pages/balanced.md has the figures.
         num_prefixes (`int`, *optional*):
             Texts that the base generates, a third of them of at most 5 tokens and the others of at most 10; every edit
             has a variant behind each (Gangadhar and Stratos, arXiv 2402.11078).
