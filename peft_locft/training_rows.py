@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -29,14 +30,10 @@ class TrainingRows:
     variants_per_epoch: float = math.inf
     kept_per_edit: float = 0.0
 
-    @property
+    @cached_property
     def first_kept(self) -> int:
         """The number of rows that are trained towards a target, before those that are kept."""
         return self.num_edits + sum(self.num_variants)
-
-    @property
-    def kept(self) -> torch.Tensor:
-        return torch.arange(self.first_kept, self.first_kept + self.num_kept)
 
     def companions(self, batches: Sequence[list[int]], generator: torch.Generator) -> list[list[int]]:
         """Return the variants and kept rows that go with each batch of an epoch.
