@@ -45,9 +45,9 @@ RECIPE_FIELDS = (
     "kept_loss",
     "preserve_text",
     "preserve_tokens",
-    "preserve_damping",
+    "preserve_soft_strength",
     "preserve_prompts",
-    "preserve_energy",
+    "preserve_energy_share",
     "delta_bound",
     "keep_largest",
 )

@@ -20,7 +20,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "kept_subjects": 0,
         "kept_per_edit": 1.0,
         "kept_answer_tokens": 1,
-        "preserve_damping": 0.0,
+        "preserve_soft_strength": 0.0,
     },
     "balanced": {
         "num_prefixes": 15,
@@ -28,7 +28,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "kept_subjects": 4,
         "kept_per_edit": 0.5,
         "kept_answer_tokens": 4,
-        "preserve_damping": 10.0,
+        "preserve_soft_strength": 10.0,
     },
 }
 
@@ -70,12 +70,12 @@ class PreservationArguments:
         preserve_text (`str`, defaults to `"generated"`):
             The text to preserve: a file, a dataset on the Hub, or text that the base generates itself.
         preserve_tokens (`int`, defaults to 16384): of that text, at most.
-        preserve_damping (`float`, *optional*):
+        preserve_soft_strength (`float`, *optional*):
             How much slower is trained in a direction that has the mean energy of the location's inputs on that text;
             see `SoftProjector`. 0: no slower.
         preserve_prompts (`float`, defaults to 0.5):
             Weight of the kept prompts' last tokens in these statistics, beside 1 of the text.
-        preserve_energy (`float`, defaults to 0.0):
+        preserve_energy_share (`float`, defaults to 0.0):
             Share of that energy whose directions are closed to training instead; see `NullSpaceProjector`. 0: none.
         preserve_cache_dir (`str`, *optional*): a folder where the statistics are kept for later runs.
         delta_bound (`float`, *optional*): no value of the delta becomes larger (the L-infinity bound of FT-L).
@@ -122,14 +122,14 @@ class PreservationArguments:
         metadata={"help": "Text to preserve: a file, a dataset on the Hub, or 'generated' by the base."},
     )
     preserve_tokens: int = field(default=16384, metadata={"help": "Tokens of that text, at most."})
-    preserve_damping: float | None = field(
+    preserve_soft_strength: float | None = field(
         default=None,
         metadata={"help": "How much slower is trained where that text has the mean of its inputs' energy; 0: not."},
     )
     preserve_prompts: float = field(
         default=0.5, metadata={"help": "Weight of the kept prompts' last tokens there, beside 1 of the text."}
     )
-    preserve_energy: float = field(
+    preserve_energy_share: float = field(
         default=0.0,
         metadata={"help": "Share of the inputs' energy on that text that is closed to training."},
     )
@@ -159,9 +159,9 @@ class PreservationArguments:
         for name in ("num_kept_facts", "kept_answer_tokens", "preserve_tokens"):
             self._check(name, "1 or more", getattr(self, name) >= 1)
         self._check("variants_per_epoch", "a number above 0", (self.variants_per_epoch or 0) > 0)
-        for name in ("variant_weight", "kept_weight", "kept_per_edit", "preserve_damping", "preserve_prompts"):
+        for name in ("variant_weight", "kept_weight", "kept_per_edit", "preserve_soft_strength", "preserve_prompts"):
             self._check(name, "0 or more", 0 <= getattr(self, name) < math.inf)
-        self._check("preserve_energy", "0 to 1", 0 <= self.preserve_energy <= 1)
+        self._check("preserve_energy_share", "0 to 1", 0 <= self.preserve_energy_share <= 1)
 
     def _check(self, name: str, expected: str, holds: bool) -> None:
         if not holds:

@@ -103,8 +103,8 @@ class BreadthFirstTrainer(Trainer):
             self.accelerator,
             activation_cache_dir=args.activation_cache_dir,
             trunk_residency=args.trunk_residency == "layerwise",
-            preserve_energy=args.preserve_energy,
-            preserve_damping=args.preserve_damping,
+            preserve_energy_share=args.preserve_energy_share,
+            preserve_soft_strength=args.preserve_soft_strength,
             kept_loss=args.has_kept and args.kept_loss == "kl",
         )
         self.add_callback(FloorAndRecord(self.record, self.resting, args))

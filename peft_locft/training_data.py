@@ -184,7 +184,7 @@ def _answers(
 
 
 def _text(model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: BreadthFirstConfig) -> torch.Tensor | None:
-    if not (args.kept_text_pieces or args.preserve_energy or args.preserve_damping):
+    if not (args.kept_text_pieces or args.preserve_energy_share or args.preserve_soft_strength):
         return None
     text = args.preserve_text
     texts = base_texts(model, tokenizer, args.preserve_tokens, seed=args.seed) if text == GENERATED else text
@@ -206,7 +206,7 @@ def _preserved(
     windows: torch.Tensor | None, answers: BaseAnswers | None, args: BreadthFirstConfig
 ) -> tuple[list[list[int]], list[list[float]]] | tuple[None, None]:
     """Return what a projector is made from: all tokens of the text, and the kept prompts' last, which answer them."""
-    if windows is None or not (args.preserve_energy or args.preserve_damping):
+    if windows is None or not (args.preserve_energy_share or args.preserve_soft_strength):
         return None, None
     tokens: list[list[int]] = windows.tolist()
     weights = [[1 / windows.numel()] * windows.shape[1]] * len(windows)

@@ -32,7 +32,7 @@ ROWS: dict[str, Any] = {
     "num_prefixes": 2,
     "kept_facts": "facts.txt",
     "num_kept_facts": 6,
-    "preserve_damping": 2.0,
+    "preserve_soft_strength": 2.0,
     "preserve_tokens": 400,
 }
 FACTS = "\n".join(f"The {noun} of the {place}" for noun in ("river", "city", "king") for place in ("country", "town"))

@@ -28,7 +28,7 @@ ALL: dict[str, Any] = {
     "kept_per_edit": 1.0,
     "preserve_tokens": 600,
 }
-LIKELIHOOD = ALL | {"kept_loss": "likelihood", "preserve_damping": 0.0, "preserve_energy": 0.3}
+LIKELIHOOD = ALL | {"kept_loss": "likelihood", "preserve_soft_strength": 0.0, "preserve_energy_share": 0.3}
 
 
 def trainer(folder: Path, edits: list[Edit] = FACTS, family: str = "llama", **arguments: Any) -> BreadthFirstTrainer:
@@ -84,7 +84,7 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_interrupted(
 
 @pytest.mark.parametrize("change", [{"activation_cache": "off"}, {"max_tokens_per_micro_batch": 24}])
 def test_cache_and_micro_batches_change_nothing_but_speed(change: dict[str, Any], tmp_path: Path) -> None:
-    fast = {"preserve_damping": 0.0, "learning_rate": 2e-2}  # or what is kept is hardly moved at all
+    fast = {"preserve_soft_strength": 0.0, "learning_rate": 2e-2}  # or what is kept is hardly moved at all
     plain, other = run(tmp_path, **fast), run(tmp_path, **fast, **change)
     assert other.epoch_losses == pytest.approx(plain.epoch_losses, rel=1e-5)
     assert other.record.kept_losses == pytest.approx(plain.record.kept_losses, rel=1e-4)
@@ -92,8 +92,8 @@ def test_cache_and_micro_batches_change_nothing_but_speed(change: dict[str, Any]
 
 def test_what_is_kept_is_held(tmp_path: Path) -> None:
     """With a large weight on it, the kept prompts' distributions move less than without."""
-    loose = run(tmp_path, kept_weight=1e-6, preserve_damping=0.0, learning_rate=2e-2, num_train_epochs=8)
-    held = run(tmp_path, kept_weight=1e3, preserve_damping=0.0, learning_rate=2e-2, num_train_epochs=8)
+    loose = run(tmp_path, kept_weight=1e-6, preserve_soft_strength=0.0, learning_rate=2e-2, num_train_epochs=8)
+    held = run(tmp_path, kept_weight=1e3, preserve_soft_strength=0.0, learning_rate=2e-2, num_train_epochs=8)
     assert held.record.kept_losses[-1] / 1e3 < 0.2 * loose.record.kept_losses[-1] / 1e-6
 
 
@@ -125,7 +125,7 @@ def test_what_a_run_was_trained_on_is_recorded(tmp_path: Path) -> None:
     counts = recorded["augmentation"]["counts"]
     assert counts["prefixed"] == 24 and counts["concatenated"] == 8 and counts["pieces of text to keep"] == 6
     assert recorded["recipe"]["recipe"] == "balanced"
-    assert recorded["recipe"]["preserve_damping"] == RECIPES["balanced"]["preserve_damping"]
+    assert recorded["recipe"]["preserve_soft_strength"] == RECIPES["balanced"]["preserve_soft_strength"]
 
 
 def test_depth_first_trains_edits_alone(tmp_path: Path) -> None:
@@ -142,8 +142,8 @@ def test_depth_first_trains_edits_alone(tmp_path: Path) -> None:
         ({"variants_per_epoch": 0}, "variants_per_epoch=0: expected a number above 0"),
         ({"preserve_tokens": 0}, "preserve_tokens=0: expected 1 or more"),
         ({"kept_weight": float("nan")}, "kept_weight=nan: expected 0 or more"),
-        ({"preserve_damping": -1.0}, "preserve_damping=-1.0: expected 0 or more"),
-        ({"preserve_energy": 1.5}, "preserve_energy=1.5: expected 0 to 1"),
+        ({"preserve_soft_strength": -1.0}, "preserve_soft_strength=-1.0: expected 0 or more"),
+        ({"preserve_energy_share": 1.5}, "preserve_energy_share=1.5: expected 0 to 1"),
         ({"objective": "prompt_last"}, "objective='prompt_last' scores"),
     ],
 )

@@ -25,7 +25,7 @@ LATE, SEVERAL = [20], [18, 20, 22]
 AUGMENTED: dict[str, Any] = {"num_prefixes": 15, "variants_per_epoch": 0.5}
 PRESERVED: dict[str, Any] = {
     "learning_rate": 1e-2,
-    "preserve_damping": 10.0,
+    "preserve_soft_strength": 10.0,
     "kept_subjects": 4,
     "kept_per_edit": 0.5,
     "kept_answer_tokens": 4,
