@@ -213,10 +213,12 @@ def _rows(
     if "edits" in facts:
         recipe, losses = facts["recipe"], facts["training"]["epoch_losses"]
         rows.append(("Edits", f"{facts['edits']['count']:,} (sha256 `{facts['edits']['sha256'][:16]}…`)"))
+        # adapters from before there were two do not say which
+        name = "balanced, " if recipe.get("recipe") == "balanced" else ""
         rows.append(
             (
                 "Recipe",
-                f"{str(recipe['edit_order']).replace('_', '-')}, objective `{recipe['objective']}`, learning rate "
+                f"{name}{str(recipe['edit_order']).replace('_', '-')}, objective `{recipe['objective']}`, learning rate "
                 f"{recipe['learning_rate']:g}, batches of {recipe['per_device_train_batch_size']}, "
                 f"{recipe['num_train_epochs']:g} epochs at most, seed {recipe['seed']}",
             )

@@ -61,6 +61,7 @@ def test_one_word_trains_it(saved: Path, tmp_path: Path) -> None:
     train_edits(saved, EDITS, args=recipe(tmp_path / "out"))
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert sorted(config["target_modules"]) == EXPECTED["llama"]
+    assert "| Recipe | balanced, breadth-first, objective" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_location_that_is_given_goes_before_it(saved: Path, tmp_path: Path) -> None:
