@@ -215,10 +215,11 @@ def _rows(
         rows.append(("Edits", f"{facts['edits']['count']:,} (sha256 `{facts['edits']['sha256'][:16]}…`)"))
         # adapters from before there were two do not say which
         name = "balanced, " if recipe.get("recipe") == "balanced" else ""
+        order = str(recipe["edit_order"]).replace("_", "-")
         rows.append(
             (
                 "Recipe",
-                f"{name}{str(recipe['edit_order']).replace('_', '-')}, objective `{recipe['objective']}`, learning rate "
+                f"{name}{order}, objective `{recipe['objective']}`, learning rate "
                 f"{recipe['learning_rate']:g}, batches of {recipe['per_device_train_batch_size']}, "
                 f"{recipe['num_train_epochs']:g} epochs at most, seed {recipe['seed']}",
             )
