@@ -58,17 +58,21 @@ def concatenated(edit: Edit, fact: Edit) -> Edit:
     return replace(edit, target=f"{target}{stop} {fact.prompt}{space}{fact.target}")
 
 
-def swapped_subjects(edits: Sequence[Edit], num: int, *, seed: int) -> list[str]:
-    """Make questions next to edits: an edit's own prompt, about the subject of another edit.
+def swapped_subjects(
+    edits: Sequence[Edit], num: int, *, seed: int, subjects: Sequence[str] | None = None
+) -> list[str]:
+    """Make questions next to edits: an edit's own prompt, about another subject.
 
     The edit must not change their answers, and it is these that it changes first: they begin and end as its prompt
-    does. Edits whose subject is unknown or does not stand in their prompt as a whole word are passed over, though
-    their subjects are used.
+    does. Edits whose subject is unknown or does not stand in their prompt as a whole word are passed over.
 
     Args:
         edits: the edits, with their subjects.
         num: how many at most, spread evenly over edits and subjects; there are fewer if the edits give no more.
         seed: of their choice.
+        subjects: what is asked about, such as `generated_text.generate_subjects`. `None`: the subjects of the other
+            edits. Keeping those costs generalization: in the words of another edit that asks the same, such a prompt
+            is a rephrasing of what shall change.
 
     Returns:
         Distinct prompts. None of them is a prompt, paraphrase, rephrasing or probe of an edit, compared by
@@ -87,7 +91,7 @@ def swapped_subjects(edits: Sequence[Edit], num: int, *, seed: int) -> list[str]
         raise ValueError(f"num={num}: expected 0 or more.")
     found = {normalised(prompt) for edit in edits for prompt in prompts_of(edit)}
     prompts: list[str] = []
-    for prompt in _swaps(edits, np.random.default_rng(seed)):
+    for prompt in _swaps(edits, subjects, np.random.default_rng(seed)):
         if len(prompts) == num:
             break
         if normalised(prompt) not in found:
@@ -96,21 +100,23 @@ def swapped_subjects(edits: Sequence[Edit], num: int, *, seed: int) -> list[str]
     return prompts
 
 
-def _swaps(edits: Sequence[Edit], random: np.random.Generator) -> Iterator[str]:
+def _swaps(edits: Sequence[Edit], subjects: Sequence[str] | None, random: np.random.Generator) -> Iterator[str]:
     """Yield every edit's prompt with every other subject: in each round, each edit once, each with another subject."""
     by_name = {normalised(edit.subject): edit.subject for edit in reversed(edits) if edit.subject}
-    subjects = list(by_name.values())
-    places = {name: place for place, name in enumerate(by_name)}
+    own = {name: place for place, name in enumerate(by_name)}
+    others = list(by_name.values()) if subjects is None else list(subjects)
     templates = [
-        (place_holder, edit.prompt, places[normalised(edit.subject)])
+        (place_holder, edit.prompt, own[normalised(edit.subject)])
         for edit in edits
         if edit.subject
         and (place_holder := re.compile(rf"(?<!\w){re.escape(edit.subject)}(?!\w)")).search(edit.prompt)
     ]
     order = random.permutation(len(templates)).tolist()
-    for shift in (1 + random.permutation(max(0, len(subjects) - 1))).tolist():
-        for place_holder, prompt, own in (templates[number] for number in order):
-            other = subjects[(own + shift) % len(subjects)].replace("\\", r"\\")
+    # of the edits' own subjects, the first is the edit's
+    first = 1 if subjects is None else 0
+    for shift in (first + random.permutation(max(0, len(others) - first))).tolist():
+        for place_holder, prompt, place in (templates[number] for number in order):
+            other = others[(place + shift) % len(others)].replace("\\", r"\\")
             yield place_holder.sub(other, prompt)
 
 

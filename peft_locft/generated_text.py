@@ -1,10 +1,12 @@
-"""What a base model says of itself, from nothing but its BOS token: prefixes for edits, and text to preserve."""
+"""What a base model says when it may choose: prefixes for edits, text to preserve, and names like those of edits."""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -12,10 +14,14 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .decoding import ask
+from .encoding import encode_prompts
 from .evaluation import disabling
+from .leaks import normalised
 from .model_state import max_length
 from .questions import UNTIL_EOS, Question, TopK
 
+LISTED, NAME_TOKENS = 12, 12  # names that a list begins with, and tokens that each one more may have on average
+NAMES_IN_A_LIST = 8  # that are made of it
 SHORT_PREFIX, LONG_PREFIX = 5, 10  # tokens, by the source
 TEXT_LENGTH = 128
 MAX_ROUNDS = 20
@@ -70,7 +76,8 @@ def generate_prefixes(
         places = [place for place, prefix in enumerate(prefixes) if prefix is None]
         if not places:
             break
-        answers = _sample(model, tokenizer, [lengths[place] for place in places], k, (seed, attempt))
+        starts = _from_nothing(tokenizer, len(places))
+        answers = _sample(model, tokenizer, starts, [lengths[place] for place in places], k, (seed, attempt))
         for place, token_ids in zip(places, answers, strict=True):
             text = _one_line(tokenizer.decode(token_ids))
             if text and text not in prefixes:
@@ -117,7 +124,7 @@ def base_texts(
     generated, attempt, fruitless = 0, 0, 0
     while generated < num_tokens:
         lengths = [int(length)] * math.ceil((num_tokens - generated) / length)
-        answers = _sample(model, tokenizer, lengths, k, (seed, attempt))
+        answers = _sample(model, tokenizer, _from_nothing(tokenizer, len(lengths)), lengths, k, (seed, attempt))
         spoken = [(text, len(ids)) for ids in answers if (text := tokenizer.decode(ids).strip())]
         texts += [text for text, _ in spoken]
         generated += sum(count for _, count in spoken)
@@ -130,18 +137,96 @@ def base_texts(
     return texts
 
 
-def _sample(
-    model: nn.Module, tokenizer: Any, lengths: Sequence[int], k: int, seed: tuple[int, int]
-) -> list[list[int]]:
-    """Sample a text from nothing for each of `lengths`, the most tokens it may have; EOS ends it and is left out."""
-    if k < 1:
-        raise ValueError(f"k={k}: expected 1 or more tokens to sample among.")
+def generate_subjects(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    subjects: Sequence[str],
+    num: int,
+    *,
+    seed: int = 42,
+    k: int = 50,
+) -> tuple[str, ...]:
+    """Let the base model go on with lists of subjects, which gives names of the same kinds.
+
+    Args:
+        model: a decoder-only language model; an adapter on it is disabled meanwhile.
+        tokenizer: its tokenizer.
+        subjects: of edits; each list begins with a few of them.
+        num: names at most. A model that has few ideas gives fewer, and none where it makes no list at all.
+        seed: the same seed gives the same names.
+        k: tokens that are sampled among.
+
+    Returns:
+        Distinct names, compared by `leaks.normalised`. None is one of `subjects`, holds a line break, or is longer
+        than the longest of them.
+
+    Raises:
+        ValueError: if `num` is negative or `k` below 1.
+
+    Example:
+        >>> generate_subjects(model, tokenizer, ["Danielle Darrieux", "Edwin of Northumbria"], 2)
+        ('William Shakespeare', 'Charles the Great')
+    """
+    if num < 0:
+        raise ValueError(f"num={num}: expected 0 or more names.")
+    given = list(dict.fromkeys(subjects))
+    known = {normalised(subject) for subject in given}
+    longest = max(map(len, given), default=0)
+    room = max_length(model) or sys.maxsize
+    random = np.random.default_rng(seed)
+    names: dict[str, str] = {}
+    fruitful = bool(given)
+    for attempt in count():
+        if len(names) >= num or not fruitful:
+            break
+        before = len(names)
+        starts = [
+            _list_of([given[number] for number in random.permutation(len(given))[:LISTED]], tokenizer, room)
+            for _ in range(math.ceil((num - len(names)) / NAMES_IN_A_LIST))
+        ]
+        starts = [start for start in starts if len(start) < room]
+        lengths = [min(NAMES_IN_A_LIST * NAME_TOKENS, room - len(start)) for start in starts]
+        answers = _sample(model, tokenizer, starts, lengths, k, (seed, attempt))
+        for token_ids in answers:
+            # the last one may have been cut off, and what stands behind a line break is no list any more
+            line = tokenizer.decode(token_ids).strip().partition("\n")[0]
+            for name in map(_one_line, line.split(";")[:-1]):
+                if name and len(name) <= longest and normalised(name) not in known:
+                    names.setdefault(normalised(name), name)
+        fruitful = len(names) > before
+    return tuple(names.values())[:num]
+
+
+def _list_of(names: Sequence[str], tokenizer: PreTrainedTokenizerBase, room: int) -> list[int]:
+    """Return the tokens of a list that goes on, of fewer names where it would leave less than half of the room."""
+    while True:
+        (token_ids,) = encode_prompts(["; ".join(names) + ";"], tokenizer)
+        if len(token_ids) <= room / 2 or len(names) == 1:
+            return token_ids
+        names = names[: len(names) // 2]
+
+
+def _from_nothing(tokenizer: Any, number: int) -> list[list[int]]:
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if start is None:
         raise ValueError("tokenizer: found neither BOS nor EOS, which the base begins to speak from; set one of them.")
+    return [[start]] * number
+
+
+def _sample(
+    model: nn.Module,
+    tokenizer: Any,
+    starts: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    k: int,
+    seed: tuple[int, int],
+) -> list[list[int]]:
+    """Sample how each start goes on, for at most its length in tokens; EOS ends it and is left out."""
+    if k < 1:
+        raise ValueError(f"k={k}: expected 1 or more tokens to sample among.")
     questions = [
-        Question((start,), num_stops=UNTIL_EOS, max_new_tokens=length, sample=number)
-        for number, length in enumerate(lengths)
+        Question(tuple(start), num_stops=UNTIL_EOS, max_new_tokens=length, sample=number)
+        for number, (start, length) in enumerate(zip(starts, lengths, strict=True))
     ]
     choose = TopK(k, int(np.random.default_rng(seed).integers(2**32)))
     with as_base(model):

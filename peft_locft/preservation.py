@@ -111,14 +111,17 @@ class NullSpaceProjector:
 
 @dataclass(frozen=True)
 class SoftProjector:
-    """Damps every change of a weight in the directions of preserved inputs, the more the more energy they hold.
+    """Damps every change of a weight in the directions of preserved inputs, the more, the more energy they hold.
 
-    A change `D` becomes `D (I + strength * C / m)⁻¹`, where `m = trace(C) / d_in` is the mean eigenvalue of `C`: in a
-    direction of mean energy, with a strength of 1, half of it is left. Nothing is closed, so that doing it twice is
-    not doing it once, and it is for the change of one step: the delta before the step has to be kept.
+    A change `D` becomes `c D (I + strength * C / m)⁻¹`, where `m = trace(C) / d_in` is the mean eigenvalue of `C`:
+    with a strength of 1, a direction of mean energy is trained half as fast as one without any. `c` makes the mean
+    eigenvalue of what `D` is multiplied with 1: what is lost where there is input is gained where there is little, and
+    a learning rate keeps its meaning. Nothing is closed, so that doing it twice is not doing it once, and it is for
+    the change of one step: the delta before the step has to be kept.
 
     Args:
-        matrix: (d_in, d_in), symmetric.
+        matrix: (d_in, d_in), symmetric. In bfloat16 changes are multiplied with it in bfloat16, and what is left of
+            them is added in float32.
         input_dim: as in `NullSpaceProjector`.
     """
 
@@ -137,14 +140,16 @@ class SoftProjector:
         _check_second_moment(second_moment)
         wide = second_moment.double()
         damping = torch.eye(len(wide), dtype=wide.dtype) + strength * wide / wide.diagonal().mean()
-        return cls(torch.linalg.inv(damping).float(), input_dim)
+        matrix = torch.linalg.inv(damping)
+        return cls((matrix / matrix.diagonal().mean()).float(), input_dim)
 
     def project_change(self, delta: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-        """Return `before + (delta - before) (I + strength * C / m)⁻¹`, as `NullSpaceProjector.project_change`."""
+        """Return `before + c (delta - before) (I + strength * C / m)⁻¹`, as `NullSpaceProjector.project_change`."""
         with torch.no_grad():
             start = before.float()
             change = delta.float() - start
             matrix = self.matrix.to(start.device)
+            change = change.to(matrix.dtype)
             return (start + (change @ matrix if self.input_dim == 1 else matrix @ change)).to(delta.dtype)
 
 

@@ -20,6 +20,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "kept_subjects": 0,
         "kept_per_edit": 1.0,
         "kept_answer_tokens": 1,
+        "kept_weight": 1.0,
         "preserve_soft_strength": 0.0,
     },
     "balanced": {
@@ -28,6 +29,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "kept_subjects": 4,
         "kept_per_edit": 0.5,
         "kept_answer_tokens": 4,
+        "kept_weight": 0.3,
         "preserve_soft_strength": 10.0,
     },
 }
@@ -56,14 +58,14 @@ class PreservationArguments:
         num_kept_facts (`int`, defaults to 2000): so many of them, at most.
         kept_facts_choice (`str`, defaults to `"random"`): or `"nearest"`, those most similar to the edits' prompts.
         kept_subjects (`int`, *optional*):
-            For each edit, so many prompts made from its own by putting other edits' subjects in the place of its
-            subject: what is asked in the same words, and must be answered as before.
+            For each edit, so many prompts made from its own by putting other subjects, which the base makes up, in
+            the place of its subject: what is asked in the same words, and must be answered as before.
         kept_answer_tokens (`int`, *optional*):
             Tokens of the base's own answers that are kept. With 1 and `kept_loss="kl"` nothing is decoded.
         kept_text_pieces (`int`, defaults to 0): pieces of 24 tokens of `preserve_text` on which the model is kept.
         kept_per_edit (`float`, *optional*):
             Rows of what is kept beside each edit of a batch. 0 trains on none, and leaves them to the projector.
-        kept_weight (`float`, defaults to 1.0): of their mean loss, beside 1 of the mean of the edits and variants.
+        kept_weight (`float`, *optional*): of their mean loss, beside 1 of the mean of the edits and variants.
         kept_loss (`str`, defaults to `"kl"`):
             `"kl"` holds the model to what the base says next, KL(base || model); `"likelihood"` trains the base's own
             answers as targets, as the source does.
@@ -73,8 +75,9 @@ class PreservationArguments:
         preserve_soft_strength (`float`, *optional*):
             How much slower is trained in a direction that has the mean energy of the location's inputs on that text;
             see `SoftProjector`. 0: no slower.
-        preserve_prompts (`float`, defaults to 0.5):
-            Weight of the kept prompts' last tokens in these statistics, beside 1 of the text.
+        preserve_prompts (`float`, defaults to 0.0):
+            Weight of the kept prompts' last tokens in these statistics, beside 1 of the text: locality without a
+            kept row in training (`kept_per_edit=0`), at the cost of generalization.
         preserve_energy_share (`float`, defaults to 0.0):
             Share of that energy whose directions are closed to training instead; see `NullSpaceProjector`. 0: none.
         preserve_cache_dir (`str`, *optional*): a folder where the statistics are kept for later runs.
@@ -106,14 +109,16 @@ class PreservationArguments:
         default="random", metadata={"help": "Which of them: random, or nearest to the edits."}
     )
     kept_subjects: int | None = field(
-        default=None, metadata={"help": "Kept prompts made of each edit's by putting other edits' subjects into it."}
+        default=None, metadata={"help": "Kept prompts made of each edit's by putting other subjects into it."}
     )
     kept_answer_tokens: int | None = field(
         default=None, metadata={"help": "Tokens of the base's answers that are kept; 1 with kl asks for no decoding."}
     )
     kept_text_pieces: int = field(default=0, metadata={"help": "Pieces of text on which the model is kept as it is."})
     kept_per_edit: float | None = field(default=None, metadata={"help": "Kept rows beside each edit of a batch."})
-    kept_weight: float = field(default=1.0, metadata={"help": "Of what is kept in the loss, beside 1 of the edits."})
+    kept_weight: float | None = field(
+        default=None, metadata={"help": "Of what is kept in the loss, beside 1 of the edits."}
+    )
     kept_loss: KeptLoss = field(
         default="kl", metadata={"help": "Hold kept rows to the base's distribution, or train its own answers."}
     )
@@ -127,7 +132,7 @@ class PreservationArguments:
         metadata={"help": "How much slower is trained where that text has the mean of its inputs' energy; 0: not."},
     )
     preserve_prompts: float = field(
-        default=0.5, metadata={"help": "Weight of the kept prompts' last tokens there, beside 1 of the text."}
+        default=0.0, metadata={"help": "Weight of the kept prompts' last tokens there, beside 1 of the text."}
     )
     preserve_energy_share: float = field(
         default=0.0,

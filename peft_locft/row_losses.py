@@ -74,7 +74,7 @@ class RowLosses:
             encoded.lengths - (1 if args.objective == "full" else encoded.target_starts),
             args.loss_averaging,
             args.variant_weight,
-            args.kept_weight,
+            args.kept_weight or 0.0,
             to_base=args.kept_loss == "kl",
         )
 

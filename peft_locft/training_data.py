@@ -18,7 +18,7 @@ from .augmentation import concatenated, paraphrased, swapped_subjects, with_pref
 from .edits import Edit
 from .encoding import EncodedEdits, encode_edits
 from .general_ability import text_windows
-from .generated_text import base_texts, generate_prefixes
+from .generated_text import base_texts, generate_prefixes, generate_subjects
 from .kept_facts import BaseAnswers, base_answers, facts_to_keep, join_encoded, slice_encoded, unanswered
 from .leaks import check_paraphrases
 from .model_state import max_length
@@ -28,6 +28,7 @@ from .training_rows import TrainingRows
 
 logger = logging.getLogger(__name__)
 
+NAMES = 256  # at most, that the base is asked for
 PIECE = 24  # tokens of a kept piece of text
 SCORED = 4  # of them, the last: what is scored costs the head, and the tokens before it are what it is scored by
 WINDOW = 128  # tokens that are read at once for statistics of a text
@@ -143,7 +144,9 @@ def _kept_prompts(
 ) -> list[str]:
     prompts = []
     if args.kept_subjects:
-        prompts += swapped_subjects(edits, args.kept_subjects * len(edits), seed=args.seed)
+        own = [edit.subject for edit in edits if edit.subject]
+        names = generate_subjects(model, tokenizer, own, min(NAMES, args.kept_subjects * len(edits)), seed=args.seed)
+        prompts += swapped_subjects(edits, args.kept_subjects * len(edits), seed=args.seed, subjects=names or None)
         if not prompts:
             logger.warning("No edit names a subject that its prompt holds, so that kept_subjects has nothing to keep.")
     if args.kept_facts:

@@ -170,7 +170,7 @@ ARROWS: dict[str, set[str]] = {
     "figures": {"baseline_table", "bootstrap", "evaluation_report", "report_words"},
     "files": set(),
     "html_elements": set(),
-    "generated_text": {"decoding", "evaluation", "model_state", "questions"},
+    "generated_text": {"decoding", "encoding", "evaluation", "leaks", "model_state", "questions"},
     "general_ability": {"bootstrap", "decoding", "evaluation_report", "model_state"},
     "harness": {"decoding", "evaluation", "model_state", "task_results"},
     "file_copies": set(),

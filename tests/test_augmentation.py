@@ -71,6 +71,16 @@ def test_subjects_are_swapped_evenly_and_only_once() -> None:
     assert swapped_subjects(edits, 0, seed=0) == []
 
 
+def test_other_subjects_may_be_given() -> None:
+    edits = [Edit(prompt=f"Question {n} about {name}?", target="x", subject=name) for n, name in enumerate(PEOPLE)]
+    prompts = swapped_subjects(edits, 10, seed=0, subjects=["Ada", r"B\1b", "Cy"])
+    assert set(Counter(prompt.split(" about ")[0] for prompt in prompts).values()) == {2}
+    assert {prompt.split(" about ")[1] for prompt in prompts} == {"Ada?", r"B\1b?", "Cy?"}
+    # five prompts with three subjects, all of which are other ones
+    assert len(swapped_subjects(edits, 100, seed=0, subjects=["Ada", r"B\1b", "Cy"])) == 15
+    assert swapped_subjects(edits, 100, seed=0, subjects=[]) == []
+
+
 def test_no_swap_is_what_an_edit_says_already() -> None:
     taken = Edit(
         prompt="x",

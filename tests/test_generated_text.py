@@ -10,7 +10,7 @@ from tiny_models import randomize
 from tiny_training import base_model, peft_model
 from tokenizers_for_tests import make_tokenizer
 
-from peft_locft.generated_text import as_base, base_texts, generate_prefixes
+from peft_locft.generated_text import as_base, base_texts, generate_prefixes, generate_subjects
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,28 @@ def test_without_bos_it_begins_at_eos(tokenizer: Any) -> None:
     without.eos_token = None
     with pytest.raises(ValueError, match="tokenizer: found neither BOS nor EOS"):
         generate_prefixes(base_model(), without)
+
+
+def test_names_are_what_the_base_lists_behind_the_subjects() -> None:
+    tokenizer = make_tokenizer("gpt2")
+    line = "; ".join([" Louis", "DAVE", "the king of France in the river", "", "France", "louis", "Spa"])
+    model = ScriptedModel({"Dave of it;": {line: 9.0}}, tokenizer)
+    # not the subject itself, nor what is longer than it; each once; and not the last, which may be cut off
+    model.lines[0] = (tokenizer("Dave of it;" + line + "\nCity; of;")["input_ids"], 9.0)
+    assert generate_subjects(model, tokenizer, ["Dave of it"], 9, k=1) == ("Louis", "DAVE", "France")
+    assert generate_subjects(model, tokenizer, ["Dave of it"], 2, k=1) == ("Louis", "DAVE")
+    assert generate_subjects(model, tokenizer, ["Dave"], 9, k=1) == ()  # it has no such list
+    assert generate_subjects(model, tokenizer, [], 9) == generate_subjects(model, tokenizer, ["Dave"], 0) == ()
+    with pytest.raises(ValueError, match="num=-1: expected 0 or more names"):
+        generate_subjects(model, tokenizer, ["Dave"], -1)
+
+
+def test_a_list_fits_into_the_model(tokenizer: Any) -> None:
+    subjects = [f"the king of the river number {number}" for number in range(20)]
+    names = generate_subjects(base_model(), tokenizer, subjects, 4)  # 64 positions
+    assert names == generate_subjects(base_model(), tokenizer, subjects, 4)
+    assert not set(names) & set(subjects)
+    assert generate_subjects(base_model(), tokenizer, ["king " * 80], 4) == ()
 
 
 def test_texts_have_the_tokens_that_were_asked_for(tokenizer: Any) -> None:

@@ -137,9 +137,14 @@ def test_a_change_is_damped_by_the_energy_of_its_direction() -> None:
         found = projector.project_change(before + 7.0, before) if input_dim else None
         if found is None:
             found = projector.project_change(before.T + 7.0, before.T).T
-        # the mean eigenvalue is 3
-        expected = torch.tensor([[1 + 7 / 5, 1 + 7 / 3, 1 + 7]] * 2)
-        torch.testing.assert_close(found, expected)
+        # of C the mean eigenvalue is 3, and that of the damping, (1/5 + 1/3 + 1) / 3, is made 1
+        damping = torch.tensor([1 / 5, 1 / 3, 1.0]) / (23 / 45)
+        torch.testing.assert_close(found, (1 + 7 * damping).expand(2, 3))
+        half = SoftProjector(projector.matrix.bfloat16(), input_dim)
+        if input_dim:
+            close = half.project_change(before + 7.0, before)
+            assert close.dtype == torch.float32
+            torch.testing.assert_close(close, found, rtol=2**-7, atol=0)
     narrow = SoftProjector.from_second_moment(moment, 2.0).project_change(before.bfloat16(), before.bfloat16())
     assert narrow.dtype == torch.bfloat16
     with pytest.raises(ValueError, match=r"soft_strength=-1: expected a finite number above 0"):
