@@ -25,6 +25,7 @@ from .loading import load_model
 from .recipe import BreadthFirstConfig
 from .resume import whole_checkpoint
 from .shipped_edits import EDITS_NAME, edit_lines
+from .training_data import check_sources
 from .tuner.provenance import differing_from_base
 
 logger = logging.getLogger(__name__)
@@ -126,6 +127,7 @@ def update_adapter(
     held = held_edits(adapter, kept_edits, on_conflict)
     new = [] if edits is None else first_edits(edits, num_edits, on_conflict)
     plan = merge_edit_lists(held, new, [] if forget is None else read_lines_to_forget(forget))
+    check_sources(plan.edits, args)
     if args.resume_from_checkpoint:
         whole_checkpoint(args.output_dir, args.resume_from_checkpoint)
     if ship_edits is None:

@@ -24,13 +24,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "preserve_soft_strength": 0.0,
     },
     "balanced": {
-        "num_prefixes": 15,
+        "num_prefixes": 5,
         "variants_per_epoch": 0.5,
         "kept_subjects": 4,
         "kept_per_edit": 0.5,
-        "kept_answer_tokens": 4,
-        "kept_weight": 0.3,
-        "preserve_soft_strength": 10.0,
+        "kept_answer_tokens": 2,
+        "kept_weight": 1.5,
+        "preserve_soft_strength": 20.0,
     },
 }
 
@@ -58,8 +58,9 @@ class PreservationArguments:
         num_kept_facts (`int`, defaults to 2000): so many of them, at most.
         kept_facts_choice (`str`, defaults to `"random"`): or `"nearest"`, those most similar to the edits' prompts.
         kept_subjects (`int`, *optional*):
-            For each edit, so many prompts made from its own by putting other subjects, which the base makes up, in
-            the place of its subject: what is asked in the same words, and must be answered as before.
+            For each edit, so many prompts made from its own by putting other subjects in the place of its subject:
+            what is asked in the same words, and must be answered as before. The base makes these subjects up; from
+            one that makes up none, the other edits' are taken.
         kept_answer_tokens (`int`, *optional*):
             Tokens of the base's own answers that are kept. With 1 and `kept_loss="kl"` nothing is decoded.
         kept_text_pieces (`int`, defaults to 0): pieces of 24 tokens of `preserve_text` on which the model is kept.

@@ -89,11 +89,17 @@ class RowLosses:
         own = self.runner.own[self.runner.own >= self.rows.first_kept]
         if not self.to_base or not len(own):
             return
-        self.base = BaseDistributions(own, self.num_scored[own])
         with disabled:
-            for piece in self.runner.pieces(own):
-                with self.runner.running(piece) as batch:
-                    self.base.keep(piece, logits_at(model, *batch.where, batch.inputs).logits)
+            while self.base is None:
+                base = BaseDistributions(own, self.num_scored[own])
+                try:
+                    for piece in self.runner.pieces(own):
+                        with self.runner.running(piece) as batch:
+                            base.keep(piece, logits_at(model, *batch.where, batch.inputs).logits)
+                    self.base = base
+                except RuntimeError as error:
+                    if not self.runner.halve(error):
+                        raise
 
     def split(self, indices: torch.Tensor) -> list[torch.Tensor]:
         """Cut a batch into micro-batches, each of one kind."""

@@ -17,7 +17,7 @@ from .adapter_facts import augmentation_record
 from .augmentation import concatenated, paraphrased, swapped_subjects, with_prefix
 from .edits import Edit
 from .encoding import EncodedEdits, encode_edits
-from .general_ability import text_windows
+from .general_ability import read_text, text_windows
 from .generated_text import base_texts, generate_prefixes, generate_subjects
 from .kept_facts import BaseAnswers, base_answers, facts_to_keep, join_encoded, slice_encoded, unanswered
 from .leaks import check_paraphrases
@@ -133,6 +133,25 @@ def training_data(
     )
 
 
+def check_sources(edits: Sequence[Edit], args: BreadthFirstConfig) -> None:
+    """Read what a recipe names beside the edits, so that a mistake need not wait for a model to load.
+
+    Raises:
+        FileNotFoundError: if `kept_facts` is neither a file nor a dataset.
+        ValueError: if a text or the facts to keep cannot be read, or nothing is left of them, or a training paraphrase
+            is a rephrasing for evaluation.
+    """
+    check_paraphrases(edits)
+    if args.kept_facts:
+        facts_to_keep(None if args.kept_facts == LOCALITY else args.kept_facts, edits)
+    if _reads_text(args) and args.preserve_text != GENERATED:
+        read_text(args.preserve_text)
+
+
+def _reads_text(args: BreadthFirstConfig) -> bool:
+    return bool(args.kept_text_pieces or args.preserve_energy_share or args.preserve_soft_strength)
+
+
 def _numbers(num_prefixes: int) -> tuple[int, int]:
     """Return how many prefixes are short and how many are long: a third and two thirds, as in the source."""
     short = num_prefixes // 3
@@ -187,7 +206,7 @@ def _answers(
 
 
 def _text(model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: BreadthFirstConfig) -> torch.Tensor | None:
-    if not (args.kept_text_pieces or args.preserve_energy_share or args.preserve_soft_strength):
+    if not _reads_text(args):
         return None
     text = args.preserve_text
     texts = base_texts(model, tokenizer, args.preserve_tokens, seed=args.seed) if text == GENERATED else text

@@ -27,6 +27,7 @@ from .recipe import BreadthFirstConfig
 from .resume import whole_checkpoint
 from .scale_choice import TradeOff, choose_scale
 from .trainer import BreadthFirstTrainer
+from .training_data import check_sources
 from .tuner import LocFTConfig, balanced_config
 from .tuner.presets import default_location
 
@@ -95,6 +96,7 @@ def train_edits(
         raise ValueError(f"best_metric={best_metric!r} needs evaluations while training: give evaluate_every.")
     _check(args, peft_config, keep_reliability)
     read = first_edits(edits, num_edits, on_conflict)
+    check_sources(read, args)
     model, tokenizer = load_model(model_name_or_path, dtype, **source)
     _set_default_location(peft_config, model, args)
     with warnings.catch_warnings():

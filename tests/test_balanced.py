@@ -10,7 +10,7 @@ from tiny_models import build
 from tiny_training import EDITS, base_model
 from tokenizers_for_tests import make_tokenizer
 
-from peft_locft import BreadthFirstConfig, LocFTConfig, balanced_config, train_edits
+from peft_locft import BreadthFirstConfig, Edit, LocFTConfig, balanced_config, train_edits
 from peft_locft.cli import main
 
 EXPECTED = {
@@ -41,7 +41,7 @@ def recipe(folder: Path, **fields: object) -> BreadthFirstConfig:
 
 
 @pytest.mark.parametrize("family", EXPECTED)
-def test_the_location_is_three_down_projections_whatever_is_published(family: str) -> None:
+def test_the_location_is_down_projections_whatever_is_published(family: str) -> None:
     found = balanced_config(build(family), scale=0.5)
     assert sorted(found.target_modules or ()) == EXPECTED[family]
     assert found.scale == 0.5
@@ -49,7 +49,7 @@ def test_the_location_is_three_down_projections_whatever_is_published(family: st
 
 def test_it_is_as_deep_in_a_deep_model() -> None:
     found = balanced_config(build("llama", num_hidden_layers=30))
-    assert sorted(found.target_modules or ()) == [f"model.layers.{layer}.mlp.down_proj" for layer in (19, 21, 23)]
+    assert sorted(found.target_modules or ()) == [f"model.layers.{layer}.mlp.down_proj" for layer in range(20, 25)]
 
 
 def test_experts_in_one_parameter_have_no_projector() -> None:
@@ -85,3 +85,29 @@ def test_a_reliability_is_a_share(reliability: float, saved: Path, tmp_path: Pat
     with pytest.raises(ValueError, match=r"keep_reliability=.* expected above 0 and up to 1"):
         train_edits(saved, EDITS, args=recipe(tmp_path / "out"), keep_reliability=reliability)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"kept_facts": "nothing.txt"}, FileNotFoundError, r"nothing\.txt: found no such file"),
+        ({"kept_facts": "locality"}, ValueError, "found 0 prompts in the edits"),
+        (
+            {"preserve_text": "nothing.txt"},
+            ValueError,
+            r"neither a file nor a dataset on the Hub named 'nothing\.txt'",
+        ),
+    ],
+)
+def test_what_it_names_is_read_before_the_model(
+    fields: dict[str, object], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    plain = [Edit(prompt=edit.prompt, target=edit.target) for edit in EDITS]
+    with pytest.raises(error, match=message):
+        train_edits("no/such-model", plain, args=recipe(tmp_path / "out", **fields))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_text_that_nothing_reads_is_not_looked_for(saved: Path, tmp_path: Path) -> None:
+    args = recipe(tmp_path / "out", recipe="published", num_prefixes=0, preserve_text="nothing.txt")
+    train_edits(saved, EDITS, args=args)

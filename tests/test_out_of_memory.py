@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_training import make_trainer, peft_model, trained
+from tiny_training import EDITS, make_trainer, peft_model, trained
 
 from peft_locft import LocFTConfig
+from peft_locft.base_distributions import BaseDistributions
 
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 20.00 MiB."
 
@@ -53,6 +55,25 @@ def test_the_step_is_taken_again_in_smaller_pieces(
     said = [record.message for record in caplog.records if "Memory ran out" in record.message]
     assert said and said[-1].endswith(f"max_tokens_per_micro_batch is {little.runner.max_tokens} from here on.")
     assert little.runner.max_tokens < 200
+
+
+def test_so_is_the_base_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = [replace(edit, subject=edit.prompt.split()[-1]) for edit in EDITS]
+    fields = {"kept_subjects": 2, "kept_answer_tokens": 1, "max_tokens_per_micro_batch": 200}
+    enough, little = (make_trainer(tmp_path, peft_model(), facts, **fields) for _ in range(2))
+    enough.train()
+    keep = BaseDistributions.keep
+
+    def small_memory_for_logits(self: BaseDistributions, rows: torch.Tensor, logits: torch.Tensor) -> None:
+        if len(rows) > 4:
+            raise RuntimeError(OUT_OF_MEMORY)
+        keep(self, rows, logits)
+
+    monkeypatch.setattr(BaseDistributions, "keep", small_memory_for_logits)
+    little.train()
+    assert little.runner.max_tokens < 200
+    assert enough.record.kept_losses[-1] > 0
+    assert little.record.kept_losses == pytest.approx(enough.record.kept_losses, rel=1e-3)
 
 
 def test_one_edit_that_does_not_fit_is_an_error(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tiny_models import assert_same_tensors
 from tiny_training import EDITS, make_trainer, peft_model, trained
 from transformers import TrainerCallback
 
-from peft_locft import BreadthFirstTrainer, Edit, LocFTConfig
+from peft_locft import BreadthFirstTrainer, Edit, LocFTConfig, training_data
 from peft_locft.preservation_arguments import RECIPES
 
 SUBJECTS = ["France", "Spain", "Spain", "France", "river", "Dave", "city", "city"]
@@ -105,6 +105,20 @@ def test_the_floor_is_held_against_the_edits_alone(tmp_path: Path) -> None:
     made.train()
     assert made.record.kept_losses[0] > 0.5
     assert made.epoch_losses[0] == made.record.state()["epoch_losses"][0] < 100
+
+
+def test_what_is_asked_about_other_subjects_is_about_names_of_the_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prompts() -> list[str]:
+        return list(trainer(tmp_path).data.prompts)
+
+    known = {edit.subject for edit in FACTS if edit.subject}
+    monkeypatch.setattr(training_data, "generate_subjects", lambda *args, **kwargs: ("Ada of Wessex",))
+    assert prompts() and all("Ada of Wessex" in prompt for prompt in prompts())
+    # a base that makes up none
+    monkeypatch.setattr(training_data, "generate_subjects", lambda *args, **kwargs: ())
+    assert prompts() and all(any(name in prompt for name in known) for prompt in prompts())
 
 
 def test_training_paraphrases_are_trained_and_are_no_edits(tmp_path: Path) -> None:

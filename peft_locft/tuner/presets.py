@@ -107,10 +107,10 @@ def default_location(model: nn.Module, layers: list[int] | None = None) -> Locat
 
 
 def balanced_config(model: nn.Module, **fields: Any) -> LocFTConfig:
-    """Return the location of `BreadthFirstConfig(recipe="balanced")`: down-projections of three layers.
+    """Return the location of `BreadthFirstConfig(recipe="balanced")`: down-projections of five layers.
 
-    The published layer for the model, as of [`default_location`], and one to either side of it at a fifteenth of the
-    model's depth, every second layer of 30: three of them learn the same with smaller changes in each.
+    The layer at three quarters of the model's depth, and two to either side: layers 20 to 24 of 30. Together they
+    learn the same with smaller changes in each.
 
     Args:
         model: a decoder-only language model.
@@ -125,9 +125,8 @@ def balanced_config(model: nn.Module, **fields: Any) -> LocFTConfig:
     """
     stack_name, stack = find_decoder_layers(model)
     text_config = _text_config(model)
-    published = PUBLISHED.get(getattr(text_config, "model_type", ""), DEFAULT_DEPTH)
-    middle, apart = published.layer_of(len(stack)), max(round(len(stack) / 15), 1)
-    layers = [layer for layer in (middle - apart, middle, middle + apart) if 0 <= layer < len(stack)]
+    middle = len(stack) * 3 // 4
+    layers = list(range(max(middle - 2, 0), min(middle + 3, len(stack))))
     location = _down_projection(stack_name, stack, layers, text_config)
     if location.target_parameters:
         raise ValueError(

@@ -15,26 +15,22 @@ from typing import Any
 import torch
 from peft import get_peft_model
 
-from peft_locft import BreadthFirstConfig, BreadthFirstTrainer, LocFTConfig, read_edits
+from peft_locft import BreadthFirstConfig, BreadthFirstTrainer, LocFTConfig, balanced_config, read_edits
 from peft_locft.evaluation import EditEvaluator
 from peft_locft.evaluation_config import EvaluationConfig
+from peft_locft.preservation_arguments import RECIPES
 
 from .common import machine, markdown_table, parser_for, write_json
 
-LATE, SEVERAL = [20], [18, 20, 22]
-AUGMENTED: dict[str, Any] = {"num_prefixes": 15, "variants_per_epoch": 0.5}
-PRESERVED: dict[str, Any] = {
-    "learning_rate": 1e-2,
-    "preserve_soft_strength": 10.0,
-    "kept_subjects": 4,
-    "kept_per_edit": 0.5,
-    "kept_answer_tokens": 4,
-}
-SETTINGS: dict[str, tuple[list[int], dict[str, Any]]] = {
-    "published": (LATE, {}),
-    "+ augmentation": (LATE, AUGMENTED),
-    "+ preservation": (LATE, AUGMENTED | PRESERVED),
-    "balanced": (SEVERAL, {"recipe": "balanced", "learning_rate": 1e-2}),
+PUBLISHED_LAYER = [20]
+BALANCED = RECIPES["balanced"]
+AUGMENTED = {name: BALANCED[name] for name in ("num_prefixes", "variants_per_epoch")}
+# by layers, where they are not those of `balanced_config`, and by fields of BreadthFirstConfig
+SETTINGS: dict[str, tuple[list[int] | None, dict[str, Any]]] = {
+    "published": (PUBLISHED_LAYER, {}),
+    "+ augmentation": (PUBLISHED_LAYER, AUGMENTED),
+    "+ preservation": (PUBLISHED_LAYER, BALANCED),
+    "balanced": (None, {"recipe": "balanced"}),
 }
 METRICS = {
     "reliability": "reliability_exact_match",
@@ -64,14 +60,16 @@ def main() -> None:
         path = arguments.output / f"{arguments.edits.stem}_{len(edits)}_{name.replace(' ', '')}.json"
         if not path.exists():
             layers, fields = SETTINGS[name]
-            model = get_peft_model(base, LocFTConfig(target_modules=["down_proj"], layers_to_transform=layers))
+            at_layers = LocFTConfig(target_modules=["down_proj"], layers_to_transform=layers)
+            model = get_peft_model(base, at_layers if layers else balanced_config(base))
             found = train(model, tokenizer, edits, fields, arguments)
             if evaluator is None:
                 asked = EvaluationConfig(protocols=["generation"])
                 evaluator = EditEvaluator(model, tokenizer, edits, asked, text=arguments.text)
             report = evaluator.evaluate(model)
             found |= {metric: cell(report.results[key]) for metric, key in METRICS.items()}
-            write_json(path, {"machine": machine(), "layers": layers, "fields": fields, "row": found})
+            where = sorted(model.targeted_module_names)
+            write_json(path, {"machine": machine(), "modules": where, "fields": fields, "row": found})
             base = model.unload()
         rows.append({"setting": name} | json.loads(path.read_text())["row"])
         print(rows[-1], flush=True)
@@ -87,7 +85,8 @@ def train(model: Any, tokenizer: Any, edits: Any, fields: dict[str, Any], argume
         num_train_epochs=arguments.epochs,
         report_to=[],
         preserve_text=arguments.preserve_text,
-        **({"learning_rate": arguments.learning_rate} | fields),
+        learning_rate=arguments.learning_rate,
+        **fields,
     )
     trainer = BreadthFirstTrainer(model=model, args=args, train_dataset=edits, processing_class=tokenizer)
     trainer.train()
