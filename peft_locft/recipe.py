@@ -23,6 +23,10 @@ CHOICES = (
 )
 
 
+# what a step takes off the delta; steps are as long as the rate is high, and so a rate has no part in it
+SHRINKING = {"published": 0.0, "balanced": 2.5e-3}
+
+
 @dataclass
 class BreadthFirstConfig(PreservationArguments, TrainingArguments):
     """Arguments of [`BreadthFirstTrainer`]: all of `transformers.TrainingArguments`, with the published recipe.
@@ -32,6 +36,9 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
     rate: 5e-3 suits one of 135M parameters.
 
     Args:
+        weight_decay (`float`, *optional*):
+            AdamW's: it draws the delta towards zero, the model towards its base, by `learning_rate * weight_decay` of
+            it in a step. `None` is 0, as published, and with `recipe="balanced"` what makes that share 0.25 %.
         objective (`str`, defaults to `"target_new"`):
             What is scored: `"target_new"`, the target given the prompt; `"prompt_last"`, every target token by the
             last prompt token's logits (FT-L); `"full"`, prompt and target.
@@ -71,6 +78,9 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
     learning_rate: float = field(default=5e-4, metadata={"help": "Constant learning rate of Adam."})
     num_train_epochs: float = field(default=25, metadata={"help": "Passes over all the edits, at most."})
     per_device_train_batch_size: int = field(default=100, metadata={"help": "Edits in a batch."})
+    weight_decay: float | None = field(
+        default=None, metadata={"help": "Of AdamW, on the delta; not given: 0, or what the recipe asks for."}
+    )
     lr_scheduler_type: str = field(default="constant", metadata={"help": "The published recipe keeps the rate."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0, as published, is none."})
     logging_strategy: str = field(default="epoch", metadata={"help": "When to log: epoch, steps or no."})
@@ -111,6 +121,8 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
             if value not in known:
                 raise ValueError(f"BreadthFirstConfig.{name}={value!r}: expected one of {', '.join(known)}.")
         self.resolve()
+        if self.weight_decay is None:
+            self.weight_decay = SHRINKING[self.recipe] / self.learning_rate if self.learning_rate else 0.0
         if self.objective == "prompt_last" and self.has_kept:
             raise ValueError(
                 "BreadthFirstConfig.objective='prompt_last' scores no token by those before it, as what is kept is. "

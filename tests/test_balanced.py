@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tiny_models import build
 from tiny_training import EDITS, base_model
 from tokenizers_for_tests import make_tokenizer
+from transformers import HfArgumentParser
 
 from peft_locft import BreadthFirstConfig, Edit, LocFTConfig, balanced_config, train_edits
 from peft_locft.cli import main
@@ -111,3 +113,14 @@ def test_what_it_names_is_read_before_the_model(
 def test_a_text_that_nothing_reads_is_not_looked_for(saved: Path, tmp_path: Path) -> None:
     args = recipe(tmp_path / "out", recipe="published", num_prefixes=0, preserve_text="nothing.txt")
     train_edits(saved, EDITS, args=args)
+
+
+def test_a_step_takes_the_same_share_off_the_delta_whatever_the_rate(tmp_path: Path) -> None:
+    rates = (1e-4, 5e-3)
+    made = [BreadthFirstConfig(output_dir=str(tmp_path), recipe="balanced", learning_rate=rate) for rate in rates]
+    assert [args.weight_decay * args.learning_rate for args in made] == pytest.approx([2.5e-3, 2.5e-3])
+    assert replace(made[0], seed=1).weight_decay == made[0].weight_decay
+    assert recipe(tmp_path, weight_decay=0.0).weight_decay == 0.0
+    assert recipe(tmp_path, recipe="published").weight_decay == 0.0
+    words = ["--output_dir", str(tmp_path), "--recipe", "balanced", "--weight_decay", "0.25"]
+    assert HfArgumentParser(BreadthFirstConfig).parse_args_into_dataclasses(words)[0].weight_decay == 0.25
