@@ -25,11 +25,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "balanced": {
         "num_prefixes": 5,
-        "variants_per_epoch": 0.5,
+        "variants_per_epoch": 0.25,
         "kept_subjects": 4,
         "kept_per_edit": 0.5,
         "kept_answer_tokens": 2,
-        "kept_weight": 1.5,
+        "kept_weight": 1.0,
         "preserve_soft_strength": 20.0,
     },
 }

@@ -18,18 +18,16 @@ from peft import get_peft_model
 from peft_locft import BreadthFirstConfig, BreadthFirstTrainer, LocFTConfig, balanced_config, read_edits
 from peft_locft.evaluation import EditEvaluator
 from peft_locft.evaluation_config import EvaluationConfig
-from peft_locft.preservation_arguments import RECIPES
 
 from .common import machine, markdown_table, parser_for, write_json
 
 PUBLISHED_LAYER = [20]
-BALANCED = RECIPES["balanced"]
-AUGMENTED = {name: BALANCED[name] for name in ("num_prefixes", "variants_per_epoch")}
+AUGMENTED = {"num_prefixes": 5, "variants_per_epoch": 0.5}
 # by layers, where they are not those of `balanced_config`, and by fields of BreadthFirstConfig
 SETTINGS: dict[str, tuple[list[int] | None, dict[str, Any]]] = {
     "published": (PUBLISHED_LAYER, {}),
     "+ augmentation": (PUBLISHED_LAYER, AUGMENTED),
-    "+ preservation": (PUBLISHED_LAYER, BALANCED),
+    "+ preservation": (PUBLISHED_LAYER, {"recipe": "balanced"}),
     "balanced": (None, {"recipe": "balanced"}),
 }
 METRICS = {
