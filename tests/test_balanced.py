@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_models import build
@@ -118,8 +119,9 @@ def test_a_text_that_nothing_reads_is_not_looked_for(saved: Path, tmp_path: Path
 def test_a_step_takes_the_same_share_off_the_delta_whatever_the_rate(tmp_path: Path) -> None:
     rates = (1e-4, 5e-3)
     made = [BreadthFirstConfig(output_dir=str(tmp_path), recipe="balanced", learning_rate=rate) for rate in rates]
-    assert [args.weight_decay * args.learning_rate for args in made] == pytest.approx([2.5e-3, 2.5e-3])
-    assert replace(made[0], seed=1).weight_decay == made[0].weight_decay
+    assert [(args.weight_decay or 0) * args.learning_rate for args in made] == pytest.approx([2.5e-3, 2.5e-3])
+    seeded: dict[str, Any] = {"seed": 1}
+    assert replace(made[0], **seeded).weight_decay == made[0].weight_decay
     assert recipe(tmp_path, weight_decay=0.0).weight_decay == 0.0
     assert recipe(tmp_path, recipe="published").weight_decay == 0.0
     words = ["--output_dir", str(tmp_path), "--recipe", "balanced", "--weight_decay", "0.25"]
