@@ -141,7 +141,12 @@ def prepare_preserver(
         windows: token ids of what is to be preserved, for the projector.
         weights: what each of them counts; `None`: all the same.
         args: the recipe.
+
+    Raises:
+        ValueError: if the balanced recipe's decay would act on anything but an adapter's parameters; and whatever
+            `Preserver.prepare` raises.
     """
+    _check_decay(model, args)
     return Preserver.prepare(
         model,
         windows=windows,
@@ -153,6 +158,20 @@ def prepare_preserver(
         cache_dir=args.preserve_cache_dir,
         progress=not args.disable_tqdm,
     )
+
+
+def _check_decay(model: nn.Module, args: BreadthFirstConfig) -> None:
+    """Refuse a decay that is to draw the model towards its base, where it would draw a weight towards zero."""
+    if args.recipe == "published" or not args.weight_decay:
+        return
+    prefix = getattr(getattr(model, "base_model", None), "prefix", None)  # of a PEFT tuner's parameters
+    own = [name for name, p in model.named_parameters() if p.requires_grad and (prefix is None or prefix not in name)]
+    if own:
+        raise ValueError(
+            f"BreadthFirstConfig.recipe={args.recipe!r} draws what is trained towards zero, by weight_decay="
+            f"{args.weight_decay:g}, and {own[0]} is a weight of the model itself. Train a LocFTConfig without "
+            "modules_to_save, or give weight_decay=0."
+        )
 
 
 class PreservationCallback(TrainerCallback):

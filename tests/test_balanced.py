@@ -9,13 +9,19 @@ from typing import Any
 
 import pytest
 from tiny_models import build
-from tiny_training import EDITS, base_model
+from tiny_training import EDITS, base_model, make_trainer, peft_model
 from tokenizers_for_tests import make_tokenizer
 from transformers import HfArgumentParser
 
 from peft_locft import BreadthFirstConfig, Edit, LocFTConfig, balanced_config, train_edits
 from peft_locft.cli import main
 
+BALANCED: dict[str, Any] = {
+    "recipe": "balanced",
+    "num_prefixes": 2,
+    "preserve_tokens": 400,
+    "learning_rate": 1e-2,
+}
 EXPECTED = {
     "llama": [f"model.layers.{layer}.mlp.down_proj" for layer in (0, 1, 2)],
     "gpt2": [f"transformer.h.{layer}.mlp.c_proj" for layer in (0, 1, 2)],
@@ -126,3 +132,16 @@ def test_a_step_takes_the_same_share_off_the_delta_whatever_the_rate(tmp_path: P
     assert recipe(tmp_path, recipe="published").weight_decay == 0.0
     words = ["--output_dir", str(tmp_path), "--recipe", "balanced", "--weight_decay", "0.25"]
     assert HfArgumentParser(BreadthFirstConfig).parse_args_into_dataclasses(words)[0].weight_decay == 0.25
+
+
+def test_a_weight_of_the_model_itself_is_not_drawn_to_zero(tmp_path: Path) -> None:
+    plain = base_model().requires_grad_(False)
+    plain.model.layers[1].mlp.down_proj.weight.requires_grad_()
+    with pytest.raises(
+        ValueError, match=r"weight_decay=0\.25, and model\.layers\.1\.mlp\.down_proj\.weight is a weight"
+    ):
+        make_trainer(tmp_path, plain, **BALANCED).train()
+    make_trainer(tmp_path, plain, **BALANCED, weight_decay=0.0).train()
+    saved_too = LocFTConfig(layers_to_transform=[1], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match=r"and \S*lm_head\S* is a weight of the model itself"):
+        make_trainer(tmp_path, peft_model("llama", saved_too), **BALANCED, preserve_soft_strength=0.0).train()
