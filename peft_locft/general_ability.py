@@ -53,7 +53,7 @@ def text_windows(
     positions = None if model is None else max_length(model)
     if positions is not None and window > positions:
         raise ValueError(f"text: found a window of {window} tokens; the model has {positions} positions: lower it")
-    joined = read_text(text)
+    joined = joined_text(text)
     # a text of megabytes is not tokenised for a few thousand tokens of it
     ids = tokenizer(joined[: 20 * max_tokens], verbose=False)["input_ids"][:max_tokens]
     if len(ids) < window:
@@ -64,7 +64,7 @@ def text_windows(
     return windows
 
 
-def read_text(text: Text) -> str:
+def joined_text(text: Text) -> str:
     """Read a text whole; arguments and errors as [`text_windows`]."""
     if isinstance(text, (str, os.PathLike)):
         if os.path.isfile(text):

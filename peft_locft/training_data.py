@@ -17,7 +17,7 @@ from .adapter_facts import augmentation_record
 from .augmentation import concatenated, paraphrased, swapped_subjects, with_prefix
 from .edits import Edit
 from .encoding import EncodedEdits, encode_edits
-from .general_ability import read_text, text_windows
+from .general_ability import joined_text, text_windows
 from .generated_text import base_texts, generate_prefixes, generate_subjects
 from .kept_facts import BaseAnswers, base_answers, facts_to_keep, join_encoded, slice_encoded, unanswered
 from .leaks import check_paraphrases
@@ -145,7 +145,7 @@ def check_sources(edits: Sequence[Edit], args: BreadthFirstConfig) -> None:
     if args.kept_facts:
         facts_to_keep(None if args.kept_facts == LOCALITY else args.kept_facts, edits)
     if _reads_text(args) and args.preserve_text != GENERATED:
-        read_text(args.preserve_text)
+        joined_text(args.preserve_text)
 
 
 def _reads_text(args: BreadthFirstConfig) -> bool:
