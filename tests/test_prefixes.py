@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_locft.batches import micro_batches
+from peft_locft.packed_attention import attend_within
 from peft_locft.prefixes import PrefixTree
 
 # few tokens, so that many edits begin alike
@@ -64,3 +65,17 @@ def test_edits_that_begin_alike_are_cut_into_the_same_micro_batch() -> None:
     lengths = torch.tensor([3, 3, 3, 3])
     pieces = micro_batches(torch.arange(4), lengths, 6, tree_of(edits).rank)
     assert [sorted(piece.tolist()) for piece in pieces] == [[0, 2], [1, 3]]
+
+
+def test_half_precision_is_trained_through_single_on_a_processor() -> None:
+    pack = tree_of([[1, 2, 3], [9, 9, 9], [1, 2, 4, 5]]).pack(torch.arange(3))
+    states = torch.randn(3, 1, 2, len(pack.nodes), 8, generator=torch.Generator().manual_seed(0))
+    halves = [part.bfloat16().requires_grad_() for part in states]
+    wholes = [half.detach().float().requires_grad_() for half in halves]
+    half, whole = (attend_within(pack, torch.nn.Module(), *parts) for parts in (halves, wholes))
+    assert half.dtype == torch.bfloat16 and torch.equal(half, whole.bfloat16())
+    half.sum().backward()
+    whole.sum().backward()
+    for own, other in zip(halves, wholes, strict=True):
+        # a token's gradient is the sum over the edits that share it, which half precision rounds
+        torch.testing.assert_close(own.grad.float(), other.grad, rtol=2**-6, atol=2**-8)
