@@ -36,7 +36,7 @@ class LocateArguments:
     stride: int = field(
         default=1, metadata={"help": "Begin with every so many-th layer, then come closer to the best."}
     )
-    keep: int = field(default=4, metadata={"help": "One location in so many goes on to a longer trial."})
+    keep: int = field(default=5, metadata={"help": "One location in so many goes on to a longer trial."})
     num_rungs: int | None = field(default=None, metadata={"help": "1 tries every location in full."})
     learning_rates: list[str] = field(
         default_factory=list, metadata={"help": "Of some modules, as in entire-layer=5e-4 mlp=2e-3."}
@@ -64,15 +64,15 @@ def search_arguments(run: LocateArguments, args: BreadthFirstConfig) -> dict[str
     """
     arguments = vars(run)
     planned = {field.name: arguments.pop(field.name) for field in dataclasses.fields(SearchPlan)}
-    planned["learning_rates"] = _numbers("learning_rates", planned["learning_rates"])
+    planned["learning_rates"] = named_numbers("learning_rates", planned["learning_rates"])
     of_text = {name: arguments.pop(name) for name in ("max_text_tokens", "text_window")}
     evaluation = EvaluationConfig(protocols=["generation", "token_accuracy"], **of_text)
-    score = _numbers("score", arguments.pop("score"), default=1.0) or None
+    score = named_numbers("score", arguments.pop("score"), default=1.0) or None
     return arguments | {"args": args, "plan": SearchPlan(**planned), "score": score, "evaluation": evaluation}
 
 
-def _numbers(flag: str, words: list[str], default: float | None = None) -> dict[str, float]:
-    """Read `name=number` words; a name alone is `default`."""
+def named_numbers(flag: str, words: list[str], default: float | None = None) -> dict[str, float]:
+    """Return what words like `name=number` say; a name alone is `default`, or an error without one."""
     found = {}
     for word in words:
         name, equals, number = word.partition("=")

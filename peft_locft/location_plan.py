@@ -26,52 +26,49 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Rung:
-    """How locations are tried: on how many edits, for how many epochs at most."""
+    """How locations are tried: on how many edits, in batches of how many."""
 
     num_edits: int
-    num_epochs: int
-
-    @property
-    def cost(self) -> int:
-        """How often an edit is trained."""
-        return self.num_edits * self.num_epochs
+    batch_size: int
 
 
-def rungs(
-    num_edits: int, num_epochs: float, num_candidates: int, keep: int, num_rungs: int | None = None
-) -> list[Rung]:
+def rungs(num_edits: int, batch_size: int, num_candidates: int, keep: int, num_rungs: int | None = None) -> list[Rung]:
     """Return how candidates are tried at first, and how those that are left are tried then.
 
-    The last rung is the whole recipe on all edits. The others train for one in `keep` epochs; the last of these on all
-    edits, the one before on one in `keep`, and so on. A rung costs a candidate about `keep` times as much as the one
-    before, and has one in `keep` of its candidates. Epochs are cut before edits are, since what a location changes
-    beside the edits depends on how many there are.
+    The last rung is the recipe on all edits. Each before it has one in `keep` of the edits of the next, in batches
+    that are smaller by as much: every trial takes the steps of the whole recipe, as a location that learns slowly
+    needs them, and what a step computes is less. A rung costs a candidate up to `keep` times as much as the one
+    before, and has one in `keep` of its candidates.
 
     Args:
         num_edits: of the sample.
-        num_epochs: of the recipe.
+        batch_size: of the recipe.
         num_candidates: that begin.
         keep: one in so many goes on to the next rung.
-        num_rungs: how many; 1 tries every candidate with the whole recipe on all edits. `None`: as many as leave one
-            candidate for the last, unless the first would have less than `FEWEST_EDITS` edits.
+        num_rungs: how many; 1 tries every candidate on all edits. `None`: as many as leave one candidate for the last,
+            while the first has `FEWEST_EDITS` edits or more, and no more than half of those of the next.
 
     Raises:
         ValueError: if `keep` is below 2, `num_rungs` is below 1, or the edits are too few for so many.
 
     Example:
-        >>> [(rung.num_edits, rung.num_epochs) for rung in rungs(100, 25, num_candidates=160, keep=4)]
-        [(25, 7), (100, 7), (100, 25)]
+        >>> [(rung.num_edits, rung.batch_size) for rung in rungs(100, 20, num_candidates=160, keep=5)]
+        [(8, 2), (20, 4), (100, 20)]
     """
     if keep < 2:
         raise ValueError(f"keep={keep}: one in so many goes on; expected 2 or more.")
     if num_rungs is None:
-        by_edits = 2 + (math.floor(math.log(num_edits / FEWEST_EDITS, keep) + 1e-9) if num_edits > FEWEST_EDITS else 0)
-        num_rungs = min(1 + math.ceil(math.log(num_candidates, keep) - 1e-9), by_edits)
-    sizes = [math.ceil(num_edits / keep**power) for power in reversed(range(num_rungs - 1))]
-    if num_rungs < 1 or len(set(sizes)) < len(sizes):
-        raise ValueError(f"num_rungs={num_rungs}: expected 1 or more, and {num_edits} edits have not so many sizes.")
-    whole = math.ceil(num_epochs)
-    return [*(Rung(size, math.ceil(whole / keep)) for size in sizes), Rung(num_edits, whole)]
+        sizes, wanted = [num_edits], 1 + math.ceil(math.log(num_candidates, keep) - 1e-9)
+        while len(sizes) < wanted and sizes[0] >= 2 * FEWEST_EDITS:
+            sizes.insert(0, max(FEWEST_EDITS, math.ceil(sizes[0] / keep)))
+    else:
+        sizes = [math.ceil(num_edits / keep**power) for power in reversed(range(num_rungs))]
+        if num_rungs < 1 or len(set(sizes)) < len(sizes):
+            raise ValueError(
+                f"num_rungs={num_rungs}: expected 1 or more, and {num_edits} edits have not so many sizes."
+            )
+    whole = min(batch_size, num_edits)
+    return [Rung(size, math.ceil(size * whole / num_edits)) for size in sizes]
 
 
 def survivors(scores: dict[Candidate, float], keep: int) -> list[Candidate]:
@@ -105,14 +102,14 @@ def neighbours(best: Iterable[Candidate], layers: Sequence[int], step: int) -> l
 
 
 def cost(ladder: Sequence[Rung], num_candidates: int, keep: int) -> float:
-    """Return how many trainings with the whole recipe on all edits a search without a stride is worth.
+    """Return how many trainings on all edits a search without a stride trains as many edits as.
 
     Example:
-        >>> round(cost(rungs(100, 25, 160, keep=4), num_candidates=160, keep=4), 1)
-        32.4
+        >>> round(cost(rungs(100, 20, 160, keep=5), num_candidates=160, keep=5), 1)
+        25.2
     """
     total, count = 0, num_candidates
     for rung in ladder:
-        total += count * rung.cost
+        total += count * rung.num_edits
         count = max(1, count // keep)
-    return total / ladder[-1].cost
+    return total / ladder[-1].num_edits

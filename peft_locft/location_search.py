@@ -44,14 +44,14 @@ class SearchPlan:
         layers: decoder layers, counted from 0; `None`: all.
         stride: begin with every so many-th of the layers, and come closer to the best: half as far each time.
         keep: one in so many goes on to the next rung, in which a trial costs so many times as much.
-        num_rungs: 1 tries all of them with the whole recipe on all edits; `None`: see `rungs`.
+        num_rungs: 1 tries all of them on all edits; `None`: see `rungs`.
         learning_rates: of some modules, where it is not the recipe's: coarse ones want a lower one.
     """
 
     modules: Sequence[str] = KINDS
     layers: Sequence[int] | None = None
     stride: int = 1
-    keep: int = 4
+    keep: int = 5
     num_rungs: int | None = None
     learning_rates: Mapping[str, float] | None = None
 
@@ -71,8 +71,8 @@ def search_locations(
 ) -> LocationSearch:
     """Find out where edits are best written into a model.
 
-    Successive halving: all locations are trained on a few edits for a few epochs, one in `plan.keep` of them on more,
-    and so on; the last with the whole recipe on all edits. The layers before a location are run once for all locations
+    Successive halving: all locations are trained on a few edits in small batches, one in `plan.keep` of them on more,
+    and so on; the last on all edits. The layers before a location are run once for all locations
     of a rung, and the base is asked once.
 
     Every result is written to `args.output_dir` when it is there, so that a search that was killed goes on where it
@@ -117,7 +117,7 @@ def search_locations(
     evaluation = replace(evaluation, chat_template=args.chat_template)
     coarse = coarse_layers(layers, plan.stride)
     num_candidates = len(coarse) * len(plan.modules)
-    ladder = rungs(len(sample), args.num_train_epochs, num_candidates, plan.keep, plan.num_rungs)
+    ladder = rungs(len(sample), args.per_device_train_batch_size, num_candidates, plan.keep, plan.num_rungs)
     folder = Path(args.output_dir)
     progress = not args.disable_tqdm if show_progress is None else show_progress
     rates = plan.learning_rates or {}
@@ -205,7 +205,7 @@ def _setting(
         "layers": list(layers),
         "stride": plan.stride,
         "keep": plan.keep,
-        "rungs": [[rung.num_edits, rung.num_epochs] for rung in ladder],
+        "rungs": [[rung.num_edits, rung.batch_size] for rung in ladder],
         "learning_rates": dict(plan.learning_rates or {}),
     }
 

@@ -107,14 +107,14 @@ class LocationTrials:
         """
         begin = [Candidate(module, layer) for module in modules for layer in coarse]
         counts = [max(1, len(begin) // keep**number) for number in range(len(self.ladder))]
-        total = sum(count * rung.cost for count, rung in zip(counts, self.ladder, strict=True))
+        total = sum(count * rung.num_edits for count, rung in zip(counts, self.ladder, strict=True))
         with tqdm(total=total, desc="locating", unit="edit", disable=not progress) as bar:
             found = self._try(0, begin, bar)
             while stride > 1:
                 stride = (stride + 1) // 2 if stride > 2 else 1
                 closer = neighbours(survivors(_scores(found), keep), layers, stride)
                 new = [candidate for candidate in closer if candidate not in found]
-                bar.total += len(new) * self.ladder[0].cost
+                bar.total += len(new) * self.ladder[0].num_edits
                 found |= self._try(0, new, bar)
             if all(trial.failed for trial in found.values()):
                 reasons = "; ".join(sorted({str(trial.failed) for trial in found.values()})[:2])
@@ -158,18 +158,19 @@ class LocationTrials:
                 if row is None:
                     trial = self._measure(rung, candidate, place)
                     write_whole(path, json.dumps(asdict(trial), indent=1) + "\n")
-                    bar.update(self.ladder[rung].cost)
+                    bar.update(self.ladder[rung].num_edits)
                     shutil.rmtree(place, ignore_errors=True)
                     return trial
         # no time was spent on it here, and none should be expected for the rest because of it
-        bar.total -= self.ladder[rung].cost
+        bar.total -= self.ladder[rung].num_edits
         return read_trial(row)
 
     def _measure(self, rung: int, candidate: Candidate, place: Path) -> LocationTrial:
         location = location_of(self.model, candidate.module, candidate.layer)
-        edits = self.edits[: self.ladder[rung].num_edits]
+        step = self.ladder[rung]
+        edits = self.edits[: step.num_edits]
         rate = float(self.learning_rates.get(candidate.module, self.args.learning_rate))
-        own: dict[str, Any] = {"output_dir": str(place), "num_train_epochs": self.ladder[rung].num_epochs}
+        own: dict[str, Any] = {"output_dir": str(place), "per_device_train_batch_size": step.batch_size}
         own |= {"learning_rate": rate, "report_to": "none", "disable_tqdm": True}
         own |= dict.fromkeys(("save_strategy", "logging_strategy"), "no")
         args = replace(self.args, **own)
@@ -204,7 +205,7 @@ class LocationTrials:
         if rung not in self._evaluators:
             config, needed = self.evaluation, self.score.protocols
             if rung < len(self.ladder) - 1:
-                share = self.ladder[rung].cost / self.ladder[-1].cost
+                share = self.ladder[rung].num_edits / self.ladder[-1].num_edits
                 tokens = max(config.text_window, round(share * config.max_text_tokens))
                 config = replace(config, protocols=needed, max_text_tokens=tokens)
             else:

@@ -68,7 +68,7 @@ def test_flags_become_arguments() -> None:
     assert (plan.layers, plan.stride, plan.keep, plan.num_rungs, plan.learning_rates) == (
         [1, 3],
         2,
-        4,
+        5,
         None,
         {"mlp": 1e-3},
     )

@@ -2,37 +2,49 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 
-from peft_locft.location_plan import Candidate, coarse_layers, cost, neighbours, rungs, survivors
+from peft_locft.location_plan import Candidate, Rung, coarse_layers, cost, neighbours, rungs, survivors
 
 
 def sizes(*arguments: Any, **options: Any) -> list[tuple[int, int]]:
-    return [(rung.num_edits, rung.num_epochs) for rung in rungs(*arguments, **options)]
+    return [(rung.num_edits, rung.batch_size) for rung in rungs(*arguments, **options)]
 
 
 def test_rungs_grow_by_what_is_cut_off() -> None:
-    assert sizes(27, 25, 10, keep=3) == [(9, 9), (27, 9), (27, 25)]
-    assert sizes(100, 25, 160, keep=4) == [(25, 7), (100, 7), (100, 25)]
-    assert sizes(100, 25, 160, keep=3) == [(12, 9), (34, 9), (100, 9), (100, 25)]
-    assert sizes(32, 25, 10, keep=4) == [(8, 7), (32, 7), (32, 25)]
-    assert sizes(100, 25, 160, keep=3, num_rungs=2) == [(100, 9), (100, 25)]
-    assert sizes(100, 25, 160, keep=3, num_rungs=1) == [(100, 25)]
+    assert sizes(72, 36, 10, keep=3) == [(8, 4), (24, 12), (72, 36)]
+    assert sizes(100, 20, 160, keep=5) == [(8, 2), (20, 4), (100, 20)]
+    assert sizes(300, 100, 160, keep=5) == [(12, 4), (60, 20), (300, 100)]
+    assert sizes(100, 20, 25, keep=4, num_rungs=2) == [(25, 5), (100, 20)]
+    assert sizes(100, 20, 160, keep=3, num_rungs=1) == [(100, 20)]
+    # a batch is never larger than the sample, and never empty
+    assert sizes(32, 100, 10, keep=4) == [(8, 8), (32, 32)]
+    assert sizes(32, 1, 10, keep=4) == [(8, 1), (32, 1)]
     # neither one location, nor a few edits, have much to cut
     assert sizes(100, 25, 1, keep=3) == [(100, 25)]
-    assert sizes(8, 2, 100, keep=3) == [(8, 1), (8, 2)]
-    assert sizes(1, 25, 9, keep=3) == [(1, 9), (1, 25)]
+    assert sizes(15, 2, 100, keep=3) == [(15, 2)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 20, 100])
+@pytest.mark.parametrize("num_edits", [16, 33, 100, 500])
+def test_every_rung_takes_the_steps_of_the_whole_recipe(num_edits: int, batch_size: int) -> None:
+    ladder = rungs(num_edits, batch_size, 160, keep=5)
+    whole = math.ceil(num_edits / ladder[-1].batch_size)
+    for rung in ladder:
+        if rung.batch_size > 1:
+            # as nearly as whole batches can, which have one edit at least
+            assert whole / 2 <= math.ceil(rung.num_edits / rung.batch_size) <= whole
+    assert ladder[-1] == Rung(num_edits, min(batch_size, num_edits))
 
 
 def test_a_search_costs_what_is_trained() -> None:
-    ladder = rungs(27, 25, 10, keep=3)
-    assert cost(ladder, 10, keep=3) == (10 * 9 * 9 + 3 * 27 * 9 + 27 * 25) / (27 * 25)
+    ladder = rungs(72, 36, 10, keep=3)
+    assert cost(ladder, 10, keep=3) == (10 * 8 + 3 * 24 + 72) / 72
     assert cost(ladder[-1:], 10, keep=3) == 10
-    # a large model's, and a small one's
-    assert cost(rungs(100, 25, 160, keep=4), 160, keep=4) < 160 / 4
-    assert cost(rungs(32, 25, 10, keep=4), 10, keep=4) < 10 / 4
+    assert cost(rungs(100, 20, 160, keep=5), 160, keep=5) < 160 / 6
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_halving_has_the_winner_of_the_full_search(halved: tuple[Path, LocationS
     assert found.best.module == full.best.module == "mlp"
     assert found.best.layer == full.best.layer
     assert [len(found.first_rung()), len(found.trials), len(full.trials)] == [6, 8, 6]
-    assert [trial.epochs for trial in found.ranking] == [8, 8, 3, 3, 3, 3]
+    assert [trial.num_edits for trial in found.ranking] == [8, 8, 3, 3, 3, 3]
     # the last rung is the full search's trial of the same location, bit for bit
     [same] = [trial for trial in full.trials if trial.candidate == found.best.candidate]
     assert (found.best.figures, found.best.epochs) == (same.figures, same.epochs)
@@ -65,7 +65,7 @@ def test_what_it_writes(halved: tuple[Path, LocationSearch]) -> None:
     assert len(lines) == 3 + 6 + 2
     assert "Score: weighted harmonic mean of reliability_token_accuracy. 8 trials, " in lines[-1]
     content = json.loads((folder / "locations.json").read_text())
-    assert len(content["trials"]) == 8 and content["setting"]["rungs"] == [[8, 3], [8, 8]]
+    assert len(content["trials"]) == 8 and content["setting"]["rungs"] == [[3, 2], [8, 4]]
     assert LocationPreset.load(folder / "best.json") == found.preset
     assert found.preset.learning_rate == 5e-2
 
@@ -90,10 +90,10 @@ def test_the_trunk_runs_once_a_rung_and_the_base_is_asked_once(
     caplog.set_level(logging.INFO, "peft_locft")
     model = base_model(sharp=True)
     found = search(tmp_path, model, text=TEXT, evaluation=EvaluationConfig(max_text_tokens=64, text_window=32))
-    assert asked == [8, 8]
-    # in the last layer's trial; what enters the one before is kept on the way, and both rungs have the same edits
-    assert run == [[2, 1]]
-    assert caplog.text.count("are taken from") == len(found.trials) - 1
+    assert asked == [3, 8]
+    # in the last layer's trial; what enters the one before is kept on the way
+    assert run == [[2, 1], [2, 1]]
+    assert caplog.text.count("are taken from") == len(found.trials) - 2
     assert not (tmp_path / "states").exists()
     assert {"perplexity", "kl_from_base"} <= found.best.figures.keys()
 

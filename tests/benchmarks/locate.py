@@ -10,13 +10,14 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from peft_locft import BreadthFirstConfig, EditEvaluator, EvaluationConfig, read_edits
+from peft_locft.locate_arguments import named_numbers
 from peft_locft.location_plan import Candidate, cost, rungs
 from peft_locft.location_score import LocationScore
 from peft_locft.location_search import SearchPlan, search_locations
@@ -35,7 +36,8 @@ def main() -> None:
     evaluation = EvaluationConfig(
         protocols=["generation", "token_accuracy"], max_text_tokens=arguments.max_text_tokens, text_window=256
     )
-    plan = SearchPlan(modules=arguments.modules, layers=arguments.layers, keep=arguments.keep)
+    rates = named_numbers("learning_rates", arguments.learning_rates)
+    plan = SearchPlan(arguments.modules, arguments.layers, keep=arguments.keep, learning_rates=rates)
     args = BreadthFirstConfig(
         output_dir=str(arguments.output / "search"), use_cpu=True, disable_tqdm=True, report_to="none",
         logging_strategy="no", num_train_epochs=arguments.epochs, learning_rate=arguments.learning_rate,
@@ -49,7 +51,8 @@ def main() -> None:
     ours = time.process_time() - begun
     print(f"\n{found}\n\nSearched in {ours:.0f} s; now every location by itself.", flush=True)
     score = LocationScore(found.setting["score"])
-    plain = plain_search(arguments, model, tokenizer, edits, args, evaluation, score)
+    own = {module: replace(args, learning_rate=rate) for module, rate in rates.items()}
+    plain = plain_search(arguments, model, tokenizer, edits, args, own, evaluation, score)
     winner = max(plain, key=lambda row: float(row["score"]))
     total = sum(float(row["seconds"]) for row in plain)
     one = total / len(plain)
@@ -61,7 +64,7 @@ def main() -> None:
         "plain winner": winner["location"],
         "winner of the search": str(found.best.candidate),
     }
-    large = of_32_layers(arguments.num_edits, arguments.keep)
+    large = of_32_layers(arguments.num_edits, arguments.batch_size, arguments.keep)
     print(f"\n{markdown_table(plain)}\n\n{markdown_table([summary])}\n\n{large}")
     settings = {name: str(value) for name, value in vars(arguments).items()}
     write_json(
@@ -74,7 +77,8 @@ def parse() -> argparse.Namespace:
     parser = parser_for(__doc__, epochs=25, num_edits=32)
     parser.add_argument("--modules", nargs="+", default=["down", "mlp"], help="kinds of modules")
     parser.add_argument("--layers", nargs="+", type=int, default=[5, 10, 15, 20, 25], help="of 30, from 0")
-    parser.add_argument("--keep", type=int, default=4, help="one location in so many goes on to a longer trial")
+    parser.add_argument("--learning_rates", nargs="+", default=[], help="of some kinds: entire-layer=1e-3 mlp=2e-3")
+    parser.add_argument("--keep", type=int, default=5, help="one location in so many goes on to a longer trial")
     parser.add_argument("--batch_size", type=int, default=9, help="edits in a batch")
     parser.add_argument("--text", help="for KL: a text file")
     parser.add_argument("--max_text_tokens", type=int, default=1024, help="of that text")
@@ -87,6 +91,7 @@ def plain_search(
     tokenizer: Any,
     edits: Sequence[Any],
     args: BreadthFirstConfig,
+    own: Mapping[str, BreadthFirstConfig],
     evaluation: EvaluationConfig,
     score: LocationScore,
 ) -> list[dict[str, Any]]:
@@ -96,7 +101,9 @@ def plain_search(
         for layer in arguments.layers:
             path = arguments.output / "plain" / f"{module}-{layer}.json"
             if not path.is_file():
-                row = _plain(model, tokenizer, edits, args, evaluation, score, module, layer, arguments.text)
+                row = _plain(
+                    model, tokenizer, edits, own.get(module, args), evaluation, score, module, layer, arguments.text
+                )
                 write_json(path, row)
             rows.append(json.loads(path.read_text()))
     return rows
@@ -124,16 +131,16 @@ def _plain(
     return row | {"epochs": len(tried.epoch_losses), "seconds": time.process_time() - begun}
 
 
-def of_32_layers(num_edits: int, keep: int) -> str:
+def of_32_layers(num_edits: int, batch_size: int, keep: int) -> str:
     """Say what a full search of a model with 32 layers costs, in trainings of one location on all edits."""
     count = 5 * 32
     lines = []
     for edits in sorted({num_edits, 100, 300}):
-        ladder = rungs(edits, 25, count, keep)
-        words = ", ".join(f"{rung.num_edits} x {rung.num_epochs}" for rung in ladder)
+        ladder = rungs(edits, batch_size, count, keep)
+        words = ", ".join(f"{rung.num_edits}" for rung in ladder)
         lines.append(
-            f"5 kinds of modules in 32 layers, rungs of {words} edits x epochs: {cost(ladder, count, keep):.1f} "
-            f"trainings in full, of {count}."
+            f"5 kinds of modules in 32 layers, rungs of {words} edits: {cost(ladder, count, keep):.1f} "
+            f"trainings in full, of {count}, and what a step costs beside what it computes."
         )
     return "\n".join(lines)
 
