@@ -33,6 +33,7 @@ RECIPE_FIELDS = (
     "gradient_accumulation_steps",
     "world_size",
     "optim",
+    "adam_epsilon",
     "weight_decay",
     "lr_scheduler_type",
     "max_grad_norm",
@@ -48,6 +49,7 @@ RECIPE_FIELDS = (
     "preserve_soft_strength",
     "preserve_prompts",
     "preserve_energy_share",
+    "delta_decay",
     "delta_bound",
     "keep_largest",
 )

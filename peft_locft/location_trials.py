@@ -169,7 +169,7 @@ class LocationTrials:
         location = location_of(self.model, candidate.module, candidate.layer)
         step = self.ladder[rung]
         edits = self.edits[: step.num_edits]
-        rate = float(self.learning_rates.get(candidate.module, self.args.learning_rate))
+        rate = float(self.learning_rates.get(candidate.module) or self.args.learning_rate or 0)
         own: dict[str, Any] = {"output_dir": str(place), "per_device_train_batch_size": step.batch_size}
         own |= {"learning_rate": rate, "report_to": "none", "disable_tqdm": True}
         own |= dict.fromkeys(("save_strategy", "logging_strategy"), "no")

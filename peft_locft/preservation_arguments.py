@@ -15,6 +15,10 @@ LOCALITY = "locality"
 # what a field is where it was left open
 RECIPES: dict[str, dict[str, Any]] = {
     "published": {
+        "learning_rate": 5e-4,
+        "num_train_epochs": 25,
+        "lr_scheduler_type": "constant",
+        "adam_epsilon": 1e-8,
         "num_prefixes": 0,
         "variants_per_epoch": 1.0,
         "kept_subjects": 0,
@@ -22,15 +26,21 @@ RECIPES: dict[str, dict[str, Any]] = {
         "kept_answer_tokens": 1,
         "kept_weight": 1.0,
         "preserve_soft_strength": 0.0,
+        "delta_decay": 0.0,
     },
     "balanced": {
+        "learning_rate": 7e-4,
+        "num_train_epochs": 18,
+        "lr_scheduler_type": "linear",
+        "adam_epsilon": 1e-4,
         "num_prefixes": 5,
         "variants_per_epoch": 0.25,
         "kept_subjects": 4,
-        "kept_per_edit": 0.5,
-        "kept_answer_tokens": 2,
-        "kept_weight": 1.0,
+        "kept_per_edit": 1.0,
+        "kept_answer_tokens": 1,
+        "kept_weight": 2.0,
         "preserve_soft_strength": 20.0,
+        "delta_decay": 0.08,
     },
 }
 
@@ -72,7 +82,7 @@ class PreservationArguments:
             answers as targets, as the source does.
         preserve_text (`str`, defaults to `"generated"`):
             The text to preserve: a file, a dataset on the Hub, or text that the base generates itself.
-        preserve_tokens (`int`, defaults to 16384): of that text, at most.
+        preserve_tokens (`int`, defaults to 8192): of that text, at most.
         preserve_soft_strength (`float`, *optional*):
             How much slower is trained in a direction that has the mean energy of the location's inputs on that text;
             see `SoftProjector`. 0: no slower.
@@ -82,6 +92,10 @@ class PreservationArguments:
         preserve_energy_share (`float`, defaults to 0.0):
             Share of that energy whose directions are closed to training instead; see `NullSpaceProjector`. 0: none.
         preserve_cache_dir (`str`, *optional*): a folder where the statistics are kept for later runs.
+        delta_decay (`float`, *optional*):
+            Share of the delta that an epoch takes off it at the full learning rate, and less as that falls: beside
+            `weight_decay`, AdamW's draws the delta towards zero, the model towards its base, whatever the rate and
+            however many steps an epoch has.
         delta_bound (`float`, *optional*): no value of the delta becomes larger (the L-infinity bound of FT-L).
         keep_largest (`float`, *optional*):
             Share of each delta's values that are kept after training, those largest beside their weight (RECT, arXiv
@@ -127,7 +141,7 @@ class PreservationArguments:
         default=GENERATED,
         metadata={"help": "Text to preserve: a file, a dataset on the Hub, or 'generated' by the base."},
     )
-    preserve_tokens: int = field(default=16384, metadata={"help": "Tokens of that text, at most."})
+    preserve_tokens: int = field(default=8192, metadata={"help": "Tokens of that text, at most."})
     preserve_soft_strength: float | None = field(
         default=None,
         metadata={"help": "How much slower is trained where that text has the mean of its inputs' energy; 0: not."},
@@ -141,6 +155,9 @@ class PreservationArguments:
     )
     preserve_cache_dir: str | None = field(
         default=None, metadata={"help": "A folder where its statistics are kept for later runs."}
+    )
+    delta_decay: float | None = field(
+        default=None, metadata={"help": "Share of the delta that an epoch takes off it at the full learning rate."}
     )
     delta_bound: float | None = field(default=None, metadata={"help": "L-infinity bound on the delta (FT-L)."})
     keep_largest: float | None = field(
@@ -168,6 +185,7 @@ class PreservationArguments:
         for name in ("variant_weight", "kept_weight", "kept_per_edit", "preserve_soft_strength", "preserve_prompts"):
             self._check(name, "0 or more", 0 <= getattr(self, name) < math.inf)
         self._check("preserve_energy_share", "0 to 1", 0 <= self.preserve_energy_share <= 1)
+        self._check("delta_decay", "0 to 1", 0 <= (self.delta_decay or 0) <= 1)
 
     def _check(self, name: str, expected: str, holds: bool) -> None:
         if not holds:

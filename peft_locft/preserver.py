@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -143,7 +144,7 @@ def prepare_preserver(
         args: the recipe.
 
     Raises:
-        ValueError: if the balanced recipe's decay would act on anything but an adapter's parameters; and whatever
+        ValueError: if the delta's decay would act on anything but an adapter's parameters; and whatever
             `Preserver.prepare` raises.
     """
     _check_decay(model, args)
@@ -162,15 +163,15 @@ def prepare_preserver(
 
 def _check_decay(model: nn.Module, args: BreadthFirstConfig) -> None:
     """Refuse a decay that is to draw the model towards its base, where it would draw a weight towards zero."""
-    if args.recipe == "published" or not args.weight_decay:
+    if not args.delta_decay:
         return
     prefix = getattr(getattr(model, "base_model", None), "prefix", None)  # of a PEFT tuner's parameters
     own = [name for name, p in model.named_parameters() if p.requires_grad and (prefix is None or prefix not in name)]
     if own:
         raise ValueError(
-            f"BreadthFirstConfig.recipe={args.recipe!r} draws what is trained towards zero, by weight_decay="
-            f"{args.weight_decay:g}, and {own[0]} is a weight of the model itself. Train a LocFTConfig without "
-            "modules_to_save, or give weight_decay=0."
+            f"BreadthFirstConfig.delta_decay={args.delta_decay:g} (recipe={args.recipe!r}) draws what is trained "
+            f"towards zero, and {own[0]} is a weight of the model itself. Train a LocFTConfig without "
+            "modules_to_save, or give delta_decay=0."
         )
 
 
@@ -179,6 +180,14 @@ class PreservationCallback(TrainerCallback):
 
     def __init__(self, preserver: Preserver) -> None:
         self.preserver = preserver
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        decay = getattr(args, "delta_decay", None)
+        if decay and args.learning_rate:
+            steps = math.ceil(len(kwargs["train_dataloader"]) / args.gradient_accumulation_steps)  # of an epoch
+            for group in kwargs["optimizer"].param_groups:
+                # AdamW's step takes the rate times this off
+                group["weight_decay"] = args.weight_decay + decay / (args.learning_rate * steps)
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.preserver.before_step()

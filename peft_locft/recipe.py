@@ -23,10 +23,6 @@ CHOICES = (
 )
 
 
-# what a step takes off the delta; steps are as long as the rate is high, and so a rate has no part in it
-SHRINKING = {"published": 0.0, "balanced": 2.5e-3}
-
-
 @dataclass
 class BreadthFirstConfig(PreservationArguments, TrainingArguments):
     """Arguments of [`BreadthFirstTrainer`]: all of `transformers.TrainingArguments`, with the published recipe.
@@ -36,9 +32,10 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
     rate: 5e-3 suits one of 135M parameters.
 
     Args:
-        weight_decay (`float`, *optional*):
-            AdamW's: it draws the delta towards zero, the model towards its base, by `learning_rate * weight_decay` of
-            it in a step. `None` is 0, as published, and with `recipe="balanced"` what makes that share 0.25 %.
+        learning_rate (`float`, *optional*): Adam's. `None`: 5e-4, or as the recipe says.
+        num_train_epochs (`float`, *optional*): passes over all the edits, at most. `None`: 25, or as the recipe says.
+        lr_scheduler_type (`str`, *optional*): `None`: `"constant"`, or as the recipe says.
+        adam_epsilon (`float`, *optional*): `None`: 1e-8, or as the recipe says.
         objective (`str`, defaults to `"target_new"`):
             What is scored: `"target_new"`, the target given the prompt; `"prompt_last"`, every target token by the
             last prompt token's logits (FT-L); `"full"`, prompt and target.
@@ -75,13 +72,19 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
         ValueError: if a field does not have one of the values named here.
     """
 
-    learning_rate: float = field(default=5e-4, metadata={"help": "Constant learning rate of Adam."})
-    num_train_epochs: float = field(default=25, metadata={"help": "Passes over all the edits, at most."})
-    per_device_train_batch_size: int = field(default=100, metadata={"help": "Edits in a batch."})
-    weight_decay: float | None = field(
-        default=None, metadata={"help": "Of AdamW, on the delta; not given: 0, or what the recipe asks for."}
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Of Adam; not given: 5e-4, or as the recipe says."}
     )
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "The published recipe keeps the rate."})
+    num_train_epochs: float | None = field(
+        default=None, metadata={"help": "Passes over all the edits, at most; not given: 25, or as the recipe says."}
+    )
+    per_device_train_batch_size: int = field(default=100, metadata={"help": "Edits in a batch."})
+    lr_scheduler_type: str | None = field(
+        default=None, metadata={"help": "The published recipe keeps the rate: constant."}
+    )
+    adam_epsilon: float | None = field(
+        default=None, metadata={"help": "Of AdamW; not given: 1e-8, or as the recipe says."}
+    )
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0, as published, is none."})
     logging_strategy: str = field(default="epoch", metadata={"help": "When to log: epoch, steps or no."})
     save_strategy: str = field(default="no", metadata={"help": "When to write checkpoints: no, epoch or steps."})
@@ -112,6 +115,7 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        self.resolve()  # before transformers looks at what a recipe may have left open
         super().__post_init__()
         if self.deepspeed:
             # DeepSpeed clips at 1.0 where its configuration says nothing of it
@@ -120,9 +124,6 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
             value, known = getattr(self, name), get_args(allowed)
             if value not in known:
                 raise ValueError(f"BreadthFirstConfig.{name}={value!r}: expected one of {', '.join(known)}.")
-        self.resolve()
-        if self.weight_decay is None:
-            self.weight_decay = SHRINKING[self.recipe] / self.learning_rate if self.learning_rate else 0.0
         if self.objective == "prompt_last" and self.has_kept:
             raise ValueError(
                 "BreadthFirstConfig.objective='prompt_last' scores no token by those before it, as what is kept is. "
@@ -157,7 +158,7 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
             self._check_depth_first()
 
     def _check_depth_first(self) -> None:
-        if self.num_prefixes or self.num_concatenated or self.has_kept:
+        if self.num_prefixes or self.num_concatenated or self.has_kept or self.delta_decay:
             raise ValueError(
                 f"BreadthFirstConfig.recipe={self.recipe!r}, or a field of it, trains variants of edits or keeps "
                 "facts beside them, and depth-first trains one edit and nothing else. Leave it out."
@@ -182,4 +183,4 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
     @property
     def steps_per_edit(self) -> int | None:
         """Steps that depth-first spends on one edit at most; `None` for breadth-first."""
-        return math.ceil(self.num_train_epochs) if self.edit_order == "depth_first" else None
+        return math.ceil(self.num_train_epochs or 0) if self.edit_order == "depth_first" else None

@@ -122,26 +122,36 @@ def test_a_text_that_nothing_reads_is_not_looked_for(saved: Path, tmp_path: Path
     train_edits(saved, EDITS, args=args)
 
 
-def test_a_step_takes_the_same_share_off_the_delta_whatever_the_rate(tmp_path: Path) -> None:
-    rates = (1e-4, 5e-3)
-    made = [BreadthFirstConfig(output_dir=str(tmp_path), recipe="balanced", learning_rate=rate) for rate in rates]
-    assert [(args.weight_decay or 0) * args.learning_rate for args in made] == pytest.approx([2.5e-3, 2.5e-3])
+@pytest.mark.parametrize(("rate", "batch_size", "steps"), [(1e-4, 4, 2), (5e-3, 4, 2), (5e-3, 1, 8)])
+def test_an_epoch_takes_the_same_share_off_the_delta(rate: float, batch_size: int, steps: int, tmp_path: Path) -> None:
+    own: dict[str, Any] = {"learning_rate": rate, "per_device_train_batch_size": batch_size, "num_train_epochs": 1}
+    trainer = make_trainer(tmp_path, peft_model(), delta_decay=0.5, **own)
+    trainer.train()
+    assert trainer.state.global_step == steps
+    assert [group["weight_decay"] * rate * steps for group in trainer.optimizer.param_groups] == pytest.approx(
+        [0.5] * 2
+    )
+
+
+def test_a_recipe_is_open_to_what_is_given(tmp_path: Path) -> None:
+    words = ["--output_dir", str(tmp_path), "--recipe", "balanced", "--delta_decay", "0.25", "--num_train_epochs", "3"]
+    (args,) = HfArgumentParser(BreadthFirstConfig).parse_args_into_dataclasses(words)
+    assert (args.delta_decay, args.num_train_epochs, args.lr_scheduler_type) == (0.25, 3, "linear")
+    assert recipe(tmp_path, delta_decay=0.0).delta_decay == 0.0
+    published = BreadthFirstConfig(output_dir=str(tmp_path))
+    assert (published.delta_decay, published.adam_epsilon, published.weight_decay) == (0.0, 1e-8, 0.0)
+    assert (published.learning_rate, args.learning_rate) == (5e-4, 7e-4)
+    assert (published.num_train_epochs, published.lr_scheduler_type) == (25, "constant")
     seeded: dict[str, Any] = {"seed": 1}
-    assert replace(made[0], **seeded).weight_decay == made[0].weight_decay
-    assert recipe(tmp_path, weight_decay=0.0).weight_decay == 0.0
-    assert recipe(tmp_path, recipe="published").weight_decay == 0.0
-    words = ["--output_dir", str(tmp_path), "--recipe", "balanced", "--weight_decay", "0.25"]
-    assert HfArgumentParser(BreadthFirstConfig).parse_args_into_dataclasses(words)[0].weight_decay == 0.25
+    assert replace(args, **seeded).delta_decay == 0.25
 
 
 def test_a_weight_of_the_model_itself_is_not_drawn_to_zero(tmp_path: Path) -> None:
     plain = base_model().requires_grad_(False)
     plain.model.layers[1].mlp.down_proj.weight.requires_grad_()
-    with pytest.raises(
-        ValueError, match=r"weight_decay=0\.25, and model\.layers\.1\.mlp\.down_proj\.weight is a weight"
-    ):
+    with pytest.raises(ValueError, match=r"delta_decay=0\.08 .*, and model\.layers\.1\.\S*weight is a weight of the"):
         make_trainer(tmp_path, plain, **BALANCED).train()
-    make_trainer(tmp_path, plain, **BALANCED, weight_decay=0.0).train()
+    make_trainer(tmp_path, plain, **BALANCED, delta_decay=0.0).train()
     saved_too = LocFTConfig(layers_to_transform=[1], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
     with pytest.raises(ValueError, match=r"and \S*lm_head\S* is a weight of the model itself"):
         make_trainer(tmp_path, peft_model("llama", saved_too), **BALANCED, preserve_soft_strength=0.0).train()
