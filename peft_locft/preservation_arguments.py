@@ -29,18 +29,19 @@ RECIPES: dict[str, dict[str, Any]] = {
         "delta_decay": 0.0,
     },
     "balanced": {
-        "learning_rate": 7e-4,
-        "num_train_epochs": 18,
+        "learning_rate": 6e-4,
+        "num_train_epochs": 20,
         "lr_scheduler_type": "linear",
         "adam_epsilon": 1e-4,
         "num_prefixes": 5,
-        "variants_per_epoch": 0.25,
+        "prefixes_per_edit": 2,
+        "variants_per_epoch": 0.2,
         "kept_subjects": 4,
-        "kept_per_edit": 1.0,
+        "kept_per_edit": 1.5,
         "kept_answer_tokens": 1,
         "kept_weight": 2.0,
         "preserve_soft_strength": 20.0,
-        "delta_decay": 0.08,
+        "delta_decay": 0.07,
     },
 }
 
@@ -56,6 +57,8 @@ class PreservationArguments:
         num_prefixes (`int`, *optional*):
             Texts that the base generates, a third of them of at most 5 tokens and the others of at most 10; every edit
             has a variant behind each (Gangadhar and Stratos, arXiv 2402.11078).
+        prefixes_per_edit (`int`, *optional*): so many of them for each edit, drawn at random. `None`: all,
+            or as the recipe says.
         num_concatenated (`int`, defaults to 0):
             Variants of each edit whose target is followed by a random kept fact (SAUL, arXiv 2410.02433).
         variants_per_epoch (`float`, *optional*):
@@ -82,7 +85,7 @@ class PreservationArguments:
             answers as targets, as the source does.
         preserve_text (`str`, defaults to `"generated"`):
             The text to preserve: a file, a dataset on the Hub, or text that the base generates itself.
-        preserve_tokens (`int`, defaults to 8192): of that text, at most.
+        preserve_tokens (`int`, defaults to 4096): of that text, at most.
         preserve_soft_strength (`float`, *optional*):
             How much slower is trained in a direction that has the mean energy of the location's inputs on that text;
             see `SoftProjector`. 0: no slower.
@@ -107,6 +110,10 @@ class PreservationArguments:
     )
     num_prefixes: int | None = field(
         default=None, metadata={"help": "Prefixes that the base generates; every edit is also trained behind each."}
+    )
+    prefixes_per_edit: int | None = field(
+        default=None,
+        metadata={"help": "So many of them for each edit, drawn at random; not given: all, or as the recipe."},
     )
     num_concatenated: int = field(
         default=0, metadata={"help": "Variants of each edit that go on with a random kept fact (SAUL)."}
@@ -141,7 +148,7 @@ class PreservationArguments:
         default=GENERATED,
         metadata={"help": "Text to preserve: a file, a dataset on the Hub, or 'generated' by the base."},
     )
-    preserve_tokens: int = field(default=8192, metadata={"help": "Tokens of that text, at most."})
+    preserve_tokens: int = field(default=4096, metadata={"help": "Tokens of that text, at most."})
     preserve_soft_strength: float | None = field(
         default=None,
         metadata={"help": "How much slower is trained where that text has the mean of its inputs' energy; 0: not."},
@@ -181,6 +188,7 @@ class PreservationArguments:
             self._check(name, "0 or more", getattr(self, name) >= 0)
         for name in ("num_kept_facts", "kept_answer_tokens", "preserve_tokens"):
             self._check(name, "1 or more", getattr(self, name) >= 1)
+        self._check("prefixes_per_edit", "1 or more", self.prefixes_per_edit is None or self.prefixes_per_edit >= 1)
         self._check("variants_per_epoch", "a number above 0", (self.variants_per_epoch or 0) > 0)
         for name in ("variant_weight", "kept_weight", "kept_per_edit", "preserve_soft_strength", "preserve_prompts"):
             self._check(name, "0 or more", 0 <= getattr(self, name) < math.inf)

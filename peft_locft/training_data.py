@@ -97,7 +97,7 @@ def training_data(
     answers = _answers(model, tokenizer, prompts, args)
     kinds = {
         "paraphrases": [paraphrased(edit) for edit in edits],
-        "prefixed": [[with_prefix(edit, prefix) for prefix in prefixes] for edit in edits],
+        "prefixed": _prefixed(edits, prefixes, args),
         "concatenated": _concatenated(edits, answers, args),
     }
     variants = [[variant for own in of_edit for variant in own] for of_edit in zip(*kinds.values(), strict=True)]
@@ -179,6 +179,13 @@ def _kept_prompts(
             tokenizer=tokenizer,
         )
     return list(dict.fromkeys(prompts))
+
+
+def _prefixed(edits: Sequence[Edit], prefixes: Sequence[str], args: BreadthFirstConfig) -> list[list[Edit]]:
+    random = np.random.default_rng(args.seed)
+    num = min(args.prefixes_per_edit or len(prefixes), len(prefixes))
+    chosen = (sorted(random.permutation(len(prefixes))[:num].tolist()) for _ in edits)
+    return [[with_prefix(edit, prefixes[n]) for n in own] for edit, own in zip(edits, chosen, strict=True)]
 
 
 def _concatenated(edits: Sequence[Edit], answers: BaseAnswers | None, args: BreadthFirstConfig) -> list[list[Edit]]:

@@ -137,9 +137,17 @@ def test_what_a_run_was_trained_on_is_recorded(tmp_path: Path) -> None:
     recorded = json.loads((tmp_path / "locft_provenance.json").read_text())
     assert recorded["augmentation"]["prefixes"] == list(made.data.prefixes)
     counts = recorded["augmentation"]["counts"]
-    assert counts["prefixed"] == 24 and counts["concatenated"] == 8 and counts["pieces of text to keep"] == 6
+    assert counts["prefixed"] == 16 and counts["concatenated"] == 8 and counts["pieces of text to keep"] == 6
     assert recorded["recipe"]["recipe"] == "balanced"
     assert recorded["recipe"]["preserve_soft_strength"] == RECIPES["balanced"]["preserve_soft_strength"]
+
+
+@pytest.mark.parametrize(("per_edit", "count"), [(1, 8), (2, 16), (9, 24)])
+def test_an_edit_stands_behind_some_of_the_prefixes(per_edit: int, count: int, tmp_path: Path) -> None:
+    data = trainer(tmp_path, prefixes_per_edit=per_edit, num_concatenated=0).data
+    assert data.counts["prefixed"] == count == sum(data.rows.num_variants)
+    with_all = trainer(tmp_path, recipe="published", num_concatenated=0, kept_text_pieces=0, kept_subjects=0).data
+    assert with_all.counts["prefixed"] == 24
 
 
 def test_depth_first_trains_edits_alone(tmp_path: Path) -> None:
@@ -153,6 +161,7 @@ def test_depth_first_trains_edits_alone(tmp_path: Path) -> None:
         ({"recipe": "best"}, "recipe='best': expected one of published, balanced"),
         ({"kept_loss": "mse"}, "kept_loss='mse': expected one of kl, likelihood"),
         ({"num_prefixes": -1}, "num_prefixes=-1: expected 0 or more"),
+        ({"prefixes_per_edit": 0}, "prefixes_per_edit=0: expected 1 or more"),
         ({"variants_per_epoch": 0}, "variants_per_epoch=0: expected a number above 0"),
         ({"preserve_tokens": 0}, "preserve_tokens=0: expected 1 or more"),
         ({"kept_weight": float("nan")}, "kept_weight=nan: expected 0 or more"),

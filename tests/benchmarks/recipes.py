@@ -24,7 +24,7 @@ from .common import machine, markdown_table, parser_for, write_json
 PUBLISHED_LAYER = [20]
 AUGMENTED = {"num_prefixes": 5, "variants_per_epoch": 0.5}
 # of which the rate falls, beside a published one that stays at 5e-3
-BALANCED = {"recipe": "balanced", "learning_rate": 7e-3}
+BALANCED = {"recipe": "balanced", "learning_rate": 6e-3}
 # by layers, where they are not those of `balanced_config`, and by fields of BreadthFirstConfig
 SETTINGS: dict[str, tuple[list[int] | None, dict[str, Any]]] = {
     "published": (PUBLISHED_LAYER, {}),
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def train(model: Any, tokenizer: Any, edits: Any, fields: dict[str, Any], arguments: Any) -> dict[str, Any]:
-    begun = time.perf_counter()
+    begun = time.process_time()  # other work on the machine does not count
     plain = {"num_train_epochs": arguments.epochs, "learning_rate": arguments.learning_rate}
     args = BreadthFirstConfig(
         output_dir=str(arguments.output / "training"),
@@ -89,8 +89,12 @@ def train(model: Any, tokenizer: Any, edits: Any, fields: dict[str, Any], argume
     )
     trainer = BreadthFirstTrainer(model=model, args=args, train_dataset=edits, processing_class=tokenizer)
     trainer.train()
-    seconds = round(time.perf_counter() - begun)
-    return {"epochs": len(trainer.epoch_losses), "loss": round(trainer.epoch_losses[-1], 4), "seconds": seconds}
+    seconds = round(time.process_time() - begun)
+    return {
+        "epochs": len(trainer.epoch_losses),
+        "loss": round(trainer.epoch_losses[-1], 4),
+        "processor seconds": seconds,
+    }
 
 
 def draw_frontier(folder: Path) -> None:
