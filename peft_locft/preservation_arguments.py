@@ -36,7 +36,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "num_prefixes": 5,
         "prefixes_per_edit": 2,
         "variants_per_epoch": 0.2,
-        "kept_subjects": 4,
+        "kept_subjects": 6,
         "kept_per_edit": 1.5,
         "kept_answer_tokens": 1,
         "kept_weight": 2.0,
@@ -85,7 +85,7 @@ class PreservationArguments:
             answers as targets, as the source does.
         preserve_text (`str`, defaults to `"generated"`):
             The text to preserve: a file, a dataset on the Hub, or text that the base generates itself.
-        preserve_tokens (`int`, defaults to 4096): of that text, at most.
+        preserve_tokens (`int`, defaults to 8192): of that text, at most.
         preserve_soft_strength (`float`, *optional*):
             How much slower is trained in a direction that has the mean energy of the location's inputs on that text;
             see `SoftProjector`. 0: no slower.
@@ -148,7 +148,7 @@ class PreservationArguments:
         default=GENERATED,
         metadata={"help": "Text to preserve: a file, a dataset on the Hub, or 'generated' by the base."},
     )
-    preserve_tokens: int = field(default=4096, metadata={"help": "Tokens of that text, at most."})
+    preserve_tokens: int = field(default=8192, metadata={"help": "Tokens of that text, at most."})
     preserve_soft_strength: float | None = field(
         default=None,
         metadata={"help": "How much slower is trained where that text has the mean of its inputs' energy; 0: not."},
