@@ -72,8 +72,8 @@ def search_locations(
     """Find out where edits are best written into a model.
 
     Successive halving: all locations are trained on a few edits in small batches, one in `plan.keep` of them on more,
-    and so on; the last on all edits. The layers before a location are run once for all locations
-    of a rung, and the base is asked once.
+    and so on; the last on all edits. The layers before a location are run once for all locations of a rung, and the
+    base is asked once.
 
     Every result is written to `args.output_dir` when it is there, so that a search that was killed goes on where it
     was, and several processes with the same arguments share the work. In the end so are `locations.json`,

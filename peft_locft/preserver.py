@@ -176,7 +176,7 @@ def _check_decay(model: nn.Module, args: BreadthFirstConfig) -> None:
 
 
 class PreservationCallback(TrainerCallback):
-    """Tells a [`Preserver`] of the steps of any `transformers.Trainer`, and of the end of training."""
+    """Tells a [`Preserver`] of the steps of any `transformers.Trainer`, and of the end; sets the delta's decay."""
 
     def __init__(self, preserver: Preserver) -> None:
         self.preserver = preserver
