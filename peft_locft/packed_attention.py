@@ -87,7 +87,7 @@ def attend_within(
             .triu(1 - sliding_window)[None, None]
         )
     laid_out = [take(states[0].transpose(0, 1), slots).transpose(1, 2) for states in (query, key, value)]
-    if query.device.type == "cpu" and torch.is_grad_enabled():
+    if query.device.type == "cpu" and query.itemsize < 4 and torch.is_grad_enabled():
         # backward through short rows of half precision takes a processor six times as long
         laid_out = [states.float() for states in laid_out]
     output, _ = sdpa_attention_forward(module, *laid_out, mask, **kwargs)

@@ -79,3 +79,6 @@ def test_half_precision_is_trained_through_single_on_a_processor() -> None:
     for own, other in zip(halves, wholes, strict=True):
         # a token's gradient is the sum over the edits that share it, which half precision rounds
         torch.testing.assert_close(own.grad.float(), other.grad, rtol=2**-6, atol=2**-8)
+    doubles = [half.detach().double().requires_grad_() for half in halves]
+    double = attend_within(pack, torch.nn.Module(), *doubles)
+    assert double.dtype == torch.float64 and not torch.equal(double, double.float().double())
