@@ -80,7 +80,7 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
     )
     per_device_train_batch_size: int = field(default=100, metadata={"help": "Edits in a batch."})
     lr_scheduler_type: str | None = field(
-        default=None, metadata={"help": "The published recipe keeps the rate: constant."}
+        default=None, metadata={"help": "Not given: constant, or as the recipe says."}
     )
     adam_epsilon: float | None = field(
         default=None, metadata={"help": "Of AdamW; not given: 1e-8, or as the recipe says."}
