@@ -4,34 +4,34 @@ Importing the package registers `LOCFT` with PEFT, and does nothing else.
 """
 
 from ._version import __version__
-from .adapter_folder import describe_adapter, save_adapter
-from .adapter_reading import CheckedAdapter, check_adapter, read_adapter
-from .edit_lists import EditPlan, edit_id, held_edits, merge_edit_lists
+from .adapters.adapter_folder import describe_adapter, save_adapter
+from .adapters.adapter_reading import CheckedAdapter, check_adapter, read_adapter
+from .adapters.exports import export_peft, export_weights
+from .adapters.inspection import AdapterSummary, inspect_adapter
+from .adapters.lora_export import export_lora
+from .adapters.sharing import push_adapter
+from .adapters.shipped_edits import Conflicts, find_conflicts, shipped_edits
+from .adapters.small_export import export_small
+from .data.edit_lists import EditPlan, edit_id, held_edits, merge_edit_lists
 from .edits import Edit, Probe, edits_sha256, read_edits
 from .encoding import encode_edits, encode_prompts
 from .evaluation import EditEvaluator, evaluate_edits
-from .evaluation_callback import EvaluationCallback
-from .evaluation_config import EvaluationConfig
-from .evaluation_report import EvaluationReport
-from .evaluation_run import evaluate_model
-from .exports import export_peft, export_weights
-from .harness import evaluate_on_tasks
-from .in_place import detach, merge_in_place
-from .inspection import AdapterSummary, inspect_adapter
-from .lifelong import UpdateSummary, update_adapter
-from .location_preset import LocationPreset
-from .location_results import LocationSearch
+from .locating.location_preset import LocationPreset
+from .locating.location_results import LocationSearch
 from .location_search import SearchPlan, search_locations
-from .lora_export import export_lora
-from .preserver import PreservationCallback, Preserver
+from .measuring.evaluation_config import EvaluationConfig
+from .measuring.evaluation_report import EvaluationReport
+from .measuring.evaluation_run import evaluate_model
+from .measuring.harness import evaluate_on_tasks
+from .merging.in_place import detach, merge_in_place
+from .merging.stream_merge import MergeSummary, merge_checkpoint
 from .recipe import BreadthFirstConfig
-from .scale_choice import TradeOff, choose_scale
-from .sharing import push_adapter
-from .shipped_edits import Conflicts, find_conflicts, shipped_edits
-from .small_export import export_small
-from .stream_merge import MergeSummary, merge_checkpoint
 from .trainer import BreadthFirstTrainer
-from .training_run import train_edits
+from .training.evaluation_callback import EvaluationCallback
+from .training.lifelong import UpdateSummary, update_adapter
+from .training.preserver import PreservationCallback, Preserver
+from .training.scale_choice import TradeOff, choose_scale
+from .training.training_run import train_edits
 from .tuner import LocFTConfig, LocFTModel, balanced_config
 
 __all__ = [

@@ -15,13 +15,13 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from tqdm.auto import tqdm
 
-from .kept_states import allocate, fingerprint, load_states, new_file
-from .narrowing import find_narrowable, narrowed
-from .packed_attention import packed_attention
-from .prefixes import Pack, PrefixTree
-from .residency import ParkedLayer
-from .shared_states import shared_states
-from .tail import CacheUnusable, Tail, entering, logits_at, passed_over
+from .running.kept_states import allocate, fingerprint, load_states, new_file
+from .running.narrowing import find_narrowable, narrowed
+from .running.packed_attention import packed_attention
+from .running.prefixes import Pack, PrefixTree
+from .running.residency import ParkedLayer
+from .running.shared_states import shared_states
+from .running.tail import CacheUnusable, Tail, entering, logits_at, passed_over
 
 logger = logging.getLogger(__name__)
 

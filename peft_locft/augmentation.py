@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from .data.leaks import normalised
 from .edits import Edit
-from .leaks import normalised
 
 SENTENCE_ENDS = ".!?"
 

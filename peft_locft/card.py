@@ -11,9 +11,9 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from peft import PeftConfig
 
-from .adapter_facts import LICENCE_FIELDS, provenance
-from .bootstrap import Estimate
-from .evaluation_report import EvaluationReport, Result
+from .adapters.adapter_facts import LICENCE_FIELDS, provenance
+from .measuring.bootstrap import Estimate
+from .measuring.evaluation_report import EvaluationReport, Result
 
 TAGS = ("knowledge-editing", "model-editing", "peft", "transformers")
 TEMPLATE_MARK = "[More Information Needed]"

@@ -48,9 +48,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(argv: list[str]) -> None:
     """Write a file of edits into a model and save the adapter; or add, replace and withdraw edits of a saved one."""
-    from .command_line_arguments import parse_train
-    from .lifelong import update_adapter
-    from .training_run import train_edits
+    from .command_line.command_line_arguments import parse_train
+    from .training.lifelong import update_adapter
+    from .training.training_run import train_edits
 
     arguments = parse_train(argv)
     begun = time.perf_counter()
@@ -61,8 +61,8 @@ def train(argv: list[str]) -> None:
 
 def evaluate(argv: list[str]) -> None:
     """Measure what an edit did to a model."""
-    from .command_line_arguments import parse_evaluate
-    from .evaluation_run import evaluate_model
+    from .command_line.command_line_arguments import parse_evaluate
+    from .measuring.evaluation_run import evaluate_model
 
     arguments = parse_evaluate(argv)
     print(evaluate_model(**arguments))
@@ -72,10 +72,10 @@ def evaluate(argv: list[str]) -> None:
 
 def locate(argv: list[str]) -> None:
     """Find out where edits are best written into a model."""
-    from .one_process import leave_group
+    from .running.one_process import leave_group
 
     rank = leave_group()  # before anything looks at the group
-    from .command_line_arguments import parse_locate
+    from .command_line.command_line_arguments import parse_locate
     from .location_search import run_location_search
 
     arguments = parse_locate(argv)
@@ -87,8 +87,8 @@ def locate(argv: list[str]) -> None:
 
 def baselines(argv: list[str]) -> None:
     """Compare fine-tuning baselines on the same edits."""
-    from .baselines import markdown, run_baselines
-    from .command_line_arguments import parse_baselines
+    from .command_line.command_line_arguments import parse_baselines
+    from .training.baselines import markdown, run_baselines
 
     print(markdown(run_baselines(**parse_baselines(argv))))
 
@@ -97,9 +97,9 @@ def inspect(argv: list[str]) -> None:
     """Verify an adapter folder and print what it holds."""
     import argparse
 
-    from .edit_lists import describe_edits, held_edits
-    from .inspection import inspect_adapter
-    from .shipped_edits import find_conflicts
+    from .adapters.inspection import inspect_adapter
+    from .adapters.shipped_edits import find_conflicts
+    from .data.edit_lists import describe_edits, held_edits
 
     parser = argparse.ArgumentParser(prog="locft inspect", description=inspect.__doc__, allow_abbrev=False)
     parser.add_argument("folder", metavar="adapter", help="a local adapter folder, of any PEFT method")
@@ -127,8 +127,8 @@ def merge(argv: list[str]) -> None:
     """Merge adapters into a checkpoint without loading it: into a new folder, or in place."""
     import argparse
 
-    from .in_place import merge_in_place
-    from .stream_merge import merge_checkpoint
+    from .merging.in_place import merge_in_place
+    from .merging.stream_merge import merge_checkpoint
 
     parser = argparse.ArgumentParser(
         prog="locft merge",
@@ -160,7 +160,7 @@ def detach(argv: list[str]) -> None:
     """Take off again what `locft merge --in-place` merged: every file gets its bytes back."""
     import argparse
 
-    from .in_place import detach
+    from .merging.in_place import detach
 
     parser = argparse.ArgumentParser(prog="locft detach", description="Take off again what was merged in place.")
     parser.add_argument("model", help="the model's folder")
@@ -171,9 +171,9 @@ def export(argv: list[str]) -> None:
     """Write an adapter in another form: for where peft_locft is not installed, or smaller."""
     import argparse
 
-    from .exports import export_peft, export_weights
-    from .lora_export import export_lora
-    from .small_export import export_small
+    from .adapters.exports import export_peft, export_weights
+    from .adapters.lora_export import export_lora
+    from .adapters.small_export import export_small
 
     exports: dict[str, Any] = {
         "peft": export_peft,

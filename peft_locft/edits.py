@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from .edit_files import Row, read_rows
-from .edit_records import (
+from .data.edit_files import Row, read_rows
+from .data.edit_records import (
     find_vocabulary,
     first_text,
     flatten_rewrite,

@@ -17,18 +17,18 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .bootstrap import Array
-from .decoding import ask, check_fits
-from .edit_questions import ItemEncoder, Reply, items_of
+from .data.leaks import trained_prompts, without_leaks
 from .edits import Edit, edits_sha256, read_edits
 from .encoding import encode_prompts
-from .evaluation_config import EvaluationConfig
-from .evaluation_report import EvaluationReport
-from .general_ability import Text, measure_text, text_windows
-from .leaks import trained_prompts, without_leaks
-from .questions import STOPS, Answer, Choice, Question, TopK, greedy
-from .scoring import n_gram_entropy
-from .tabulation import Asked, Column, results
+from .measuring.bootstrap import Array
+from .measuring.edit_questions import ItemEncoder, Reply, items_of
+from .measuring.evaluation_config import EvaluationConfig
+from .measuring.evaluation_report import EvaluationReport
+from .measuring.general_ability import Text, measure_text, text_windows
+from .measuring.scoring import n_gram_entropy
+from .measuring.tabulation import Asked, Column, results
+from .running.decoding import ask, check_fits
+from .running.questions import STOPS, Answer, Choice, Question, TopK, greedy
 from .tuner.provenance import differing_from_base
 
 PACKAGES = ("peft-locft", "peft", "transformers", "torch")

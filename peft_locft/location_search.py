@@ -14,19 +14,19 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .adapter_facts import RECIPE_FIELDS
+from .adapters.adapter_facts import RECIPE_FIELDS
 from .edits import Edit, edits_sha256, read_edits
 from .evaluation import Edits, Text
-from .evaluation_config import EvaluationConfig
-from .loading import load_model
-from .location_plan import Rung, coarse_layers, rungs
-from .location_preset import model_shape
-from .location_results import LocationSearch
-from .location_score import LocationScore
-from .location_trials import LocationTrials
+from .locating.location_plan import Rung, coarse_layers, rungs
+from .locating.location_preset import model_shape
+from .locating.location_results import LocationSearch
+from .locating.location_score import LocationScore
+from .locating.location_trials import LocationTrials
+from .measuring.evaluation_config import EvaluationConfig
 from .plots import draw_locations
 from .recipe import BreadthFirstConfig
-from .shared_states import sharing_states
+from .running.loading import load_model
+from .running.shared_states import sharing_states
 from .tuner.module_kinds import KINDS, location_of
 from .tuner.presets import find_decoder_layers
 
@@ -104,7 +104,7 @@ def search_locations(
     if args.world_size > 1:
         raise ValueError(
             f"search_locations found a group of {args.world_size} processes, which would train every location "
-            "together. Call peft_locft.one_process.leave_group() before making a BreadthFirstConfig, as "
+            "together. Call peft_locft.running.one_process.leave_group() before making a BreadthFirstConfig, as "
             "`locft locate` does."
         )
     plan = plan or SearchPlan()

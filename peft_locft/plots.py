@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .evaluation_report import EvaluationReport
-from .figures import COLOURS, SIZE, baselines_figure, curves_figure, metrics_figure
 from .files import write_whole
-from .location_figures import locations_figure
-from .location_results import LocationSearch
-from .report_words import grouped
+from .locating.location_results import LocationSearch
+from .measuring.evaluation_report import EvaluationReport
+from .reporting.figures import COLOURS, SIZE, baselines_figure, curves_figure, metrics_figure
+from .reporting.location_figures import locations_figure
+from .reporting.report_words import grouped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .shrinking import keep_relatively_largest
+from .adapters.shrinking import keep_relatively_largest
 
 # of the largest eigenvalue: what a second moment from products in float32 has below it is rounding
 ROUNDING = 10 * torch.finfo(torch.float32).eps
@@ -185,7 +185,7 @@ def sparsify_(
 ) -> None:
     """Undo, in place, all of a trained change but what changes its weight the most, relatively: RECT.
 
-    See `peft_locft.shrinking.keep_relatively_largest`, also for weights of zero.
+    See `peft_locft.adapters.shrinking.keep_relatively_largest`, also for weights of zero.
 
     Args:
         delta: of any shape.

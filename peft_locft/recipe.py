@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from transformers import TrainingArguments
 
 from .objectives import LossAveraging, Objective
-from .preservation_arguments import PreservationArguments
+from .training.preservation_arguments import PreservationArguments
 
 EditOrder = Literal["breadth_first", "depth_first"]
 CachePlace = Literal["auto", "memory", "disk", "off"]

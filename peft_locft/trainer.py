@@ -17,23 +17,23 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .adapter_facts import training_record
-from .adapter_folder import save_adapter
-from .batches import EditBatches, LossRecord
-from .distributed import backward, check_not_sharded, end_step, missing_pieces
+from .adapters.adapter_facts import training_record
+from .adapters.adapter_folder import save_adapter
+from .data.generated_text import as_base
+from .data.leaks import mark_trained
+from .data.training_data import TrainingData, training_data
 from .edits import Edit, edits_sha256, read_edits
 from .encoding import EncodedEdits
-from .generated_text import as_base
-from .leaks import mark_trained
-from .model_state import check_finite, check_vocabulary, configuration_unchanged, dropout_off
-from .preserver import PreservationCallback, Preserver, prepare_preserver
 from .recipe import BreadthFirstConfig
-from .residency import trunk_off_device
-from .resting import RestingEdits
-from .resume import check_same_edits, invalidate, whole_checkpoint
-from .row_losses import BatchWeight, RowLosses
-from .training_callbacks import CURVES_KEY, EditProgress, FloorAndRecord
-from .training_data import TrainingData, training_data
+from .running.distributed import backward, check_not_sharded, end_step, missing_pieces
+from .running.model_state import check_finite, check_vocabulary, configuration_unchanged, dropout_off
+from .running.residency import trunk_off_device
+from .training.batches import EditBatches, LossRecord
+from .training.preserver import PreservationCallback, Preserver, prepare_preserver
+from .training.resting import RestingEdits
+from .training.resume import check_same_edits, invalidate, whole_checkpoint
+from .training.row_losses import BatchWeight, RowLosses
+from .training.training_callbacks import CURVES_KEY, EditProgress, FloorAndRecord
 
 
 class BreadthFirstTrainer(Trainer):

@@ -29,7 +29,7 @@ from safetensors.torch import save
 from saving_process import make_adapter
 
 from peft_locft import check_adapter, save_adapter
-from peft_locft.safetensors_header import DTYPES, read_header
+from peft_locft.adapters.safetensors_header import DTYPES, read_header
 
 CONFIG, WEIGHTS, FACTS = "adapter_config.json", "adapter_model.safetensors", "locft_provenance.json"
 # Python's own objects around a file of some kilobytes; what a header could claim begins far above

@@ -31,7 +31,8 @@ import torch
 from tiny_checkpoints import ONE_FILE, edit, save_base, snapshot
 from transformers import AutoModelForCausalLM
 
-from peft_locft import LocFTConfig, detach, edited_weights, in_place_undo, merge_checkpoint, merge_in_place
+from peft_locft import LocFTConfig, detach, merge_checkpoint, merge_in_place
+from peft_locft.merging import edited_weights, in_place_undo
 
 SYSTEM_CALLS = ("chmod", "copy_file_range", "fsync", "link", "mkdir", "rename", "replace", "rmdir", "unlink")
 

@@ -23,7 +23,8 @@ import conftest  # noqa: F401  (offline, one thread)
 from peft import PeftModel, get_peft_model
 from tiny_models import build, randomize
 
-from peft_locft import LocFTConfig, adapter_folder, save_adapter
+from peft_locft import LocFTConfig, save_adapter
+from peft_locft.adapters import adapter_folder
 
 # at different locations, so that the weights of one do not belong to the configuration of the other
 LOCATIONS = {"down": ("down_proj", 1), "up": ("up_proj", 2)}

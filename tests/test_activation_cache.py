@@ -12,7 +12,7 @@ from tiny_models import FAMILIES
 from tiny_training import base_model, make_trainer, peft_model, trained
 
 from peft_locft import LocFTConfig
-from peft_locft.tail import CacheUnusable, find_tail, logits_at
+from peft_locft.running.tail import CacheUnusable, find_tail, logits_at
 
 WHOLE: dict[str, Any] = {"activation_cache": "off", "max_tokens_per_micro_batch": 10**6}
 

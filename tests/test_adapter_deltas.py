@@ -11,7 +11,7 @@ from test_adapter_reading import HOSTILE
 from tiny_checkpoints import edit, save_base, snapshot, stored
 
 from peft_locft import LocFTConfig, merge_checkpoint, merge_in_place, read_adapter, save_adapter
-from peft_locft.adapter_deltas import read_deltas
+from peft_locft.adapters.adapter_deltas import read_deltas
 from peft_locft.tuner.arithmetic import compose_weight
 
 PARAMETER = "model.layers.1.mlp.down_proj.weight"

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_locft.batches import EditBatches, LossRecord
+from peft_locft.training.batches import EditBatches, LossRecord
 
 sizes = {"num_edits": st.integers(1, 60), "batch_size": st.integers(1, 70), "seed": st.integers(0, 2**31)}
 

@@ -24,11 +24,11 @@ from peft_locft import (
     inspect_adapter,
     save_adapter,
 )
-from peft_locft.adapter_facts import base_facts, evaluation_record, provenance
-from peft_locft.bootstrap import Estimate
+from peft_locft.adapters.adapter_facts import base_facts, evaluation_record, provenance
 from peft_locft.card import evaluation_report, model_card, usage_lines
 from peft_locft.evaluation import EvaluationConfig, evaluate_edits
-from peft_locft.evaluation_report import EvaluationReport, Result
+from peft_locft.measuring.bootstrap import Estimate
+from peft_locft.measuring.evaluation_report import EvaluationReport, Result
 
 LOCATION = ["model.layers.22.mlp.down_proj.weight"]
 

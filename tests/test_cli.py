@@ -26,7 +26,7 @@ from peft_locft import (
     train_edits,
 )
 from peft_locft.cli import main
-from peft_locft.command_line_arguments import parse_evaluate, parse_train
+from peft_locft.command_line.command_line_arguments import parse_evaluate, parse_train
 
 Words = list[str]
 TINY_RUN = ["--num_train_epochs", "2", "--per_device_train_batch_size", "4", "--use_cpu", "--disable_tqdm", "True"]

@@ -10,9 +10,9 @@ from tiny_training import EDITS, base_model
 from tokenizers_for_tests import make_tokenizer
 
 from peft_locft import edit_id, shipped_edits
+from peft_locft.adapters.shipped_edits import edit_lines
 from peft_locft.cli import main
-from peft_locft.command_line_arguments import parse_train
-from peft_locft.shipped_edits import edit_lines
+from peft_locft.command_line.command_line_arguments import parse_train
 
 RUN = ["--num_train_epochs", "1", "--use_cpu", "--disable_tqdm", "True"]
 RESUMED = ["--resume_from_adapter", "a", "--output_dir", "o", "--use_cpu"]

@@ -12,10 +12,10 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import build, every_family, randomize
 from transformers import GenerationConfig
 
-import peft_locft.decoding as decoding
+import peft_locft.running.decoding as decoding
 from peft_locft import LocFTConfig
-from peft_locft.decoding import ask, check_fits
-from peft_locft.questions import Answer, Continuation, Question, StopCounter, TopK
+from peft_locft.running.decoding import ask, check_fits
+from peft_locft.running.questions import Answer, Continuation, Question, StopCounter, TopK
 
 STOP = 5
 
@@ -131,7 +131,7 @@ def test_prompts_longer_than_a_forward_are_asked_alone() -> None:
 
 
 def test_kept_keys_are_moved_together_when_they_fill_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    from peft_locft.kept_keys import Kept
+    from peft_locft.running.kept_keys import Kept
 
     moves = 0
     make_room = Kept.make_room

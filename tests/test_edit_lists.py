@@ -11,7 +11,7 @@ import pytest
 from tiny_training import EDITS, make_trainer, peft_model
 
 from peft_locft import Edit, Probe, describe_adapter, edit_id, held_edits, merge_edit_lists, save_adapter
-from peft_locft.edit_lists import describe_edits, read_lines_to_forget
+from peft_locft.data.edit_lists import describe_edits, read_lines_to_forget
 
 OSLO = Edit(prompt="The capital of Norway is", target="Bergen")
 BERN = Edit(prompt="The capital of  Switzerland is", target="Zürich")

@@ -75,7 +75,7 @@ def test_training_ends_behind_the_best_epoch_and_keeps_it(
     def next_point(report: Any, state: Any) -> dict[str, float]:
         return {"epoch": state.epoch or 0, metric: next(found)}
 
-    monkeypatch.setattr("peft_locft.evaluation_callback._point", next_point)
+    monkeypatch.setattr("peft_locft.training.evaluation_callback._point", next_point)
     text = "The capital of France is Paris. " * 20
     config = EvaluationConfig(protocols=["token_accuracy"], text_window=8)
     callback = EvaluationCallback(PROBED, 1, config, text=[text], best_metric=metric, patience=2)

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from example_reports import example_report, result, row
 
-from peft_locft import report_page
-from peft_locft.bootstrap import Estimate
-from peft_locft.evaluation_report import EvaluationReport, Result, deciding_score
+from peft_locft.measuring.bootstrap import Estimate
+from peft_locft.measuring.evaluation_report import EvaluationReport, Result, deciding_score
+from peft_locft.reporting import report_page
 
 FILES = ["answers.csv", "evaluation.html", "evaluation.json", "evaluation.md"]
 

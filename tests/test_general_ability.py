@@ -17,8 +17,8 @@ from tiny_training import base_model, peft_model
 from tokenizers_for_tests import SENTENCES, make_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_locft import general_ability
-from peft_locft.general_ability import LARGEST_LOSS, TextMeasured, measure_text, text_windows
+from peft_locft.measuring import general_ability
+from peft_locft.measuring.general_ability import LARGEST_LOSS, TextMeasured, measure_text, text_windows
 
 TOKENIZER = make_tokenizer("llama2")
 IDS = TOKENIZER("\n\n".join(SENTENCES))["input_ids"]

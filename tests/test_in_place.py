@@ -239,12 +239,16 @@ def test_an_error_while_writing_leaves_nothing(
     model: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = snapshot(model)
-    monkeypatch.setattr("peft_locft.edited_weights.write_all", lambda writer, part: writer.write(bytes(len(part))))
+    monkeypatch.setattr(
+        "peft_locft.merging.edited_weights.write_all", lambda writer, part: writer.write(bytes(len(part)))
+    )
     with pytest.raises(OSError, match="reads differently from what was written to it"):
         merge_in_place(model, [adapter])
     assert snapshot(model) == before
     monkeypatch.undo()
-    monkeypatch.setattr("peft_locft.in_place_undo.write_all", lambda writer, part: writer.write(bytes(len(part))))
+    monkeypatch.setattr(
+        "peft_locft.merging.in_place_undo.write_all", lambda writer, part: writer.write(bytes(len(part)))
+    )
     with pytest.raises(OSError, match=r"locft_undo.safetensors reads differently from what was written to it"):
         merge_in_place(model, [adapter])
     assert snapshot(model) == before
@@ -255,7 +259,7 @@ def test_a_disk_without_room_is_told_before_it_is_full(
 ) -> None:
     before = snapshot(model)
     monkeypatch.setattr(file_copies, "clone", lambda *_: False)
-    monkeypatch.setattr("peft_locft.edited_weights.clone", lambda *_: False)
+    monkeypatch.setattr("peft_locft.merging.edited_weights.clone", lambda *_: False)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(OSError, match=r"No space left on device: 0.1 MB are to be written to .* 0.0 MB are free"):
         merge_in_place(model, [adapter])
@@ -345,7 +349,7 @@ def test_what_was_not_removed_after_the_exchange_is_by_the_next_call(
     merged = snapshot(model)
     detach(model)
     # as if the process had been killed there
-    monkeypatch.setattr("peft_locft.in_place.settle", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("peft_locft.merging.in_place.settle", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         merge_in_place(model, [adapter])
     assert snapshot(model).keys() > merged.keys()

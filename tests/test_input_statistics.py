@@ -17,7 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_locft import LocFTConfig
-from peft_locft.input_statistics import InputStatistics, input_statistics
+from peft_locft.training.input_statistics import InputStatistics, input_statistics
 
 WINDOWS = token_ids(batch_size=5, length=9)
 DOWN = "model.layers.1.mlp.down_proj"

@@ -15,7 +15,7 @@ from tiny_training import EDITS, base_model, peft_model
 from tokenizers_for_tests import make_tokenizer
 
 from peft_locft import Edit, Probe, encode_edits, encode_prompts
-from peft_locft.kept_facts import base_answers, facts_to_keep, join_encoded
+from peft_locft.data.kept_facts import base_answers, facts_to_keep, join_encoded
 
 EDIT = Edit(
     prompt="Spain is",
@@ -75,7 +75,7 @@ def test_as_many_are_drawn_as_were_asked_for(caplog: pytest.LogCaptureFixture) -
     chosen = facts_to_keep(many, EDITS, 20, seed=1)
     assert len(set(chosen)) == 20 and set(chosen) < set(many)
     assert chosen == facts_to_keep(many, EDITS, 20, seed=1) != facts_to_keep(many, EDITS, 20, seed=2)
-    with caplog.at_level(logging.WARNING, "peft_locft.kept_facts"):
+    with caplog.at_level(logging.WARNING, "peft_locft.data.kept_facts"):
         assert facts_to_keep(many, EDITS, 50) == facts_to_keep(many, EDITS) == many
         assert caplog.messages == []
         facts_to_keep(many, EDITS, 51)

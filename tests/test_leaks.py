@@ -24,8 +24,8 @@ from peft_locft import (
     inspect_adapter,
     save_adapter,
 )
-from peft_locft.adapter_facts import augmentation_record, training_record
-from peft_locft.leaks import check_paraphrases, mark_trained, trained_prompts, trained_prompts_record
+from peft_locft.adapters.adapter_facts import augmentation_record, training_record
+from peft_locft.data.leaks import check_paraphrases, mark_trained, trained_prompts, trained_prompts_record
 
 EDIT = Edit(
     prompt="The capital of Spain is",

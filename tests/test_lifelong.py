@@ -31,12 +31,12 @@ from peft_locft import (
     train_edits,
     update_adapter,
 )
-from peft_locft.continued_trainer import ContinuedTrainer, _repeated
-from peft_locft.decoding import ask
-from peft_locft.edit_lists import merge_edit_lists
+from peft_locft.data.edit_lists import merge_edit_lists
 from peft_locft.encoding import encode_edits, encode_prompts
-from peft_locft.loading import load_model
-from peft_locft.questions import Question
+from peft_locft.running.decoding import ask
+from peft_locft.running.loading import load_model
+from peft_locft.running.questions import Question
+from peft_locft.training.continued_trainer import ContinuedTrainer, _repeated
 
 FORGET: dict[str, Any] = {"forget": [EDITS[0].prompt]}
 KILLED = Path(__file__).with_name("killed_update_process.py")
@@ -223,7 +223,7 @@ def test_a_prompt_that_is_not_the_base_s_again_is_warned_of(
 def test_mistakes_are_refused_before_a_model_is_loaded(
     call: dict[str, Any], message: str, learned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peft_locft.lifelong.load_model", lambda *_, **__: pytest.fail("loaded a model"))
+    monkeypatch.setattr("peft_locft.training.lifelong.load_model", lambda *_, **__: pytest.fail("loaded a model"))
     args = recipe(tmp_path / "out", **({"per_device_train_batch_size": 1} | call.pop("args", {})))
     with pytest.raises(ValueError, match=message):
         update_adapter(learned, args=args, **call)

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peft_locft.location_figures import locations_figure
-from peft_locft.location_results import LocationSearch, LocationTrial
+from peft_locft.locating.location_results import LocationSearch, LocationTrial
 from peft_locft.plots import draw_locations
+from peft_locft.reporting.location_figures import locations_figure
 
 
 def trial(module: str, layer: int, rung: int, score: float, **figures: float) -> LocationTrial:

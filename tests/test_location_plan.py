@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from peft_locft.location_plan import Candidate, Rung, coarse_layers, cost, neighbours, rungs, survivors
+from peft_locft.locating.location_plan import Candidate, Rung, coarse_layers, cost, neighbours, rungs, survivors
 
 
 def sizes(*arguments: Any, **options: Any) -> list[tuple[int, int]]:

@@ -16,15 +16,15 @@ from tiny_training import EDITS, base_model
 from tokenizers_for_tests import make_tokenizer
 
 import peft_locft.activation_cache as cache
-import peft_locft.location_trials as module
+import peft_locft.locating.location_trials as module
 from peft_locft import BreadthFirstConfig, EvaluationConfig
 from peft_locft.evaluation import EditEvaluator
-from peft_locft.location_plan import Candidate
-from peft_locft.location_preset import LocationPreset
-from peft_locft.location_results import LocationSearch
+from peft_locft.locating.location_plan import Candidate
+from peft_locft.locating.location_preset import LocationPreset
+from peft_locft.locating.location_results import LocationSearch
+from peft_locft.locating.location_trials import LocationTrials
 from peft_locft.location_search import SearchPlan, run_location_search, search_locations
-from peft_locft.location_trials import LocationTrials
-from peft_locft.model_state import Diverged
+from peft_locft.running.model_state import Diverged
 
 TEXT = ["The capital of France is Paris. " * 20]
 
@@ -100,7 +100,7 @@ def test_the_trunk_runs_once_a_rung_and_the_base_is_asked_once(
 
 def test_shared_states_are_those_that_a_run_of_its_own_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shared = search(tmp_path / "shared", plan=SearchPlan(modules=["mlp"], layers=[0, 1, 2], num_rungs=1))
-    monkeypatch.setattr("peft_locft.kept_states.shared_states", lambda: None)
+    monkeypatch.setattr("peft_locft.running.kept_states.shared_states", lambda: None)
     monkeypatch.setattr("peft_locft.activation_cache.shared_states", lambda: None)
     alone = search(tmp_path / "alone", plan=SearchPlan(modules=["mlp"], layers=[0, 1, 2], num_rungs=1))
     assert without_seconds(shared) == without_seconds(alone)
@@ -243,7 +243,9 @@ def test_mistakes_are_found_before_any_work(arguments: dict[str, Any], message: 
 def test_a_group_of_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = recipe(tmp_path)
     monkeypatch.setattr(BreadthFirstConfig, "world_size", property(lambda self: 2))
-    with pytest.raises(ValueError, match=r"found a group of 2 processes.*Call peft_locft.one_process.leave_group"):
+    with pytest.raises(
+        ValueError, match=r"found a group of 2 processes.*Call peft_locft.running.one_process.leave_group"
+    ):
         search_locations(base_model(), make_tokenizer("llama2"), PROBED, args)
 
 

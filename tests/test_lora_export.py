@@ -17,7 +17,7 @@ from tokenizers_for_tests import make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from peft_locft import LocFTConfig, export_lora, read_adapter, save_adapter
-from peft_locft.lora_export import kept_by_rank, rank_for
+from peft_locft.adapters.lora_export import kept_by_rank, rank_for
 
 DOWN = {"target_modules": ["down_proj"], "layers_to_transform": [1]}
 MODULE = "model.layers.1.mlp.down_proj"

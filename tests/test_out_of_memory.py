@@ -11,7 +11,7 @@ import torch
 from tiny_training import EDITS, make_trainer, peft_model, trained
 
 from peft_locft import LocFTConfig
-from peft_locft.base_distributions import BaseDistributions
+from peft_locft.training.base_distributions import BaseDistributions
 
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 20.00 MiB."
 

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_locft.batches import micro_batches
-from peft_locft.packed_attention import attend_within
-from peft_locft.prefixes import PrefixTree
+from peft_locft.running.packed_attention import attend_within
+from peft_locft.running.prefixes import PrefixTree
+from peft_locft.training.batches import micro_batches
 
 # few tokens, so that many edits begin alike
 some_edits = st.lists(st.lists(st.integers(0, 3), min_size=2, max_size=6), min_size=1, max_size=8)

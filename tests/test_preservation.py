@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny_models import same_bits
 
+from peft_locft.adapters.shrinking import keep_relatively_largest
 from peft_locft.preservation import NullSpaceProjector, SoftProjector, bound_, check_positive, sparsify_
-from peft_locft.shrinking import keep_relatively_largest
 
 D_OUT, D_IN = 6, 10
 

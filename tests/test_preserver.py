@@ -15,10 +15,10 @@ from torch import nn
 from transformers import Trainer
 
 from peft_locft import BreadthFirstConfig, BreadthFirstTrainer, LocFTConfig
+from peft_locft.adapters.shrinking import keep_relatively_largest
 from peft_locft.preservation import NullSpaceProjector
-from peft_locft.preserver import PreservationCallback, Preserver
-from peft_locft.shrinking import keep_relatively_largest
-from peft_locft.trained_tensors import TrainedTensor, find_trained
+from peft_locft.training.preserver import PreservationCallback, Preserver
+from peft_locft.training.trained_tensors import TrainedTensor, find_trained
 
 WINDOWS = token_ids(batch_size=4, length=9)
 LEARNED = token_ids(batch_size=3, length=6).flip(1)

@@ -9,8 +9,9 @@ from tiny_training import EDITS, base_model, peft_model
 from tokenizers_for_tests import make_tokenizer
 from torch.nn.functional import cosine_similarity, normalize
 
-from peft_locft import encode_prompts, prompt_similarity
-from peft_locft.prompt_similarity import embed_prompts, nearest_prompts
+from peft_locft import encode_prompts
+from peft_locft.data import prompt_similarity
+from peft_locft.data.prompt_similarity import embed_prompts, nearest_prompts
 
 PROMPTS = [edit.prompt for edit in EDITS]
 

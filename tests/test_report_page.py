@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from example_reports import example_report, result, row
 
-from peft_locft import report_page
-from peft_locft.bootstrap import Estimate
-from peft_locft.evaluation_report import EvaluationReport, Result
-from peft_locft.failures_table import MAX_FAILURES, MAX_LETTERS
-from peft_locft.general_ability import TextMeasured
-from peft_locft.html_elements import Html, element, together
-from peft_locft.metrics import EDIT_SCORE, Protocol, metric_names
-from peft_locft.report_page import page
-from peft_locft.report_words import GROUPS, group_of, headline, higher_is_better, label_of, words_of
+from peft_locft.measuring.bootstrap import Estimate
+from peft_locft.measuring.evaluation_report import EvaluationReport, Result
+from peft_locft.measuring.general_ability import TextMeasured
+from peft_locft.measuring.metrics import EDIT_SCORE, Protocol, metric_names
+from peft_locft.reporting import report_page
+from peft_locft.reporting.failures_table import MAX_FAILURES, MAX_LETTERS
+from peft_locft.reporting.html_elements import Html, element, together
+from peft_locft.reporting.report_page import page
+from peft_locft.reporting.report_words import GROUPS, group_of, headline, higher_is_better, label_of, words_of
 
 VOID = {"meta"}
 

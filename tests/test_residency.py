@@ -12,7 +12,7 @@ from tiny_training import make_trainer, peft_model
 from transformers import TrainerCallback
 
 from peft_locft import LocFTConfig
-from peft_locft.residency import ParkedLayer, trunk_off_device
+from peft_locft.running.residency import ParkedLayer, trunk_off_device
 from peft_locft.tuner.presets import find_decoder_layers
 
 CPU = torch.device("cpu")

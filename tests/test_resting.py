@@ -10,7 +10,7 @@ import torch
 from tiny_models import assert_same_tensors
 from tiny_training import EDITS, make_trainer, peft_model, trained
 
-from peft_locft.resting import RestingEdits
+from peft_locft.training.resting import RestingEdits
 
 FAST: dict[str, Any] = {"learning_rate": 2e-2, "num_train_epochs": 12, "loss_floor": 0.5}
 

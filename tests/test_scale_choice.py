@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import build, locations, logits, randomize
 
 from peft_locft import LocFTConfig, check_adapter
-from peft_locft.scale_choice import SCALES, TradeOff, choose_scale
+from peft_locft.training.scale_choice import SCALES, TradeOff, choose_scale
 
 
 def edited() -> PeftModel:

@@ -13,7 +13,6 @@ from tiny_training import EDITS, make_trainer, peft_model
 from peft_locft import (
     Edit,
     Probe,
-    adapter_folder,
     describe_adapter,
     edits_sha256,
     find_conflicts,
@@ -22,6 +21,7 @@ from peft_locft import (
     save_adapter,
     shipped_edits,
 )
+from peft_locft.adapters import adapter_folder
 from peft_locft.cli import main
 
 NAME = "locft_edits.jsonl"

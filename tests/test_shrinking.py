@@ -16,9 +16,9 @@ from tiny_training import make_trainer, peft_model
 from transformers import AutoModelForCausalLM
 
 from peft_locft import LocFTConfig, describe_adapter, export_small, inspect_adapter, read_adapter, save_adapter
+from peft_locft.adapters.shrinking import keep_relatively_largest
 from peft_locft.cli import main
-from peft_locft.evaluation_report import EvaluationReport
-from peft_locft.shrinking import keep_relatively_largest
+from peft_locft.measuring.evaluation_report import EvaluationReport
 from peft_locft.tuner import compose_weight
 
 DOWN = "model.layers.1.mlp.down_proj.weight"

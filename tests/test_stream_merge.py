@@ -38,7 +38,7 @@ from tiny_models import (
 from transformers import AutoModel, AutoModelForCausalLM
 
 from peft_locft import Edit, LocFTConfig, describe_adapter, detach, file_copies, merge_checkpoint, merge_in_place
-from peft_locft.edited_weights import VALUES_AT_ONCE
+from peft_locft.merging.edited_weights import VALUES_AT_ONCE
 
 EVERYTHING_IN_LAYER_1 = LocFTConfig(target_modules="entire-layer", layers_to_transform=[1], train_bias=True)
 every_layout = pytest.mark.parametrize("shard_size", [ONE_FILE, SHARDS], ids=["one file", "shards"])
@@ -267,7 +267,7 @@ def test_a_file_that_shares_blocks_is_written_where_it_is_edited(
         shutil.copyfile(source, target)  # not its mode, as the system's call does
         return True
 
-    for module in ("file_copies", "edited_weights"):
+    for module in ("file_copies", "merging.edited_weights"):
         monkeypatch.setattr(f"peft_locft.{module}.clone", shared)
     done = merge_checkpoint(base, [tmp_path / "adapter"], tmp_path / "out")
     assert done.placed == {"reflink": len(list(base.iterdir())) - len(done.written)}
@@ -454,7 +454,9 @@ def test_leftovers_of_a_killed_merge_go_and_those_of_a_running_one_stay(
 
 
 def test_what_was_written_is_read_again(base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peft_locft.edited_weights.write_all", lambda writer, part: writer.write(bytes(len(part))))
+    monkeypatch.setattr(
+        "peft_locft.merging.edited_weights.write_all", lambda writer, part: writer.write(bytes(len(part)))
+    )
     with pytest.raises(
         OSError, match=r"model.safetensors reads differently from what was written to it: model.layers"
     ):

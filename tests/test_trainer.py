@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from peft_locft import BreadthFirstConfig, BreadthFirstTrainer, Edit, LocFTConfig, encode_edits
-from peft_locft.batches import EditBatches
+from peft_locft.training.batches import EditBatches
 
 LOCATION = LocFTConfig(target_modules=["down_proj"], layers_to_transform=[1], task_type="CAUSAL_LM")
 

@@ -13,8 +13,9 @@ from tiny_models import assert_same_tensors
 from tiny_training import EDITS, make_trainer, peft_model, trained
 from transformers import TrainerCallback
 
-from peft_locft import BreadthFirstTrainer, Edit, LocFTConfig, training_data
-from peft_locft.preservation_arguments import RECIPES
+from peft_locft import BreadthFirstTrainer, Edit, LocFTConfig
+from peft_locft.data import training_data
+from peft_locft.training.preservation_arguments import RECIPES
 
 SUBJECTS = ["France", "Spain", "Spain", "France", "river", "Dave", "city", "city"]
 FACTS = [replace(edit, subject=subject) for edit, subject in zip(EDITS, SUBJECTS, strict=True)]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft_locft.base_distributions import BaseDistributions
-from peft_locft.batches import EditBatches
-from peft_locft.training_rows import TrainingRows
+from peft_locft.data.training_rows import TrainingRows
+from peft_locft.training.base_distributions import BaseDistributions
+from peft_locft.training.batches import EditBatches
 
 
 def test_a_batch_has_its_edits_first_then_their_variants_then_what_is_kept() -> None:

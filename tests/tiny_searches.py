@@ -10,8 +10,8 @@ from tiny_training import EDITS, base_model
 from tokenizers_for_tests import make_tokenizer
 
 from peft_locft import BreadthFirstConfig, EvaluationConfig, LocationPreset, Probe
-from peft_locft.location_preset import model_shape
-from peft_locft.location_results import LocationSearch
+from peft_locft.locating.location_preset import model_shape
+from peft_locft.locating.location_results import LocationSearch
 from peft_locft.location_search import SearchPlan, search_locations
 from peft_locft.tuner.module_kinds import location_of
 

@@ -32,10 +32,10 @@ from peft_locft import (
     train_edits,
     update_adapter,
 )
-from peft_locft.continued_trainer import ANSWER_TOKENS
-from peft_locft.decoding import ask
 from peft_locft.encoding import encode_prompts
-from peft_locft.questions import UNTIL_EOS, Question
+from peft_locft.running.decoding import ask
+from peft_locft.running.questions import UNTIL_EOS, Question
+from peft_locft.training.continued_trainer import ANSWER_TOKENS
 
 from .common import machine, markdown_table, parser_for, write_json
 

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from peft_locft import BreadthFirstConfig, EditEvaluator, EvaluationConfig, read_edits
-from peft_locft.locate_arguments import named_numbers
-from peft_locft.location_plan import Candidate, cost, rungs
-from peft_locft.location_score import LocationScore
+from peft_locft.command_line.locate_arguments import named_numbers
+from peft_locft.locating.location_plan import Candidate, cost, rungs
+from peft_locft.locating.location_score import LocationScore
 from peft_locft.location_search import SearchPlan, search_locations
-from peft_locft.trials import try_adapter
+from peft_locft.training.trials import try_adapter
 from peft_locft.tuner.module_kinds import config_of, location_of
 
 from .common import load, machine, markdown_table, parser_for, write_json

@@ -23,8 +23,8 @@ from peft_locft import (
     read_adapter,
     read_edits,
 )
+from peft_locft.adapters.lora_export import kept_by_rank
 from peft_locft.evaluation import EvaluationConfig, evaluate_edits
-from peft_locft.lora_export import kept_by_rank
 
 from .common import machine, markdown_table, write_json
 

@@ -17,7 +17,7 @@ from peft import get_peft_model
 
 from peft_locft import BreadthFirstConfig, BreadthFirstTrainer, LocFTConfig, balanced_config, read_edits
 from peft_locft.evaluation import EditEvaluator
-from peft_locft.evaluation_config import EvaluationConfig
+from peft_locft.measuring.evaluation_config import EvaluationConfig
 
 from .common import machine, markdown_table, parser_for, write_json
 

@@ -1,0 +1,1 @@
+"""Adapter folders: written whole, read with suspicion, described, shared, exported."""

@@ -1,0 +1,224 @@
+"""Hand an edit on to where `peft_locft` is not installed: to stock PEFT, and to servers' weight updates."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from safetensors.torch import save_file
+
+from ..files import file_written_whole
+from ..tuner.config import DELTA_DTYPES
+from .adapter_claims import MODEL
+from .adapter_facts import provenance
+from .adapter_folder import write_description, written_whole
+from .adapter_reading import CheckedAdapter, check_adapter
+from .base_tensors import BaseTensors, edited_tensors
+
+# an export that answers otherwise is not what was evaluated
+OF_THE_EDIT = ("edits", "recipe", "training", "augmentation")
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """What an export wrote.
+
+    Attributes:
+        path: the file or folder.
+        tensors: dtype and shape of every edited weight in it, by its name there.
+        num_bytes: size of the file with the weights.
+    """
+
+    path: Path
+    tensors: dict[str, tuple[str, tuple[int, ...]]]
+    num_bytes: int
+
+    def __str__(self) -> str:
+        rows = [f"{name}  {dtype} {' x '.join(map(str, shape))}" for name, (dtype, shape) in self.tensors.items()]
+        return "\n".join([f"{self.path}, {self.num_bytes / 1e6:.1f} MB", *rows])
+
+
+def export_peft(
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    force: bool = False,
+) -> Export:
+    """Write an adapter that PEFT and transformers load without `peft_locft`, to the same outputs, bit for bit.
+
+    It holds the edited weights whole, as `modules_to_save` of a LoRA adapter without targets. So it is as large as
+    they are, fits its base alone, and does not add up with other adapters.
+
+    Args:
+        adapter: a local LocFT adapter folder.
+        out: the folder to write.
+        base: the base model: a folder or a name on the Hub, in safetensors; `None` is the one that the adapter names.
+        revision: branch, tag or commit of the base on the Hub; `None` is the one that the adapter names with it.
+        dtype: `"auto"` (the checkpoint's), `"float32"`, `"bfloat16"` or `"float16"`: in which the base will be loaded.
+        force: also use a base of other values than the adapter was trained on.
+
+    Raises:
+        ValueError: if the adapter is refused by `check_adapter`, the base by `edited_tensors`, or the adapter holds
+            more than deltas or a module inside of another.
+        NotADirectoryError: if `out` or one above it is a file.
+        OSError: if the base cannot be downloaded.
+
+    Example:
+        >>> export_peft("out", "out-stock", "Qwen/Qwen2.5-7B-Instruct")
+        >>> AutoPeftModelForCausalLM.from_pretrained("out-stock")  # in a process without peft_locft
+    """
+    checked = deltas_alone(adapter, out)
+    source = BaseTensors(*base_of(checked, base, revision))
+    tensors = dict(edited_tensors(checked, source, dtype_of(dtype), force=force))
+    modules = sorted({name.rpartition(".")[0] for name in tensors})
+    # PEFT misses what a module that is saved whole has beside the edited weight, such as a bias
+    beside = {name: there for parameter in tensors for name, there in source.others_beside(parameter).items()}
+    for name in beside.keys() - tensors.keys():
+        tensors[name] = source.read(beside[name], dtype_of(dtype))
+    nested = [inner for inner in modules for outer in modules if inner.startswith(f"{outer}.")]
+    if nested:
+        raise ValueError(
+            f"{checked.folder}: {nested[0]} is inside of another edited module, and PEFT saves modules whole, each "
+            "once. Merge the adapter and save the model instead."
+        )
+    config = LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=modules, **base_fields(checked, base))
+    named = {f"{MODEL}{name}": tensor for name, tensor in tensors.items()}
+    return write_adapter(checked, out, config, named, to="peft")
+
+
+def export_weights(
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    force: bool = False,
+) -> Export:
+    """Write the edited weights alone into one safetensors file, under the names of the base's checkpoint.
+
+    Servers that load a checkpoint take tensors of these names in their calls that update weights, too.
+
+    Args:
+        adapter: a local LocFT adapter folder.
+        out: the file to write, `….safetensors`; the folder above it is made if it is not there.
+        base: as in `export_peft`.
+        revision: as in `export_peft`.
+        dtype: as in `export_peft`.
+        force: as in `export_peft`.
+
+    Raises:
+        ValueError: as in `export_peft`, and if `out` does not end in `.safetensors`.
+        OSError: if the base cannot be downloaded, or the file cannot be written.
+
+    Example:
+        >>> export_weights("out", "edited.safetensors", "Qwen/Qwen2.5-7B-Instruct")
+    """
+    path = Path(out)
+    if path.suffix != ".safetensors" or path.is_dir():
+        raise ValueError(f"{path}: expected the name of a file to write, as in edited.safetensors.")
+    checked = deltas_alone(adapter, out)
+    source = BaseTensors(*base_of(checked, base, revision))
+    edited = edited_tensors(checked, source, dtype_of(dtype), force=force)
+    tensors = {source.name_of(parameter): tensor for parameter, tensor in edited}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with file_written_whole(path) as staged:
+        save_file(tensors, staged, metadata={"format": "pt"})
+    return Export(path, _described(tensors), path.stat().st_size)
+
+
+def checked_apart(adapter: str | os.PathLike[str], out: str | os.PathLike[str]) -> CheckedAdapter:
+    """Return a checked adapter that is not in the folder that is to be written.
+
+    Raises:
+        ValueError: if it is refused, or is there.
+    """
+    checked = check_adapter(adapter)
+    if Path(out).resolve() == checked.folder.resolve():
+        raise ValueError(f"{out} is the adapter itself, which would be overwritten. Give another folder.")
+    return checked
+
+
+def deltas_alone(adapter: str | os.PathLike[str], out: str | os.PathLike[str]) -> CheckedAdapter:
+    """Return a checked adapter that holds deltas and nothing else, and is not in the folder that is to be written.
+
+    Raises:
+        ValueError: if it is refused, holds more, or is there.
+    """
+    checked = checked_apart(adapter, out)
+    others = sorted(checked.tensors.keys() - set(checked.deltas.values()))
+    if others:
+        raise ValueError(
+            f"{checked.folder} holds {others[0]} beside its deltas (modules_to_save or trainable_token_indices). "
+            "Expected deltas alone. Merge the adapter and save the model instead."
+        )
+    return checked
+
+
+def base_of(
+    adapter: CheckedAdapter, base: str | os.PathLike[str] | None, revision: str | None
+) -> tuple[str | os.PathLike[str], str | None]:
+    """Return the base model and its revision; where none is given, those that the adapter names.
+
+    Raises:
+        ValueError: if neither is there.
+    """
+    if base is not None:
+        return base, revision
+    named = adapter.config.base_model_name_or_path
+    if not named:
+        raise ValueError(f"{adapter.folder} does not name its base model. Give its folder or name on the Hub.")
+    return named, revision or adapter.config.revision
+
+
+def base_fields(adapter: CheckedAdapter, base: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """Return what the configuration of an export says of the base: what the adapter's own does, where it does."""
+    config = adapter.config
+    named = config.base_model_name_or_path or (None if base is None else os.fspath(base))
+    return {
+        "base_model_name_or_path": named,
+        "revision": config.revision,
+        "task_type": config.task_type,
+        "inference_mode": True,
+    }
+
+
+def write_adapter(
+    adapter: CheckedAdapter,
+    out: str | os.PathLike[str],
+    config: PeftConfig,
+    tensors: dict[str, torch.Tensor],
+    **export: Any,
+) -> Export:
+    """Write an adapter folder of another PEFT method, whole, with what is known of the LocFT adapter and `export`."""
+    facts = provenance(config, {name: adapter.facts[name] for name in OF_THE_EDIT if name in adapter.facts})
+    facts |= {"base_sha256": getattr(adapter.config, "base_sha256", None) or {}, "export": export}
+    with written_whole(out) as staging:
+        save_file(tensors, staging / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(str(staging))
+        write_description(staging, config, facts)
+    return Export(Path(out), _described(tensors), (Path(out) / SAFETENSORS_WEIGHTS_NAME).stat().st_size)
+
+
+def _described(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def dtype_of(name: str) -> torch.dtype | None:
+    """Return the dtype of that name, or None for `"auto"`, the checkpoint's own.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if name not in ("auto", *DELTA_DTYPES):
+        raise ValueError(f"dtype={name!r}: expected auto or one of {', '.join(DELTA_DTYPES)}.")
+    return None if name == "auto" else getattr(torch, name)

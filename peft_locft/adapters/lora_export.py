@@ -1,0 +1,231 @@
+"""Approximate an edit by a LoRA adapter, for servers that take nothing else; and measure what that leaves of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from peft import LoraConfig, PeftModel, convert_to_lora
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+
+from ..edits import Edit, read_edits
+from ..evaluation import EvaluationConfig, evaluate_edits
+from ..measuring.evaluation_report import EvaluationReport
+from ..tuner.provenance import locft_layers
+from .adapter_claims import MODEL
+from .adapter_folder import describe_adapter
+from .adapter_reading import CheckedAdapter
+from .exports import base_fields, base_of, deltas_alone, dtype_of, write_adapter
+
+MAX_RANK = 512  # vLLM's largest max_lora_rank
+
+
+@dataclass(frozen=True, slots=True)
+class LoraExport:
+    """What a LoRA export wrote, and what it kept of the edit.
+
+    Attributes:
+        path: the folder.
+        rank: of every module's matrices.
+        share_kept: of the deltas' squared Frobenius norm, all modules together; 1 is everything.
+        share_kept_by_module: the same, each module by itself.
+        num_bytes: size of the weights file.
+        before: what the adapter answers, where edits were given; its own before is the base.
+        after: what the LoRA adapter answers.
+    """
+
+    path: Path
+    rank: int
+    share_kept: float
+    share_kept_by_module: dict[str, float]
+    num_bytes: int
+    before: EvaluationReport | None = None
+    after: EvaluationReport | None = None
+
+    def __str__(self) -> str:
+        rows = [
+            f"{self.path}, rank {self.rank}, {self.num_bytes / 1e6:.1f} MB",
+            f"kept {self.share_kept:.2%} of the delta",
+        ]
+        if len(self.share_kept_by_module) > 1:
+            rows += [f"  {share:.2%} of {name}" for name, share in self.share_kept_by_module.items()]
+        if self.before is not None and self.after is not None:
+            for name, result in self.after.results.items():
+                if name in self.before.results:
+                    rows.append(f"{name}: {self.before.results[name].after} as trained, {result.after} as LoRA")
+        return "\n".join(rows)
+
+
+def export_lora(
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    revision: str | None = None,
+    edits: str | os.PathLike[str] | Sequence[Edit] | datasets.Dataset | None = None,
+    dtype: str = "auto",
+) -> LoraExport:
+    """Write the LoRA adapter that is nearest to an edit, and say how much of the delta it keeps.
+
+    It is the truncated singular value decomposition that PEFT's `convert_to_lora` makes, all modules at one rank, with
+    `lora_alpha` equal to it: the shape that vLLM and SGLang load. Of the base the configuration alone is read, unless
+    there are edits to ask for.
+
+    Args:
+        adapter: a local LocFT adapter folder, its location in linear modules.
+        out: the folder to write.
+        base: the base model: a folder or a name on the Hub; `None` is the one that the adapter names.
+        rank: of every module's matrices, up to 512.
+        energy: in place of `rank`: the smallest rank that keeps this share of every module's delta, in (0, 1].
+        revision: branch, tag or commit of the base on the Hub; `None` is the one that the adapter names with it.
+        edits: whatever `read_edits` reads: asked of the adapter and of the LoRA adapter, on the base in full.
+        dtype: in which the base is loaded to ask it; `"auto"` is what its checkpoint says.
+
+    Raises:
+        ValueError: if not one of `rank` and `energy` is given, or it is out of range; if the adapter is refused by
+            `check_adapter`, or has a delta of something else than the weight of a linear module.
+        NotADirectoryError: if `out` or one above it is a file.
+        OSError: if the base cannot be loaded.
+
+    Example:
+        >>> print(export_lora("locft-demo", "demo-lora", rank=64))  # of examples/demo.py
+        demo-lora, rank 64, 0.5 MB
+        kept 79.52% of the delta
+    """
+    _check_numbers(rank, energy)
+    dtype_of(dtype)
+    asked = None if edits is None else read_edits(edits)
+    checked = deltas_alone(adapter, out)
+    source = base_of(checked, base, revision)
+    model = _without_base_weights(checked, *source)
+    modules = _linear_modules(model, checked)
+    if rank is None:
+        assert energy is not None
+        rank = max(rank_for(module.get_delta_weight("default"), energy) for module in modules.values())
+    _check_rank(rank, checked)
+    _, tensors = convert_to_lora(model, rank=rank)
+    kept = [_kept(module, tensors, f"{MODEL}{name}") for name, module in modules.items()]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=sorted(modules),
+        fan_in_fan_out=any(isinstance(module.get_base_layer(), Conv1D) for module in modules.values()),
+        **base_fields(checked, base),
+    )
+    share = _share(sum(lost for lost, _ in kept), sum(norm for _, norm in kept))
+    written = write_adapter(checked, out, config, tensors, to="lora", rank=rank, share_kept=share)
+    before, after = (None, None) if asked is None else _evaluate(checked, out, source, asked, dtype)
+    if after is not None:
+        describe_adapter(out, report=after)
+    return LoraExport(
+        Path(out),
+        rank,
+        share,
+        {name: _share(*norms) for name, norms in zip(modules, kept, strict=True)},
+        written.num_bytes,
+        before,
+        after,
+    )
+
+
+def kept_by_rank(delta: torch.Tensor) -> torch.Tensor:
+    """Return the share of a matrix's squared Frobenius norm that its best approximation of each rank keeps.
+
+    Args:
+        delta: (m, n).
+
+    Returns:
+        Shares from rank 1 to min(m, n), in float64; ones if the matrix is zero.
+    """
+    wide = delta.double()
+    # the squared singular values are the eigenvalues of the smaller Gram matrix, which costs far less than the SVD
+    gram = wide @ wide.T if wide.shape[0] <= wide.shape[1] else wide.T @ wide
+    energies = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).cumsum(0)
+    return energies / energies[-1] if energies[-1] > 0 else torch.ones_like(energies)
+
+
+def rank_for(delta: torch.Tensor, energy: float) -> int:
+    """Return the smallest rank that keeps this share of a matrix's squared Frobenius norm."""
+    return int((kept_by_rank(delta) < energy).sum()) + 1
+
+
+def _check_numbers(rank: int | None, energy: float | None) -> None:
+    if (rank is None) == (energy is None):
+        raise ValueError(f"rank={rank}, energy={energy}: expected one of the two.")
+    if rank is not None and not 1 <= rank <= MAX_RANK:
+        raise ValueError(f"rank={rank}: expected 1 to {MAX_RANK}, the most that vLLM serves.")
+    if energy is not None and not 0 < energy <= 1:
+        raise ValueError(f"energy={energy}: expected the share of the delta to keep, in (0, 1].")
+
+
+def _check_rank(rank: int, adapter: CheckedAdapter) -> None:
+    for parameter, name in adapter.deltas.items():
+        shape = adapter.tensors[name].shape
+        if rank > min(shape):
+            raise ValueError(
+                f"rank={rank}: the delta of {parameter} is {' x '.join(map(str, shape))}, so that its rank is "
+                f"{min(shape)} at most. Give a rank up to that."
+            )
+    if rank > MAX_RANK:
+        raise ValueError(
+            f"The energy that was asked for needs rank {rank}; expected {MAX_RANK} at most, which is as much as vLLM "
+            "serves. Ask for less, or export the edited weights instead, which keep all of it."
+        )
+
+
+def _without_base_weights(adapter: CheckedAdapter, base: str | os.PathLike[str], revision: str | None) -> PeftModel:
+    """Return the base model on the meta device, which has no values, with the adapter's deltas, which have."""
+    model_config = AutoConfig.from_pretrained(base, revision=revision)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config)
+    return PeftModel.from_pretrained(model, adapter.folder)
+
+
+def _linear_modules(model: PeftModel, adapter: CheckedAdapter) -> dict[str, Any]:
+    layers = {name: layer for name, layer in locft_layers(model) if "default" in layer.locft_delta}
+    others = [name for name, layer in layers.items() if not layer.supports_lora_conversion("default")]
+    if others:
+        raise ValueError(
+            f"{adapter.folder} has deltas that no LoRA adapter can hold: of {', '.join(others[:3])}"
+            f"{' and others' if len(others) > 3 else ''}. Expected the weights of linear modules alone. Export the "
+            "edited weights instead, or merge the adapter and serve the model."
+        )
+    return layers
+
+
+def _kept(module: Any, tensors: Mapping[str, torch.Tensor], name: str) -> tuple[float, float]:
+    """Return the squared Frobenius norms of what is lost of a delta, and of the delta."""
+    delta = module.get_delta_weight("default")
+    product = tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
+    product = product.T if isinstance(module.get_base_layer(), Conv1D) else product
+    return float((delta - product).double().square().sum()), float(delta.double().square().sum())
+
+
+def _share(lost: float, norm: float) -> float:
+    return 1 - lost / norm if norm else 1.0
+
+
+def _evaluate(
+    adapter: CheckedAdapter,
+    lora: str | os.PathLike[str],
+    source: tuple[str | os.PathLike[str], str | None],
+    edits: Sequence[Edit],
+    dtype: str,
+) -> tuple[EvaluationReport, EvaluationReport]:
+    base, revision = source
+    model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(base, revision=revision)
+    chat_template = bool(adapter.facts.get("recipe", {}).get("chat_template"))
+    args = EvaluationConfig(protocols=["generation"], chat_template=chat_template)
+    edited = PeftModel.from_pretrained(model, adapter.folder)
+    before = evaluate_edits(edited, tokenizer, edits, args, progress=False)
+    approximated = PeftModel.from_pretrained(edited.unload(), lora)
+    return before, evaluate_edits(approximated, tokenizer, edits, args, progress=False)

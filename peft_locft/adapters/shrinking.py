@@ -1,0 +1,91 @@
+"""Make a delta smaller at a loss that is measured: fewer bits a value, or fewer values that are not zero."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+
+from ..files import file_written_whole, write_whole
+from ..tuner.config import DELTA_DTYPES
+from .adapter_reading import CheckedAdapter
+
+
+def check_shrinking(delta_dtype: str | None, keep_largest: float | None) -> None:
+    """Raise a ValueError if these are no dtype of a delta and no share of its values."""
+    if delta_dtype not in (None, *DELTA_DTYPES):
+        raise ValueError(f"delta_dtype={delta_dtype!r}: expected one of {', '.join(DELTA_DTYPES)}.")
+    if keep_largest is not None and not 0 < keep_largest <= 1:
+        raise ValueError(f"keep_largest={keep_largest}: expected the share of values to keep, in (0, 1].")
+
+
+def keep_relatively_largest(delta: torch.Tensor, weight: torch.Tensor, share: float) -> torch.Tensor:
+    """Return a delta with zeros in place of all values but those that change their weight the most, relatively.
+
+    RECT (Gu et al., "Model Editing Harms General Abilities of Large Language Models", arXiv 2401.04700): Δ_ij is kept
+    where |Δ_ij / W_ij| is among the largest.
+
+    Args:
+        delta: of any shape.
+        weight: the base weight, of that shape.
+        share: of the values to keep, in (0, 1]; of equal ones at the border, all.
+    """
+    if share == 1.0:
+        return delta
+    ratio = (delta.float() / weight.float()).abs()
+    # a change of a weight of zero is infinitely large, and no change of it is none
+    ratio[delta == 0] = 0.0
+    dropped = ratio.numel() - max(1, round(share * ratio.numel()))
+    if dropped == 0:
+        return delta
+    border = ratio.flatten().kthvalue(dropped + 1).values
+    return torch.where(ratio >= border, delta, torch.zeros_like(delta))
+
+
+def shrink_files(
+    adapter: CheckedAdapter,
+    out: Path,
+    weight_of: Callable[[str], torch.Tensor],
+    delta_dtype: str | None,
+    keep_largest: float | None,
+) -> dict[str, Any]:
+    """Write an adapter's weights and configuration to `out` with smaller deltas; `out` may be the adapter's folder.
+
+    Args:
+        adapter: a LocFT adapter.
+        out: a folder that is there.
+        weight_of: gives the base weight of a parameter; called for `keep_largest` alone.
+        delta_dtype: of the deltas; `None` leaves each as it is.
+        keep_largest: the share of values to keep, see `keep_relatively_largest`; `None` keeps all.
+
+    Returns:
+        What is recorded of it: the arguments, and the share of the deltas' squared Frobenius norm that is kept.
+
+    Raises:
+        ValueError: if a value becomes infinite in `delta_dtype`, and whatever `weight_of` raises.
+    """
+    tensors = {name: adapter.read(name) for name in adapter.tensors.keys() - set(adapter.deltas.values())}
+    lost = total = 0.0
+    for parameter, name in adapter.deltas.items():
+        delta = small = adapter.read(name)
+        if keep_largest is not None:
+            small = keep_relatively_largest(delta, weight_of(parameter), keep_largest)
+        if delta_dtype is not None:
+            small = small.to(getattr(torch, delta_dtype))
+        if not torch.isfinite(small).all():
+            raise ValueError(f"{parameter}: its delta has values too large for {delta_dtype}. Take bfloat16 instead.")
+        lost += float((delta.double() - small.double()).square().sum())
+        total += float(delta.double().square().sum())
+        tensors[name] = small
+    settings = json.loads((adapter.folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    settings |= {} if delta_dtype is None else {"delta_dtype": delta_dtype}
+    with file_written_whole(out / SAFETENSORS_WEIGHTS_NAME) as staged:
+        save_file(tensors, staged, metadata={"format": "pt"})
+    write_whole(out / CONFIG_NAME, json.dumps(settings, indent=2, sort_keys=True))
+    kept = 1 - lost / total if total else 1.0
+    return {"delta_dtype": delta_dtype, "keep_largest": keep_largest, "share_kept": kept}

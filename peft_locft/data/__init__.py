@@ -1,0 +1,1 @@
+"""What is trained on, as text and as rows: edits, variants of them, facts to keep."""

@@ -1,0 +1,241 @@
+"""What a base model says when it may choose: prefixes for edits, text to preserve, and names like those of edits."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import count
+from typing import Any
+
+import numpy as np
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..encoding import encode_prompts
+from ..evaluation import disabling
+from ..running.decoding import ask
+from ..running.model_state import max_length
+from ..running.questions import UNTIL_EOS, Question, TopK
+from .leaks import normalised
+
+LISTED, NAME_TOKENS = 12, 12  # names that a list begins with, and tokens that each one more may have on average
+NAMES_IN_A_LIST = 8  # that are made of it
+SHORT_PREFIX, LONG_PREFIX = 5, 10  # tokens, by the source
+TEXT_LENGTH = 128
+MAX_ROUNDS = 20
+
+
+@contextmanager
+def as_base(model: nn.Module) -> Iterator[None]:
+    """Let a model answer as its base for a while, if it has an adapter to disable."""
+    with (disabling(model) or nullcontext)():
+        yield
+
+
+def generate_prefixes(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    num_short: int = 5,
+    num_long: int = 10,
+    *,
+    seed: int = 42,
+    k: int = 5,
+) -> tuple[str, ...]:
+    """Let the base model generate random text to put before prompts, for `augmentation.with_prefix`.
+
+    Source: Gangadhar and Stratos, "Model Editing by Pure Fine-Tuning" (arXiv 2402.11078): from BOS (EOS where the
+    tokenizer has no BOS), sampled among the 5 most probable tokens; 5 of at most 5 tokens and 10 of at most 10. They
+    take the same 15 for every edit of a batch, and 10 for a single edit.
+
+    Args:
+        model: a decoder-only language model; an adapter on it is disabled meanwhile.
+        tokenizer: its tokenizer.
+        num_short: prefixes of at most 5 tokens.
+        num_long: prefixes of at most 10 tokens.
+        seed: the same seed gives the same prefixes.
+        k: tokens that are sampled among.
+
+    Returns:
+        The short ones, then the long ones: distinct, none empty, no whitespace around them or line break in them.
+
+    Raises:
+        ValueError: if a number is negative or `k` below 1; if the tokenizer has neither BOS nor EOS; if the model does
+            not generate so many different ones.
+
+    Example:
+        >>> generate_prefixes(model, tokenizer, 1, 1)
+        ('The first step in', 'In a world where technology is rapidly changing, it')
+    """
+    if num_short < 0 or num_long < 0:
+        raise ValueError(f"Found num_short={num_short} and num_long={num_long}; expected 0 or more prefixes.")
+    lengths = [SHORT_PREFIX] * num_short + [LONG_PREFIX] * num_long
+    prefixes: list[str | None] = [None] * len(lengths)
+    for attempt in range(MAX_ROUNDS):
+        places = [place for place, prefix in enumerate(prefixes) if prefix is None]
+        if not places:
+            break
+        starts = _from_nothing(tokenizer, len(places))
+        answers = _sample(model, tokenizer, starts, [lengths[place] for place in places], k, (seed, attempt))
+        for place, token_ids in zip(places, answers, strict=True):
+            text = _one_line(tokenizer.decode(token_ids))
+            if text and text not in prefixes:
+                prefixes[place] = text
+    found = tuple(prefix for prefix in prefixes if prefix is not None)
+    if len(found) < len(lengths):
+        raise ValueError(
+            f"The model gave {len(found)} different prefixes in {MAX_ROUNDS} attempts; expected {len(lengths)}. Raise "
+            f"k (it is {k}), or ask for fewer."
+        )
+    return found
+
+
+def base_texts(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, num_tokens: int, *, seed: int = 42, k: int = 50
+) -> list[str]:
+    """Let the base model generate text, for those who have none of what it shall preserve.
+
+    Each text begins at BOS (EOS where the tokenizer has no BOS) and ends at EOS, or after 128 tokens or what positions
+    the model has.
+
+    Args:
+        model: a decoder-only language model; an adapter on it is disabled meanwhile.
+        tokenizer: its tokenizer.
+        num_tokens: to generate at least, over all texts.
+        seed: the same seed gives the same texts.
+        k: tokens that are sampled among.
+
+    Returns:
+        The texts, none empty. A tokenizer may read them as slightly more or fewer tokens than were generated.
+
+    Raises:
+        ValueError: if `num_tokens` or `k` is below 1; if the tokenizer has neither BOS nor EOS; if the model says
+            nothing before its EOS.
+
+    Example:
+        >>> len(base_texts(model, tokenizer, 32_768))
+        306
+    """
+    if num_tokens < 1:
+        raise ValueError(f"num_tokens={num_tokens}: expected 1 or more.")
+    length = min(TEXT_LENGTH, (max_length(model) or math.inf) - 1)
+    texts: list[str] = []
+    generated, attempt, fruitless = 0, 0, 0
+    while generated < num_tokens:
+        lengths = [int(length)] * math.ceil((num_tokens - generated) / length)
+        answers = _sample(model, tokenizer, _from_nothing(tokenizer, len(lengths)), lengths, k, (seed, attempt))
+        spoken = [(text, len(ids)) for ids in answers if (text := tokenizer.decode(ids).strip())]
+        texts += [text for text, _ in spoken]
+        generated += sum(count for _, count in spoken)
+        attempt, fruitless = attempt + 1, 0 if spoken else fruitless + 1
+        if fruitless == MAX_ROUNDS:
+            raise ValueError(
+                f"The model ends its text before it begins, {MAX_ROUNDS} times in a row; found {generated} of "
+                f"{num_tokens} tokens. Give text of your own, or raise k (it is {k})."
+            )
+    return texts
+
+
+def generate_subjects(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    subjects: Sequence[str],
+    num: int,
+    *,
+    seed: int = 42,
+    k: int = 50,
+) -> tuple[str, ...]:
+    """Let the base model go on with lists of subjects, which gives names of the same kinds.
+
+    Args:
+        model: a decoder-only language model; an adapter on it is disabled meanwhile.
+        tokenizer: its tokenizer.
+        subjects: of edits; each list begins with a few of them.
+        num: names at most. A model that has few ideas gives fewer, and none where it makes no list at all.
+        seed: the same seed gives the same names.
+        k: tokens that are sampled among.
+
+    Returns:
+        Distinct names, compared by `leaks.normalised`. None is one of `subjects`, holds a line break, or is longer
+        than the longest of them.
+
+    Raises:
+        ValueError: if `num` is negative or `k` below 1.
+
+    Example:
+        >>> generate_subjects(model, tokenizer, ["Danielle Darrieux", "Edwin of Northumbria"], 2)
+        ('William Shakespeare', 'Charles the Great')
+    """
+    if num < 0:
+        raise ValueError(f"num={num}: expected 0 or more names.")
+    given = list(dict.fromkeys(subjects))
+    known = {normalised(subject) for subject in given}
+    longest = max(map(len, given), default=0)
+    room = max_length(model) or sys.maxsize
+    random = np.random.default_rng(seed)
+    names: dict[str, str] = {}
+    fruitful = bool(given)
+    for attempt in count():
+        if len(names) >= num or not fruitful:
+            break
+        before = len(names)
+        starts = [
+            _list_of([given[number] for number in random.permutation(len(given))[:LISTED]], tokenizer, room)
+            for _ in range(math.ceil((num - len(names)) / NAMES_IN_A_LIST))
+        ]
+        starts = [start for start in starts if len(start) < room]
+        lengths = [min(NAMES_IN_A_LIST * NAME_TOKENS, room - len(start)) for start in starts]
+        answers = _sample(model, tokenizer, starts, lengths, k, (seed, attempt))
+        for token_ids in answers:
+            # the last one may have been cut off, and what stands behind a line break is no list any more
+            line = tokenizer.decode(token_ids).strip().partition("\n")[0]
+            for name in map(_one_line, line.split(";")[:-1]):
+                if name and len(name) <= longest and normalised(name) not in known:
+                    names.setdefault(normalised(name), name)
+        fruitful = len(names) > before
+    return tuple(names.values())[:num]
+
+
+def _list_of(names: Sequence[str], tokenizer: PreTrainedTokenizerBase, room: int) -> list[int]:
+    """Return the tokens of a list that goes on, of fewer names where it would leave less than half of the room."""
+    while True:
+        (token_ids,) = encode_prompts(["; ".join(names) + ";"], tokenizer)
+        if len(token_ids) <= room / 2 or len(names) == 1:
+            return token_ids
+        names = names[: len(names) // 2]
+
+
+def _from_nothing(tokenizer: Any, number: int) -> list[list[int]]:
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if start is None:
+        raise ValueError("tokenizer: found neither BOS nor EOS, which the base begins to speak from; set one of them.")
+    return [[start]] * number
+
+
+def _sample(
+    model: nn.Module,
+    tokenizer: Any,
+    starts: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    k: int,
+    seed: tuple[int, int],
+) -> list[list[int]]:
+    """Sample how each start goes on, for at most its length in tokens; EOS ends it and is left out."""
+    if k < 1:
+        raise ValueError(f"k={k}: expected 1 or more tokens to sample among.")
+    questions = [
+        Question(tuple(start), num_stops=UNTIL_EOS, max_new_tokens=length, sample=number)
+        for number, (start, length) in enumerate(zip(starts, lengths, strict=True))
+    ]
+    choose = TopK(k, int(np.random.default_rng(seed).integers(2**32)))
+    with as_base(model):
+        answers = ask(model, tokenizer, questions, choose=choose, whose="the base")
+    ids = [answer.token_ids for answer in answers]
+    return [row[:-1] if row[-1] == tokenizer.eos_token_id else row for row in ids]
+
+
+def _one_line(text: str) -> str:
+    """Leave out what no prefix should have: line breaks, control characters, halves of characters."""
+    printable = "".join(letter for letter in " ".join(text.split()) if letter.isprintable() and letter != "\ufffd")
+    return printable.strip()

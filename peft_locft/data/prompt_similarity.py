@@ -1,0 +1,88 @@
+"""Which prompts are like others, as the model itself sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn.functional import normalize
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from ..encoding import encode_prompts
+from ..running.decoding import evaluating
+from ..running.tail import logits_at
+from .generated_text import as_base
+
+TOKENS_IN_A_FORWARD = 2048
+EDITS_AT_ONCE = 256
+
+
+def embed_prompts(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> torch.Tensor:
+    """Embed prompts by the base model's own hidden states halfway up the layers.
+
+    Each token's state is brought to length 1 before the mean over the prompt is taken: the first token's is larger by
+    orders of magnitude in most models, and says nothing of the text.
+
+    Args:
+        model: a decoder-only language model; an adapter on it is disabled meanwhile.
+        tokenizer: its tokenizer, a fast one.
+        prompts: N texts.
+
+    Returns:
+        (N, hidden size) float32, on the CPU.
+    """
+    rows = [torch.tensor(ids) for ids in encode_prompts(prompts, tokenizer)]
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    embedded: list[torch.Tensor] = [torch.empty(0)] * len(rows)
+    with as_base(model), evaluating(model):
+        for batch in _batches([len(row) for row in rows]):
+            ids = pad_sequence([rows[number] for number in batch], batch_first=True).to(device)
+            mask = pad_sequence([torch.ones_like(rows[number]) for number in batch], batch_first=True).to(device)
+            inputs = {"input_ids": ids, "attention_mask": mask, "output_hidden_states": True, "use_cache": False}
+            first = torch.zeros(1, dtype=torch.int64, device=device)
+            states = logits_at(model, first, first, inputs).hidden_states  # logits of one token: none are wanted
+            half = normalize(states[len(states) // 2].float(), dim=-1)
+            means = (half * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+            for number, mean in zip(batch, means.cpu(), strict=True):
+                embedded[number] = mean
+    return torch.stack(embedded)
+
+
+def nearest_prompts(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], candidates: Sequence[str], num: int
+) -> list[int]:
+    """Find the candidates most similar to any of some prompts.
+
+    The similarity is the cosine of [`embed_prompts`], from which the candidates' mean is taken: all hidden states of a
+    model have much in common that says nothing about their text.
+
+    Args:
+        model: see `embed_prompts`.
+        tokenizer: see there.
+        prompts: at least one.
+        candidates: at least `num`.
+        num: how many to find.
+
+    Returns:
+        The numbers of the candidates found, the most similar first; of equals the first.
+    """
+    states = embed_prompts(model, tokenizer, candidates)
+    centre = states.mean(dim=0)
+    unit = normalize(states - centre, dim=1)
+    of_prompts = normalize(embed_prompts(model, tokenizer, prompts) - centre, dim=1)
+    best = torch.full((len(unit),), -torch.inf)
+    for some in of_prompts.split(EDITS_AT_ONCE):
+        best = torch.maximum(best, (unit @ some.T).amax(dim=1))
+    return best.argsort(descending=True, stable=True)[:num].tolist()
+
+
+def _batches(lengths: Sequence[int]) -> list[list[int]]:
+    """Put prompts of similar length together."""
+    batches: list[list[int]] = []
+    for number in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if not batches or (len(batches[-1]) + 1) * lengths[number] > TOKENS_IN_A_FORWARD:
+            batches.append([])
+        batches[-1].append(number)
+    return batches

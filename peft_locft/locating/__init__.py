@@ -1,0 +1,1 @@
+"""The parts of a search for a location."""

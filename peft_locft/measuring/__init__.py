@@ -1,0 +1,1 @@
+"""What an evaluation asks, how it scores, and what it reports."""

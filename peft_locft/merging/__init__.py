@@ -1,0 +1,1 @@
+"""Merging into a checkpoint on the disk, and the exact way back."""

@@ -1,0 +1,249 @@
+"""Merging adapters into a checkpoint on the disk: a new folder in which nothing but the edited tensors is new."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from .._version import __version__
+from ..adapters.shipped_edits import Conflicts, find_conflicts
+from ..checkpoint import INDEX_NAME, OTHER_WEIGHTS, Checkpoint, local_folder
+from ..file_copies import Link, Progress, locked, place_file, sync_folder
+from ..files import current_umask, write_whole
+from .edited_weights import Edits, plan_edits, write_edited_shard
+from .in_place_undo import IN_PLACE_FOLDER
+
+RECORD_NAME = "locft_merge.json"
+STAGING_PREFIX = ".locft-"
+
+
+@dataclass(frozen=True, slots=True)
+class MergeSummary:
+    """What a merge on disk, or a detach, has done.
+
+    Attributes:
+        folder: the model that is there now.
+        tensors: names of the tensors that changed, as the checkpoint has them.
+        written: names of the files that were written anew, because a changed tensor is in them.
+        num_bytes: of the files that were written anew.
+        placed: how the other files were put there, and how many in each way: `{"hard link": 3, "copy": 5}`.
+        left_out: names of files that hold the unedited weights in another form. They are not in the new folder; a
+            merge in place leaves them as they are.
+        conflicts: prompts that several of the merged adapters edit, as far as they ship their edits.
+        seconds: how long it took.
+    """
+
+    folder: Path
+    tensors: tuple[str, ...]
+    written: tuple[str, ...]
+    num_bytes: int
+    placed: dict[str, int] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    conflicts: Conflicts | None = None
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        tensors = ", ".join(self.tensors[:3]) + (", …" if len(self.tensors) > 3 else "")
+        rows = [
+            ("model", str(self.folder)),
+            ("changed", f"{tensors} ({len(self.tensors)} in all)"),
+            ("written", f"{', '.join(self.written)}: {self.num_bytes / 1e6:,.1f} MB"),
+        ]
+        if self.placed:
+            rows.append(("others", ", ".join(f"{count} by {how}" for how, count in sorted(self.placed.items()))))
+        if self.left_out:
+            rows.append(("not edited", f"{', '.join(self.left_out)}: the base's weights in another form"))
+        if self.conflicts is not None and self.conflicts.conflicts:
+            rows.append(("conflicts", str(self.conflicts)))
+        rows.append(("time", f"{self.seconds:.1f} s"))
+        return "\n".join(f"{key:<12}{value}" for key, value in rows)
+
+
+def merge_checkpoint(
+    base: str | os.PathLike[str],
+    adapters: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    weights: Sequence[float] | None = None,
+    scale: float | None = None,
+    link: Link = "auto",
+    force: bool = False,
+    revision: str | None = None,
+    progress: bool = False,
+) -> MergeSummary:
+    """Merge adapters into a checkpoint without loading a model: only files with an edited tensor are written anew.
+
+    Every tensor of the result has the bits that `merge_and_unload()` and `save_pretrained()` give, of a base that was
+    loaded in the dtype of its checkpoint (`dtype="auto"`); loaded in another dtype, that way would round every tensor
+    of the model to it. The arithmetic is `compose_weight`. Memory holds a few megabytes at a time, whatever the size
+    of the tensors.
+
+    The new folder appears in one step, whole and on the disk: a kill at any moment leaves no folder, or the new one.
+    What is left beside it of a merge that was killed is removed by the next one to the same place.
+
+    Args:
+        base: the model: a folder, or an id on the Hub, through huggingface_hub's cache. It is not changed.
+        adapters: one or more adapters, folders or ids on the Hub. Several are added in this order, and rounded once:
+            the result is that of `merge_and_unload(adapter_names=…)`, whose order is that of the names.
+        out: the new folder. It must not be there, or be empty.
+        weights: a factor for each adapter. With it, the result is that of `add_weighted_adapter(…, "linear")` and a
+            merge of that. `None`: every adapter as it is.
+        scale: strength of the deltas, in the place of every adapter's own.
+        link: what happens to files of weights in which nothing is edited: `"auto"`: they share their blocks with the
+            base's (a reflink) where the file system can, or else become hard links to them, or else copies. `"hard"`:
+            hard links. `"copy"`: files of their own. A hard link is one file under two names: what writes into it
+            changes both. All other files are copied.
+        force: merge although the base's tensors are not those that the adapters were trained on.
+        revision: branch, tag or commit of a base on the Hub.
+        progress: show a progress bar on a terminal.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ValueError: if the base has no safetensors checkpoint; if an adapter is refused by `check_adapter`, or holds
+            more than deltas; if edits that it ships are broken or not its own; if an edited tensor is not in the
+            checkpoint, is quantized, tied, of another shape, or (without `force`) not the one that the adapter was
+            trained on; if the edit is not finite; if `out` is not empty, a mount point, or in the base; if the weights
+            are not one an adapter; if a hard link was asked for and cannot be made. Nothing is left of a merge that is
+            refused.
+        OSError: if the disk has no room, or a file cannot be written, or does not read as it was written.
+
+    Example:
+        >>> from peft_locft import merge_checkpoint
+        >>> print(merge_checkpoint("Qwen/Qwen2.5-7B-Instruct", ["out"], "merged"))
+    """
+    begun = time.perf_counter()
+    if link not in ("auto", "hard", "copy"):
+        raise ValueError(f"link={link!r}: expected 'auto', 'hard' or 'copy'.")
+    target = Path(out).resolve()
+    source = local_folder(base, revision)
+    _check_target(source, target)
+    edits = plan_edits(Checkpoint(source), adapters, weights, scale, force)
+    record = {"base_model": {"name_or_path": str(base), "revision": revision}, **merge_record(edits, weights, scale)}
+    conflicts = conflicts_of(edits)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(target)
+    staging = Path(tempfile.mkdtemp(prefix=f"{STAGING_PREFIX}{target.name}-", dir=target.parent))
+    try:
+        with locked(staging):
+            done = _write(edits, staging, link, record, progress)
+            staging.chmod(0o777 & ~current_umask())  # mkdtemp makes it private
+            os.rename(staging, target)  # onto an empty folder too, but on no other
+            sync_folder(target.parent)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return replace(done, folder=target, conflicts=conflicts, seconds=time.perf_counter() - begun)
+
+
+def conflicts_of(edits: Edits) -> Conflicts | None:
+    """Return the prompts that several of the adapters edit; `None` if there is one adapter alone."""
+    folders = list(dict.fromkeys(adapter.folder for adapter in edits.adapters))
+    return find_conflicts(folders) if len(folders) > 1 else None
+
+
+def _check_target(source: Path, target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(
+            f"{target} is there already: a merge writes a new folder. Remove it, or choose another place."
+        )
+    if os.path.ismount(target):
+        raise ValueError(f"{target} is a mount point, which cannot be put in place as a whole. Choose a folder in it.")
+    if target.is_relative_to(source):
+        raise ValueError(
+            f"{target} lies in the base itself, {source}. Choose a place beside it; to change the base, merge in "
+            "place (merge_in_place, --in-place)."
+        )
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what merges to the same place left that were killed: those that are under way hold a lock."""
+    staging = re.compile(re.escape(f"{STAGING_PREFIX}{target.name}-") + "[a-z0-9_]{8}")
+    for leftover in list(target.parent.iterdir()):
+        if staging.fullmatch(leftover.name):
+            with locked(leftover) as dead:
+                if dead:
+                    shutil.rmtree(leftover, ignore_errors=True)
+
+
+def merge_record(edits: Edits, weights: Sequence[float] | None, scale: float | None) -> dict[str, Any]:
+    """Return what a merged model says of its edits: which adapters, and how they were added."""
+    adapters = [
+        {
+            "adapter": str(adapter.folder),
+            "scale": adapter.config.scale if scale is None else scale,
+            "weight": None if weights is None else weights[index],
+        }
+        for index, adapter in enumerate(edits.adapters)
+    ]
+    return {"format": 1, "adapters": adapters, "peft-locft": __version__}
+
+
+def _write(edits: Edits, staging: Path, link: Link, record: dict[str, Any], progress: bool) -> MergeSummary:
+    checkpoint = edits.checkpoint
+    edited = edits.by_shard()
+    kept, left_out = other_files(checkpoint)
+    placed: Counter[str] = Counter()
+    digests: dict[str, str] = {}
+    for name in kept:
+        (staging / name).parent.mkdir(parents=True, exist_ok=True)
+        placed[place_file(checkpoint.folder / name, staging / name, "copy", lambda _: None)] += 1
+    total = sum((checkpoint.folder / name).stat().st_size for name in checkpoint.shards)
+    with progress_bar(total, progress) as advance:
+        for shard in checkpoint.shards:
+            source, target = checkpoint.folder / shard, staging / shard
+            if shard in edited:
+                digests |= write_edited_shard(source, target, edited[shard], advance)
+            else:
+                placed[place_file(source, target, link, advance)] += 1
+    before = checkpoint.folder / RECORD_NAME
+    if before.is_file():  # the base was merged itself
+        record = record | {"before": json.loads(before.read_text(encoding="utf-8"))}
+    write_whole(staging / RECORD_NAME, json.dumps(record | {"tensors_sha256": digests}, indent=2) + "\n")
+    for place, _, _ in os.walk(staging):
+        sync_folder(Path(place))
+    num_bytes = sum((staging / shard).stat().st_size for shard in edited)
+    return MergeSummary(
+        staging, tuple(sorted(digests)), tuple(sorted(edited)), num_bytes, dict(placed), tuple(left_out)
+    )
+
+
+def other_files(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
+    """Return the files of a model's folder beside its checkpoint: those that go with it, and other weights."""
+    own = {*checkpoint.shards, RECORD_NAME}
+    kept: list[str] = []
+    weights: list[str] = []
+    for place, folders, files in os.walk(checkpoint.folder, followlinks=True):
+        inside = Path(place).relative_to(checkpoint.folder)
+        # what git and huggingface_hub keep of a download describes files that are no longer these
+        folders[:] = [name for name in folders if not name.startswith(".") and inside / name != Path(IN_PLACE_FOLDER)]
+        for name in files:
+            of_weights = [
+                pattern for pattern in OTHER_WEIGHTS if fnmatch.fnmatch(name.removesuffix(".index.json"), pattern)
+            ]
+            if str(inside / name) in own:
+                continue
+            stale = of_weights and not (str(inside / name) == INDEX_NAME and checkpoint.has_index)
+            (weights if stale else kept).append(str(inside / name))
+    return sorted(kept), sorted(weights)
+
+
+@contextmanager
+def progress_bar(num_bytes: int, shown: bool) -> Iterator[Progress]:
+    """Give what to tell of written bytes, and show it, if asked to, on a terminal."""
+    with tqdm(total=num_bytes, unit="B", unit_scale=True, leave=False, disable=None if shown else True) as bar:
+        yield bar.update

@@ -1,0 +1,62 @@
+"""The results of baselines, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..measuring.bootstrap import Estimate
+
+FIGURES = (
+    "reliability_exact_match",
+    "reliability_contains",
+    "reliability_token_accuracy",
+    "generalization_exact_match",
+    "generalization_token_accuracy",
+    "locality_unchanged",
+    "perplexity",
+)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """One way to fine-tune edits in.
+
+    Args:
+        method: one of `METHODS`; those but LoRA train the same full-rank delta.
+        edit_order: as in [`BreadthFirstConfig`].
+        batch_size: edits a step.
+        loss_averaging: as in [`BreadthFirstConfig`]; of one edit both are the same.
+    """
+
+    method: str
+    edit_order: str
+    batch_size: int
+    loss_averaging: str = "edit"
+
+    def __str__(self) -> str:
+        averaging = "" if self.batch_size == 1 else f", by {self.loss_averaging}"
+        return f"{self.method}, {self.edit_order.replace('_', '-')}, batches of {self.batch_size}{averaging}"
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the results of `compare_baselines` as one Markdown table, the base first."""
+    names = [name for name in FIGURES if any(name in row["figures"] for row in rows)]
+    lines = [
+        "| method | order | batch | averaging | " + " | ".join(names) + " | training, s |",
+        "| " + " | ".join(["---"] * (len(names) + 5)) + " |",
+    ]
+    before = [_cell(rows[0]["before"].get(name)) for name in names]
+    lines.append("| base | | | | " + " | ".join(before) + " | |")
+    for row in rows:
+        baseline = Baseline(**row["baseline"])
+        what = (baseline.method, baseline.edit_order.replace("_", "-"), str(baseline.batch_size))
+        averaging = "" if baseline.batch_size == 1 else baseline.loss_averaging
+        figures = [_cell(row["figures"].get(name)) for name in names]
+        lines.append("| " + " | ".join([*what, averaging, *figures, f"{row['seconds']:.0f}"]) + " |")
+    return "\n".join(lines)
+
+
+def _cell(estimate: dict[str, float] | None) -> str:
+    return "-" if estimate is None else str(Estimate(**estimate))

@@ -1,0 +1,1 @@
+"""The parts of the trainer, and what is built on it."""

@@ -1,0 +1,175 @@
+"""Evaluates edits while they are trained: how they are memorised, generalise, and what is forgotten meanwhile."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from ..edits import Edit
+from ..evaluation import EditEvaluator
+from ..files import write_whole
+from ..measuring.evaluation_config import EvaluationConfig
+from ..measuring.evaluation_report import EvaluationReport
+from ..measuring.general_ability import Text
+from .training_callbacks import CURVES_KEY, STATE_KEY
+
+logger = logging.getLogger(__name__)
+
+LOWER_IS_BETTER = ("perplexity", "kl_from_base")
+BEST_NAME = "best_epoch.safetensors"
+CURVES_NAME = "evaluation_curves"
+
+
+class EvaluationCallback(TrainerCallback):
+    """Evaluates a sample of the edits every few epochs, and can end training at the best of them.
+
+    Each time, it writes `evaluation_curves.json` and, with matplotlib, `evaluation_curves.png` to `args.output_dir`.
+
+    Args:
+        edits: the sample, with rephrasings and probes; not all of the edits need be in training.
+        every: epochs between evaluations. There is one before the first epoch, too.
+        args: what is asked; the default leaves the probabilities out.
+        text: for perplexity and KL, see `evaluate_edits`.
+        best_metric: the metric by which an epoch is the best; `None` trains to the end and keeps the last.
+        patience: evaluations without a better one after which training ends. Then, as at the end of training, the
+            weights of the best evaluated epoch are put back.
+
+    Attributes:
+        curves: a dictionary an evaluation: `epoch`, `loss`, and every metric's value.
+
+    Raises:
+        ValueError: if `every` or `patience` is below 1; when training begins, if `best_metric` is not among what is
+            measured, the model is not whole on its device (`trunk_residency="layerwise"`), or a rephrasing or probe is
+            trained on (see `EvaluationConfig.on_leak`).
+
+    Example:
+        >>> callback = EvaluationCallback(edits[:100], every=5, best_metric="generalization_exact_match")
+        >>> BreadthFirstTrainer(model, args, train_dataset=edits, processing_class=tokenizer, callbacks=[callback])
+    """
+
+    def __init__(
+        self,
+        edits: Sequence[Edit],
+        every: int = 5,
+        args: EvaluationConfig | None = None,
+        *,
+        text: Text | None = None,
+        best_metric: str | None = None,
+        patience: int = 2,
+    ) -> None:
+        if every < 1 or patience < 1:
+            raise ValueError(f"EvaluationCallback: found every={every}, patience={patience}; expected 1 or more.")
+        self.edits = edits
+        self.every = every
+        self.args = args or EvaluationConfig(protocols=["generation", "token_accuracy"])
+        self.text = text
+        self.best_metric = best_metric
+        self.patience = patience
+        self.curves: list[dict[str, float]] = []
+        self._evaluator: EditEvaluator | None = None
+
+    # ------------------------------------------------------------------ what Trainer calls
+
+    def on_train_begin(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if getattr(args, "trunk_residency", "full") != "full":
+            raise ValueError(
+                "EvaluationCallback asks the whole model, and trunk_residency='layerwise' keeps a part of it off the "
+                "device. Leave trunk_residency on 'full', or evaluate after training."
+            )
+        self._evaluator = EditEvaluator(
+            model, processing_class, self.edits, self.args, text=self.text, progress=not args.disable_tqdm
+        )
+        # of a run that is resumed
+        self.curves = list(state.stateful_callbacks.get(CURVES_KEY, {}).get("curves", []))
+        if not self.curves:
+            self._evaluate(args, state, model)
+
+    def on_epoch_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        epoch = round(state.epoch or 0)
+        if epoch % self.every == 0 or control.should_training_stop or epoch >= args.num_train_epochs:
+            self._evaluate(args, state, model)
+            control.should_training_stop |= self._waited() >= self.patience
+
+    def on_train_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        best = self.best
+        kept = Path(args.output_dir, BEST_NAME)
+        if best is not None and kept.is_file():
+            if best is not self.curves[-1]:
+                _restore(model, kept)
+                value = best[self.best_metric or ""]
+                logger.warning("Kept epoch %d, the best by %s: %.4f.", best["epoch"], self.best_metric, value)
+            state.stateful_callbacks[CURVES_KEY] = {"curves": self.curves, "kept_epoch": best["epoch"]}
+            if state.is_world_process_zero:
+                kept.unlink(missing_ok=True)
+
+    # ------------------------------------------------------------------ the best epoch
+
+    @property
+    def best(self) -> dict[str, float] | None:
+        """The evaluation that is best by `best_metric`, the first of equals; `None` if there is no such metric."""
+        if self.best_metric is None or not self.curves:
+            return None
+        sign = -1 if self.best_metric in LOWER_IS_BETTER else 1
+        # before the first epoch nothing is learned, and nothing forgotten
+        return max(self.curves[1:] or self.curves, key=lambda row: sign * row.get(self.best_metric or "", -math.inf))
+
+    def _waited(self) -> int:
+        best = self.best
+        return 0 if best is None else len(self.curves) - 1 - self.curves.index(best)
+
+    def _evaluate(self, args: Any, state: TrainerState, model: nn.Module) -> None:
+        assert self._evaluator is not None
+        report = self._evaluator.evaluate(model)
+        if self.best_metric is not None and self.best_metric not in report.results:
+            why = report.missing.get(self.best_metric, f"expected one of {', '.join(report.results)}")
+            raise ValueError(f"EvaluationCallback.best_metric={self.best_metric!r}: {why}.")
+        self.curves.append(_point(report, state))
+        state.stateful_callbacks[CURVES_KEY] = {"curves": self.curves}
+        if not state.is_world_process_zero:
+            return
+        if self.best is self.curves[-1]:
+            tensors = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
+            write_whole(Path(args.output_dir, BEST_NAME), save(tensors))
+        write_whole(Path(args.output_dir, f"{CURVES_NAME}.json"), json.dumps(self.curves, indent=1) + "\n")
+        if importlib.util.find_spec("matplotlib") is not None and len(self.curves) > 1:
+            from ..plots import draw_curves
+
+            draw_curves(self.curves, Path(args.output_dir, f"{CURVES_NAME}.png"))
+
+
+def _point(report: EvaluationReport, state: TrainerState) -> dict[str, float]:
+    losses = state.stateful_callbacks.get(STATE_KEY, {}).get("epoch_losses", [])
+    loss = {"loss": losses[-1]} if losses else {}
+    values = {name: result.after.value for name, result in report.results.items()}
+    return {"epoch": state.epoch or 0} | loss | values
+
+
+@torch.no_grad()
+def _restore(model: nn.Module, kept: Path) -> None:
+    parameters = dict(model.named_parameters())
+    with safe_open(kept, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  (no dictionary)
+            parameters[name].copy_(file.get_tensor(name))

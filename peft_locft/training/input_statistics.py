@@ -1,0 +1,288 @@
+"""What comes into modules of a model over a text: its second moment, in one pass, kept on disk for later runs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from ..evaluation import disabling
+from ..files import file_written_whole
+from ..running.decoding import evaluating
+from ..running.model_state import check_vocabulary
+from ..running.tail import logits_at, passed_over
+from ..tuner.provenance import clean_name
+from .statistics_key import cache_keys, layer_numbers
+
+logger = logging.getLogger(__name__)
+
+Tokens: TypeAlias = torch.Tensor | Sequence[Sequence[int]]
+MAX_TOKENS_PER_FORWARD = 2048
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """Statistics of a module's input `k` over a text.
+
+    Args:
+        second_moment: (d_in, d_in) `C = E[k kᵀ]`, float32, on the CPU.
+        num_tokens: how many inputs that is the mean of, or the sum of their weights.
+    """
+
+    second_moment: torch.Tensor
+    num_tokens: float
+
+
+def input_statistics(
+    model: nn.Module,
+    windows: Tokens,
+    locations: Sequence[str],
+    *,
+    token_weights: Sequence[Sequence[float]] | torch.Tensor | None = None,
+    cache_dir: str | Path | None = None,
+    max_tokens_per_forward: int = MAX_TOKENS_PER_FORWARD,
+    progress: bool = True,
+) -> dict[str, InputStatistics]:
+    """Return the second moment of what comes into modules of a base model while it reads a text.
+
+    The text is read once for all modules, with every adapter disabled, and not beyond the last decoder layer that has
+    one of them. Rows of one length are read together, so that there is no padding to be counted. Inputs are multiplied
+    in float32, 2,048 at a time, and the products added in float64: float32 holds a product of so few to 1e-6, far
+    below what another text would change, at the speed of float32, and the sum adds no error however long the text is.
+
+    Args:
+        model: a decoder-only language model, with or without an adapter. It is left as it is.
+        windows: (windows, window) token ids, as `general_ability.text_windows` makes them, or prompts, lists of token
+            ids of any lengths. A row that is there twice counts twice.
+        locations: names of Linears or Conv1Ds, as `named_modules` of the base model gives them.
+        token_weights: how much each token counts, in the shape of `windows`; `None`: all the same.
+        cache_dir: a folder where the statistics are kept, one file a location, and taken from where model, text and
+            location are the same.
+        max_tokens_per_forward: tokens that are read at once; a longer row is read alone.
+        progress: show a progress bar.
+
+    Returns:
+        The statistics by location.
+
+    Raises:
+        ValueError: if a location is not there, is no Linear or Conv1D, or takes no part in the text; if the text is
+            empty or has tokens that the model does not know; if weights do not fit or an adapter is merged.
+        FloatingPointError: if an input is not finite.
+
+    Example:
+        >>> windows = text_windows("wikitext.txt", tokenizer, window=512, max_tokens=32_768)
+        >>> input_statistics(model, windows, ["model.layers.20.mlp.down_proj"])
+        {'model.layers.20.mlp.down_proj': InputStatistics(second_moment=tensor(…), num_tokens=32768.0)}
+    """
+    modules = _located(model, locations)
+    rows = _rows(windows)
+    check_vocabulary(model, torch.cat(rows))
+    weights = None if token_weights is None else _weights(token_weights, rows)
+    if cache_dir is None:
+        return _measure(model, rows, weights, modules, max_tokens_per_forward, progress)
+    Path(cache_dir).mkdir(parents=True, exist_ok=True)
+    paths = {
+        name: Path(cache_dir, f"{key}.safetensors")
+        for name, key in cache_keys(model, list(modules), [*rows, *(weights or [])]).items()
+    }
+    found = {name: kept for name, path in paths.items() if (kept := _load(path)) is not None}
+    missing = {name: module for name, module in modules.items() if name not in found}
+    if missing:
+        measured = _measure(model, rows, weights, missing, max_tokens_per_forward, progress)
+        for name, statistics in measured.items():
+            _save(paths[name], name, statistics)
+        found |= measured
+    return {name: found[name] for name in modules}
+
+
+# ---------------------------------------------------------------------- what is measured where
+
+
+def input_dimension(module: nn.Module) -> int | None:
+    """Return along which dimension of a module's weight its inputs lie; `None` if it is not of that kind."""
+    if isinstance(module, nn.Linear):
+        return 1
+    return 0 if isinstance(module, Conv1D) else None
+
+
+def _located(model: nn.Module, locations: Sequence[str]) -> dict[str, nn.Module]:
+    if not locations:
+        raise ValueError("locations: found none; expected names of modules, such as 'model.layers.20.mlp.down_proj'.")
+    by_name: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and module.merged:
+            raise ValueError(
+                f"{clean_name(name)} has an adapter merged into it, and the statistics are to be the base's. Unmerge "
+                "it first."
+            )
+        by_name[clean_name(name)] = module  # the innermost of what is wrapped around each other
+    located = {}
+    for location in locations:
+        module = by_name.get(location)
+        if module is None:
+            raise ValueError(
+                f"locations: found {location!r}, which is no module of the model. Expected names as "
+                "`model.named_modules()` of the base model gives them."
+            )
+        if input_dimension(module) is None:
+            raise ValueError(
+                f"locations: found {location}, a {type(module).__name__}; expected a Linear or Conv1D, whose output "
+                "is its weight times its input."
+            )
+        located[location] = module
+    return located
+
+
+def _rows(windows: Tokens) -> list[torch.Tensor]:
+    rows = [torch.as_tensor(row, dtype=torch.int64) for row in windows]
+    empty = [number for number, row in enumerate(rows) if row.numel() == 0]
+    if not rows or empty:
+        where = f"row {empty[0]} is empty" if empty else "there are no rows"
+        raise ValueError(f"windows: {where}. Expected rows of one or more token ids.")
+    if rows[0].ndim != 1:
+        raise ValueError(
+            f"windows: found {rows[0].ndim + 1} dimensions; expected (windows, window) token ids, or a list of lists."
+        )
+    return rows
+
+
+def _weights(token_weights: Sequence[Sequence[float]] | torch.Tensor, rows: list[torch.Tensor]) -> list[torch.Tensor]:
+    weights = [torch.as_tensor(row, dtype=torch.float32) for row in token_weights]
+    shapes = [tuple(row.shape) for row in weights], [tuple(row.shape) for row in rows]
+    if shapes[0] != shapes[1]:
+        raise ValueError("token_weights: expected one number for each token of windows, in the same rows.")
+    flat = torch.cat(weights)
+    if not bool(torch.isfinite(flat).all()) or bool((flat < 0).any()) or not bool((flat > 0).any()):
+        raise ValueError("token_weights: expected finite numbers from 0 upwards, and one above it.")
+    return weights
+
+
+# ---------------------------------------------------------------------- measuring
+
+
+class _Sums:
+    """The running sums of one module."""
+
+    def __init__(self, num_features: int) -> None:
+        self.products = torch.zeros(num_features, num_features, dtype=torch.float64)
+        self.num_tokens = 0.0
+
+    def add(self, inputs: torch.Tensor, weights: torch.Tensor | None) -> None:
+        for begin in range(0, len(inputs), MAX_TOKENS_PER_FORWARD):
+            some = inputs[begin : begin + MAX_TOKENS_PER_FORWARD].float()
+            weighted = some
+            if weights is not None:
+                weighted = some * weights[begin : begin + MAX_TOKENS_PER_FORWARD, None].to(some.device)
+            self.products += (weighted.T @ some).cpu()
+        self.num_tokens += float(len(inputs) if weights is None else weights.double().sum())
+
+    def mean(self, name: str) -> InputStatistics:
+        if not self.num_tokens:
+            raise ValueError(
+                f"locations: no token of the text comes to {name}, so that there is nothing to know of its inputs. "
+                "Give more text, or leave this module out of target_modules."
+            )
+        mean = (self.products / self.num_tokens).float()
+        if not bool(torch.isfinite(mean).all()):
+            raise FloatingPointError(
+                f"What comes into {name} is not finite on the text. Load the model in float32 or bfloat16, and check "
+                "that its weights are finite."
+            )
+        return InputStatistics((mean + mean.T) / 2, self.num_tokens)
+
+
+def _measure(
+    model: nn.Module,
+    rows: list[torch.Tensor],
+    weights: list[torch.Tensor] | None,
+    modules: dict[str, nn.Module],
+    max_tokens: int,
+    progress: bool,
+) -> dict[str, InputStatistics]:
+    sums: dict[str, _Sums] = {}
+    current: list[torch.Tensor | None] = [None]
+
+    def take(name: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = args[0] if args else next(iter(kwargs.values()))
+        inputs = inputs.detach().reshape(-1, inputs.shape[-1])
+        if current[0] is not None and len(current[0]) != len(inputs):
+            raise ValueError(
+                f"token_weights: {name} does not get every token, so that it is not known which weights are its own. "
+                "Leave token_weights out, or this module."
+            )
+        sums.setdefault(name, _Sums(inputs.shape[1])).add(inputs, current[0])
+
+    batches = list(_batches(rows, max_tokens))
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    bar = tqdm(batches, desc="reading text to preserve", leave=False, disable=not progress or len(batches) < 4)
+    with ExitStack() as stack:
+        stack.enter_context((disabling(model) or nullcontext)())
+        stack.enter_context(evaluating(model))
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        run = stack.enter_context(_no_further_than(model, list(modules)))
+        for name, module in modules.items():
+            hook = module.register_forward_pre_hook(partial(take, name), with_kwargs=True)
+            stack.callback(hook.remove)
+        for batch in bar:
+            current[0] = None if weights is None else torch.cat([weights[number] for number in batch])
+            run({"input_ids": torch.stack([rows[number] for number in batch]).to(device), "use_cache": False})
+    return {name: sums.get(name, _Sums(0)).mean(name) for name in modules}
+
+
+def _batches(rows: list[torch.Tensor], max_tokens: int) -> Iterator[list[int]]:
+    by_length: dict[int, list[int]] = {}
+    for number, row in enumerate(rows):
+        by_length.setdefault(len(row), []).append(number)
+    for length, numbers in by_length.items():
+        at_once = max(1, max_tokens // length)
+        yield from (numbers[begin : begin + at_once] for begin in range(0, len(numbers), at_once))
+
+
+@contextmanager
+def _no_further_than(model: nn.Module, locations: list[str]) -> Iterator[Any]:
+    """Give a way to run the model in which the decoder layers behind the locations, and most of the head, are idle."""
+    layers, numbers = layer_numbers(model, locations)
+    if layers is None or None in numbers.values():
+        yield lambda inputs: model(**inputs)
+        return
+    last = max(number for number in numbers.values() if number is not None)
+    one = torch.zeros(1, dtype=torch.int64)
+    with passed_over(list(layers[last + 1 :])):
+        yield lambda inputs: logits_at(model, one, one, inputs)
+
+
+# ---------------------------------------------------------------------- kept on disk
+
+
+def _save(path: Path, name: str, statistics: InputStatistics) -> None:
+    tensors = {
+        "second_moment": statistics.second_moment,
+        "num_tokens": torch.tensor(statistics.num_tokens, dtype=torch.float64),
+    }
+    with file_written_whole(path) as staged:
+        save_file(tensors, staged, metadata={"location": name})
+
+
+def _load(path: Path) -> InputStatistics | None:
+    if not path.exists():
+        return None
+    try:
+        tensors = load_file(path)
+        statistics = InputStatistics(tensors["second_moment"], float(tensors["num_tokens"]))
+    except (SafetensorError, OSError, KeyError) as error:
+        logger.warning("%s holds no whole statistics (%s): they are made anew.", path, error)
+        return None
+    logger.info("The statistics of the preserved text are taken from %s.", path)
+    return statistics

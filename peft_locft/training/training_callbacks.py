@@ -1,0 +1,80 @@
+"""What happens around the steps: the loss floor, the record of losses, the progress bar."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import ProgressCallback
+
+from ..recipe import BreadthFirstConfig
+from .batches import EditBatches, LossRecord
+from .resting import STATE_KEY as RESTING_KEY
+from .resting import RestingEdits
+
+STATE_KEY = "BreadthFirstTrainer"
+CURVES_KEY = "EvaluationCallback"  # where that leaves its figures, which go into the provenance record
+
+
+class FloorAndRecord(TrainerCallback):
+    """Keeps the record of losses in the trainer's state, tells the batches their epoch, and stops at the floor."""
+
+    def __init__(self, record: LossRecord, resting: RestingEdits, args: BreadthFirstConfig) -> None:
+        self.record = record
+        self.resting = resting
+        self.args = args
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.record.restore(state.stateful_callbacks.get(STATE_KEY, LossRecord().state()))
+        self.resting.restore(state.stateful_callbacks.get(RESTING_KEY, {}))
+
+    def on_epoch_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, train_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        batches = train_dataloader.batch_sampler
+        assert isinstance(batches, EditBatches)
+        batches.epoch = int(state.epoch)
+        if self.args.steps_per_edit is None and self.record.epoch_losses:
+            # a run that is resumed after its last epoch ends there again
+            control.should_training_stop = self.record.epoch_losses[-1] < self.args.loss_floor
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        steps_per_edit = self.args.steps_per_edit
+        if steps_per_edit is None and state.epoch.is_integer():
+            # here and not in on_epoch_end: a checkpoint of this step comes before that, and is resumed after it
+            control.should_training_stop |= self.record.end_epoch() < self.args.loss_floor
+        elif steps_per_edit is not None and state.global_step % steps_per_edit == 0:
+            self.record.end_edit()
+        state.stateful_callbacks[STATE_KEY] = self.record.state()
+        if self.resting.epochs:
+            state.stateful_callbacks[RESTING_KEY] = self.resting.state()
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.args.steps_per_edit is None and self.record.epoch_edits:
+            self.record.end_epoch()  # cut short, by max_steps or another callback
+            state.stateful_callbacks[STATE_KEY] = self.record.state()
+
+
+class EditProgress(ProgressCallback):
+    """The Trainer's progress bar with the last loss and the speed, in place of a line for every log."""
+
+    def __init__(self, record: LossRecord) -> None:
+        super().__init__()
+        self.record = record
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self.begun, self.seen_before = time.perf_counter(), self.record.edits_seen
+        if self.training_bar is not None:
+            self.training_bar.update(state.global_step)
+            self.current_step = state.global_step
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        super().on_step_end(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            speed = (self.record.edits_seen - self.seen_before) / (time.perf_counter() - self.begun)
+            self.training_bar.set_postfix_str(f"loss {self.record.step_loss:.4f}, {speed:.0f} edits/s")
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+        pass
