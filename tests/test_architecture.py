@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -597,6 +598,17 @@ def test_files_and_functions_are_short(path: Path) -> None:
     functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
     long = [f"{node.name}: {length} lines" for node in functions if (length := lines_of(node)) > 50]
     assert not long, f"split: {long}"
+
+
+def test_the_readme_has_a_line_for_every_file() -> None:
+    readme = (PACKAGE.parent / "README.md").read_text()
+    folders = readme.partition("## Files")[2].split("\n\n`")  # each begins with its name
+    told = {folder.partition("/`: ")[0]: set(re.findall(r"`(\w+\.py)`", folder)) for folder in folders[1:]}
+    told[""] = set(re.findall(r"`(\w+\.py)`", folders[0]))
+    of_nobody = {"__init__.py", "_version.py"}
+    for folder in (PACKAGE, *(path for path in PACKAGE.iterdir() if (path / "__init__.py").exists())):
+        name = "" if folder == PACKAGE else folder.name
+        assert told[name] - of_nobody == {path.name for path in folder.glob("*.py")} - of_nobody
 
 
 @pytest.mark.parametrize("name", ["peft_locft", "peft_locft.tuner"])
