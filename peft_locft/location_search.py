@@ -43,7 +43,7 @@ class SearchPlan:
         modules: kinds of modules, or names, see `location_of`.
         layers: decoder layers, counted from 0; `None`: all.
         stride: begin with every so many-th of the layers, and come closer to the best: half as far each time.
-        keep: one in so many goes on to the next rung, in which a trial costs so many times as much.
+        keep: one in so many goes on to the next rung, two at least; a trial costs up to so many times as much there.
         num_rungs: 1 tries all of them on all edits; `None`: see `rungs`.
         learning_rates: of some modules, where it is not the recipe's: coarse ones want a lower one.
     """
@@ -71,9 +71,9 @@ def search_locations(
 ) -> LocationSearch:
     """Find out where edits are best written into a model.
 
-    Successive halving: all locations are trained on a few edits in small batches, one in `plan.keep` of them on more,
-    and so on; the last on all edits. The layers before a location are run once for all locations of a rung, and the
-    base is asked once.
+    Successive halving: all locations are trained on a few edits in small batches, one in `plan.keep` of them on others
+    and more, and so on by the mean of their scores; the last two or more on all edits. The layers before a location
+    are run once for all locations of a rung, and the base is asked once.
 
     Every result is written to `args.output_dir` when it is there, so that a search that was killed goes on where it
     was, and several processes with the same arguments share the work. In the end so are `locations.json`,

@@ -7,7 +7,18 @@ from typing import Any
 
 import pytest
 
-from peft_locft.locating.location_plan import Candidate, Rung, coarse_layers, cost, neighbours, rungs, survivors
+from peft_locft.locating.location_plan import (
+    Candidate,
+    Rung,
+    coarse_layers,
+    cost,
+    edits_of,
+    neighbours,
+    rungs,
+    survivors,
+)
+from peft_locft.locating.location_results import LocationTrial
+from peft_locft.locating.location_trials import mean_scores
 
 
 def sizes(*arguments: Any, **options: Any) -> list[tuple[int, int]]:
@@ -23,8 +34,8 @@ def test_rungs_grow_by_what_is_cut_off() -> None:
     # a batch is never larger than the sample, and never empty
     assert sizes(32, 100, 10, keep=4) == [(8, 8), (32, 32)]
     assert sizes(32, 1, 10, keep=4) == [(8, 1), (32, 1)]
-    # neither one location, nor a few edits, have much to cut
-    assert sizes(100, 25, 1, keep=3) == [(100, 25)]
+    # neither the last two locations, nor a few edits, have much to cut
+    assert sizes(100, 25, 1, keep=3) == sizes(100, 25, 2, keep=3) == [(100, 25)]
     assert sizes(15, 2, 100, keep=3) == [(15, 2)]
 
 
@@ -42,9 +53,26 @@ def test_every_rung_takes_the_steps_of_the_whole_recipe(num_edits: int, batch_si
 
 def test_a_search_costs_what_is_trained() -> None:
     ladder = rungs(72, 36, 10, keep=3)
-    assert cost(ladder, 10, keep=3) == (10 * 8 + 3 * 24 + 72) / 72
+    assert cost(ladder, 10, keep=3) == (10 * 8 + 3 * 24 + 2 * 72) / 72
     assert cost(ladder[-1:], 10, keep=3) == 10
     assert cost(rungs(100, 20, 160, keep=5), 160, keep=5) < 160 / 6
+
+
+def test_a_rung_has_other_edits_than_those_before_it_as_long_as_there_are_some() -> None:
+    ladder = rungs(100, 20, 160, keep=5)
+    assert [edits_of(ladder, rung, 100) for rung in range(3)] == [slice(0, 8), slice(8, 28), slice(100)]
+    assert edits_of(rungs(15, 2, 100, keep=3), 0, 15) == slice(0, 15)
+
+
+def trial(layer: int, rung: int, num_edits: int, score: float, failed: str | None = None) -> LocationTrial:
+    return LocationTrial("down", layer, rung, num_edits, 1e-3, score, {}, {}, failed, 1, (), (), 1.0, 1.0)
+
+
+def test_what_is_known_of_a_location_is_the_mean_of_its_trials() -> None:
+    trials = [trial(1, 0, 8, 0.9), trial(2, 0, 8, 0.5), trial(3, 0, 8, 0.8)]
+    trials += [trial(1, 1, 24, 0.5), trial(3, 1, 24, 0.7, failed="NaN")]
+    found = mean_scores(trials, [Candidate("down", layer) for layer in (1, 3)])
+    assert found == {Candidate("down", 1): pytest.approx(0.6), Candidate("down", 3): 0.0}
 
 
 @pytest.mark.parametrize(
@@ -63,7 +91,9 @@ def test_rungs_that_cannot_be(arguments: tuple[int, ...], message: str) -> None:
 def test_the_best_survive_and_of_equals_the_first() -> None:
     scores = {Candidate("down", layer): score for layer, score in enumerate([0.1, 0.5, 0.5, 0.4, 0.0, 0.2])}
     assert [candidate.layer for candidate in survivors(scores, 3)] == [1, 2]
-    assert [candidate.layer for candidate in survivors(scores, 10)] == [1]
+    # two are left to be told apart on all edits, if there are two
+    assert [candidate.layer for candidate in survivors(scores, 10)] == [1, 2]
+    assert survivors({Candidate("up", 0): 1.0}, 10) == [Candidate("up", 0)]
 
 
 def test_layers_are_approached() -> None:

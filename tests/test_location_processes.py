@@ -43,7 +43,7 @@ def test_two_processes_share_a_search(tmp_path: Path) -> None:
     (tmp_path / "edits.json").write_text(json.dumps(edits))
     assert run(tmp_path, "together") == [0, 0]
     content = json.loads((tmp_path / "out" / "locations.json").read_text())
-    assert [trial["rung"] for trial in content["trials"]] == [0, 0, 0, 0, 1]
+    assert [trial["rung"] for trial in content["trials"]] == [0, 0, 0, 0, 1, 1]
     assert not (tmp_path / "out" / "states").exists()
     table = (tmp_path / "out" / "locations.md").read_text()
     printed = [(tmp_path / f"printed-{rank}.txt").read_text() for rank in (0, 1)]

@@ -111,8 +111,8 @@ def test_coarse_to_fine_comes_to_the_best_layer(tmp_path: Path, monkeypatch: pyt
     plan = SearchPlan(modules=["down"], stride=4, num_rungs=1)
     found = search(tmp_path, base_model(num_hidden_layers=9), plan=plan)
     assert found.best.layer == 5
-    # 8, 4 and 0; two beside the best of these, and one beside the best of all
-    assert [candidate.layer for candidate in tried] == [8, 4, 0, 6, 2, 5, 3]
+    # 8, 4 and 0; those between the best two of these and beside them, and those beside the best two of all
+    assert [candidate.layer for candidate in tried] == [8, 4, 0, 6, 2, 7, 5, 3]
 
 
 def fake_measure(monkeypatch: pytest.MonkeyPatch, score: Any) -> list[Candidate]:

@@ -36,7 +36,9 @@ class LocateArguments:
     stride: int = field(
         default=1, metadata={"help": "Begin with every so many-th layer, then come closer to the best."}
     )
-    keep: int = field(default=5, metadata={"help": "One location in so many goes on to a longer trial."})
+    keep: int = field(
+        default=5, metadata={"help": "One location in so many, two at least, goes on to a longer trial."}
+    )
     num_rungs: int | None = field(default=None, metadata={"help": "1 tries every location in full."})
     learning_rates: list[str] = field(
         default_factory=list, metadata={"help": "Of some modules, as in entire-layer=5e-4 mlp=2e-3."}

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 FEWEST_EDITS = 8  # of the first rung
+FINALISTS = 2  # at least so many are tried on all edits: few edits tell near ones apart by chance
 
 
 @dataclass(frozen=True, order=True)
@@ -38,14 +39,14 @@ def rungs(num_edits: int, batch_size: int, num_candidates: int, keep: int, num_r
     The last rung is the recipe on all edits. Each before it has one in `keep` of the edits of the next, in batches
     that are smaller by as much: every trial takes the steps of the whole recipe, as a location that learns slowly
     needs them, and what a step computes is less. A rung costs a candidate up to `keep` times as much as the one
-    before, and has one in `keep` of its candidates.
+    before, and has one in `keep` of its candidates, `FINALISTS` at least.
 
     Args:
         num_edits: of the sample.
         batch_size: of the recipe.
         num_candidates: that begin.
         keep: one in so many goes on to the next rung.
-        num_rungs: how many; 1 tries every candidate on all edits. `None`: as many as leave one candidate for the last,
+        num_rungs: how many; 1 tries every candidate on all edits. `None`: as many as leave `FINALISTS` for the last,
             while the first has `FEWEST_EDITS` edits or more, and no more than half of those of the next.
 
     Raises:
@@ -58,7 +59,7 @@ def rungs(num_edits: int, batch_size: int, num_candidates: int, keep: int, num_r
     if keep < 2:
         raise ValueError(f"keep={keep}: one in so many goes on; expected 2 or more.")
     if num_rungs is None:
-        sizes, wanted = [num_edits], 1 + math.ceil(math.log(num_candidates, keep) - 1e-9)
+        sizes, wanted = [num_edits], 1 + math.ceil(math.log(max(1, num_candidates / FINALISTS), keep) - 1e-9)
         while len(sizes) < wanted and sizes[0] >= 2 * FEWEST_EDITS:
             sizes.insert(0, max(FEWEST_EDITS, math.ceil(sizes[0] / keep)))
     else:
@@ -71,10 +72,25 @@ def rungs(num_edits: int, batch_size: int, num_candidates: int, keep: int, num_r
     return [Rung(size, math.ceil(size * whole / num_edits)) for size in sizes]
 
 
+def edits_of(ladder: Sequence[Rung], rung: int, num_edits: int) -> slice:
+    """Return which edits of the sample a rung has: others than those before it, as long as there are enough.
+
+    What chance has made of a location on some edits it will hardly make of it on others.
+    """
+    begin = sum(before.num_edits for before in ladder[:rung])
+    end = begin + ladder[rung].num_edits
+    return slice(begin, end) if end <= num_edits else slice(ladder[rung].num_edits)
+
+
 def survivors(scores: dict[Candidate, float], keep: int) -> list[Candidate]:
-    """Return the best one in `keep`, one at least, the best first; of equal ones, those that were tried first."""
+    """Return the best one in `keep`, the best first; of equal ones, those that were tried first."""
     ranking = sorted(scores, key=lambda candidate: -scores[candidate])
-    return ranking[: max(1, len(ranking) // keep)]
+    return ranking[: num_survivors(len(ranking), keep)]
+
+
+def num_survivors(num_candidates: int, keep: int) -> int:
+    """Return how many go on: one in `keep`, but `FINALISTS` at least where there are as many."""
+    return max(min(FINALISTS, num_candidates), num_candidates // keep)
 
 
 def coarse_layers(layers: Sequence[int], stride: int) -> list[int]:
@@ -101,15 +117,20 @@ def neighbours(best: Iterable[Candidate], layers: Sequence[int], step: int) -> l
     )
 
 
+def num_trained(ladder: Sequence[Rung], num_candidates: int, keep: int) -> int:
+    """Return on how many edits a search without a stride trains, all its trials together."""
+    total, count = 0, num_candidates
+    for rung in ladder:
+        total += count * rung.num_edits
+        count = num_survivors(count, keep)
+    return total
+
+
 def cost(ladder: Sequence[Rung], num_candidates: int, keep: int) -> float:
-    """Return how many trainings on all edits a search without a stride trains as many edits as.
+    """Return how many trainings on all edits that is.
 
     Example:
         >>> round(cost(rungs(100, 20, 160, keep=5), num_candidates=160, keep=5), 1)
         25.2
     """
-    total, count = 0, num_candidates
-    for rung in ladder:
-        total += count * rung.num_edits
-        count = max(1, count // keep)
-    return total / ladder[-1].num_edits
+    return num_trained(ladder, num_candidates, keep) / ladder[-1].num_edits

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from ..running.model_state import Diverged
 from ..training.trials import known_result, try_adapter
 from ..tuner.arithmetic import tensor_sha256
 from ..tuner.module_kinds import config_of, location_of
-from .location_plan import Candidate, Rung, neighbours, survivors
+from .location_plan import Candidate, Rung, edits_of, neighbours, num_trained, survivors
 from .location_results import LocationTrial, plain_figures, read_trial
 from .location_score import LocationScore
 
@@ -42,7 +42,7 @@ class LocationTrials:
     Args:
         model: the base.
         tokenizer: its tokenizer.
-        edits: the sample; a rung has the first of them.
+        edits: the sample; see `edits_of`.
         args: the recipe.
         ladder: the rungs.
         score: of a trial.
@@ -106,9 +106,9 @@ class LocationTrials:
             ValueError: if training diverges at every location.
         """
         begin = [Candidate(module, layer) for module in modules for layer in coarse]
-        counts = [max(1, len(begin) // keep**number) for number in range(len(self.ladder))]
-        total = sum(count * rung.num_edits for count, rung in zip(counts, self.ladder, strict=True))
-        with tqdm(total=total, desc="locating", unit="edit", disable=not progress) as bar:
+        with tqdm(
+            total=num_trained(self.ladder, len(begin), keep), desc="locating", unit="edit", disable=not progress
+        ) as bar:
             found = self._try(0, begin, bar)
             while stride > 1:
                 stride = (stride + 1) // 2 if stride > 2 else 1
@@ -121,7 +121,7 @@ class LocationTrials:
                 raise ValueError(f"Training diverged at every location ({reasons}). Lower the learning rate.")
             trials = list(found.values())
             for rung in range(1, len(self.ladder)):
-                found = self._try(rung, survivors(_scores(found), keep), bar)
+                found = self._try(rung, survivors(mean_scores(trials, found), keep), bar)
                 trials += found.values()
         return trials
 
@@ -168,7 +168,7 @@ class LocationTrials:
     def _measure(self, rung: int, candidate: Candidate, place: Path) -> LocationTrial:
         location = location_of(self.model, candidate.module, candidate.layer)
         step = self.ladder[rung]
-        edits = self.edits[: step.num_edits]
+        edits = self._edits(rung)
         rate = float(self.learning_rates.get(candidate.module) or self.args.learning_rate or 0)
         own: dict[str, Any] = {"output_dir": str(place), "per_device_train_batch_size": step.batch_size}
         own |= {"learning_rate": rate, "report_to": "none", "disable_tqdm": True}
@@ -200,6 +200,9 @@ class LocationTrials:
             evaluation_seconds=tried.evaluation_seconds,
         )
 
+    def _edits(self, rung: int) -> Sequence[Edit]:
+        return self.edits[edits_of(self.ladder, rung, len(self.edits))]
+
     def _evaluator(self, rung: int) -> EditEvaluator:
         """Return the evaluator of a rung, which asks the base once."""
         if rung not in self._evaluators:
@@ -210,8 +213,9 @@ class LocationTrials:
                 config = replace(config, protocols=needed, max_text_tokens=tokens)
             else:
                 config = replace(config, protocols=list(dict.fromkeys([*needed, *config.protocols])))
-            edits = self.edits[: self.ladder[rung].num_edits]
-            evaluator = EditEvaluator(self.model, self.tokenizer, edits, config, text=self.text, progress=False)
+            evaluator = EditEvaluator(
+                self.model, self.tokenizer, self._edits(rung), config, text=self.text, progress=False
+            )
             if evaluator.windows is not None and self._fits(evaluator.windows.numel()):
                 evaluator.kept_logits = []
             self._evaluators[rung] = evaluator
@@ -225,3 +229,13 @@ class LocationTrials:
 
 def _scores(trials: Mapping[Candidate, LocationTrial]) -> dict[Candidate, float]:
     return {candidate: trial.score for candidate, trial in trials.items()}
+
+
+def mean_scores(trials: Sequence[LocationTrial], candidates: Iterable[Candidate]) -> dict[Candidate, float]:
+    """Return the mean score of each candidate in all its trials, by the edits of these; 0 if one has diverged."""
+    scores = {}
+    for candidate in candidates:
+        own = [trial for trial in trials if trial.candidate == candidate]
+        mean = sum(trial.score * trial.num_edits for trial in own) / sum(trial.num_edits for trial in own)
+        scores[candidate] = 0.0 if any(trial.failed for trial in own) else mean
+    return scores
