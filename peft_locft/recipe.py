@@ -39,8 +39,9 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
         objective (`str`, defaults to `"target_new"`):
             What is scored: `"target_new"`, the target given the prompt; `"prompt_last"`, every target token by the
             last prompt token's logits (FT-L); `"full"`, prompt and target.
-        loss_averaging (`str`, defaults to `"edit"`):
-            `"edit"`: every edit counts the same in a batch; `"token"`: every scored token does.
+        loss_averaging (`str`, *optional*):
+            `"edit"`: every edit counts the same in a batch; `"token"`: every scored token does, so that an edit of a
+            long target is learned as soon as others. `None`: `"edit"`, or as the recipe says.
         edit_order (`str`, defaults to `"breadth_first"`):
             `"depth_first"` trains one edit after the other, each for at most `num_train_epochs` steps or down to the
             loss floor, with a fresh optimizer: the field's older habit, here for comparison.
@@ -90,7 +91,9 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
     save_strategy: str = field(default="no", metadata={"help": "When to write checkpoints: no, epoch or steps."})
 
     objective: Objective = field(default="target_new", metadata={"help": "What is scored."})
-    loss_averaging: LossAveraging = field(default="edit", metadata={"help": "What counts the same in a batch."})
+    loss_averaging: LossAveraging | None = field(
+        default=None, metadata={"help": "What counts the same in a batch; not given: edit, or as the recipe says."}
+    )
     edit_order: EditOrder = field(
         default="breadth_first", metadata={"help": "Epochs over all the edits, or one edit after the other."}
     )

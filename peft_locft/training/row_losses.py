@@ -72,7 +72,7 @@ class RowLosses:
             rows,
             runner,
             encoded.lengths - (1 if args.objective == "full" else encoded.target_starts),
-            args.loss_averaging,
+            args.loss_averaging or "edit",
             args.variant_weight,
             args.kept_weight or 0.0,
             to_base=args.kept_loss == "kl",
