@@ -127,7 +127,7 @@ def num_trained(ladder: Sequence[Rung], num_candidates: int, keep: int) -> int:
 
 
 def cost(ladder: Sequence[Rung], num_candidates: int, keep: int) -> float:
-    """Return how many trainings on all edits that is.
+    """Return `num_trained` in units of one training on all edits.
 
     Example:
         >>> round(cost(rungs(100, 20, 160, keep=5), num_candidates=160, keep=5), 1)

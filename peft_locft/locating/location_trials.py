@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ class LocationTrials:
             found = self._try(0, begin, bar)
             while stride > 1:
                 stride = (stride + 1) // 2 if stride > 2 else 1
-                closer = neighbours(survivors(_scores(found), keep), layers, stride)
+                closer = neighbours(survivors(mean_scores(found.values(), found), keep), layers, stride)
                 new = [candidate for candidate in closer if candidate not in found]
                 bar.total += len(new) * self.ladder[0].num_edits
                 found |= self._try(0, new, bar)
@@ -227,11 +227,7 @@ class LocationTrials:
         return num_tokens * head.shape[0] * head.itemsize < free_memory(head.device) / 4
 
 
-def _scores(trials: Mapping[Candidate, LocationTrial]) -> dict[Candidate, float]:
-    return {candidate: trial.score for candidate, trial in trials.items()}
-
-
-def mean_scores(trials: Sequence[LocationTrial], candidates: Iterable[Candidate]) -> dict[Candidate, float]:
+def mean_scores(trials: Collection[LocationTrial], candidates: Iterable[Candidate]) -> dict[Candidate, float]:
     """Return the mean score of each candidate in all its trials, by the edits of these; 0 if one has diverged."""
     scores = {}
     for candidate in candidates:
