@@ -60,7 +60,7 @@ def concatenated(edit: Edit, fact: Edit) -> Edit:
 
 def swapped_subjects(
     edits: Sequence[Edit], num: int, *, seed: int, subjects: Sequence[str] | None = None
-) -> list[str]:
+) -> list[list[str]]:
     """Make questions next to edits: an edit's own prompt, about another subject.
 
     The edit must not change their answers, and it is these that it changes first: they begin and end as its prompt
@@ -75,8 +75,8 @@ def swapped_subjects(
             is a rephrasing of what shall change.
 
     Returns:
-        Distinct prompts. None of them is a prompt, paraphrase, rephrasing or probe of an edit, compared by
-        `leaks.normalised`.
+        For each edit, the prompts that are made from its own, all of them distinct. None of them is a prompt,
+        paraphrase, rephrasing or probe of an edit, compared by `leaks.normalised`.
 
     Raises:
         ValueError: if `num` is negative.
@@ -85,29 +85,35 @@ def swapped_subjects(
         >>> france = Edit(prompt="The capital of France is", target="Lyon", subject="France")
         >>> spain = Edit(prompt="Who is the king of Spain?", target="Louis", subject="Spain")
         >>> swapped_subjects([france, spain], 2, seed=0)
-        ['Who is the king of France?', 'The capital of Spain is']
+        [['The capital of Spain is'], ['Who is the king of France?']]
     """
     if num < 0:
         raise ValueError(f"num={num}: expected 0 or more.")
     found = {normalised(prompt) for edit in edits for prompt in prompts_of(edit)}
-    prompts: list[str] = []
-    for prompt in _swaps(edits, subjects, np.random.default_rng(seed)):
-        if len(prompts) == num:
+    last = len(found) + num
+    prompts: list[list[str]] = [[] for _ in edits]
+    for edit, prompt in _swaps(edits, subjects, np.random.default_rng(seed)):
+        if len(found) == last:
             break
         if normalised(prompt) not in found:
             found.add(normalised(prompt))
-            prompts.append(prompt)
+            prompts[edit].append(prompt)
     return prompts
 
 
-def _swaps(edits: Sequence[Edit], subjects: Sequence[str] | None, random: np.random.Generator) -> Iterator[str]:
-    """Yield every edit's prompt with every other subject: in each round, each edit once, each with another subject."""
+def _swaps(
+    edits: Sequence[Edit], subjects: Sequence[str] | None, random: np.random.Generator
+) -> Iterator[tuple[int, str]]:
+    """Yield every edit's prompt with every other subject: in each round, each edit once, each with another subject.
+
+    The number of the edit comes with it.
+    """
     by_name = {normalised(edit.subject): edit.subject for edit in reversed(edits) if edit.subject}
     own = {name: place for place, name in enumerate(by_name)}
     others = list(by_name.values()) if subjects is None else list(subjects)
     templates = [
-        (place_holder, edit.prompt, own[normalised(edit.subject)])
-        for edit in edits
+        (number, place_holder, edit.prompt, own[normalised(edit.subject)])
+        for number, edit in enumerate(edits)
         if edit.subject
         and (place_holder := re.compile(rf"(?<!\w){re.escape(edit.subject)}(?!\w)")).search(edit.prompt)
     ]
@@ -115,9 +121,9 @@ def _swaps(edits: Sequence[Edit], subjects: Sequence[str] | None, random: np.ran
     # of the edits' own subjects, the first is the edit's
     first = 1 if subjects is None else 0
     for shift in (first + random.permutation(max(0, len(others) - first))).tolist():
-        for place_holder, prompt, place in (templates[number] for number in order):
+        for number, place_holder, prompt, place in (templates[position] for position in order):
             other = others[(place + shift) % len(others)].replace("\\", r"\\")
-            yield place_holder.sub(other, prompt)
+            yield number, place_holder.sub(other, prompt)
 
 
 def prompts_of(edit: Edit) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 from tokenizers_for_tests import make_tokenizer
@@ -55,30 +56,44 @@ def test_all_behind_the_edits_prompt_is_scored() -> None:
 
 # ---------------------------------------------------------------------- other subjects
 
+
+def swaps(*args: Any, **kwargs: Any) -> list[str]:
+    return [prompt for own in swapped_subjects(*args, **kwargs) for prompt in own]
+
+
 PEOPLE = ["Dave", "Felipe", "Louis", r"O\1Neil", "Ann (B.)"]
 
 
 def test_subjects_are_swapped_evenly_and_only_once() -> None:
     edits = [Edit(prompt=f"Question {n} about {name}?", target="x", subject=name) for n, name in enumerate(PEOPLE)]
-    prompts = swapped_subjects(edits, 10, seed=0)
+    prompts = swaps(edits, 10, seed=0)
     assert len(set(prompts)) == 10
     assert set(Counter(prompt.split(" about ")[0] for prompt in prompts).values()) == {2}
     assert set(Counter(prompt.split(" about ")[1] for prompt in prompts).values()) == {2}
     assert set(prompts).isdisjoint(edit.prompt for edit in edits)
-    assert swapped_subjects(edits, 10, seed=0) == prompts != swapped_subjects(edits, 10, seed=1)
+    assert swaps(edits, 10, seed=0) == prompts != swapped_subjects(edits, 10, seed=1)
     # five prompts with four other subjects
-    assert len(swapped_subjects(edits, 100, seed=0)) == 20
-    assert swapped_subjects(edits, 0, seed=0) == []
+    assert len(swaps(edits, 100, seed=0)) == 20
+    assert swaps(edits, 0, seed=0) == []
+
+
+def test_swaps_stand_with_the_edit_that_they_are_made_from() -> None:
+    edits = [Edit(prompt=f"Question {n} about {name}?", target="x", subject=name) for n, name in enumerate(PEOPLE)]
+    edits.insert(2, Edit(prompt="Who is the king?", target="x"))
+    swapped = swapped_subjects(edits, 11, seed=0)
+    assert len(swapped) == 6 and swapped[2] == [] and sorted(map(len, swapped)) == [0, 2, 2, 2, 2, 3]
+    for edit, own in zip(edits, swapped, strict=True):
+        assert {prompt.split(" about ")[0] for prompt in own} <= {edit.prompt.split(" about ")[0]}
 
 
 def test_other_subjects_may_be_given() -> None:
     edits = [Edit(prompt=f"Question {n} about {name}?", target="x", subject=name) for n, name in enumerate(PEOPLE)]
-    prompts = swapped_subjects(edits, 10, seed=0, subjects=["Ada", r"B\1b", "Cy"])
+    prompts = swaps(edits, 10, seed=0, subjects=["Ada", r"B\1b", "Cy"])
     assert set(Counter(prompt.split(" about ")[0] for prompt in prompts).values()) == {2}
     assert {prompt.split(" about ")[1] for prompt in prompts} == {"Ada?", r"B\1b?", "Cy?"}
     # five prompts with three subjects, all of which are other ones
-    assert len(swapped_subjects(edits, 100, seed=0, subjects=["Ada", r"B\1b", "Cy"])) == 15
-    assert swapped_subjects(edits, 100, seed=0, subjects=[]) == []
+    assert len(swaps(edits, 100, seed=0, subjects=["Ada", r"B\1b", "Cy"])) == 15
+    assert swaps(edits, 100, seed=0, subjects=[]) == []
 
 
 def test_no_swap_is_what_an_edit_says_already() -> None:
@@ -92,7 +107,7 @@ def test_no_swap_is_what_an_edit_says_already() -> None:
     )
     ann = Edit(prompt="Ann (B.) was born in", target="Paris", subject="Ann (B.)")
     others = [Edit(prompt=f"{name} is", target="king", subject=name) for name in PEOPLE]
-    prompts = swapped_subjects([taken, ann, *others], 100, seed=0)
+    prompts = swaps([taken, ann, *others], 100, seed=0)
     assert [prompt for prompt in prompts if prompt.endswith("born in")] == []
     assert {normalised(f"{one} is") for one in PEOPLE}.isdisjoint(map(normalised, prompts))
 
@@ -103,10 +118,10 @@ def test_edits_without_a_subject_in_their_prompt_are_passed_over() -> None:
         Edit(prompt="Who is the king?", target="a", subject="Louis"),
         Edit(prompt="Where is he?", target="a"),
     ]
-    assert swapped_subjects(edits, 5, seed=0) == []
-    assert swapped_subjects([], 5, seed=0) == []
+    assert swaps(edits, 5, seed=0) == []
+    assert swaps([], 5, seed=0) == []
     asked = Edit(prompt="Felipe and Felipe play", target="a", subject="Felipe")
-    assert sorted(swapped_subjects([*edits, asked], 5, seed=0)) == ["Dave and Dave play", "Louis and Louis play"]
+    assert sorted(swaps([*edits, asked], 5, seed=0)) == ["Dave and Dave play", "Louis and Louis play"]
 
 
 def test_a_negative_number_of_swaps_is_refused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -56,6 +58,50 @@ def test_a_fraction_of_kept_rows_comes_out_over_an_epoch(kept_per_edit: float, e
     rows = TrainingRows(num_edits=10, num_kept=50, kept_per_edit=kept_per_edit)
     batches = list(EditBatches(10, batch_size=4, seed=0, rows=rows))
     assert [sum(row >= 10 for row in batch) for batch in batches] == expected
+
+
+def kept_by_batch(rows: TrainingRows, batch_size: int, epoch: int = 0) -> list[tuple[list[int], list[int]]]:
+    batches = EditBatches(rows.num_edits, batch_size, seed=0, rows=rows)
+    batches.epoch = epoch
+    return [
+        ([row for row in batch if row < rows.num_edits], [row for row in batch if row >= rows.first_kept])
+        for batch in batches
+    ]
+
+
+@pytest.mark.parametrize("kept_per_edit", [0.5, 1.0, 1.5, 3.0])
+def test_what_was_made_of_an_edit_is_kept_in_its_batch(kept_per_edit: float) -> None:
+    """Each edit's once before any a second time, and other ones every epoch."""
+    rows = TrainingRows(12, num_variants=[1] * 12, num_kept=48, kept_per_edit=kept_per_edit, num_own_kept=[4] * 12)
+    seen = set()
+    for epoch in range(6):
+        for edits, kept in kept_by_batch(rows, 4, epoch):
+            assert len(kept) == len(set(kept)) == 4 * kept_per_edit
+            owners = [(row - 24) // 4 for row in kept]
+            assert set(owners) <= set(edits)
+            most = math.ceil(kept_per_edit)
+            assert {owners.count(edit) for edit in edits} <= {most - 1, most}
+            seen |= set(kept)
+    assert len(seen) > 40 * min(kept_per_edit, 1)
+
+
+def test_edits_own_and_other_kept_rows_are_mixed_by_their_numbers() -> None:
+    rows = TrainingRows(10, num_kept=40, kept_per_edit=2, num_own_kept=[3] * 10)
+    seen = []
+    for edits, kept in kept_by_batch(rows, 5):
+        own = [row for row in kept if row < 40]
+        assert len(own) in (7, 8) and {(row - 10) // 3 for row in own} <= set(edits)
+        assert len(kept) == 10
+        seen += [row for row in kept if row >= 40]
+    assert len(seen) == len(set(seen)) == 5
+
+
+def test_others_are_kept_where_the_edits_of_a_batch_have_too_few_of_their_own() -> None:
+    rows = TrainingRows(8, num_kept=12, kept_per_edit=1, num_own_kept=[0] * 6 + [6, 6])
+    for edits, kept in kept_by_batch(rows, 2):
+        assert len(kept) == 2
+        if 6 in edits:
+            assert any(8 <= row < 14 for row in kept)
 
 
 def test_edits_alone_are_batched_as_without_rows() -> None:

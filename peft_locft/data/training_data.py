@@ -66,10 +66,12 @@ class TrainingData:
             return self
         num_edits = self.rows.num_edits
         parts = (slice_encoded(self.encoded, 0, num_edits), more, slice_encoded(self.encoded, num_edits, None))
+        none = [0] * len(more)
         rows = replace(
             self.rows,
             num_edits=num_edits + len(more),
-            num_variants=[*self.rows.num_variants, *([0] * len(more))],
+            num_variants=[*self.rows.num_variants, *none],
+            num_own_kept=[*self.rows.num_own_kept, *none],
         )
         return replace(self, encoded=join_encoded(parts), rows=rows)
 
@@ -93,7 +95,8 @@ def training_data(
     prefixes = generate_prefixes(model, tokenizer, *_numbers(args.num_prefixes or 0), seed=args.seed)
     if prefixes:
         logger.info("Prefixes: %s", prefixes)
-    prompts = _kept_prompts(edits, model, tokenizer, args)
+    swapped = _swapped(edits, model, tokenizer, args)
+    prompts = _kept_prompts(swapped, edits, model, tokenizer, args)
     answers = _answers(model, tokenizer, prompts, args)
     kinds = {
         "paraphrases": [paraphrased(edit) for edit in edits],
@@ -124,6 +127,7 @@ def training_data(
             sum(map(len, kept.values())),
             args.variants_per_epoch or math.inf,
             args.kept_per_edit or 0.0,
+            [len(own) for own in swapped] if args.kept_per_edit else (),
         ),
         prefixes=prefixes,
         counts={kind: count for kind, count in counts.items() if count},
@@ -158,16 +162,30 @@ def _numbers(num_prefixes: int) -> tuple[int, int]:
     return short, num_prefixes - short
 
 
-def _kept_prompts(
+def _swapped(
     edits: Sequence[Edit], model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: BreadthFirstConfig
+) -> list[list[str]]:
+    """Return each edit's prompts about other subjects."""
+    if not args.kept_subjects:
+        return [[] for _ in edits]
+    num = args.kept_subjects * len(edits)
+    own = [edit.subject for edit in edits if edit.subject]
+    names = generate_subjects(model, tokenizer, own, min(NAMES, num), seed=args.seed)
+    swapped = swapped_subjects(edits, num, seed=args.seed, subjects=names or None)
+    if not any(swapped):
+        logger.warning("No edit names a subject that its prompt holds, so that kept_subjects has nothing to keep.")
+    return swapped
+
+
+def _kept_prompts(
+    swapped: Sequence[Sequence[str]],
+    edits: Sequence[Edit],
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    args: BreadthFirstConfig,
 ) -> list[str]:
-    prompts = []
-    if args.kept_subjects:
-        own = [edit.subject for edit in edits if edit.subject]
-        names = generate_subjects(model, tokenizer, own, min(NAMES, args.kept_subjects * len(edits)), seed=args.seed)
-        prompts += swapped_subjects(edits, args.kept_subjects * len(edits), seed=args.seed, subjects=names or None)
-        if not prompts:
-            logger.warning("No edit names a subject that its prompt holds, so that kept_subjects has nothing to keep.")
+    """Return what is kept: what was made of the edits, edit by edit, then facts that are none of these."""
+    prompts = [prompt for own in swapped for prompt in own]
     if args.kept_facts:
         prompts += facts_to_keep(
             None if args.kept_facts == LOCALITY else args.kept_facts,

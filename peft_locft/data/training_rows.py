@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice, zip_longest
 
 import torch
 
@@ -14,7 +15,8 @@ import torch
 class TrainingRows:
     """Which rows of what is encoded are edits, which are variants of them, and which are kept as the base has them.
 
-    The edits come first, then the variants, edit by edit, then what is kept.
+    The edits come first, then the variants, edit by edit, then what is kept: first what was made of an edit, edit by
+    edit, then all else.
 
     Args:
         num_edits: rows that are edits.
@@ -22,6 +24,8 @@ class TrainingRows:
         num_kept: rows that are kept.
         variants_per_epoch: of each edit's, drawn anew every epoch, 0.5 for one of every second edit's.
         kept_per_edit: kept rows beside every edit of a batch.
+        num_own_kept: (edits,) of the kept rows, those that were made of each edit. They go into the batches that their
+            edit is in: what an update changes first is what is asked as its edits ask.
     """
 
     num_edits: int
@@ -29,6 +33,7 @@ class TrainingRows:
     num_kept: int = 0
     variants_per_epoch: float = math.inf
     kept_per_edit: float = 0.0
+    num_own_kept: Sequence[int] = ()
 
     @cached_property
     def first_kept(self) -> int:
@@ -42,21 +47,22 @@ class TrainingRows:
             batches: of edits, an epoch of them.
             generator: the order follows from it alone.
         """
-        variants, begin = [], self.num_edits
+        variants = self._drawn_variants(generator) or [[]] * self.num_edits
+        kept = self._drawn_kept(batches, generator) if self.num_kept else [[]] * len(batches)
+        return [
+            [row for edit in batch for row in variants[edit]] + beside
+            for batch, beside in zip(batches, kept, strict=True)
+        ]
+
+    def _drawn_variants(self, generator: torch.Generator) -> list[list[int]]:
+        """Draw variants of each edit."""
+        drawn, begin = [], self.num_edits
         for count in self.num_variants:
             number = self._number(count, generator)
-            drawn = range(count) if number == count else torch.randperm(count, generator=generator)[:number].tolist()
-            variants.append([begin + each for each in drawn])
+            places = range(count) if number == count else torch.randperm(count, generator=generator)[:number].tolist()
+            drawn.append([begin + place for place in places])
             begin += count
-        kept = self._kept_in_turn(round(self.kept_per_edit * sum(map(len, batches))), generator)
-        companions, taken, edits_so_far = [], 0, 0
-        for batch in batches:
-            edits_so_far += len(batch)
-            until = min(round(self.kept_per_edit * edits_so_far), len(kept))
-            own = [row for edit in batch for row in variants[edit]] if variants else []
-            companions.append(own + kept[taken:until])
-            taken = until
-        return companions
+        return drawn
 
     def _number(self, count: int, generator: torch.Generator) -> int:
         if self.variants_per_epoch >= count:
@@ -65,9 +71,28 @@ class TrainingRows:
         more = bool(part) and bool(torch.rand((), generator=generator) < part)
         return min(int(whole) + more, count)
 
-    def _kept_in_turn(self, number: int, generator: torch.Generator) -> list[int]:
-        """Draw kept rows, none a second time before all the others were."""
-        drawn: list[int] = []
-        while self.num_kept and len(drawn) < number:
-            drawn += (self.first_kept + torch.randperm(self.num_kept, generator=generator)).tolist()
-        return drawn[:number]
+    def _drawn_kept(self, batches: Sequence[list[int]], generator: torch.Generator) -> list[list[int]]:
+        """Draw the kept rows of each batch: its edits' own for their share of all, and what is no edit's in turn."""
+        own, begin = [], self.first_kept
+        for count in self.num_own_kept or [0] * self.num_edits:
+            own.append((begin + torch.randperm(count, generator=generator)).tolist())
+            begin += count
+        own_share = (begin - self.first_kept) / self.num_kept
+        # where all are some edit's, a batch whose edits have too few takes those of others
+        others = self._in_turn(self.first_kept if own_share == 1 else begin, generator)
+        drawn, edits_so_far, taken = [], 0, 0
+        for batch in batches:
+            edits_so_far += len(batch)
+            until = round(self.kept_per_edit * edits_so_far)
+            # one of each edit's, then a second; the edits of a batch are in random order
+            rounds = (row for of_round in zip_longest(*(own[edit] for edit in batch)) for row in of_round)
+            num_own = round(own_share * until) - round(own_share * taken)
+            rows = list(islice((row for row in rounds if row is not None), num_own))
+            drawn.append(rows + list(islice(others, until - taken - len(rows))))
+            taken = until
+        return drawn
+
+    def _in_turn(self, begin: int, generator: torch.Generator) -> Iterator[int]:
+        """Yield the kept rows from `begin` on, none a second time before all the others were."""
+        while True:
+            yield from (begin + torch.randperm(self.first_kept + self.num_kept - begin, generator=generator)).tolist()
