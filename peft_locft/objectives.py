@@ -77,37 +77,50 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor, scored: Scored) -> 
     Returns:
         (B, T) losses, 0 where nothing is scored.
     """
-    if logits.is_leaf:
-        logits = logits.clone()  # the caller's own
-    losses = _CrossEntropy.apply(logits, labels[scored.rows, scored.columns])
+    losses = -log_probabilities(logits, labels[scored.rows, scored.columns].unsqueeze(1)).squeeze(1)
     return torch.zeros(labels.shape, device=logits.device).index_put((scored.rows, scored.columns), losses)
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """`F.cross_entropy(logits.float(), targets, reduction="none")` in one buffer, that of float32 logits themselves.
+def log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the log-probabilities of some tokens at every position, in float32.
+
+    Args:
+        logits: (positions, V); float32 ones that a model has computed are overwritten.
+        tokens: (positions, k) token ids, int64.
+
+    Returns:
+        (positions, k)
+    """
+    if logits.is_leaf:
+        logits = logits.clone()  # the caller's own
+    return _LogProbabilities.apply(logits, tokens)
+
+
+class _LogProbabilities(torch.autograd.Function):
+    """`logits.float().log_softmax(-1).gather(-1, tokens)` in one buffer, that of float32 logits themselves.
 
     torch's makes three more of that size: with a large vocabulary, the largest tensors of a step. Its sums are less
     exact, too.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         # should what made the logits need them for its backward, autograd will find them changed and say so
         powers = logits.detach().float()
-        losses, sums = [], []
-        for rows, target in zip(powers.split(ROWS), targets.split(ROWS), strict=True):
+        log_probs, sums = [], []
+        for rows, of_rows in zip(powers.split(ROWS), tokens.split(ROWS), strict=True):
             rows -= rows.amax(dim=1, keepdim=True)
-            of_target = rows.gather(1, target.unsqueeze(1)).squeeze(1)
-            sums.append(rows.exp_().sum(dim=1))
-            losses.append(sums[-1].log() - of_target)
-        ctx.of_logits, ctx.targets, ctx.sums, ctx.dtype = powers, targets, torch.cat(sums), logits.dtype
-        return torch.cat(losses)
+            chosen = rows.gather(1, of_rows)
+            sums.append(rows.exp_().sum(dim=1, keepdim=True))
+            log_probs.append(chosen - sums[-1].log())
+        ctx.of_logits, ctx.tokens, ctx.sums, ctx.dtype = powers, tokens, torch.cat(sums), logits.dtype
+        return torch.cat(log_probs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_losses: torch.Tensor) -> tuple[torch.Tensor, None]:
-        gradient = ctx.of_logits.mul_((of_losses / ctx.sums).unsqueeze(1))
-        gradient[torch.arange(len(ctx.targets)), ctx.targets] -= of_losses
+    def backward(ctx: Any, of_log_probs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        gradient = ctx.of_logits.mul_(-of_log_probs.sum(dim=1, keepdim=True) / ctx.sums)
+        gradient.scatter_add_(1, ctx.tokens, of_log_probs)
         del ctx.of_logits  # overwritten: there is no second backward
         return gradient.to(ctx.dtype), None
 

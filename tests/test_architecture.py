@@ -465,7 +465,7 @@ ARROWS: dict[str, set[str]] = {
     "tuner.quantized": set(),
     "tuner.substitute": set(),
     "tuner.targets": {"tuner.config", "tuner.layer", "tuner.modules", "tuner.provenance", "tuner.quantized"},
-    "training.base_distributions": set(),
+    "training.base_distributions": {"objectives"},
     "training.preservation_arguments": set(),
     "training.row_losses": {
         "training.base_distributions",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..objectives import log_probabilities
+
 K = 64
 
 
@@ -53,7 +55,7 @@ class BaseDistributions:
 
         Args:
             rows: (B,) numbers of rows that were kept.
-            logits: (positions, V) the model's, row by row.
+            logits: (positions, V) the model's, row by row; float32 ones that it has computed are overwritten.
 
         Returns:
             (positions,)
@@ -61,7 +63,7 @@ class BaseDistributions:
         assert self._log_probs is not None and self._tokens is not None
         positions = self._positions(rows).to(logits.device)
         base = self._log_probs[positions]
-        log_probs = logits.float().log_softmax(-1).gather(-1, self._tokens[positions].long())
+        log_probs = log_probabilities(logits, self._tokens[positions].long())
         others, base_others = _log_of_others(log_probs), _log_of_others(base)
         return (base.exp() * (base - log_probs)).sum(-1) + base_others.exp() * (base_others - others)
 
