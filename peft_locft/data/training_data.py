@@ -28,7 +28,7 @@ from .training_rows import TrainingRows
 
 logger = logging.getLogger(__name__)
 
-NAMES = 256  # at most, that the base is asked for
+NAMES = 192  # at most, that the base is asked for
 PIECE = 24  # tokens of a kept piece of text
 SCORED = 4  # of them, the last: what is scored costs the head, and the tokens before it are what it is scored by
 WINDOW = 128  # tokens that are read at once for statistics of a text

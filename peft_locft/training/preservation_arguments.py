@@ -30,7 +30,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "delta_decay": 0.0,
     },
     "balanced": {
-        "learning_rate": 6e-4,
+        "learning_rate": 8e-4,
         "num_train_epochs": 20,
         "lr_scheduler_type": "linear",
         "adam_epsilon": 1e-4,
@@ -38,8 +38,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "num_prefixes": 5,
         "prefixes_per_edit": 2,
         "variants_per_epoch": 0.2,
-        "kept_subjects": 6,
-        "kept_per_edit": 1.5,
+        "kept_subjects": 4,
+        "kept_per_edit": 1.0,
         "kept_answer_tokens": 1,
         "kept_weight": 2.0,
         "preserve_soft_strength": 20.0,
@@ -80,7 +80,8 @@ class PreservationArguments:
             Tokens of the base's own answers that are kept. With 1 and `kept_loss="kl"` nothing is decoded.
         kept_text_pieces (`int`, defaults to 0): pieces of 24 tokens of `preserve_text` on which the model is kept.
         kept_per_edit (`float`, *optional*):
-            Rows of what is kept beside each edit of a batch. 0 trains on none, and leaves them to the projector.
+            Rows of what is kept beside each edit of a batch; those that `kept_subjects` made are beside the edits that
+            they were made from. 0 trains on none, and leaves them to the projector.
         kept_weight (`float`, *optional*): of their mean loss, beside 1 of the mean of the edits and variants.
         kept_loss (`str`, defaults to `"kl"`):
             `"kl"` holds the model to what the base says next, KL(base || model); `"likelihood"` trains the base's own

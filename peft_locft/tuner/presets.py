@@ -107,10 +107,10 @@ def default_location(model: nn.Module, layers: list[int] | None = None) -> Locat
 
 
 def balanced_config(model: nn.Module, **fields: Any) -> LocFTConfig:
-    """Return the location of `BreadthFirstConfig(recipe="balanced")`: down-projections of five layers.
+    """Return the location of `BreadthFirstConfig(recipe="balanced")`: down-projections of three layers.
 
-    The layer at three quarters of the model's depth, and two to either side: layers 20 to 24 of 30. Together they
-    learn the same with smaller changes in each.
+    The layer at three quarters of the model's depth, and the two behind it, layers 22 to 24 of 30; of a shallow one the
+    last three. Together they learn the same with smaller changes in each.
 
     Args:
         model: a decoder-only language model.
@@ -125,8 +125,8 @@ def balanced_config(model: nn.Module, **fields: Any) -> LocFTConfig:
     """
     stack_name, stack = find_decoder_layers(model)
     text_config = _text_config(model)
-    middle = len(stack) * 3 // 4
-    layers = list(range(max(middle - 2, 0), min(middle + 3, len(stack))))
+    first = max(min(len(stack) * 3 // 4, len(stack) - 3), 0)
+    layers = list(range(first, min(first + 3, len(stack))))
     location = _down_projection(stack_name, stack, layers, text_config)
     if location.target_parameters:
         raise ValueError(

@@ -23,9 +23,9 @@ from .common import machine, markdown_table, parser_for, write_json
 
 PUBLISHED_LAYER = [20]
 AUGMENTED = {"num_prefixes": 5, "variants_per_epoch": 0.5}
-PRESERVED = {"kept_subjects": 6, "kept_per_edit": 1.5, "kept_weight": 2.0, "preserve_soft_strength": 20.0}
+PRESERVED = {"kept_subjects": 4, "kept_per_edit": 1.0, "kept_weight": 2.0, "preserve_soft_strength": 20.0}
 # of which the rate falls, beside a published one that stays at 5e-3
-BALANCED = {"recipe": "balanced", "learning_rate": 6e-3}
+BALANCED = {"recipe": "balanced", "learning_rate": 8e-3}
 # by layers, where they are not those of `balanced_config`, and by fields of BreadthFirstConfig
 SETTINGS: dict[str, tuple[list[int] | None, dict[str, Any]]] = {
     "published": (PUBLISHED_LAYER, {}),
