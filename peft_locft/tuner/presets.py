@@ -109,7 +109,7 @@ def default_location(model: nn.Module, layers: list[int] | None = None) -> Locat
 def balanced_config(model: nn.Module, **fields: Any) -> LocFTConfig:
     """Return the location of `BreadthFirstConfig(recipe="balanced")`: down-projections of three layers.
 
-    The layer at three quarters of the model's depth, and the two behind it, layers 22 to 24 of 30; of a shallow one the
+    The layer at three quarters of the model's depth and the two behind it, layers 22 to 24 of 30; in a shallow one the
     last three. Together they learn the same with smaller changes in each.
 
     Args:
