@@ -71,7 +71,7 @@ def test_subjects_are_swapped_evenly_and_only_once() -> None:
     assert set(Counter(prompt.split(" about ")[0] for prompt in prompts).values()) == {2}
     assert set(Counter(prompt.split(" about ")[1] for prompt in prompts).values()) == {2}
     assert set(prompts).isdisjoint(edit.prompt for edit in edits)
-    assert swaps(edits, 10, seed=0) == prompts != swapped_subjects(edits, 10, seed=1)
+    assert swaps(edits, 10, seed=0) == prompts != swaps(edits, 10, seed=1)
     # five prompts with four other subjects
     assert len(swaps(edits, 100, seed=0)) == 20
     assert swaps(edits, 0, seed=0) == []
