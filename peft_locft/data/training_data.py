@@ -127,7 +127,7 @@ def training_data(
             sum(map(len, kept.values())),
             args.variants_per_epoch or math.inf,
             args.kept_per_edit or 0.0,
-            [len(own) for own in swapped] if args.kept_per_edit else (),
+            [len(own) if args.kept_per_edit else 0 for own in swapped],
         ),
         prefixes=prefixes,
         counts={kind: count for kind, count in counts.items() if count},
