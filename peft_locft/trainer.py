@@ -179,14 +179,14 @@ class BreadthFirstTrainer(Trainer):
         """Return the share of some rows in the loss of the batch that they are part of.
 
         Args:
-            inputs: numbers of rows of one kind: edits and their variants, or what is kept.
+            inputs: numbers of rows: edits, their variants, and what is kept.
             num_items_in_batch: the batch's weight; `None`: they are the batch.
         """
         indices = torch.as_tensor(inputs)
         losses, outputs = self.losses(model, indices, return_outputs)
-        self._last_losses = losses.detach()
-        loss = self.losses.total(losses, indices, num_items_in_batch or self.losses.weight(indices))
-        return (loss, outputs) if return_outputs else loss
+        shares = self.losses.shares(losses, indices, num_items_in_batch or self.losses.weight(indices))
+        self._last_losses, self._last_shares = losses.detach(), shares.detach()
+        return (shares.sum(), outputs) if return_outputs else shares.sum()
 
     def training_step(
         self, model: nn.Module, inputs: list[int], num_items_in_batch: BatchWeight | None = None
@@ -207,7 +207,7 @@ class BreadthFirstTrainer(Trainer):
         trained, resting = self.resting.split(inputs, int(self.state.epoch))
         shares = self._gradient(model, trained, weight)
         if resting:
-            shares[0] += self.losses.total(self.resting.losses[resting], torch.tensor(resting), weight)
+            shares += self.losses.shares(self.resting.losses[resting], torch.tensor(resting), weight)
         check_finite(shares.sum().item(), self.state.global_step, self.state.max_steps, self._get_learning_rate())
         share, kept_share = shares.tolist()
         self.record.add_batch(share, sum(index < self.losses.rows.num_edits for index in inputs), kept_share)
@@ -234,7 +234,7 @@ class BreadthFirstTrainer(Trainer):
         world_size, process_index = self.args.world_size, self.args.process_index
         mine = [index for index in inputs if index % world_size == process_index]
         # a process without edits in a batch still joins the others' gradient
-        own = self.losses.split(torch.tensor(mine) if mine else self.runner.own[:1])
+        own = self.runner.pieces(torch.tensor(mine) if mine else self.runner.own[:1])
         idle = [(own[0][:1], False)] * missing_pieces(len(own), self.accelerator)
         pieces = idle + [(piece, bool(mine)) for piece in own]
         shares = torch.zeros(2, device=self.args.device)
@@ -247,11 +247,11 @@ class BreadthFirstTrainer(Trainer):
                 with self.runner.running(piece), nullcontext() if is_last else self.accelerator.no_sync(model):
                     with self.compute_loss_context_manager():
                         loss = self.compute_loss(model, piece, num_items_in_batch=weight)
-                    is_kept = self.losses.is_kept(piece)
-                    if counts and not is_kept:
-                        self.resting.add(piece, self._last_losses, int(self.state.epoch))
+                    if counts:
+                        targets = piece < self.losses.rows.first_kept
+                        self.resting.add(piece[targets], self._last_losses[targets], int(self.state.epoch))
+                        shares += self._last_shares
                     loss = loss if counts else loss * 0
-                    shares[int(is_kept)] += loss.detach()
                     # gradients are averaged over processes, and the loss is already a share of the whole
                     backward(loss * world_size, self.accelerator, is_last)
         return self.accelerator.reduce(shares, reduction="sum")

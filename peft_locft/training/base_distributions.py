@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from ..objectives import log_probabilities
-
 K = 64
 
 
@@ -48,22 +46,32 @@ class BaseDistributions:
         positions = self._positions(rows).to(logits.device)
         self._log_probs[positions], self._tokens[positions] = log_probs, tokens.int()
 
-    def losses(self, rows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    def tokens(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the tokens that are outcomes by themselves at every scored position of some rows.
+
+        Args:
+            rows: (B,) numbers of rows that were kept.
+
+        Returns:
+            (positions, k) token ids, row by row.
+        """
+        assert self._tokens is not None
+        return self._tokens[self._positions(rows).to(self._tokens.device)].long()
+
+    def divergences(self, rows: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
         """Return KL(base || model) at every scored position of some rows, in nats.
 
         Over the outcomes that are kept and one for all the others, so that it is a lower bound of the whole KL.
 
         Args:
             rows: (B,) numbers of rows that were kept.
-            logits: (positions, V) the model's, row by row; float32 ones that it has computed are overwritten.
+            log_probs: (positions, k) the model's, of [`tokens`], row by row.
 
         Returns:
             (positions,)
         """
-        assert self._log_probs is not None and self._tokens is not None
-        positions = self._positions(rows).to(logits.device)
-        base = self._log_probs[positions]
-        log_probs = log_probabilities(logits, self._tokens[positions].long())
+        assert self._log_probs is not None
+        base = self._log_probs[self._positions(rows).to(log_probs.device)]
         others, base_others = _log_of_others(log_probs), _log_of_others(base)
         return (base.exp() * (base - log_probs)).sum(-1) + base_others.exp() * (base_others - others)
 

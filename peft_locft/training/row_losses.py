@@ -10,9 +10,9 @@ from torch import nn
 
 from ..data.training_rows import TrainingRows
 from ..encoding import EncodedEdits
-from ..objectives import LossAveraging, row_counts, token_losses
+from ..objectives import LossAveraging, log_probabilities, row_counts, token_losses
 from ..recipe import BreadthFirstConfig
-from ..running.edit_runner import EditRunner
+from ..running.edit_runner import EditRunner, MicroBatch
 from ..running.tail import logits_at
 from .base_distributions import BaseDistributions
 
@@ -101,15 +101,6 @@ class RowLosses:
                     if not self.runner.halve(error):
                         raise
 
-    def split(self, indices: torch.Tensor) -> list[torch.Tensor]:
-        """Cut a batch into micro-batches, each of one kind."""
-        kinds = (indices[indices < self.rows.first_kept], indices[indices >= self.rows.first_kept])
-        return [piece for kind in kinds if len(kind) for piece in self.runner.pieces(kind)]
-
-    def is_kept(self, indices: torch.Tensor) -> bool:
-        """Whether a micro-batch is of kept rows."""
-        return int(indices[0]) >= self.rows.first_kept
-
     def weight(self, indices: torch.Tensor) -> BatchWeight:
         targets = indices[indices < self.rows.first_kept]
         return BatchWeight(float(self.counts[targets].sum()), len(indices) - len(targets))
@@ -117,32 +108,46 @@ class RowLosses:
     def __call__(
         self, model: nn.Module, indices: torch.Tensor, return_outputs: bool = False
     ) -> tuple[torch.Tensor, Any]:
-        """Return the mean loss over each row's scored tokens, (B,) for a micro-batch of one kind, and the outputs.
+        """Return the mean loss over each row's scored tokens, (B,) for a micro-batch, and the outputs.
 
         Args:
             model: the model.
-            indices: (B,) numbers of rows.
+            indices: (B,) numbers of rows, of any kind.
             return_outputs: leave the logits in the outputs as they are.
         """
         with self.runner.running(indices) as batch:
             outputs = logits_at(model, *batch.where, batch.inputs)
         logits = outputs.logits.clone() if return_outputs else outputs.logits
-        num_scored = self.num_scored[indices].to(logits.device)
-        if self.base is not None and self.is_kept(indices):
-            losses = self.base.losses(indices, logits)
-            sums = torch.zeros(len(indices), device=losses.device).index_add(0, batch.scored.rows, losses)
-        else:
+        if self.base is None or not (indices >= self.rows.first_kept).any():
             sums = token_losses(logits, batch.labels, batch.scored).sum(dim=1)
-        return sums / num_scored, outputs
+        else:
+            losses = self._losses_beside_base(self.base, indices, batch, logits)
+            sums = torch.zeros(len(indices), device=losses.device).index_add(0, batch.scored.rows, losses)
+        return sums / self.num_scored[indices].to(logits.device), outputs
 
-    def total(self, losses: torch.Tensor, indices: torch.Tensor, weight: BatchWeight) -> torch.Tensor:
-        """Return the share of a micro-batch in the loss of its batch.
+    def _losses_beside_base(
+        self, base: BaseDistributions, indices: torch.Tensor, batch: MicroBatch, logits: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the loss of every scored token, (positions,), where some rows are held to the base: one softmax."""
+        is_kept = indices >= self.rows.first_kept
+        of_base = base.tokens(indices[is_kept])
+        is_kept = is_kept.to(logits.device)[batch.scored.rows]
+        # a target is one token, and stands in every column of its row
+        tokens = batch.labels[batch.scored.rows, batch.scored.columns].unsqueeze(1).repeat(1, of_base.shape[1])
+        tokens[is_kept] = of_base
+        log_probs = log_probabilities(logits, tokens)
+        divergences = base.divergences(indices[indices >= self.rows.first_kept], log_probs[is_kept])
+        return (-log_probs[:, 0]).masked_scatter(is_kept, divergences)
+
+    def shares(self, losses: torch.Tensor, indices: torch.Tensor, weight: BatchWeight) -> torch.Tensor:
+        """Return the shares of a micro-batch in the loss of its batch, (2,): of its targets, and of what is kept.
 
         Args:
             losses: (B,) from a call.
             indices: (B,)
             weight: of the batch.
         """
-        if self.is_kept(indices):
-            return self.kept_weight * losses.sum() / max(weight.kept, 1)
-        return (losses * self.counts[indices].to(losses.device)).sum() / weight.targets
+        is_target = indices < self.rows.first_kept
+        targets = (losses[is_target] * self.counts[indices[is_target]].to(losses.device)).sum()
+        kept = losses[~is_target].sum()
+        return torch.stack([targets / (weight.targets or 1), self.kept_weight * kept / (weight.kept or 1)])
