@@ -235,7 +235,7 @@ class _Keeper:
         if self.states is None:
             self.states = self.room((len(self.replay.tree), arriving.shape[-1]), arriving.dtype)
         rows, pack = arriving.flatten(0, 1), self.pack
-        rows = rows if self.replay.packed else rows[pack.places.to(rows.device)]
+        rows = rows if self.replay.packed else rows[pack.whole.places.to(rows.device)]
         self.states[pack.nodes] = rows.to(self.states.device)
 
 

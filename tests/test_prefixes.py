@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,8 +42,21 @@ def test_a_pack_holds_each_prefix_once_and_all_of_every_edit(edits: list[list[in
         assert pack.positions[pack.slots[row, : len(seen)]].tolist() == list(range(len(seen)))
     tokens = {(row, column) for row, index in enumerate(chosen) for column in range(len(edits[index]) - 1)}
     # a node is found where it stands, and never on padding
-    assert torch.equal(pack.slots.flatten()[pack.places], torch.arange(len(pack.nodes)))
-    assert {divmod(place, longest) for place in pack.places.tolist()} <= tokens
+    assert torch.equal(pack.slots.flatten()[pack.whole.places], torch.arange(len(pack.nodes)))
+    assert {divmod(place, longest) for place in pack.whole.places.tolist()} <= tokens
+
+
+@given(some_edits)
+def test_bands_hold_every_edit_once_and_pad_less(edits: list[list[int]]) -> None:
+    pack = tree_of(edits).pack(torch.arange(len(edits)))
+    slots, places = pack.bands
+    rows = [[pack.nodes[slot].item() for slot in dict.fromkeys(row)] for band in slots for row in band.tolist()]
+    own = zip(pack.slots, pack.lengths, strict=True)
+    assert sorted(rows) == sorted(pack.nodes[row[:length]].tolist() for row, length in own)
+    assert torch.equal(torch.cat([band.flatten() for band in slots])[places], torch.arange(len(pack.nodes)))
+    assert [band.shape[1] for band in slots] == sorted(band.shape[1] for band in slots)
+    padded = sum(band.numel() for band in slots)
+    assert padded <= pack.slots.numel() * (1 if len(slots) == 1 else 0.75)
 
 
 @given(some_edits)
@@ -82,3 +96,19 @@ def test_half_precision_is_trained_through_single_on_a_processor() -> None:
     doubles = [half.detach().double().requires_grad_() for half in halves]
     double = attend_within(pack, torch.nn.Module(), *doubles)
     assert double.dtype == torch.float64 and not torch.equal(double, double.float().double())
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_edits_in_bands_attend_as_each_does_alone(window: int | None) -> None:
+    edits = [[1, 2, 3], [9, 9, 9], [1, 2, 4, 5], [1, 2, *range(10, 30)], [1, *range(30, 50)]]
+    tree = tree_of(edits)
+    pack = tree.pack(torch.arange(len(edits)))
+    assert len(pack.bands.slots) > 1
+    query, key, value = torch.randn(3, 1, 2, len(pack.nodes), 8, generator=torch.Generator().manual_seed(0))
+    together = attend_within(pack, torch.nn.Module(), query, key, value, sliding_window=window)
+    for row, edit in enumerate(edits):
+        slots = pack.slots[row, : len(edit) - 1]
+        scores = query[0][:, slots] @ key[0][:, slots].transpose(1, 2) / 8**0.5
+        seen = torch.ones(len(slots), len(slots), dtype=torch.bool).tril().triu(1 - (window or len(slots)))
+        alone = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value[0][:, slots]
+        torch.testing.assert_close(together[0, slots], alone.transpose(0, 1))

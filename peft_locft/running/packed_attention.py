@@ -77,21 +77,24 @@ def attend_within(
     **kwargs: Any,
 ) -> torch.Tensor:
     """Lay queries, keys and values, (1, heads, N, d), out as edits, attend, and return (1, N, heads, d)."""
-    slots = pack.slots.to(query.device)
-    length = slots.shape[1]
-    mask = None
-    if sliding_window is not None and length > sliding_window:
-        mask = (
-            torch.ones(length, length, dtype=torch.bool, device=query.device)
-            .tril()
-            .triu(1 - sliding_window)[None, None]
-        )
-    laid_out = [take(states[0].transpose(0, 1), slots).transpose(1, 2) for states in (query, key, value)]
-    if query.device.type == "cpu" and query.itemsize < 4 and torch.is_grad_enabled():
-        # backward through short rows of half precision takes a processor six times as long
-        laid_out = [states.float() for states in laid_out]
-    output, _ = sdpa_attention_forward(module, *laid_out, mask, **kwargs)
-    return take(output.flatten(0, 1).to(query.dtype), pack.places.to(query.device)).unsqueeze(0)
+    # elsewhere one more kernel costs more than the padding that it would spare
+    layout = pack.bands if query.device.type == "cpu" else pack.whole
+    # backward through short rows of half precision takes a processor six times as long
+    in_float = query.device.type == "cpu" and query.itemsize < 4 and torch.is_grad_enabled()
+    outputs = []
+    for slots in layout.slots:
+        length = slots.shape[1]
+        mask = None
+        if sliding_window is not None and length > sliding_window:
+            mask = torch.ones(length, length, dtype=torch.bool, device=query.device)
+            mask = mask.tril().triu(1 - sliding_window)[None, None]
+        places = slots.to(query.device)
+        laid_out = [take(states[0].transpose(0, 1), places).transpose(1, 2) for states in (query, key, value)]
+        if in_float:
+            laid_out = [states.float() for states in laid_out]
+        output, _ = sdpa_attention_forward(module, *laid_out, mask, **kwargs)
+        outputs.append(output.flatten(0, 1).to(query.dtype))
+    return take(torch.cat(outputs), layout.places.to(query.device)).unsqueeze(0)
 
 
 def take(rows: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 SORTED_LEVELS = 16  # tokens by which edits are put next to those that begin alike
+SAVED_BY_A_CUT = 0.25  # of the padded places, at the least
+
+
+class Layout(NamedTuple):
+    """Edits laid out as rectangles.
+
+    Args:
+        slots: (B, T) for each of these, where in a pack's `nodes` every token is; on padding, the edit's last.
+        places: (N,) where in all of them, flattened and one after the other, each node occurs and is no padding.
+    """
+
+    slots: Sequence[torch.Tensor]
+    places: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -19,14 +35,45 @@ class Pack:
         token_ids: (N,) the last token of each.
         positions: (N,) how many tokens come before that.
         slots: (B, T) where in `nodes` each token of each edit is; on padding, the edit's last.
-        places: (N,) where in `slots`, flattened, each node occurs and is no padding.
+        lengths: (B,) tokens of each edit.
     """
 
     nodes: torch.Tensor
     token_ids: torch.Tensor
     positions: torch.Tensor
     slots: torch.Tensor
-    places: torch.Tensor
+    lengths: torch.Tensor
+
+    @cached_property
+    def whole(self) -> Layout:
+        """All edits as one rectangle."""
+        return self._layout([torch.arange(len(self.slots))])
+
+    @cached_property
+    def bands(self) -> Layout:
+        """Edits of about one length as a rectangle each: more of these, and far less padding."""
+        return self._layout(_bands(self.lengths, torch.argsort(self.lengths, stable=True)))
+
+    def _layout(self, bands: Sequence[torch.Tensor]) -> Layout:
+        slots, is_token = [], []
+        for rows in bands:
+            columns = torch.arange(int(self.lengths[rows].max()))
+            slots.append(self.slots[rows, : len(columns)])
+            is_token.append((columns < self.lengths[rows].unsqueeze(1)).flatten())
+        taken = torch.cat(is_token)
+        places = torch.empty(len(self.nodes), dtype=torch.int64)
+        places[torch.cat([each.flatten() for each in slots])[taken]] = taken.nonzero().squeeze(1)
+        return Layout(slots, places)
+
+
+def _bands(lengths: torch.Tensor, rows: torch.Tensor) -> list[torch.Tensor]:
+    """Cut rows, from short to long, where that leaves the least padding, until that saves too little."""
+    ordered, number = lengths[rows], torch.arange(1, len(rows))
+    padded = number * ordered[:-1] + (len(rows) - number) * ordered[-1]
+    if not len(padded) or padded.min() > (1 - SAVED_BY_A_CUT) * len(rows) * ordered[-1]:
+        return [rows]
+    first = int(padded.argmin()) + 1
+    return _bands(lengths, rows[:first]) + _bands(lengths, rows[first:])
 
 
 @dataclass(frozen=True)
@@ -87,11 +134,8 @@ class PrefixTree:
 
     def pack(self, indices: torch.Tensor) -> Pack:
         """Return the distinct prefixes of some edits."""
-        begin = self.offsets[indices].unsqueeze(1)
-        steps = self.offsets[indices + 1].unsqueeze(1) - begin - 1
-        columns = torch.arange(int(steps.max()))
-        nodes, slots = torch.unique(self.nodes[begin + torch.minimum(columns, steps)], return_inverse=True)
-        is_token = columns < steps
-        places = torch.empty(len(nodes), dtype=torch.int64)
-        places[slots[is_token]] = torch.arange(slots.numel()).view(slots.shape)[is_token]
-        return Pack(nodes, self.token_ids[nodes], self.positions[nodes], slots, places)
+        begin = self.offsets[indices]
+        lengths = self.offsets[indices + 1] - begin - 1
+        columns = torch.minimum(torch.arange(int(lengths.max())), lengths.unsqueeze(1))
+        nodes, slots = torch.unique(self.nodes[begin.unsqueeze(1) + columns], return_inverse=True)
+        return Pack(nodes, self.token_ids[nodes], self.positions[nodes], slots, lengths)
