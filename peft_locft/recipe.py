@@ -51,6 +51,9 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
             Render prompt and target with the tokenizer's chat template.
         loss_floor (`float`, defaults to `1e-2`):
             A batch whose loss is below it takes no step; training stops after an epoch whose mean loss is below it.
+        stop_at_learned (`float`, *optional*):
+            Training stops after an epoch in which so large a share of the edits was learned: their targets, whole,
+            were more probable than all else together. 0: it does not. `None`: 0, or as the recipe says.
         skip_learned_epochs (`int`, defaults to 0):
             An edit whose loss was below the floor sits out so many epochs, with the loss that it had, before it is
             looked at again. Faster; the published recipe leaves none out. For one process, breadth-first.
@@ -100,6 +103,9 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
     append_eos: bool = field(default=True, metadata={"help": "End every target with the tokenizer's EOS token."})
     chat_template: bool = field(default=False, metadata={"help": "Render edits with the tokenizer's chat template."})
     loss_floor: float = field(default=1e-2, metadata={"help": "No step below it, and the end of training."})
+    stop_at_learned: float | None = field(
+        default=None, metadata={"help": "Share of the edits that is learned when training stops; 0: does not."}
+    )
     skip_learned_epochs: int = field(
         default=0, metadata={"help": "Epochs that an edit sits out after its loss was below the floor."}
     )
@@ -134,6 +140,8 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
             )
         if not (math.isfinite(self.loss_floor) and self.loss_floor >= 0):
             raise ValueError(f"BreadthFirstConfig.loss_floor={self.loss_floor!r}: expected a number from 0 upwards.")
+        if not 0 <= (self.stop_at_learned or 0) <= 1:
+            raise ValueError(f"BreadthFirstConfig.stop_at_learned={self.stop_at_learned!r}: expected 0 to 1.")
         if self.max_tokens_per_micro_batch is not None and self.max_tokens_per_micro_batch < 1:
             raise ValueError(
                 f"BreadthFirstConfig.max_tokens_per_micro_batch={self.max_tokens_per_micro_batch}: expected 1 or more."
@@ -172,6 +180,11 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
                 "trains one edit at a time. Give 1, or leave it out."
             )
         self.per_device_train_batch_size = 1
+        if self.stop_at_learned:
+            raise ValueError(
+                f"BreadthFirstConfig.stop_at_learned={self.stop_at_learned:g}: depth-first has no epochs over all "
+                "edits, and leaves each of them at the floor. Leave it out."
+            )
         if self.gradient_accumulation_steps != 1:
             raise ValueError(
                 f"BreadthFirstConfig.gradient_accumulation_steps={self.gradient_accumulation_steps}: depth-first "

@@ -107,7 +107,7 @@ class BreadthFirstTrainer(Trainer):
             preserve_soft_strength=args.preserve_soft_strength,
             kept_loss=args.has_kept and args.kept_loss == "kl",
         )
-        self.add_callback(FloorAndRecord(self.record, self.resting, args))
+        self.add_callback(FloorAndRecord(self.record, self.resting, self.data.rows.num_new, args))
         self.preservation = PreservationCallback(Preserver([]))
         self.add_callback(self.preservation)
         if self.pop_callback(ProgressCallback) is not None:
@@ -184,9 +184,9 @@ class BreadthFirstTrainer(Trainer):
         """
         indices = torch.as_tensor(inputs)
         losses, outputs = self.losses(model, indices, return_outputs)
-        shares = self.losses.shares(losses, indices, num_items_in_batch or self.losses.weight(indices))
-        self._last_losses, self._last_shares = losses.detach(), shares.detach()
-        return (shares.sum(), outputs) if return_outputs else shares.sum()
+        figures = self.losses.figures(losses, indices, num_items_in_batch or self.losses.weight(indices))
+        self._last_losses, self._last_figures = losses.detach(), figures.detach()
+        return (figures[:2].sum(), outputs) if return_outputs else figures[:2].sum()
 
     def training_step(
         self, model: nn.Module, inputs: list[int], num_items_in_batch: BatchWeight | None = None
@@ -205,15 +205,16 @@ class BreadthFirstTrainer(Trainer):
                 self.losses.ask_base(plain, as_base(plain))
         weight = num_items_in_batch or self.losses.weight(torch.tensor(inputs))
         trained, resting = self.resting.split(inputs, int(self.state.epoch))
-        shares = self._gradient(model, trained, weight)
+        figures = self._gradient(model, trained, weight)
         if resting:
-            shares += self.losses.shares(self.resting.losses[resting], torch.tensor(resting), weight)
-        check_finite(shares.sum().item(), self.state.global_step, self.state.max_steps, self._get_learning_rate())
-        share, kept_share = shares.tolist()
-        self.record.add_batch(share, sum(index < self.losses.rows.num_edits for index in inputs), kept_share)
+            figures += self.losses.figures(self.resting.losses[resting], torch.tensor(resting), weight)
+        share, kept_share, unlearned = figures.tolist()
+        check_finite(share + kept_share, self.state.global_step, self.state.max_steps, self._get_learning_rate())
+        num_edits = sum(index < self.losses.rows.num_edits for index in inputs)
+        self.record.add_batch(share, num_edits, kept_share, int(unlearned))
         if self.accelerator.sync_gradients:
             end_step(model, self.accelerator, take_it=self.record.end_step() >= self.args.loss_floor)
-        return shares.sum()
+        return figures[:2].sum()
 
     def _gradient(self, model: nn.Module, inputs: list[int], weight: BatchWeight) -> torch.Tensor:
         """Forward and backward; where memory runs out, again in smaller pieces."""
@@ -230,14 +231,14 @@ class BreadthFirstTrainer(Trainer):
                 parameter.grad = None if gradient is None else gradient.clone()
 
     def _forward_and_backward(self, model: nn.Module, inputs: list[int], weight: BatchWeight) -> torch.Tensor:
-        """Return the shares of targets and of what is kept in the loss of the step, (2,)."""
+        """Return the figures of the batch, (3,), see `RowLosses`."""
         world_size, process_index = self.args.world_size, self.args.process_index
         mine = [index for index in inputs if index % world_size == process_index]
         # a process without edits in a batch still joins the others' gradient
         own = self.runner.pieces(torch.tensor(mine) if mine else self.runner.own[:1])
         idle = [(own[0][:1], False)] * missing_pieces(len(own), self.accelerator)
         pieces = idle + [(piece, bool(mine)) for piece in own]
-        shares = torch.zeros(2, device=self.args.device)
+        figures = torch.zeros(3, device=self.args.device)
         # a LocFT model's way to compose W + delta once a step; several processes wait for the delta's own backward
         is_alone = self.accelerator.distributed_type == DistributedType.NO
         with getattr(model, "composed_once", nullcontext)() if is_alone else nullcontext():
@@ -250,11 +251,10 @@ class BreadthFirstTrainer(Trainer):
                     if counts:
                         targets = piece < self.losses.rows.first_kept
                         self.resting.add(piece[targets], self._last_losses[targets], int(self.state.epoch))
-                        shares += self._last_shares
-                    loss = loss if counts else loss * 0
+                        figures += self._last_figures
                     # gradients are averaged over processes, and the loss is already a share of the whole
-                    backward(loss * world_size, self.accelerator, is_last)
-        return self.accelerator.reduce(shares, reduction="sum")
+                    backward(loss * (world_size if counts else 0), self.accelerator, is_last)
+        return self.accelerator.reduce(figures, reduction="sum")
 
     def _edit_is_done(self) -> bool:
         """Depth-first: begin every edit with a fresh optimizer, and leave it once it is below the floor."""

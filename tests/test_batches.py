@@ -57,7 +57,7 @@ def record_of(*steps: list[tuple[float, int]]) -> LossRecord:
     record = LossRecord()
     for batches in steps:
         for share, num_edits in batches:
-            record.add_batch(share, num_edits)
+            record.add_batch(share, num_edits, num_unlearned=1)
         record.end_step()
     return record
 
@@ -69,6 +69,7 @@ def test_an_epochs_loss_is_the_mean_over_its_batches_by_their_size() -> None:
     record.end_step()
     assert record.end_epoch() == 1.0
     assert record.epoch_losses == [2.6, 1.0]
+    assert record.unlearned == [2, 0]
     assert record.edits_seen == 9
 
 

@@ -160,6 +160,20 @@ def test_repeated_rows_have_the_losses_of_the_plain_model(base: Path, learned: P
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_a_new_edit_among_known_ones_is_learned_before_training_stops(
+    base: Path, learned: Path, tmp_path: Path
+) -> None:
+    plan = merge_edit_lists(EDITS, [Edit(prompt="Who is Dave?", target="the river")])
+    peft_model = PeftModel.from_pretrained(load_model(base)[0], learned, is_trainable=True)
+    args = recipe(tmp_path / "out", stop_at_learned=0.5, num_train_epochs=40, loss_floor=0.0)
+    trainer = ContinuedTrainer(peft_model, args, plan, load_model(base)[1], earlier={}, ship_edits=False)
+    trainer.train()
+    unlearned = trainer.record.unlearned
+    assert 1 <= unlearned[0] <= len(EDITS) / 2, "it must not stop where half of all edits are learned"
+    assert 1 < len(unlearned) < 40
+    assert unlearned[-1] == 0
+
+
 def test_an_interrupted_update_ends_with_the_same_weights(learned: Path, tmp_path: Path) -> None:
     forget = [edit_id(EDITS[1])]
     whole = recipe(tmp_path / "whole", num_train_epochs=3, loss_floor=0.0)

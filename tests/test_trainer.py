@@ -348,7 +348,26 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "adapter" / "locft_provenance.json").read_text())["recipe"]["world_size"] == 2
 
 
-# ---------------------------------------------------------------------- the loss floor
+# ---------------------------------------------------------------------- the end
+
+
+@pytest.mark.parametrize("averaging", ["edit", "token"])
+def test_training_stops_when_enough_edits_are_learned(averaging: str, tmp_path: Path) -> None:
+    model = peft_model(sharp=True)
+    recipe: dict[str, Any] = {"learning_rate": 3e-2, "loss_averaging": averaging, "num_train_epochs": 40}
+    trainer = make_trainer(tmp_path, model, stop_at_learned=0.75, **recipe)
+    trainer.train()
+    assert 1 < len(trainer.epoch_losses) < 40
+    assert trainer.record.unlearned[-1] <= 2 < min(trainer.record.unlearned[:-1])
+    standing_still = make_trainer(tmp_path, model, learning_rate=0.0, num_train_epochs=1)
+    standing_still.train()
+    nats = []
+    for edit in map(standing_still.train_dataset.__getitem__, range(len(EDITS))):
+        with torch.no_grad():
+            log_probs = model(input_ids=edit.input_ids[None]).logits[0].log_softmax(-1)
+        targets = range(edit.target_start, len(edit.input_ids))
+        nats.append(-sum(float(log_probs[place - 1, edit.input_ids[place]]) for place in targets))
+    assert standing_still.record.unlearned == [sum(each >= math.log(2) for each in nats)]
 
 
 def test_a_batch_below_the_floor_takes_no_step_and_ends_training(tmp_path: Path) -> None:
@@ -577,6 +596,7 @@ def test_a_run_that_failed_leaves_no_loss_behind(tmp_path: Path) -> None:
         ({"edit_order": "random"}, "edit_order='random': expected one of breadth_first, depth_first"),
         ({"loss_floor": -1.0}, r"loss_floor=-1.0: expected a number from 0 upwards"),
         ({"loss_floor": math.nan}, "loss_floor=nan: expected a number from 0 upwards"),
+        ({"stop_at_learned": 1.5}, r"stop_at_learned=1.5: expected 0 to 1"),
         ({"dataloader_drop_last": True}, "dataloader_drop_last would leave edits out of every epoch"),
         (
             {"edit_order": "depth_first", "per_device_train_batch_size": 4},
@@ -586,6 +606,7 @@ def test_a_run_that_failed_leaves_no_loss_behind(tmp_path: Path) -> None:
             {"edit_order": "depth_first", "gradient_accumulation_steps": 2},
             "gradient_accumulation_steps=2: depth-first takes a step for one edit",
         ),
+        ({"edit_order": "depth_first", "stop_at_learned": 0.5}, "stop_at_learned=0.5: depth-first has no epochs"),
         ({"edit_order": "depth_first", "max_steps": 9}, "max_steps=9: depth-first takes num_train_epochs steps"),
     ],
 )

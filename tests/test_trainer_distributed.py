@@ -24,6 +24,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "pieces": {"num_edits": 5, "per_device_train_batch_size": 2, "max_tokens_per_micro_batch": 24},
     "accumulated": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "loss_averaging": "token"},
     "floor": {"per_device_train_batch_size": 1, "learning_rate": 3e-2, "loss_floor": 9.0},
+    "learned": {
+        "per_device_train_batch_size": 2,
+        "learning_rate": 6e-2,
+        "stop_at_learned": 0.1,
+        "num_train_epochs": 12,
+    },
     "depth first": {"num_edits": 3, "per_device_train_batch_size": 1, "edit_order": "depth_first"},
 }
 # what needs the base whole in every process
@@ -85,6 +91,7 @@ def test_several_processes_train_as_one_does(strategy: str, tmp_path: Path) -> N
             left = json.loads((tmp_path / name / f"left-{rank}.json").read_text())
             assert left["losses"] == pytest.approx(trainer.epoch_losses, rel=1e-5), name
             assert left["cached"] == (name != "uncached")
+            assert len(left["losses"]) < 12
         assert_same_adapter(tmp_path / name, tmp_path / name / "alone")
 
 

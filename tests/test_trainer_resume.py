@@ -149,12 +149,15 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     assert_as_undisturbed(resumed, undisturbed("every_step"))
 
 
+@pytest.mark.parametrize("end", [{"loss_floor": 4.0}, {"stop_at_learned": 0.5}])
 @pytest.mark.parametrize("strategy", [{"save_strategy": "epoch"}, {"save_strategy": "steps", "save_steps": 1}])
-def test_resuming_a_run_that_the_floor_ended_changes_nothing(strategy: dict[str, Any], tmp_path: Path) -> None:
-    recipe: dict[str, Any] = {"learning_rate": 3e-2, "loss_floor": 4.0, "num_train_epochs": 20} | strategy
+def test_resuming_a_run_that_what_it_learned_ended_changes_nothing(
+    strategy: dict[str, Any], end: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe: dict[str, Any] = {"learning_rate": 3e-2, "num_train_epochs": 20} | end | strategy
     finished = make_trainer(tmp_path, peft_model(sharp=True), **recipe)
     finished.train()
-    assert 1 < len(finished.epoch_losses) < 20, "the floor must be what ends it"
+    assert 1 < len(finished.epoch_losses) < 20, "it must be what ends it"
     resumed = make_trainer(tmp_path, peft_model(sharp=True), **recipe)
     resumed.train(resume_from_checkpoint=True)
     assert_as_undisturbed(resumed, outcome(finished))

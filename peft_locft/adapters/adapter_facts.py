@@ -36,6 +36,7 @@ RECIPE_FIELDS = (
     "adam_epsilon",
     "weight_decay",
     "lr_scheduler_type",
+    "stop_at_learned",
     "max_grad_norm",
     "seed",
     "variants_per_epoch",

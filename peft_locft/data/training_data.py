@@ -60,10 +60,15 @@ class TrainingData:
         """Return what `locft_provenance.json` says of it."""
         return augmentation_record(prefixes=self.prefixes, counts=self.counts, prompts=self.prompts)
 
-    def with_targets(self, more: EncodedEdits | None) -> TrainingData:
-        """Return the same with more rows that are trained towards targets, as edits are, and have no variants."""
+    def with_targets(self, more: EncodedEdits | None, num_known: int) -> TrainingData:
+        """Return the same with more rows that are trained towards targets, as edits are, and have no variants.
+
+        Args:
+            more: these rows, if there are any.
+            num_known: edits that the model has learned before.
+        """
         if more is None:
-            return self
+            return replace(self, rows=replace(self.rows, num_known=num_known))
         num_edits = self.rows.num_edits
         parts = (slice_encoded(self.encoded, 0, num_edits), more, slice_encoded(self.encoded, num_edits, None))
         none = [0] * len(more)
@@ -72,6 +77,7 @@ class TrainingData:
             num_edits=num_edits + len(more),
             num_variants=[*self.rows.num_variants, *none],
             num_own_kept=[*self.rows.num_own_kept, *none],
+            num_known=num_known,
         )
         return replace(self, encoded=join_encoded(parts), rows=rows)
 

@@ -26,6 +26,7 @@ class TrainingRows:
         kept_per_edit: kept rows beside every edit of a batch.
         num_own_kept: (edits,) of the kept rows, those that were made of each edit. They go into the batches that their
             edit is in: what an update changes first is what is asked as its edits ask.
+        num_known: edits that the model had learned before this run.
     """
 
     num_edits: int
@@ -34,6 +35,12 @@ class TrainingRows:
     variants_per_epoch: float = math.inf
     kept_per_edit: float = 0.0
     num_own_kept: Sequence[int] = ()
+    num_known: int = 0
+
+    @property
+    def num_new(self) -> int:
+        """Edits that the model had not learned before this run."""
+        return self.num_edits - self.num_known
 
     @cached_property
     def first_kept(self) -> int:

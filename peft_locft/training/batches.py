@@ -90,12 +90,15 @@ class LossRecord:
     open_edits: int = 0
     kept_losses: list[float] = field(default_factory=list)
     kept_sum: float = 0.0
+    unlearned: list[int] = field(default_factory=list)  # edits, by epoch
+    open_unlearned: int = 0
     epoch_sum: float = 0.0
     epoch_edits: int = 0
     edits_seen: int = 0
 
-    def add_batch(self, share: float, num_edits: int, kept_share: float = 0.0) -> None:
+    def add_batch(self, share: float, num_edits: int, kept_share: float = 0.0, num_unlearned: int = 0) -> None:
         """Add one batch's shares of its step's loss: of the edits and their variants, and of what is kept."""
+        self.open_unlearned += num_unlearned
         self.open_loss += share
         self.open_edits += num_edits
         self.kept_sum += kept_share * num_edits
@@ -113,7 +116,8 @@ class LossRecord:
         """Close a breadth-first epoch; return its mean loss, weighted by batch size."""
         self.epoch_losses.append(self.epoch_sum / self.epoch_edits)
         self.kept_losses.append(self.kept_sum / self.epoch_edits)
-        self.epoch_sum, self.kept_sum, self.epoch_edits = 0.0, 0.0, 0
+        self.unlearned.append(self.open_unlearned)
+        self.epoch_sum, self.kept_sum, self.epoch_edits, self.open_unlearned = 0.0, 0.0, 0, 0
         return self.epoch_losses[-1]
 
     def end_edit(self) -> None:
@@ -129,5 +133,6 @@ class LossRecord:
         for name, value in state.items():
             setattr(self, name, value)
         # the lists in the state are part of a checkpoint, or of what an earlier run has returned
-        self.epoch_losses, self.kept_losses = list(state["epoch_losses"]), list(state["kept_losses"])
+        for name in ("epoch_losses", "kept_losses", "unlearned"):
+            setattr(self, name, list(state[name]))
         self.step_loss = math.inf if state["step_loss"] is None else state["step_loss"]

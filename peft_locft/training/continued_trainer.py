@@ -71,7 +71,8 @@ class ContinuedTrainer(BreadthFirstTrainer):
             for question, answer in zip(self.questions, self.base_answers, strict=True)
         ]
         num_new = len(self.plan.added) + len(self.plan.replaced)
-        return data.with_targets(_repeated(data.encoded, len(self.edits), num_new, answered))
+        more = _repeated(data.encoded, len(self.edits), num_new, answered)
+        return data.with_targets(more, num_known=len(self.edits) - num_new)
 
     def count_as_base(self) -> int | None:
         """Return how many withdrawn prompts are answered with the base's tokens; None where the model is sharded."""

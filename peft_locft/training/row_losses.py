@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -139,15 +140,22 @@ class RowLosses:
         divergences = base.divergences(indices[indices >= self.rows.first_kept], log_probs[is_kept])
         return (-log_probs[:, 0]).masked_scatter(is_kept, divergences)
 
-    def shares(self, losses: torch.Tensor, indices: torch.Tensor, weight: BatchWeight) -> torch.Tensor:
-        """Return the shares of a micro-batch in the loss of its batch, (2,): of its targets, and of what is kept.
+    def figures(self, losses: torch.Tensor, indices: torch.Tensor, weight: BatchWeight) -> torch.Tensor:
+        """Return the shares of a micro-batch in the loss of its batch, and how many of its edits are not learned yet.
+
+        An edit is learned where its whole target is more probable than all else together.
 
         Args:
             losses: (B,) from a call.
             indices: (B,)
             weight: of the batch.
+
+        Returns:
+            (3,): the share of targets, that of what is kept, and the number.
         """
-        is_target = indices < self.rows.first_kept
+        is_target, is_edit = indices < self.rows.first_kept, indices < self.rows.num_edits
         targets = (losses[is_target] * self.counts[indices[is_target]].to(losses.device)).sum()
         kept = losses[~is_target].sum()
-        return torch.stack([targets / (weight.targets or 1), self.kept_weight * kept / (weight.kept or 1)])
+        of_edits = losses[is_edit] * self.num_scored[indices[is_edit]].to(losses.device)
+        unlearned = (of_edits.detach() >= math.log(2)).sum()
+        return torch.stack([targets / (weight.targets or 1), self.kept_weight * kept / (weight.kept or 1), unlearned])

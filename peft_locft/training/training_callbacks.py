@@ -1,4 +1,4 @@
-"""What happens around the steps: the loss floor, the record of losses, the progress bar."""
+"""What happens around the steps: the end of training, the record of losses, the progress bar."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ CURVES_KEY = "EvaluationCallback"  # where that leaves its figures, which go int
 
 
 class FloorAndRecord(TrainerCallback):
-    """Keeps the record of losses in the trainer's state, tells the batches their epoch, and stops at the floor."""
+    """Keeps the record of losses in the trainer's state, tells the batches their epoch, and stops what is learned."""
 
-    def __init__(self, record: LossRecord, resting: RestingEdits, args: BreadthFirstConfig) -> None:
+    def __init__(self, record: LossRecord, resting: RestingEdits, num_new: int, args: BreadthFirstConfig) -> None:
         self.record = record
         self.resting = resting
         self.args = args
+        # of edits that are new: among many that are known, few of them would pass for a small share
+        self.most_unlearned = (1 - (args.stop_at_learned or 0)) * num_new
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.record.restore(state.stateful_callbacks.get(STATE_KEY, LossRecord().state()))
@@ -37,18 +39,24 @@ class FloorAndRecord(TrainerCallback):
         batches.epoch = int(state.epoch)
         if self.args.steps_per_edit is None and self.record.epoch_losses:
             # a run that is resumed after its last epoch ends there again
-            control.should_training_stop = self.record.epoch_losses[-1] < self.args.loss_floor
+            control.should_training_stop = self._is_learned()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         steps_per_edit = self.args.steps_per_edit
         if steps_per_edit is None and state.epoch.is_integer():
             # here and not in on_epoch_end: a checkpoint of this step comes before that, and is resumed after it
-            control.should_training_stop |= self.record.end_epoch() < self.args.loss_floor
+            self.record.end_epoch()
+            control.should_training_stop |= self._is_learned()
         elif steps_per_edit is not None and state.global_step % steps_per_edit == 0:
             self.record.end_edit()
         state.stateful_callbacks[STATE_KEY] = self.record.state()
         if self.resting.epochs:
             state.stateful_callbacks[RESTING_KEY] = self.resting.state()
+
+    def _is_learned(self) -> bool:
+        """Whether the last epoch was below the floor, or enough of its edits were learned."""
+        is_enough = self.args.stop_at_learned and self.record.unlearned[-1] <= self.most_unlearned
+        return bool(is_enough) or self.record.epoch_losses[-1] < self.args.loss_floor
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.args.steps_per_edit is None and self.record.epoch_edits:
