@@ -83,7 +83,8 @@ def update_adapter(
     Training begins with the adapter's delta and a fresh optimizer, over all the edits that are held in the end. The
     prompts of withdrawn edits are trained towards what the base itself answers, greedily, and are no edits afterwards.
     What is new or withdrawn makes up a tenth of every epoch at least, by repetition, so that the loss floor does not
-    end training while a few of it are lost among thousands that are known.
+    end training while a few of it are lost among thousands that are known. For the same reason the share in
+    `stop_at_learned` is of these rows: no more of all may be unlearned than it leaves of them.
 
     Args:
         adapter: a local adapter folder, of any PEFT method. It is left as it is, until the new one is whole, if

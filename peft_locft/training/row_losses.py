@@ -130,15 +130,14 @@ class RowLosses:
         self, base: BaseDistributions, indices: torch.Tensor, batch: MicroBatch, logits: torch.Tensor
     ) -> torch.Tensor:
         """Return the loss of every scored token, (positions,), where some rows are held to the base: one softmax."""
-        is_kept = indices >= self.rows.first_kept
-        of_base = base.tokens(indices[is_kept])
-        is_kept = is_kept.to(logits.device)[batch.scored.rows]
+        rows = indices[indices >= self.rows.first_kept]
+        of_base = base.tokens(rows)
+        is_kept = (indices >= self.rows.first_kept).to(logits.device)[batch.scored.rows]
         # a target is one token, and stands in every column of its row
         tokens = batch.labels[batch.scored.rows, batch.scored.columns].unsqueeze(1).repeat(1, of_base.shape[1])
         tokens[is_kept] = of_base
         log_probs = log_probabilities(logits, tokens)
-        divergences = base.divergences(indices[indices >= self.rows.first_kept], log_probs[is_kept])
-        return (-log_probs[:, 0]).masked_scatter(is_kept, divergences)
+        return (-log_probs[:, 0]).masked_scatter(is_kept, base.divergences(rows, log_probs[is_kept]))
 
     def figures(self, losses: torch.Tensor, indices: torch.Tensor, weight: BatchWeight) -> torch.Tensor:
         """Return the shares of a micro-batch in the loss of its batch, and how many of its edits are not learned yet.
