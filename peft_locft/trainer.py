@@ -111,7 +111,7 @@ class BreadthFirstTrainer(Trainer):
         self.preservation = PreservationCallback(Preserver([]))
         self.add_callback(self.preservation)
         if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(EditProgress(self.record))
+            self.add_callback(EditProgress(self.record, self.data.rows.num_edits))
 
     @property
     def epoch_losses(self) -> list[float]:

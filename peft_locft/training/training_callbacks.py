@@ -65,11 +65,17 @@ class FloorAndRecord(TrainerCallback):
 
 
 class EditProgress(ProgressCallback):
-    """The Trainer's progress bar with the last loss and the speed, in place of a line for every log."""
+    """The Trainer's progress bar with loss, share of the edits learned, and speed, in place of a line for every log.
 
-    def __init__(self, record: LossRecord) -> None:
+    Args:
+        record: the last loss, and how many edits were not learned yet when the last epoch came to them.
+        num_edits: of an epoch.
+    """
+
+    def __init__(self, record: LossRecord, num_edits: int) -> None:
         super().__init__()
         self.record = record
+        self.num_edits = num_edits
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
@@ -82,7 +88,9 @@ class EditProgress(ProgressCallback):
         super().on_step_end(args, state, control, **kwargs)
         if self.training_bar is not None:
             speed = (self.record.edits_seen - self.seen_before) / (time.perf_counter() - self.begun)
-            self.training_bar.set_postfix_str(f"loss {self.record.step_loss:.4f}, {speed:.0f} edits/s")
+            learned = [f"{1 - number / self.num_edits:.0%} learned" for number in self.record.unlearned[-1:]]
+            figures = [f"loss {self.record.step_loss:.4f}", *learned, f"{speed:.0f} edits/s"]
+            self.training_bar.set_postfix_str(", ".join(figures))
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         pass
