@@ -295,5 +295,6 @@ def agrees(model: nn.Module, replay: Replay, trial: torch.Tensor) -> bool:
 
 def tolerance(model: nn.Module, device: torch.device) -> float:
     """Return by how much two ways to compute the same may differ, as a share of the largest value."""
-    is_half = next(model.parameters()).itemsize < 4 or torch.is_autocast_enabled(device.type)
-    return 5e-2 if is_half else 1e-3
+    # accelerate keeps the forward aside that it runs in mixed precision
+    is_mixed = torch.is_autocast_enabled(device.type) or "_original_forward" in vars(model)
+    return 5e-2 if is_mixed or next(model.parameters()).itemsize < 4 else 1e-3
