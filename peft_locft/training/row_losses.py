@@ -145,13 +145,14 @@ class RowLosses:
         An edit is learned where its whole target is more probable than all else together.
 
         Args:
-            losses: (B,) from a call.
+            losses: (B,) from a call, on any device.
             indices: (B,)
             weight: of the batch.
 
         Returns:
-            (3,): the share of targets, that of what is kept, and the number.
+            (3,): the share of targets, that of what is kept, and the number, where forwards run.
         """
+        losses = losses.to(self.runner.device)
         is_target, is_edit = indices < self.rows.first_kept, indices < self.rows.num_edits
         targets = (losses[is_target] * self.counts[indices[is_target]].to(losses.device)).sum()
         kept = losses[~is_target].sum()
