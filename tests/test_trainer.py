@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +16,12 @@ from tiny_models import FAMILIES, assert_same_tensors, base_state, changed, ever
 from tiny_training import EDITS, base_model, make_trainer, peft_model, trained
 from tokenizers_for_tests import make_tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, TrainerState
 
 from peft_locft import BreadthFirstConfig, BreadthFirstTrainer, Edit, LocFTConfig, encode_edits
-from peft_locft.training.batches import EditBatches
+from peft_locft.training.batches import EditBatches, LossRecord
+from peft_locft.training.resting import RestingEdits
+from peft_locft.training.training_callbacks import FloorAndRecord
 
 LOCATION = LocFTConfig(target_modules=["down_proj"], layers_to_transform=[1], task_type="CAUSAL_LM")
 
@@ -368,6 +371,19 @@ def test_training_stops_when_enough_edits_are_learned(averaging: str, tmp_path: 
         targets = range(edit.target_start, len(edit.input_ids))
         nats.append(-sum(float(log_probs[place - 1, edit.input_ids[place]]) for place in targets))
     assert standing_still.record.unlearned == [sum(each >= math.log(2) for each in nats)]
+
+
+@pytest.mark.parametrize(("share", "num_edits"), [(0.9, 10), (0.55, 20), (0.7, 10), (0.98, 50)])
+def test_so_many_as_are_asked_for_are_enough(share: float, num_edits: int, tmp_path: Path) -> None:
+    args = BreadthFirstConfig(output_dir=str(tmp_path), use_cpu=True, stop_at_learned=share)
+    loader = SimpleNamespace(batch_sampler=EditBatches(num_edits, 4, 0))
+    most = num_edits - round(share * num_edits)
+    for unlearned in (most, most + 1):
+        record = LossRecord(epoch_losses=[9.0], unlearned=[unlearned])
+        callback = FloorAndRecord(record, RestingEdits(num_edits, 0.0, 0), num_edits, args)
+        control = TrainerControl()
+        callback.on_epoch_begin(args, TrainerState(epoch=1.0), control, train_dataloader=loader)
+        assert control.should_training_stop == (unlearned == most)
 
 
 def test_a_batch_below_the_floor_takes_no_step_and_ends_training(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -24,8 +25,7 @@ class FloorAndRecord(TrainerCallback):
         self.record = record
         self.resting = resting
         self.args = args
-        # of edits that are new: among many that are known, few of them would pass for a small share
-        self.most_unlearned = (1 - (args.stop_at_learned or 0)) * num_new
+        self.num_new = num_new
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.record.restore(state.stateful_callbacks.get(STATE_KEY, LossRecord().state()))
@@ -55,8 +55,11 @@ class FloorAndRecord(TrainerCallback):
 
     def _is_learned(self) -> bool:
         """Whether the last epoch was below the floor, or enough of its edits were learned."""
-        is_enough = self.args.stop_at_learned and self.record.unlearned[-1] <= self.most_unlearned
-        return bool(is_enough) or self.record.epoch_losses[-1] < self.args.loss_floor
+        # of edits that are new: among many that are known, few of them would pass for a small share. A quotient, since
+        # (1 - 0.9) * 10 is less than 1
+        learned = (self.num_new - self.record.unlearned[-1]) / max(self.num_new, 1)
+        asked = self.args.stop_at_learned or math.inf
+        return learned >= asked or self.record.epoch_losses[-1] < self.args.loss_floor
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.args.steps_per_edit is None and self.record.epoch_edits:
