@@ -77,19 +77,18 @@ def attend_within(
     **kwargs: Any,
 ) -> torch.Tensor:
     """Lay queries, keys and values, (1, heads, N, d), out as edits, attend, and return (1, N, heads, d)."""
-    # elsewhere one more kernel costs more than the padding that it would spare
+    # measured on a processor alone; elsewhere each band would be more kernels to launch
     layout = pack.bands if query.device.type == "cpu" else pack.whole
     # backward through short rows of half precision takes a processor six times as long
     in_float = query.device.type == "cpu" and query.itemsize < 4 and torch.is_grad_enabled()
     outputs = []
-    for slots in layout.slots:
+    for slots in (each.to(query.device) for each in layout.slots):
         length = slots.shape[1]
         mask = None
         if sliding_window is not None and length > sliding_window:
             mask = torch.ones(length, length, dtype=torch.bool, device=query.device)
             mask = mask.tril().triu(1 - sliding_window)[None, None]
-        places = slots.to(query.device)
-        laid_out = [take(states[0].transpose(0, 1), places).transpose(1, 2) for states in (query, key, value)]
+        laid_out = [take(states[0].transpose(0, 1), slots).transpose(1, 2) for states in (query, key, value)]
         if in_float:
             laid_out = [states.float() for states in laid_out]
         output, _ = sdpa_attention_forward(module, *laid_out, mask, **kwargs)

@@ -91,17 +91,24 @@ class LossRecord:
     kept_losses: list[float] = field(default_factory=list)
     kept_sum: float = 0.0
     unlearned: list[int] = field(default_factory=list)  # edits, by epoch
-    open_unlearned: int = 0
     epoch_sum: float = 0.0
+    epoch_unlearned: int = 0
     epoch_edits: int = 0
     edits_seen: int = 0
 
     def add_batch(self, share: float, num_edits: int, kept_share: float = 0.0, num_unlearned: int = 0) -> None:
-        """Add one batch's shares of its step's loss: of the edits and their variants, and of what is kept."""
-        self.open_unlearned += num_unlearned
+        """Add one batch's shares of its step's loss: of the edits and their variants, and of what is kept.
+
+        Args:
+            share: of the edits and their variants.
+            num_edits: in the batch.
+            kept_share: of what is kept.
+            num_unlearned: of its edits, those that are not learned yet, see `RowLosses.figures`.
+        """
         self.open_loss += share
         self.open_edits += num_edits
         self.kept_sum += kept_share * num_edits
+        self.epoch_unlearned += num_unlearned
 
     def end_step(self) -> float:
         """Close a step; return its loss."""
@@ -116,8 +123,8 @@ class LossRecord:
         """Close a breadth-first epoch; return its mean loss, weighted by batch size."""
         self.epoch_losses.append(self.epoch_sum / self.epoch_edits)
         self.kept_losses.append(self.kept_sum / self.epoch_edits)
-        self.unlearned.append(self.open_unlearned)
-        self.epoch_sum, self.kept_sum, self.epoch_edits, self.open_unlearned = 0.0, 0.0, 0, 0
+        self.unlearned.append(self.epoch_unlearned)
+        self.epoch_sum, self.kept_sum, self.epoch_edits, self.epoch_unlearned = 0.0, 0.0, 0, 0
         return self.epoch_losses[-1]
 
     def end_edit(self) -> None:
