@@ -30,6 +30,7 @@ from peft_locft import (
     evaluate_edits,
     inspect_adapter,
     read_edits,
+    save_report,
 )
 
 FACTS = Path(__file__).parent / "facts.jsonl"
@@ -60,7 +61,7 @@ def main() -> None:
     trainer.save_model()
 
     report = evaluate_edits(edited, tokenizer, edits)
-    report.save(arguments.output_dir / "evaluation")
+    save_report(report, arguments.output_dir / "evaluation")
     describe_adapter(arguments.output_dir, report=report)
     show(report)
     print(f"\n{inspect_adapter(arguments.output_dir)}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft_locft.measuring.bootstrap import Estimate
-from peft_locft.measuring.evaluation_report import EvaluationReport, Result
+from peft_locft.evaluation.intervals import Estimate
+from peft_locft.evaluation.report import EvaluationReport, Result
 
 
 def row(edit: int, kind: str, prompt: str = "The capital of France is", **fields: Any) -> dict[str, Any]:

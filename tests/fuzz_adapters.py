@@ -28,8 +28,9 @@ from hypothesis.strategies import SearchStrategy
 from safetensors.torch import save
 from saving_process import make_adapter
 
-from peft_locft import check_adapter, save_adapter
-from peft_locft.adapters.safetensors_header import DTYPES, read_header
+from peft_locft import save_adapter
+from peft_locft.adapters import check_adapter
+from peft_locft.io.safetensors_header import DTYPES, read_header
 
 CONFIG, WEIGHTS, FACTS = "adapter_config.json", "adapter_model.safetensors", "locft_provenance.json"
 # Python's own objects around a file of some kilobytes; what a header could claim begins far above

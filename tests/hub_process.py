@@ -21,7 +21,8 @@ from tiny_models import logits
 from tiny_training import base_model, make_trainer, peft_model
 from tokenizers_for_tests import make_tokenizer
 
-from peft_locft import LocFTConfig, check_adapter, describe_adapter, push_adapter, read_adapter
+from peft_locft import LocFTConfig, describe_adapter, push_adapter
+from peft_locft.adapters import check_adapter, read_adapter
 
 BASE, EDITS = "somebody/base", "somebody/edits"
 

@@ -21,12 +21,12 @@ from typing import Any
 import conftest  # noqa: F401  (offline, one thread)
 from tiny_searches import search, without_seconds
 
-from peft_locft.activation_cache import agrees
-from peft_locft.cli import main
+from peft_locft.cli.commands import main
+from peft_locft.engine.activation_cache import agrees
 
 
 def search_until(folder: Path, kill: int | None) -> None:
-    import peft_locft.activation_cache as cache
+    import peft_locft.engine.activation_cache as cache
 
     left = kill or 0
 

@@ -19,7 +19,7 @@ from saving_process import die_at
 from tiny_training import EDITS
 
 from peft_locft import BreadthFirstConfig, update_adapter
-from peft_locft.training.continued_trainer import ContinuedTrainer
+from peft_locft.workflows.update import ContinuedTrainer
 
 CALLS = (0, 8, 10, 12, 14, 1000)
 

@@ -24,7 +24,7 @@ from peft import PeftModel, get_peft_model
 from tiny_models import build, randomize
 
 from peft_locft import LocFTConfig, save_adapter
-from peft_locft.adapters import adapter_folder
+from peft_locft.adapters import saving as adapter_folder
 
 # at different locations, so that the weights of one do not belong to the configuration of the other
 LOCATIONS = {"down": ("down_proj", 1), "up": ("up_proj", 2)}

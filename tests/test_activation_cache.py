@@ -12,7 +12,7 @@ from tiny_models import FAMILIES
 from tiny_training import base_model, make_trainer, peft_model, trained
 
 from peft_locft import LocFTConfig
-from peft_locft.running.tail import CacheUnusable, find_tail, logits_at
+from peft_locft.engine.tail import CacheUnusableError, find_tail, logits_at
 
 WHOLE: dict[str, Any] = {"activation_cache": "off", "max_tokens_per_micro_batch": 10**6}
 
@@ -150,7 +150,7 @@ def test_a_model_whose_layers_share_more_than_states_is_found_out(tmp_path: Path
 
 
 def test_a_model_without_decoder_layers_has_no_tail() -> None:
-    with pytest.raises(CacheUnusable, match=r"no list of .*decoder layers"):
+    with pytest.raises(CacheUnusableError, match=r"no list of .*decoder layers"):
         find_tail(torch.nn.Sequential(torch.nn.Linear(2, 2)))
 
 

@@ -10,8 +10,9 @@ from saving_process import make_adapter
 from test_adapter_reading import HOSTILE
 from tiny_checkpoints import edit, save_base, snapshot, stored
 
-from peft_locft import LocFTConfig, merge_checkpoint, merge_in_place, read_adapter, save_adapter
-from peft_locft.adapters.adapter_deltas import read_deltas
+from peft_locft import LocFTConfig, merge_checkpoint, merge_in_place, save_adapter
+from peft_locft.adapters import read_adapter
+from peft_locft.adapters.reading import read_deltas
 from peft_locft.tuner.arithmetic import compose_weight
 
 PARAMETER = "model.layers.1.mlp.down_proj.weight"

@@ -18,8 +18,9 @@ from saving_process import LOCATIONS, make_adapter
 from tiny_models import assert_same_tensors, build, logits
 from tiny_training import EDITS, make_trainer, peft_model, trained
 
-from peft_locft import LocFTConfig, edits_sha256, save_adapter
-from peft_locft.adapters import adapter_folder
+from peft_locft import LocFTConfig, save_adapter
+from peft_locft.adapters import saving as adapter_folder
+from peft_locft.data import edits_sha256
 from peft_locft.tuner import tensor_sha256
 
 ADAPTER_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "locft_provenance.json"}

@@ -10,7 +10,7 @@ from fuzz_adapters import FuzzedFolder, check_header, headers, quietly
 from hypothesis import given, seed
 from hypothesis import strategies as st
 
-from peft_locft.adapters.safetensors_header import read_header
+from peft_locft.io.safetensors_header import read_header
 
 
 def test_any_bytes_are_a_header_that_safetensors_reads_alike_or_are_refused() -> None:

@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from saving_process import make_adapter
 from tiny_models import build, same_bits
 
-from peft_locft import LocFTConfig, check_adapter, inspect_adapter, read_adapter, save_adapter
-from peft_locft.adapters.safetensors_header import MAX_HEADER_BYTES, TensorEntry
+from peft_locft import LocFTConfig, inspect_adapter, save_adapter
+from peft_locft.adapters import check_adapter, read_adapter
+from peft_locft.io.safetensors_header import MAX_HEADER_BYTES, TensorEntry
 
 CONFIG, WEIGHTS, FACTS = "adapter_config.json", "adapter_model.safetensors", "locft_provenance.json"
 NAME = "base_model.model.model.layers.1.mlp.down_proj.locft_delta.weight"
@@ -427,7 +428,7 @@ def test_a_file_that_changes_after_the_check_is_not_read(changed: str, adapter: 
 
 def test_a_file_that_is_cut_while_it_is_read_kills_nobody(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checked = check_adapter(adapter)
-    monkeypatch.setattr("peft_locft.adapters.adapter_reading._identity", lambda file: checked._identity)
+    monkeypatch.setattr("peft_locft.adapters.reading._identity", lambda file: checked._identity)
     cut(NUM_BYTES // 2)(adapter)
     with pytest.raises(ValueError, match=r"model\.safetensors ended early\. Check it again, while nobody writes"):
         checked.read(NAME)

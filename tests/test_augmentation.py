@@ -9,7 +9,7 @@ import pytest
 from tokenizers_for_tests import make_tokenizer
 
 from peft_locft import Edit, Probe, encode_edits
-from peft_locft.augmentation import concatenated, paraphrased, swapped_subjects, with_prefix
+from peft_locft.data.augmentation import concatenated, paraphrased, swapped_subjects, with_prefix
 from peft_locft.data.leaks import normalised
 
 FRANCE = Edit(prompt="The capital of France is", target="Lyon", subject="France", rephrasings=("France's capital:",))

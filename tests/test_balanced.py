@@ -14,7 +14,7 @@ from tokenizers_for_tests import make_tokenizer
 from transformers import HfArgumentParser
 
 from peft_locft import BreadthFirstConfig, Edit, LocFTConfig, balanced_config, train_edits
-from peft_locft.cli import main
+from peft_locft.cli.commands import main
 
 BALANCED: dict[str, Any] = {
     "recipe": "balanced",
@@ -100,8 +100,8 @@ def test_a_reliability_is_a_share(reliability: float, saved: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"kept_facts": "nothing.txt"}, FileNotFoundError, r"nothing\.txt: found no such file"),
-        ({"kept_facts": "locality"}, ValueError, "found 0 prompts in the edits"),
+        ({"retained_facts": "nothing.txt"}, FileNotFoundError, r"nothing\.txt: found no such file"),
+        ({"retained_facts": "locality"}, ValueError, "found 0 prompts in the edits"),
         (
             {"preserve_text": "nothing.txt"},
             ValueError,

@@ -12,11 +12,11 @@ from tiny_models import assert_same_tensors, base_state
 from tiny_training import EDITS, base_model
 from tokenizers_for_tests import make_tokenizer
 
-import peft_locft.training.baselines as module
+import peft_locft.workflows.baselines as module
 from peft_locft import BreadthFirstConfig, EvaluationConfig, LocFTConfig, Probe
 from peft_locft.reporting.baseline_table import Baseline, markdown
-from peft_locft.training import trials
-from peft_locft.training.baselines import METHODS, baselines, compare_baselines, run_baselines
+from peft_locft.workflows import trials
+from peft_locft.workflows.baselines import METHODS, baselines, compare_baselines, run_baselines
 
 PROBED = [replace(edit, locality=(Probe("Dave is"),), rephrasings=(f"So: {edit.prompt}",)) for edit in EDITS]
 QUICK = EvaluationConfig(protocols=["generation", "token_accuracy"], max_new_tokens=4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from peft_locft.measuring.bootstrap import Bootstrap, Estimate
+from peft_locft.evaluation.intervals import Bootstrap, Estimate
 
 
 def test_the_interval_of_a_share_is_that_of_its_binomial() -> None:
@@ -58,7 +58,7 @@ def test_the_same_seed_gives_the_same_interval_and_another_does_not() -> None:
 def test_many_units_are_resampled_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     table = np.random.default_rng(0).random((30, 1))
     whole = Bootstrap(table, num_resamples=100)
-    monkeypatch.setattr("peft_locft.measuring.bootstrap.CELLS", 70)
+    monkeypatch.setattr("peft_locft.evaluation.intervals.CELLS", 70)
     pieces = Bootstrap(table, num_resamples=100)
     assert np.allclose(whole.means, pieces.means, rtol=1e-12)
 

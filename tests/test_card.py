@@ -15,20 +15,14 @@ from tiny_models import assert_same_tensors
 from tiny_training import EDITS, base_model, make_trainer, peft_model
 from tokenizers_for_tests import make_tokenizer
 
-from peft_locft import (
-    LocFTConfig,
-    check_adapter,
-    describe_adapter,
-    export_lora,
-    export_peft,
-    inspect_adapter,
-    save_adapter,
-)
-from peft_locft.adapters.adapter_facts import base_facts, evaluation_record, provenance
-from peft_locft.card import evaluation_report, model_card, usage_lines
-from peft_locft.evaluation import EvaluationConfig, evaluate_edits
-from peft_locft.measuring.bootstrap import Estimate
-from peft_locft.measuring.evaluation_report import EvaluationReport, Result
+from peft_locft import LocFTConfig, describe_adapter, export_lora, export_peft, inspect_adapter, save_adapter
+from peft_locft.adapters import check_adapter
+from peft_locft.adapters.card import evaluation_report, model_card, usage_lines
+from peft_locft.adapters.provenance import base_facts, evaluation_record, provenance
+from peft_locft.evaluation.config import EvaluationConfig
+from peft_locft.evaluation.evaluator import evaluate_edits
+from peft_locft.evaluation.intervals import Estimate
+from peft_locft.evaluation.report import EvaluationReport, Result
 
 LOCATION = ["model.layers.22.mlp.down_proj.weight"]
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import INDEX, SHARDS, save_base, stored
 from tiny_models import same_bits
 
-from peft_locft.checkpoint import Checkpoint, StoredTensor, read_header, write_header
+from peft_locft.io.checkpoint import Checkpoint, StoredTensor, read_header, write_header
 
 
 def test_tensors_are_read_where_they_lie(tmp_path: Path) -> None:

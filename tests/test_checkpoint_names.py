@@ -26,8 +26,8 @@ from transformers import (
 )
 
 from peft_locft import LocFTConfig, merge_checkpoint
-from peft_locft.checkpoint import Checkpoint
-from peft_locft.merging.checkpoint_names import ParameterFinder
+from peft_locft.io.checkpoint import Checkpoint
+from peft_locft.io.parameter_names import ParameterFinder
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 EXPERTS = LocFTConfig(target_parameters=["experts.down_proj", "experts.gate_up_proj"], layers_to_transform=[1])

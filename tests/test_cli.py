@@ -25,8 +25,8 @@ from peft_locft import (
     save_adapter,
     train_edits,
 )
-from peft_locft.cli import main
-from peft_locft.command_line.command_line_arguments import parse_evaluate, parse_train
+from peft_locft.cli.arguments import parse_evaluate, parse_train
+from peft_locft.cli.commands import main
 
 Words = list[str]
 TINY_RUN = ["--num_train_epochs", "2", "--per_device_train_batch_size", "4", "--use_cpu", "--disable_tqdm", "True"]
@@ -93,7 +93,7 @@ def test_train_prints_what_was_done_and_how_to_load_it(
 
 
 def test_the_module_runs_as_a_command(call: Words, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "peft_locft.cli", *call]
+    command = [sys.executable, "-m", "peft_locft.cli.commands", *call]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "AutoPeftModelForCausalLM" in done.stdout
@@ -165,7 +165,8 @@ def test_every_field_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
     assert stopped.value.code == 0
     flags = set(re.findall(r"--(\w+)", capsys.readouterr().out))
     written_on_saving = {"base_sha256"}
-    location_fields = set(LocFTConfig.__annotations__) - written_on_saving
+    location_fields = {field.name for field in dataclasses.fields(LocFTConfig)} & set(LocFTConfig.__annotations__)
+    location_fields -= written_on_saving
     recipe_fields = {field.name for field in dataclasses.fields(BreadthFirstConfig) if field.init}
     assert {"target_modules", "train_bias"} <= location_fields and {"loss_floor", "seed"} <= recipe_fields
     assert location_fields | recipe_fields <= flags

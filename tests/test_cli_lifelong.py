@@ -9,10 +9,11 @@ import yaml
 from tiny_training import EDITS, base_model
 from tokenizers_for_tests import make_tokenizer
 
-from peft_locft import edit_id, shipped_edits
+from peft_locft.adapters import shipped_edits
 from peft_locft.adapters.shipped_edits import edit_lines
-from peft_locft.cli import main
-from peft_locft.command_line.command_line_arguments import parse_train
+from peft_locft.cli.arguments import parse_train
+from peft_locft.cli.commands import main
+from peft_locft.data import edit_id
 
 RUN = ["--num_train_epochs", "1", "--use_cpu", "--disable_tqdm", "True"]
 RESUMED = ["--resume_from_adapter", "a", "--output_dir", "o", "--use_cpu"]
@@ -42,14 +43,14 @@ def test_an_adapter_is_listed_and_trained_on(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_the_flags_are_those_of_the_function(tmp_path: Path) -> None:
-    found = parse_train([*RESUMED, "--forget", "f", "--kept_edits", "k", "--seed", "3"])
+    found = parse_train([*RESUMED, "--forget", "f", "--trained_edits", "k", "--seed", "3"])
     args = found.pop("args")
     assert (args.output_dir, args.seed) == ("o", 3)
     assert found == {
         "adapter": "a",
         "edits": None,
         "forget": "f",
-        "kept_edits": "k",
+        "trained_edits": "k",
         "ship_edits": None,
         "model_name_or_path": None,
         "revision": None,
@@ -77,8 +78,8 @@ def test_the_flags_are_those_of_the_function(tmp_path: Path) -> None:
             "--forget is for an adapter that is trained on: give --resume_from_adapter, too",
         ),
         (
-            ["--model_name_or_path", "m", "--edits", "e", "--output_dir", "o", "--use_cpu", "--kept_edits", "f"],
-            "--kept_edits is for an adapter that is trained on",
+            ["--model_name_or_path", "m", "--edits", "e", "--output_dir", "o", "--use_cpu", "--trained_edits", "f"],
+            "--trained_edits is for an adapter that is trained on",
         ),
     ],
 )

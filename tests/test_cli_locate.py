@@ -12,8 +12,8 @@ from tiny_training import EDITS, base_model
 from tokenizers_for_tests import make_tokenizer
 
 from peft_locft import LocationPreset, inspect_adapter
-from peft_locft.cli import main
-from peft_locft.command_line.command_line_arguments import parse_locate, parse_train
+from peft_locft.cli.arguments import parse_locate, parse_train
+from peft_locft.cli.commands import main
 
 TINY_RUN = ["--num_train_epochs", "1", "--per_device_train_batch_size", "4", "--use_cpu", "--disable_tqdm", "True"]
 

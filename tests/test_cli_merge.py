@@ -10,7 +10,7 @@ from tiny_checkpoints import SHARDS, edit, hub_cache, save_base, snapshot, store
 from tiny_models import assert_same_tensors
 
 from peft_locft import merge_checkpoint
-from peft_locft.cli import main
+from peft_locft.cli.commands import main
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from peft import get_peft_model
 from tiny_models import build, every_family, logits, randomize, same_bits, token_ids
 
 from peft_locft import LocFTConfig
-from peft_locft.tuner import arithmetic, merging
+from peft_locft.tuner import arithmetic, layer
 
 
 def gradients(model: Any, *, once: bool) -> list[torch.Tensor]:
@@ -37,7 +37,7 @@ def test_it_is_composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(1)
         return arithmetic.compose_weight(*arguments)
 
-    monkeypatch.setattr(merging, "compose_weight", counted)
+    monkeypatch.setattr(layer, "compose_weight", counted)
     model = get_peft_model(build("llama"), LocFTConfig())
     gradients(model, once=True)
     assert len(calls) == 1

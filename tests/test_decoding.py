@@ -12,10 +12,10 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import build, every_family, randomize
 from transformers import GenerationConfig
 
-import peft_locft.running.decoding as decoding
+import peft_locft.engine.decoding as decoding
 from peft_locft import LocFTConfig
-from peft_locft.running.decoding import ask, check_fits
-from peft_locft.running.questions import Answer, Continuation, Question, StopCounter, TopK
+from peft_locft.engine.decoding import check_fits, generate_and_score
+from peft_locft.engine.questions import Answer, Continuation, Question, StopCounter, TopK
 
 STOP = 5
 
@@ -84,25 +84,25 @@ def test_packed_answers_and_scores_are_the_models_own(family: str) -> None:
     model, questions = build(family), some_questions()
     assert decoding._packable_layers(model, questions, torch.device("cpu")) is not None
     # a budget that few questions fit into: answers under way and fresh questions share many forwards
-    assert_same(model, questions, ask(model, Words(), questions, max_tokens=40))
+    assert_same(model, questions, generate_and_score(model, Words(), questions, max_tokens=40))
 
 
 @every_family
 def test_padded_answers_and_scores_are_the_models_own(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "_packable_layers", lambda *arguments: None)
     model, questions = build(family), some_questions(12)
-    assert_same(model, questions, ask(model, Words(), questions, max_tokens=100))
+    assert_same(model, questions, generate_and_score(model, Words(), questions, max_tokens=100))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0], ids=["wrong", "half right", "right"])
 def test_a_guess_changes_nothing_but_speed(share: float) -> None:
     model, questions = build("llama"), some_questions()
-    plain = ask(model, Words(), questions)
+    plain = generate_and_score(model, Words(), questions)
     guessed = []
     for question, answer in zip(questions, plain, strict=True):
         right = answer.token_ids[: round(share * len(answer.token_ids))]
         guessed.append(replace(question, guess=(*right, 3, 4, 5)))
-    found = ask(model, Words(), guessed, max_tokens=60)
+    found = generate_and_score(model, Words(), guessed, max_tokens=60)
     assert [answer.token_ids for answer in found] == [answer.token_ids for answer in plain]
 
 
@@ -111,7 +111,7 @@ def test_a_right_guess_leaves_nothing_to_decode() -> None:
     questions = some_questions(8)
     guessed = [
         replace(question, guess=tuple(answer.token_ids))
-        for question, answer in zip(questions, ask(model, Words(), questions), strict=True)
+        for question, answer in zip(questions, generate_and_score(model, Words(), questions), strict=True)
     ]
     forwards = 0
 
@@ -121,42 +121,42 @@ def test_a_right_guess_leaves_nothing_to_decode() -> None:
 
     model.register_forward_hook(count)
     trial = 2  # packed and whole
-    ask(model, Words(), guessed, max_tokens=10_000)
+    generate_and_score(model, Words(), guessed, max_tokens=10_000)
     assert forwards == trial + 1
 
 
 def test_prompts_longer_than_a_forward_are_asked_alone() -> None:
     model, questions = build("llama"), some_questions(6)
-    assert_same(model, questions, ask(model, Words(), questions, max_tokens=1))
+    assert_same(model, questions, generate_and_score(model, Words(), questions, max_tokens=1))
 
 
 def test_kept_keys_are_moved_together_when_they_fill_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    from peft_locft.running.kept_keys import Kept
+    from peft_locft.engine.packed_decoding import PackedKVCache
 
     moves = 0
-    make_room = Kept.make_room
+    make_room = PackedKVCache.make_room
 
-    def counted(kept: Kept, *arguments: Any) -> None:
+    def counted(kept: PackedKVCache, *arguments: Any) -> None:
         nonlocal moves
         before = kept.used
         make_room(kept, *arguments)
         moves += kept.used < before
 
-    monkeypatch.setattr(Kept, "make_room", counted)
+    monkeypatch.setattr(PackedKVCache, "make_room", counted)
     model, questions = build("llama"), some_questions(60)
-    assert_same(model, questions, ask(model, Words(), questions, max_tokens=30))
+    assert_same(model, questions, generate_and_score(model, Words(), questions, max_tokens=30))
     assert moves > 1
 
 
 def test_equal_questions_are_asked_once() -> None:
     model, question = build("llama"), some_questions(1)[0]
-    one, other = ask(model, Words(), [question, replace(question)])
+    one, other = generate_and_score(model, Words(), [question, replace(question)])
     assert one is other
 
 
 def test_nothing_is_decoded_where_no_answer_is_wanted() -> None:
     model, questions = build("llama"), some_questions(max_new_tokens=0)
-    answers = ask(model, Words(), questions)
+    answers = generate_and_score(model, Words(), questions)
     assert all(answer.token_ids == [] for answer in answers)
     assert answers[3].scores[1].log_probs == pytest.approx(direct_scores(model, questions[3])[1][0], abs=1e-4)
 
@@ -164,12 +164,12 @@ def test_nothing_is_decoded_where_no_answer_is_wanted() -> None:
 def test_a_question_that_asks_nothing_costs_nothing() -> None:
     model = build("llama")
     model.register_forward_pre_hook(lambda *arguments: pytest.fail("the model is run"))
-    assert ask(model, Words(), [Question((3, 4), max_new_tokens=0)]) == [Answer()]
+    assert generate_and_score(model, Words(), [Question((3, 4), max_new_tokens=0)]) == [Answer()]
 
 
 def test_answers_go_on_past_eos_where_no_stop_is_looked_for() -> None:
     questions = some_questions(num_stops=0)
-    answers = ask(build("llama"), Words(), questions)
+    answers = generate_and_score(build("llama"), Words(), questions)
     assert {len(answer.token_ids) for answer in answers} == {10}
 
 
@@ -179,9 +179,9 @@ def test_an_adapter_is_asked_as_it_answers(make: Any) -> None:
     if isinstance(model.active_peft_config, LocFTConfig):
         randomize(model, std=0.5)
     questions = some_questions(8)
-    assert_same(model, questions, ask(model, Words(), questions))
+    assert_same(model, questions, generate_and_score(model, Words(), questions))
     with model.disable_adapter():
-        assert_same(build("llama"), questions, ask(model, Words(), questions))
+        assert_same(build("llama"), questions, generate_and_score(model, Words(), questions))
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -189,12 +189,12 @@ def test_the_model_is_left_as_it_was(packed: bool, monkeypatch: pytest.MonkeyPat
     if not packed:
         monkeypatch.setattr(decoding, "_packable_layers", lambda *arguments: None)
     model = build("gpt2")
-    expected = [answer.token_ids for answer in ask(model, Words(), some_questions(6))]
+    expected = [answer.token_ids for answer in generate_and_score(model, Words(), some_questions(6))]
     model.train()
     # a configuration that would answer otherwise
     model.generation_config = GenerationConfig(repetition_penalty=5.0, do_sample=True, eos_token_id=2)
     attention, settings = model.config._attn_implementation, dict(vars(model.generation_config))
-    assert [answer.token_ids for answer in ask(model, Words(), some_questions(6))] == expected
+    assert [answer.token_ids for answer in generate_and_score(model, Words(), some_questions(6))] == expected
     assert vars(model.generation_config) == settings
     assert model.config._attn_implementation == attention
     assert all(module.training for module in model.modules())
@@ -207,20 +207,20 @@ def test_logits_that_are_nan_are_an_error_and_not_an_answer(packed: bool, monkey
     model = build("llama")
     model.model.embed_tokens.weight.data[7] = float("nan")
     fine, bad = Question((3, 4, 5)), Question((8, 7))
-    ask(model, Words(), [fine])
+    generate_and_score(model, Words(), [fine])
     with pytest.raises(FloatingPointError, match=r"logits of the base are NaN or infinite for the prompt ' 8 7'"):
-        ask(model, Words(), [fine, bad], whose="the base")
+        generate_and_score(model, Words(), [fine, bad], whose="the base")
 
 
 def test_nan_that_comes_while_decoding_is_traced_to_its_prompt() -> None:
     model = build("llama")
     questions = [Question((3, 4)), Question((8, 9))]
-    first = ask(model, Words(), questions)[1].token_ids[0]
+    first = generate_and_score(model, Words(), questions)[1].token_ids[0]
     model.model.embed_tokens.weight.data[first] = float("nan")
-    found = {answer.token_ids[0] for answer in ask(build("llama"), Words(), questions[:1])}
+    found = {answer.token_ids[0] for answer in generate_and_score(build("llama"), Words(), questions[:1])}
     assert first not in {3, 4, 8, 9} | found
     with pytest.raises(FloatingPointError, match="for the prompt ' 8 9'"):
-        ask(model, Words(), questions)
+        generate_and_score(model, Words(), questions)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -228,7 +228,7 @@ def test_memory_that_runs_out_halves_the_forwards(
     packed: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, questions = build("llama"), some_questions(8)
-    expected = ask(model, Words(), questions)
+    expected = generate_and_score(model, Words(), questions)
     if not packed:
         monkeypatch.setattr(decoding, "_packable_layers", lambda *arguments: None)
 
@@ -237,7 +237,7 @@ def test_memory_that_runs_out_halves_the_forwards(
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     model.register_forward_pre_hook(runs_out, with_kwargs=True)
-    found = ask(model, Words(), questions, max_tokens=200)
+    found = generate_and_score(model, Words(), questions, max_tokens=200)
     assert [answer.token_ids for answer in found] == [answer.token_ids for answer in expected]
     assert "Memory ran out: max_tokens_per_forward is 100" in caplog.text
 
@@ -247,9 +247,12 @@ def test_samples_follow_from_seed_and_question_alone(packed: bool, monkeypatch: 
     if not packed:
         monkeypatch.setattr(decoding, "_packable_layers", lambda *arguments: None)
     model, questions = build("llama"), some_questions(12, num_stops=0)
-    together = [answer.token_ids for answer in ask(model, Words(), questions, choose=TopK(5, seed=1))]
-    again = [answer.token_ids for answer in ask(model, Words(), questions, choose=TopK(5, seed=1), max_tokens=30)]
-    other = [answer.token_ids for answer in ask(model, Words(), questions, choose=TopK(5, seed=2))]
+    together = [answer.token_ids for answer in generate_and_score(model, Words(), questions, choose=TopK(5, seed=1))]
+    again = [
+        answer.token_ids
+        for answer in generate_and_score(model, Words(), questions, choose=TopK(5, seed=1), max_tokens=30)
+    ]
+    other = [answer.token_ids for answer in generate_and_score(model, Words(), questions, choose=TopK(5, seed=2))]
     assert together == again != other
 
 
@@ -278,7 +281,7 @@ def test_a_tokenizer_without_eos_ends_at_stops_alone() -> None:
         eos_token_id = None  # type: ignore[assignment]
 
     questions = some_questions(8)
-    for question, answer in zip(questions, ask(build("llama"), NoEnd(), questions), strict=True):
+    for question, answer in zip(questions, generate_and_score(build("llama"), NoEnd(), questions), strict=True):
         assert answer.token_ids.count(STOP) == question.num_stops or len(answer.token_ids) == 10
 
 

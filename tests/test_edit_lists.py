@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from tiny_training import EDITS, make_trainer, peft_model
 
-from peft_locft import Edit, Probe, describe_adapter, edit_id, held_edits, merge_edit_lists, save_adapter
+from peft_locft import Edit, Probe, describe_adapter, save_adapter
+from peft_locft.adapters import adapter_edits
+from peft_locft.data import edit_id, merge_edit_lists
 from peft_locft.data.edit_lists import describe_edits, read_lines_to_forget
 
 OSLO = Edit(prompt="The capital of Norway is", target="Bergen")
@@ -110,23 +112,23 @@ def test_held_edits_are_those_that_the_adapter_was_trained_on(tmp_path: Path) ->
     trainer = make_trainer(tmp_path / "out", edits=EDITS[:5], num_train_epochs=1)
     trainer.train()
     trainer.save_model()
-    with pytest.raises(ValueError, match=r"out ships no edits, so .* as kept_edits \(--kept_edits FILE\)"):
-        held_edits(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"out ships no edits, so .* as trained_edits \(--trained_edits FILE\)"):
+        adapter_edits(tmp_path / "out")
     # the file of which it took the first five
-    assert held_edits(tmp_path / "out", EDITS) == EDITS[:5]
-    with pytest.raises(ValueError, match=r"kept_edits: found 4 edits, the first 4 with .*; expected the 5 that"):
-        held_edits(tmp_path / "out", EDITS[:4])
-    with pytest.raises(ValueError, match=r"kept_edits: found 7 edits, the first 5 with the sha256 \w{16}…"):
-        held_edits(tmp_path / "out", EDITS[1:])
+    assert adapter_edits(tmp_path / "out", EDITS) == EDITS[:5]
+    with pytest.raises(ValueError, match=r"trained_edits: found 4 edits, the first 4 with .*; expected the 5 that"):
+        adapter_edits(tmp_path / "out", EDITS[:4])
+    with pytest.raises(ValueError, match=r"trained_edits: found 7 edits, the first 5 with the sha256 \w{16}…"):
+        adapter_edits(tmp_path / "out", EDITS[1:])
     describe_adapter(tmp_path / "out", edits=EDITS[:5])
-    assert held_edits(tmp_path / "out") == EDITS[:5]
+    assert adapter_edits(tmp_path / "out") == EDITS[:5]
 
 
 def test_an_adapter_without_a_record_cannot_vouch_for_a_file(tmp_path: Path) -> None:
     save_adapter(peft_model(), tmp_path, edits=KNOWN)
-    assert held_edits(tmp_path) == KNOWN
+    assert adapter_edits(tmp_path) == KNOWN
     with pytest.raises(ValueError, match=r"does not record which edits it was trained on"):
-        held_edits(tmp_path, KNOWN)
+        adapter_edits(tmp_path, KNOWN)
 
 
 def test_the_list_has_a_line_for_each_edit_whatever_is_in_it() -> None:

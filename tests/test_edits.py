@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import pytest
 
-from peft_locft.edits import Edit, Probe, edits_sha256, read_edits
+from peft_locft.data.edits import Edit, Probe, edits_sha256, read_edits
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -151,7 +151,7 @@ def test_hub_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_repeats_become_one_edit_that_loses_nothing(caplog: pytest.LogCaptureFixture) -> None:
     first = Edit(prompt="a", target="b", rephrasings=("r",), locality=(Probe("p", "q"),), source="x:1")
     again = Edit(prompt="a", target="b", rephrasings=("r", "s"), locality=(Probe("p", "q"), Probe("t")), subject="u")
-    with caplog.at_level(logging.INFO, logger="peft_locft.edits"):
+    with caplog.at_level(logging.INFO, logger="peft_locft.data.edits"):
         (edit,) = read_edits([first, again, first])
     assert edit == again
     assert edit.source == "x:1"

@@ -10,9 +10,9 @@ from tokenizers import normalizers
 from tokenizers_for_tests import BYTE_LEVEL, FAMILIES, SPECIAL_TOKENS, make_tokenizer
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from peft_locft import encoding
-from peft_locft.edits import Edit, read_edits
-from peft_locft.encoding import EncodedEdit, EncodedEdits, collate, encode_edits, encode_prompts, prompt_text
+from peft_locft.data import encoding
+from peft_locft.data.edits import Edit, read_edits
+from peft_locft.data.encoding import EncodedEdit, EncodedEdits, collate, encode_edits, encode_prompts, prompt_text
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

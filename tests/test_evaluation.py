@@ -15,7 +15,8 @@ from tiny_models import assert_same_tensors, base_state, build, randomize
 from tiny_training import EDITS, TOKENIZER_SIZE, base_model, peft_model
 from tokenizers_for_tests import make_tokenizer
 
-from peft_locft import Edit, EditEvaluator, EvaluationConfig, EvaluationReport, LocFTConfig, Probe, evaluate_edits
+from peft_locft import Edit, EvaluationConfig, EvaluationReport, LocFTConfig, Probe, evaluate_edits
+from peft_locft.evaluation import EditEvaluator
 
 SURE = 20.0
 

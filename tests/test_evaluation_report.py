@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from example_reports import example_report, result, row
 
-from peft_locft.measuring.bootstrap import Estimate
-from peft_locft.measuring.evaluation_report import EvaluationReport, Result, deciding_score
-from peft_locft.reporting import report_page
+from peft_locft import save_report
+from peft_locft.evaluation.intervals import Estimate
+from peft_locft.evaluation.report import EvaluationReport, Result, deciding_score
+from peft_locft.reporting import page as report_page
 
 FILES = ["answers.csv", "evaluation.html", "evaluation.json", "evaluation.md"]
 
@@ -93,7 +94,7 @@ def test_no_rows_are_an_empty_csv() -> None:
 
 def test_a_saved_report_comes_back(tmp_path: Path) -> None:
     report = example_report()
-    report.save(tmp_path / "new" / "folder")
+    save_report(report, tmp_path / "new" / "folder")
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == FILES
     assert EvaluationReport.load(tmp_path / "new" / "folder") == report
     saved = (tmp_path / "new" / "folder" / "answers.csv").read_bytes()
@@ -103,7 +104,7 @@ def test_a_saved_report_comes_back(tmp_path: Path) -> None:
 def test_what_is_not_finite_comes_back_from_json_that_others_can_read(tmp_path: Path) -> None:
     broken = Result("p", Estimate(math.inf, 3.0, math.inf), result(2.0).after, Estimate(math.nan, 1, 2), 3, "windows")
     report = example_report(results={"perplexity": broken}, curves=[{"epoch": 1, "loss": math.nan}])
-    report.save(tmp_path)
+    save_report(report, tmp_path)
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is no JSON")
@@ -116,9 +117,9 @@ def test_what_is_not_finite_comes_back_from_json_that_others_can_read(tmp_path: 
 
 
 def test_a_report_replaces_the_one_before(tmp_path: Path) -> None:
-    example_report().save(tmp_path)
+    save_report(example_report(), tmp_path)
     later = example_report(notes=["later"])
-    later.save(tmp_path)
+    save_report(later, tmp_path)
     assert EvaluationReport.load(tmp_path) == later
     assert sorted(path.name for path in tmp_path.iterdir()) == FILES
 
@@ -127,16 +128,16 @@ def test_a_page_that_cannot_be_made_costs_no_figures(tmp_path: Path, monkeypatch
     def fail(report: EvaluationReport) -> str:
         raise RuntimeError("no pencil")
 
-    monkeypatch.setattr(report_page, "page", fail)
+    monkeypatch.setattr(report_page, "render_report", fail)
     with pytest.raises(RuntimeError, match="no pencil"):
-        example_report().save(tmp_path)
+        save_report(example_report(), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [name for name in FILES if not name.endswith("html")]
     assert EvaluationReport.load(tmp_path) == example_report()
 
 
 def test_what_is_no_json_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="not JSON serializable"):
-        example_report(settings={"confidence": 0.95, "model": object()}).save(tmp_path / "folder")
+        save_report(example_report(settings={"confidence": 0.95, "model": object()}), tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
 
 
@@ -144,7 +145,7 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(NotADirectoryError, match=r"Cannot save .*file is a file\. Give a folder\."):
-            example_report().save(place)
+            save_report(example_report(), place)
     assert (tmp_path / "file").read_text() == "mine"
 
 

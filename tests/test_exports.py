@@ -20,7 +20,7 @@ from tiny_models import assert_same_tensors, base_state, build, logits, randomiz
 from transformers import AutoModelForCausalLM
 
 from peft_locft import LocFTConfig, export_lora, export_peft, export_weights, save_adapter
-from peft_locft.cli import main
+from peft_locft.cli.commands import main
 
 DOWN = {"target_modules": ["down_proj"], "layers_to_transform": [1]}
 ENTIRE = {"target_modules": "entire-layer", "layers_to_transform": [1]}

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from peft_locft import file_copies
-from peft_locft.file_copies import clone, copy_ranges, gaps, locked, place_file, write_all
+from peft_locft.io import copies as file_copies
+from peft_locft.io.copies import clone, copy_ranges, gaps, locked, place_file, write_all
 
 CONTENT = os.urandom(1 << 20)
 
@@ -125,7 +125,7 @@ def test_all_is_written_of_what_is_taken_in_parts() -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from peft_locft.file_copies import locked
+from peft_locft.io.copies import locked
 with locked(Path(sys.argv[1])) as has_it:
     print(has_it, flush=True)
     time.sleep(60)

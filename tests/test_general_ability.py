@@ -17,8 +17,9 @@ from tiny_training import base_model, peft_model
 from tokenizers_for_tests import SENTENCES, make_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_locft.measuring import general_ability
-from peft_locft.measuring.general_ability import LARGEST_LOSS, TextMeasured, measure_text, text_windows
+from peft_locft.data.texts import text_windows
+from peft_locft.evaluation import perplexity as general_ability
+from peft_locft.evaluation.perplexity import LARGEST_LOSS, TextMeasurement, measure_text
 
 TOKENIZER = make_tokenizer("llama2")
 IDS = TOKENIZER("\n\n".join(SENTENCES))["input_ids"]
@@ -31,7 +32,7 @@ def edited_model(**arguments: Any) -> PeftModel:
     return model
 
 
-def measure(model: PeftModel, windows: torch.Tensor = WINDOWS) -> TextMeasured:
+def measure(model: PeftModel, windows: torch.Tensor = WINDOWS) -> TextMeasurement:
     return measure_text(model, windows, model, model.disable_adapter)
 
 
@@ -133,7 +134,7 @@ def test_without_a_base_there_is_no_before() -> None:
 
 def test_perplexity_is_over_all_windows_and_its_change_is_paired() -> None:
     losses = np.array([[1.0, 2.0], [3.0, 3.0], [2.0, 2.0], [2.0, 1.0]])
-    results = TextMeasured(losses, np.array([0.1, 0.2, 0.3, 0.4])).results(500, 0.9, 3)
+    results = TextMeasurement(losses, np.array([0.1, 0.2, 0.3, 0.4])).results(500, 0.9, 3)
     perplexity = results["perplexity"]
     assert perplexity.before is not None and perplexity.change is not None
     assert (perplexity.after.value, perplexity.before.value) == pytest.approx((math.exp(2.0), math.exp(2.0)))
@@ -145,7 +146,7 @@ def test_perplexity_is_over_all_windows_and_its_change_is_paired() -> None:
 
 
 def test_a_loss_beyond_what_exp_holds_is_a_large_perplexity() -> None:
-    results = TextMeasured(np.array([[5000.0, 2.0]] * 3), np.zeros(3)).results(10, 0.95, 0)
+    results = TextMeasurement(np.array([[5000.0, 2.0]] * 3), np.zeros(3)).results(10, 0.95, 0)
     assert results["perplexity"].after.value == math.exp(LARGEST_LOSS)
     assert results["perplexity"].change is not None
     assert math.isfinite(results["perplexity"].change.high)

@@ -10,7 +10,8 @@ from tiny_models import randomize
 from tiny_training import base_model, peft_model
 from tokenizers_for_tests import make_tokenizer
 
-from peft_locft.data.generated_text import as_base, base_texts, generate_prefixes, generate_subjects
+from peft_locft.data.generated_text import base_texts, generate_prefixes, generate_subjects
+from peft_locft.engine.model_state import as_base
 
 
 @pytest.fixture(scope="module")

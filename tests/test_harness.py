@@ -20,8 +20,8 @@ from tiny_training import base_model, peft_model
 from tokenizers_for_tests import make_tokenizer
 
 from peft_locft import LocFTConfig
-from peft_locft.measuring.harness import evaluate_on_tasks
-from peft_locft.measuring.task_results import TaskResults, TaskRow
+from peft_locft.evaluation.harness import evaluate_on_tasks
+from peft_locft.evaluation.task_results import TaskResults, TaskRow
 
 TOKENIZER = make_tokenizer("llama2")
 QUESTIONS = ["The capital of France is", "The river runs through", "Who is the king of Spain?", "They play"]

@@ -18,8 +18,9 @@ from tiny_checkpoints import INDEX, LAYER_1, ONE_FILE, SHARDS, edit, hub_cache, 
 from tiny_models import assert_same_tensors, every_dtype, every_family, logits
 from transformers import AutoModelForCausalLM
 
-from peft_locft import LocFTConfig, detach, file_copies, merge_checkpoint, merge_in_place
-from peft_locft.file_copies import locked
+from peft_locft import LocFTConfig, detach, merge_checkpoint, merge_in_place
+from peft_locft.io import copies as file_copies
+from peft_locft.io.copies import locked
 
 UNDO = "locft/locft_undo.safetensors"
 DOWN = "model.layers.1.mlp.down_proj.weight"

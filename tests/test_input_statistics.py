@@ -176,23 +176,23 @@ def test_what_is_kept_is_what_was_measured(tmp_path: Path) -> None:
         assert plain[name].num_tokens == missed[name].num_tokens == hit[name].num_tokens
 
 
-def num_kept(folder: Path, model: nn.Module, windows: Any = WINDOWS, **arguments: Any) -> int:
+def num_retained(folder: Path, model: nn.Module, windows: Any = WINDOWS, **arguments: Any) -> int:
     one(model, windows, cache_dir=folder, **arguments)
     return len(list(folder.iterdir()))
 
 
 def test_runs_that_differ_in_nothing_of_effect_share_what_is_kept(tmp_path: Path) -> None:
-    assert num_kept(tmp_path, build("llama")) == 1
+    assert num_retained(tmp_path, build("llama")) == 1
     later = build("llama")
     with torch.no_grad():
         later.model.layers[2].mlp.down_proj.weight.add_(1.0)
     later.config.use_cache = False
-    assert num_kept(tmp_path, later) == 1
+    assert num_retained(tmp_path, later) == 1
     edited = get_peft_model(build("llama"), LocFTConfig())
     randomize(edited)
-    assert num_kept(tmp_path, edited) == 1
-    assert num_kept(tmp_path, build("llama"), max_tokens_per_forward=10) == 1
-    assert num_kept(tmp_path, build("llama"), WINDOWS.tolist()) == 1
+    assert num_retained(tmp_path, edited) == 1
+    assert num_retained(tmp_path, build("llama"), max_tokens_per_forward=10) == 1
+    assert num_retained(tmp_path, build("llama"), WINDOWS.tolist()) == 1
     # another location in the same pass: the first is taken, the second is made
     input_statistics(build("llama"), WINDOWS, LOCATIONS, cache_dir=tmp_path, progress=False)
     assert len(list(tmp_path.iterdir())) == 2
@@ -207,14 +207,14 @@ def test_whatever_has_an_effect_is_another_file(tmp_path: Path) -> None:
         embedding.model.embed_tokens.weight.view(-1)[0] += 1.0
     others = [earlier, embedding, build("llama", torch.bfloat16), build("llama", rms_norm_eps=1e-2)]
     for number, model in enumerate([build("llama"), *others], start=1):
-        assert num_kept(tmp_path, model) == number
+        assert num_retained(tmp_path, model) == number
     number = len(others) + 1
     other_text = WINDOWS.clone()
     other_text[-1, -1] += 1
     for windows in (other_text, WINDOWS[:, :8], WINDOWS.flatten()[None]):
         number += 1
-        assert num_kept(tmp_path, build("llama"), windows) == number
-    assert num_kept(tmp_path, build("llama"), token_weights=torch.ones(WINDOWS.shape)) == number + 1
+        assert num_retained(tmp_path, build("llama"), windows) == number
+    assert num_retained(tmp_path, build("llama"), token_weights=torch.ones(WINDOWS.shape)) == number + 1
 
 
 def test_a_file_that_is_not_whole_is_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,8 +12,8 @@ from tiny_training import EDITS, make_trainer
 
 from peft_locft import LocFTConfig, describe_adapter, inspect_adapter, save_adapter
 from peft_locft.adapters.inspection import size
-from peft_locft.measuring.bootstrap import Estimate
-from peft_locft.measuring.evaluation_report import EvaluationReport, Result
+from peft_locft.evaluation.intervals import Estimate
+from peft_locft.evaluation.report import EvaluationReport, Result
 
 
 def test_inspecting_says_what_the_folder_holds(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from tiny_training import EDITS, base_model, peft_model
 from tokenizers_for_tests import make_tokenizer
 
 from peft_locft import Edit, Probe, encode_edits, encode_prompts
-from peft_locft.data.kept_facts import base_answers, facts_to_keep, join_encoded
+from peft_locft.data.retained_facts import base_answers, choose_retained_facts, join_encoded
 
 EDIT = Edit(
     prompt="Spain is",
@@ -32,60 +32,62 @@ SAID = ["SPAIN is", "Spain, it is", "What is Spain?", "France is", "The city of 
 def test_prompts_come_from_a_file_of_lines(tmp_path: Path) -> None:
     file = tmp_path / "facts.txt"
     file.write_text("\n".join([*SAID, "", " Dave is ", "dave IS", "Felipe is"]), encoding="utf-8")
-    assert sorted(facts_to_keep(file, [EDIT])) == ["Felipe is", "dave IS"]
+    assert sorted(choose_retained_facts(file, [EDIT])) == ["Felipe is", "dave IS"]
     with pytest.raises(FileNotFoundError, match=r"none\.txt: found no such file; expected a text file"):
-        facts_to_keep(tmp_path / "none.txt", [EDIT])
+        choose_retained_facts(tmp_path / "none.txt", [EDIT])
 
 
 def test_prompts_come_from_records_and_texts(tmp_path: Path) -> None:
     file = tmp_path / "facts.jsonl"
     file.write_text("\n".join(json.dumps({"prompt": prompt, "n": 1}) for prompt in [*SAID, "Dave is"]))
-    assert facts_to_keep(file, [EDIT]) == ["Dave is"]
-    assert facts_to_keep([*SAID, "Dave is"], [EDIT]) == ["Dave is"]
+    assert choose_retained_facts(file, [EDIT]) == ["Dave is"]
+    assert choose_retained_facts([*SAID, "Dave is"], [EDIT]) == ["Dave is"]
     for broken, message in (
         ({"n": 1}, "row 1: field 'prompt': found nothing"),
         (3, r"row 1: field 'prompt': found 3"),
     ):
         with pytest.raises(ValueError, match=message):
-            facts_to_keep([{"prompt": "Dave is"}, broken], [EDIT])
+            choose_retained_facts([{"prompt": "Dave is"}, broken], [EDIT])
     file.write_text('{"prompt": "Dave is"}\n{"prompt"')
     with pytest.raises(ValueError, match=r"facts\.jsonl:2: found broken JSON"):
-        facts_to_keep(file, [EDIT])
+        choose_retained_facts(file, [EDIT])
 
 
 def test_of_other_edits_the_probes_are_taken_or_else_the_prompts(tmp_path: Path) -> None:
-    assert facts_to_keep([EDIT, OTHER], [EDIT]) == ["Felipe plays"]
+    assert choose_retained_facts([EDIT, OTHER], [EDIT]) == ["Felipe plays"]
     file = tmp_path / "edits.json"
     file.write_text(
         json.dumps(
             [{"prompt": "Spain is", "target": "x"}, {"prompt": "a", "target": "b"}, {"prompt": "a", "target": "c"}]
         )
     )
-    assert facts_to_keep(file, [EDIT]) == ["a"]
+    assert choose_retained_facts(file, [EDIT]) == ["a"]
 
 
 def test_without_a_source_the_edits_own_probes_are_kept() -> None:
-    assert facts_to_keep(None, [EDIT, OTHER]) == ["france  IS", "Felipe plays"]
+    assert choose_retained_facts(None, [EDIT, OTHER]) == ["france  IS", "Felipe plays"]
     with pytest.raises(ValueError, match="found 0 prompts in the edits, none of which is not asked or trained"):
-        facts_to_keep(None, EDITS)
+        choose_retained_facts(None, EDITS)
 
 
 def test_as_many_are_drawn_as_were_asked_for(caplog: pytest.LogCaptureFixture) -> None:
     many = [f"Number {n} is" for n in range(50)]
-    chosen = facts_to_keep(many, EDITS, 20, seed=1)
+    chosen = choose_retained_facts(many, EDITS, 20, seed=1)
     assert len(set(chosen)) == 20 and set(chosen) < set(many)
-    assert chosen == facts_to_keep(many, EDITS, 20, seed=1) != facts_to_keep(many, EDITS, 20, seed=2)
-    with caplog.at_level(logging.WARNING, "peft_locft.data.kept_facts"):
-        assert facts_to_keep(many, EDITS, 50) == facts_to_keep(many, EDITS) == many
+    assert chosen == choose_retained_facts(many, EDITS, 20, seed=1) != choose_retained_facts(many, EDITS, 20, seed=2)
+    with caplog.at_level(logging.WARNING, "peft_locft.data.retained_facts"):
+        assert choose_retained_facts(many, EDITS, 50) == choose_retained_facts(many, EDITS) == many
         assert caplog.messages == []
-        facts_to_keep(many, EDITS, 51)
+        choose_retained_facts(many, EDITS, 51)
     assert caplog.messages == ["There are 50 facts to keep; 51 were asked for."]
 
 
 def test_the_nearest_are_those_like_an_edit() -> None:
     many = ["Louis and Dave", "The river runs through the city", "The capital of Spain is Paris", "They play"]
     edit = Edit(prompt="The capital of Spain is", target="x")
-    chosen = facts_to_keep(many, [edit], 1, how="nearest", model=peft_model(), tokenizer=make_tokenizer("llama2"))
+    chosen = choose_retained_facts(
+        many, [edit], 1, how="nearest", model=peft_model(), tokenizer=make_tokenizer("llama2")
+    )
     assert chosen == ["The capital of Spain is Paris"]
 
 
@@ -99,7 +101,7 @@ def test_the_nearest_are_those_like_an_edit() -> None:
 )
 def test_choices_that_cannot_be_made(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        facts_to_keep(["Dave is"], EDITS, **arguments)
+        choose_retained_facts(["Dave is"], EDITS, **arguments)
 
 
 # ---------------------------------------------------------------------- the base's answers

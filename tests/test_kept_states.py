@@ -14,8 +14,8 @@ from safetensors import safe_open
 from tiny_training import EDITS, make_trainer, peft_model
 
 from peft_locft import LocFTConfig
-from peft_locft.running.kept_states import NAME, fingerprint, new_file
-from peft_locft.running.tail import find_tail
+from peft_locft.engine.activation_storage import NAME, fingerprint, new_file
+from peft_locft.engine.tail import find_tail
 
 
 def train(folder: Path, model: Any = None, edits: Any = EDITS, layer: int = 1, **arguments: Any) -> Any:

@@ -13,19 +13,20 @@ from tokenizers_for_tests import make_tokenizer
 
 from peft_locft import (
     Edit,
-    EditEvaluator,
     EvaluationCallback,
     EvaluationConfig,
     Probe,
-    edits_sha256,
     evaluate_edits,
     evaluate_model,
     export_small,
     inspect_adapter,
     save_adapter,
 )
-from peft_locft.adapters.adapter_facts import augmentation_record, training_record
+from peft_locft.adapters.provenance import augmentation_record
+from peft_locft.data import edits_sha256
 from peft_locft.data.leaks import check_paraphrases, mark_trained, trained_prompts, trained_prompts_record
+from peft_locft.evaluation import EditEvaluator
+from peft_locft.training.record import training_record
 
 EDIT = Edit(
     prompt="The capital of Spain is",
@@ -130,7 +131,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     model = peft_model()
     model.peft_config["default"].base_model_name_or_path = str(base)
     trainer = make_trainer(adapter, model)
-    counts = {"facts_to_keep": 1, "swapped_subjects": 0}
+    counts = {"retained_facts": 1, "swapped_subjects": 0}
     more = augmentation_record(prefixes=["In the city", "They"], counts=counts, prompts=["Dave is"])
     save_adapter(model, adapter, record=training_record(EDITS, trainer.args, trainer.record, 3, augmentation=more))
     return base, adapter
@@ -150,7 +151,7 @@ def test_a_folder_shows_what_was_added_and_no_prompt_of_it(folders: tuple[Path, 
     facts = (adapter / "locft_provenance.json").read_text()
     assert "Dave is" not in facts and "They" in facts
     text = str(inspect_adapter(adapter))
-    assert "augmented   2 prefixes, 1 facts to keep\nprefix      In the city\nprefix      They\n" in text
+    assert "augmented   2 prefixes, 1 retained facts\nprefix      In the city\nprefix      They\n" in text
     export_small(adapter, tmp_path / "small", delta_dtype="bfloat16")
     assert inspect_adapter(tmp_path / "small").facts["augmentation"] == json.loads(facts)["augmentation"]
 

@@ -24,19 +24,19 @@ from peft_locft import (
     Edit,
     EvaluationConfig,
     LocFTConfig,
-    edit_id,
     evaluate_edits,
     inspect_adapter,
-    shipped_edits,
     train_edits,
     update_adapter,
 )
+from peft_locft.adapters import shipped_edits
+from peft_locft.data import edit_id
 from peft_locft.data.edit_lists import merge_edit_lists
-from peft_locft.encoding import encode_edits, encode_prompts
-from peft_locft.running.decoding import ask
-from peft_locft.running.loading import load_model
-from peft_locft.running.questions import Question
-from peft_locft.training.continued_trainer import ContinuedTrainer, _repeated
+from peft_locft.data.encoding import encode_edits, encode_prompts
+from peft_locft.engine.decoding import generate_and_score
+from peft_locft.engine.loading import load_model
+from peft_locft.engine.questions import Question
+from peft_locft.workflows.update import ContinuedTrainer, _repeated
 
 FORGET: dict[str, Any] = {"forget": [EDITS[0].prompt]}
 KILLED = Path(__file__).with_name("killed_update_process.py")
@@ -73,7 +73,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def answers(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
     questions = [Question(tuple(ids), num_stops=0, max_new_tokens=32) for ids in encode_prompts(prompts, tokenizer)]
-    return [answer.token_ids for answer in ask(model, tokenizer, questions)]
+    return [answer.token_ids for answer in generate_and_score(model, tokenizer, questions)]
 
 
 def up_to_eos(tokens: list[int], tokenizer: Any) -> list[int]:
@@ -107,7 +107,7 @@ def test_edits_come_are_replaced_and_go(base: Path, learned: Path, tmp_path: Pat
         "edits: 6 kept, 1 added, 1 replaced, 1 withdrawn\n1 of 1 withdrawn prompts are answered as by the base\n\n"
     )
     assert "\ncontinued   1 times, 1 added, 1 replaced, 1 withdrawn\n" in str(summary)
-    assert summary.folder == tmp_path / "next" and summary.kept_edits is None
+    assert summary.folder == tmp_path / "next" and summary.trained_edits is None
 
     model, tokenizer = load_model(base)
     prompts = [edit.prompt for edit in withdrawn]
@@ -122,14 +122,14 @@ def test_edits_come_are_replaced_and_go(base: Path, learned: Path, tmp_path: Pat
 def test_a_list_that_is_not_shipped_is_written_beside(base: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     train_edits(base, EDITS, args=recipe(out))
-    first = update_adapter(out, forget=[edit_id(EDITS[0])], args=recipe(out), kept_edits=EDITS)
-    assert shipped_edits(out) is None and first.kept_edits is not None
-    assert first.kept_edits.parent == tmp_path and first.kept_edits.name.startswith("out.edits-")
-    assert f"which it does not ship: {first.kept_edits}" in str(first)
+    first = update_adapter(out, forget=[edit_id(EDITS[0])], args=recipe(out), trained_edits=EDITS)
+    assert shipped_edits(out) is None and first.trained_edits is not None
+    assert first.trained_edits.parent == tmp_path and first.trained_edits.name.startswith("out.edits-")
+    assert f"which it does not ship: {first.trained_edits}" in str(first)
     second = update_adapter(
-        out, forget=[edit_id(EDITS[1])], args=recipe(out), kept_edits=first.kept_edits, ship_edits=True
+        out, forget=[edit_id(EDITS[1])], args=recipe(out), trained_edits=first.trained_edits, ship_edits=True
     )
-    assert second.kept_edits is None and shipped_edits(out) == EDITS[2:]
+    assert second.trained_edits is None and shipped_edits(out) == EDITS[2:]
     assert second.adapter.facts["continued"] == {"times": 2, "added": 0, "replaced": 0, "withdrawn": 2}
 
 
@@ -231,13 +231,13 @@ def test_a_prompt_that_is_not_the_base_s_again_is_warned_of(
         ),
         (FORGET | {"args": {"append_eos": False}}, "append_eos=False: .* was trained with True"),
         (FORGET | {"args": {"resume_from_checkpoint": "True"}}, "holds no whole checkpoint"),
-        (FORGET | {"kept_edits": EDITS[1:]}, "kept_edits: found 7 edits"),
+        (FORGET | {"trained_edits": EDITS[1:]}, "trained_edits: found 7 edits"),
     ],
 )
 def test_mistakes_are_refused_before_a_model_is_loaded(
     call: dict[str, Any], message: str, learned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peft_locft.training.lifelong.load_model", lambda *_, **__: pytest.fail("loaded a model"))
+    monkeypatch.setattr("peft_locft.workflows.update.load_model", lambda *_, **__: pytest.fail("loaded a model"))
     args = recipe(tmp_path / "out", **({"per_device_train_batch_size": 1} | call.pop("args", {})))
     with pytest.raises(ValueError, match=message):
         update_adapter(learned, args=args, **call)

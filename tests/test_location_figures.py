@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peft_locft.locating.location_results import LocationSearch, LocationTrial
-from peft_locft.plots import draw_locations
+from peft_locft.locating.results import LocationSearchResult, LocationTrial
 from peft_locft.reporting.location_figures import locations_figure
+from peft_locft.reporting.plots import draw_locations
 
 
 def trial(module: str, layer: int, rung: int, score: float, **figures: float) -> LocationTrial:
@@ -18,17 +18,17 @@ def trial(module: str, layer: int, rung: int, score: float, **figures: float) ->
     return LocationTrial(module, layer, rung, 3 + rung, 1e-3, score, estimates, {}, None, 1, ("a",), (), 1.0, 1.0)
 
 
-def example() -> LocationSearch:
+def example() -> LocationSearchResult:
     trials = [
         trial("down", 1, 0, 0.5, reliability_token_accuracy=1.0, kl_from_base=0.5),
         trial("down", 7, 0, 0.25, reliability_token_accuracy=0.75, kl_from_base=0.125),
         trial("up", 1, 0, 0.75, reliability_token_accuracy=0.5, kl_from_base=0.25),
         trial("up", 1, 1, 0.125, reliability_token_accuracy=0.25, perplexity=9.0),
     ]
-    return LocationSearch(trials, {"score": {}}, {})
+    return LocationSearchResult(trials, {"score": {}}, {})
 
 
-def panels(search: LocationSearch) -> dict[str, Any]:
+def panels(search: LocationSearchResult) -> dict[str, Any]:
     return {axes.get_title(loc="left").partition(" (")[0]: axes for axes in locations_figure(search).axes}
 
 
@@ -64,8 +64,8 @@ def test_it_is_written(tmp_path: Path) -> None:
 
 
 def test_many_layers_have_a_row_of_their_own() -> None:
-    few = LocationSearch([trial("up", layer, 0, 0.5, perplexity=2.0) for layer in range(3)], {}, {})
-    many = LocationSearch([trial("up", layer, 0, 0.5, perplexity=2.0) for layer in range(30)], {}, {})
+    few = LocationSearchResult([trial("up", layer, 0, 0.5, perplexity=2.0) for layer in range(3)], {}, {})
+    many = LocationSearchResult([trial("up", layer, 0, 0.5, perplexity=2.0) for layer in range(30)], {}, {})
     tops = [[axes.get_position().y0 for axes in locations_figure(search).axes] for search in (few, many)]
     assert len(set(tops[0])) == 1 and len(set(tops[1])) == 2
     assert not locations_figure(many).axes[0].texts

@@ -7,18 +7,9 @@ from typing import Any
 
 import pytest
 
-from peft_locft.locating.location_plan import (
-    Candidate,
-    Rung,
-    coarse_layers,
-    cost,
-    edits_of,
-    neighbours,
-    rungs,
-    survivors,
-)
-from peft_locft.locating.location_results import LocationTrial
-from peft_locft.locating.location_trials import mean_scores
+from peft_locft.locating.plan import Candidate, Rung, coarse_layers, cost, edits_of, neighbours, rungs, survivors
+from peft_locft.locating.results import LocationTrial
+from peft_locft.workflows.location_trials import mean_scores
 
 
 def sizes(*arguments: Any, **options: Any) -> list[tuple[int, int]]:

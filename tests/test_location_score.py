@@ -7,8 +7,8 @@ import math
 import pytest
 from example_reports import result
 
-from peft_locft.locating.location_score import LocationScore
-from peft_locft.measuring.evaluation_report import EvaluationReport, Result
+from peft_locft.evaluation.report import EvaluationReport, Result
+from peft_locft.locating.score import LocationScore
 
 
 def report(**figures: Result) -> EvaluationReport:

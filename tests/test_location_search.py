@@ -15,27 +15,27 @@ from tiny_searches import PLAN, PROBED, RELIABILITY, recipe, search, without_sec
 from tiny_training import EDITS, base_model
 from tokenizers_for_tests import make_tokenizer
 
-import peft_locft.activation_cache as cache
-import peft_locft.locating.location_trials as module
+import peft_locft.engine.activation_cache as cache
+import peft_locft.workflows.location_trials as module
 from peft_locft import BreadthFirstConfig, EvaluationConfig
-from peft_locft.evaluation import EditEvaluator
-from peft_locft.locating.location_plan import Candidate
-from peft_locft.locating.location_preset import LocationPreset
-from peft_locft.locating.location_results import LocationSearch
-from peft_locft.locating.location_trials import LocationTrials
-from peft_locft.location_search import SearchPlan, run_location_search, search_locations
-from peft_locft.running.model_state import Diverged
+from peft_locft.engine.model_state import TrainingDivergedError
+from peft_locft.evaluation.evaluator import EditEvaluator
+from peft_locft.locating.plan import Candidate
+from peft_locft.locating.preset import LocationPreset
+from peft_locft.locating.results import LocationSearchResult
+from peft_locft.workflows.locate import SearchPlan, run_location_search, search_locations
+from peft_locft.workflows.location_trials import LocationTrials
 
 TEXT = ["The capital of France is Paris. " * 20]
 
 
 @pytest.fixture(scope="module")
-def halved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LocationSearch]:
+def halved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LocationSearchResult]:
     folder = tmp_path_factory.mktemp("halved")
     return folder, search(folder)
 
 
-def test_halving_has_the_winner_of_the_full_search(halved: tuple[Path, LocationSearch], tmp_path: Path) -> None:
+def test_halving_has_the_winner_of_the_full_search(halved: tuple[Path, LocationSearchResult], tmp_path: Path) -> None:
     model = base_model(sharp=True)
     before = base_state(model)
     full = search(tmp_path, model, plan=replace(PLAN, num_rungs=1))
@@ -51,7 +51,7 @@ def test_halving_has_the_winner_of_the_full_search(halved: tuple[Path, LocationS
     assert found.best.score > max(trial.score for trial in full.trials if trial.module != "mlp")
 
 
-def test_what_it_writes(halved: tuple[Path, LocationSearch]) -> None:
+def test_what_it_writes(halved: tuple[Path, LocationSearchResult]) -> None:
     folder, found = halved
     assert {path.name for path in folder.iterdir()} == {
         "best.json", "locations.json", "locations.md", "locations.png", "search.json", "trials"
@@ -100,8 +100,8 @@ def test_the_trunk_runs_once_a_rung_and_the_base_is_asked_once(
 
 def test_shared_states_are_those_that_a_run_of_its_own_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shared = search(tmp_path / "shared", plan=SearchPlan(modules=["mlp"], layers=[0, 1, 2], num_rungs=1))
-    monkeypatch.setattr("peft_locft.running.kept_states.shared_states", lambda: None)
-    monkeypatch.setattr("peft_locft.activation_cache.shared_states", lambda: None)
+    monkeypatch.setattr("peft_locft.engine.activation_storage.shared_states", lambda: None)
+    monkeypatch.setattr("peft_locft.engine.activation_cache.shared_states", lambda: None)
     alone = search(tmp_path / "alone", plan=SearchPlan(modules=["mlp"], layers=[0, 1, 2], num_rungs=1))
     assert without_seconds(shared) == without_seconds(alone)
 
@@ -144,7 +144,7 @@ def fake_measure(monkeypatch: pytest.MonkeyPatch, score: Any) -> list[Candidate]
 
 
 def test_a_search_that_was_interrupted_goes_on(
-    halved: tuple[Path, LocationSearch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    halved: tuple[Path, LocationSearchResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measure, measured = LocationTrials._measure, 0
 
@@ -166,7 +166,7 @@ def test_a_search_that_was_interrupted_goes_on(
     assert measured == 10
 
 
-def test_another_configuration_in_the_same_folder_is_refused(halved: tuple[Path, LocationSearch]) -> None:
+def test_another_configuration_in_the_same_folder_is_refused(halved: tuple[Path, LocationSearchResult]) -> None:
     folder, _ = halved
     written = (folder / "best.json").read_bytes()
     with pytest.raises(
@@ -189,7 +189,7 @@ def test_a_location_that_diverges_is_the_last(tmp_path: Path, caplog: pytest.Log
 
 def test_a_search_in_which_all_diverge_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any) -> None:
-        raise Diverged("The loss became nan")
+        raise TrainingDivergedError("The loss became nan")
 
     monkeypatch.setattr(module, "try_adapter", fail)
     with pytest.raises(
@@ -244,7 +244,7 @@ def test_a_group_of_processes_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     args = recipe(tmp_path)
     monkeypatch.setattr(BreadthFirstConfig, "world_size", property(lambda self: 2))
     with pytest.raises(
-        ValueError, match=r"found a group of 2 processes.*Call peft_locft.running.one_process.leave_group"
+        ValueError, match=r"found a group of 2 processes.*Call peft_locft.engine.distributed.leave_group"
     ):
         search_locations(base_model(), make_tokenizer("llama2"), PROBED, args)
 

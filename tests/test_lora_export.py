@@ -16,7 +16,8 @@ from tiny_training import EDITS, base_model, make_trainer
 from tokenizers_for_tests import make_tokenizer
 from transformers import AutoModelForCausalLM
 
-from peft_locft import LocFTConfig, export_lora, read_adapter, save_adapter
+from peft_locft import LocFTConfig, export_lora, save_adapter
+from peft_locft.adapters import read_adapter
 from peft_locft.adapters.lora_export import kept_by_rank, rank_for
 
 DOWN = {"target_modules": ["down_proj"], "layers_to_transform": [1]}

@@ -7,7 +7,7 @@ from peft import get_peft_model
 from tiny_models import FAMILIES, build, every_family, locations
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
-from peft_locft.tuner.module_kinds import KINDS, config_of, location_of
+from peft_locft.locating.module_kinds import KINDS, config_of, location_of
 
 LLAMA = {
     "down": ["mlp.down_proj"],

@@ -4,15 +4,8 @@ from typing import get_args
 import pytest
 import torch
 
-from peft_locft.objectives import (
-    IGNORED,
-    LossAveraging,
-    Objective,
-    labels_for,
-    row_counts,
-    scored_positions,
-)
-from peft_locft.objectives import token_losses as losses_at_scored
+from peft_locft.training.objectives import IGNORED, LossAveraging, Objective, labels_for, row_counts, scored_positions
+from peft_locft.training.objectives import token_losses as losses_at_scored
 
 VOCABULARY = 7
 ROWS = [([1, 5, 2, 6, 3], 2), ([4, 1, 2], 1), ([2, 2, 2, 2], 3), ([6, 0, 3, 1, 5, 4], 1)]  # token ids, target start

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peft_locft.running.one_process import leave_group
+from peft_locft.engine.distributed import leave_group
 
 
 def test_it_forgets_the_group_and_keeps_its_device() -> None:

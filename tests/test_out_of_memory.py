@@ -11,7 +11,7 @@ import torch
 from tiny_training import EDITS, make_trainer, peft_model, trained
 
 from peft_locft import LocFTConfig
-from peft_locft.training.base_distributions import BaseDistributions
+from peft_locft.training.row_losses import BaseDistributions
 
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 20.00 MiB."
 
@@ -59,7 +59,7 @@ def test_the_step_is_taken_again_in_smaller_pieces(
 
 def test_so_is_the_base_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = [replace(edit, subject=edit.prompt.split()[-1]) for edit in EDITS]
-    fields = {"kept_subjects": 2, "kept_answer_tokens": 1, "max_tokens_per_micro_batch": 200}
+    fields = {"retained_subjects": 2, "retained_answer_tokens": 1, "max_tokens_per_micro_batch": 200}
     enough, little = (make_trainer(tmp_path, peft_model(), facts, **fields) for _ in range(2))
     enough.train()
     keep = BaseDistributions.keep
@@ -72,8 +72,8 @@ def test_so_is_the_base_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(BaseDistributions, "keep", small_memory_for_logits)
     little.train()
     assert little.runner.max_tokens < 200
-    assert enough.record.kept_losses[-1] > 0
-    assert little.record.kept_losses == pytest.approx(enough.record.kept_losses, rel=1e-3)
+    assert enough.record.retained_losses[-1] > 0
+    assert little.record.retained_losses == pytest.approx(enough.record.retained_losses, rel=1e-3)
 
 
 def test_one_edit_that_does_not_fit_is_an_error(tmp_path: Path) -> None:

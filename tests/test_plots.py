@@ -18,11 +18,11 @@ from example_reports import example_report, result
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from peft_locft.measuring.bootstrap import Estimate
-from peft_locft.measuring.evaluation_report import Result
-from peft_locft.plots import curves_picture, draw_curves, draw_metrics, metric_pictures
+from peft_locft.evaluation.intervals import Estimate
+from peft_locft.evaluation.report import Result
 from peft_locft.reporting.figures import COLOURS, curve_lines, curves_figure, metrics_figure
-from peft_locft.reporting.report_words import grouped
+from peft_locft.reporting.plots import curves_picture, draw_curves, draw_metrics, metric_pictures
+from peft_locft.reporting.words import grouped
 
 
 def texts(svg: str) -> list[str]:
@@ -189,7 +189,7 @@ LEFT_ALONE = """
 import json, sys
 import matplotlib
 from example_reports import example_report
-from peft_locft.plots import draw_curves, draw_metrics
+from peft_locft.reporting.plots import draw_curves, draw_metrics
 
 matplotlib.rcParams["font.size"] = 3
 matplotlib.rcParams["text.usetex"] = True

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_locft.running.packed_attention import attend_within
-from peft_locft.running.prefixes import PrefixTree
+from peft_locft.engine.packed_attention import attend_within
+from peft_locft.engine.prefix_tree import PrefixTree
 from peft_locft.training.batches import micro_batches
 
 # few tokens, so that many edits begin alike

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny_models import same_bits
 
-from peft_locft.adapters.shrinking import keep_relatively_largest
-from peft_locft.preservation import NullSpaceProjector, SoftProjector, bound_, check_positive, sparsify_
+from peft_locft.adapters.shrinking import prune_relatively
+from peft_locft.training.preservation import NullSpaceProjector, SoftProjector, bound_, check_positive, sparsify_
 
 D_OUT, D_IN = 6, 10
 
@@ -174,7 +174,7 @@ def test_no_bound_is_refused(limit: float) -> None:
 def test_the_relatively_largest_changes_stay() -> None:
     delta, weight = random(D_OUT, D_IN), random(D_OUT, D_IN, seed=1)
     weight[0] = 0.0
-    expected = keep_relatively_largest(delta, weight, 0.3)
+    expected = prune_relatively(delta, weight, 0.3)
     of_a_weight = weight + delta
     sparsify_(delta, weight, 0.3)
     assert same_bits(delta, expected)
@@ -186,5 +186,5 @@ def test_the_relatively_largest_changes_stay() -> None:
 
 
 def test_no_share_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"keep_share=2: expected a share"):
+    with pytest.raises(ValueError, match=r"density=2: expected a share"):
         sparsify_(torch.ones(2), torch.ones(2), 2)

@@ -15,8 +15,8 @@ from torch import nn
 from transformers import Trainer
 
 from peft_locft import BreadthFirstConfig, BreadthFirstTrainer, LocFTConfig
-from peft_locft.adapters.shrinking import keep_relatively_largest
-from peft_locft.preservation import NullSpaceProjector
+from peft_locft.adapters.shrinking import prune_relatively
+from peft_locft.training.preservation import NullSpaceProjector
 from peft_locft.training.preserver import PreservationCallback, Preserver
 from peft_locft.training.trained_tensors import TrainedTensor, find_trained
 
@@ -161,16 +161,16 @@ def test_the_bound_holds_for_what_is_added_to_the_weight() -> None:
 
 def test_the_largest_changes_stay_when_training_has_ended() -> None:
     model, other = (get_peft_model(build("mistral"), LocFTConfig()) for _ in range(2))
-    train(model, Preserver.prepare(model, keep_share=0.2))
+    train(model, Preserver.prepare(model, density=0.2))
     train(other, None)
     base = build("mistral").state_dict()
     found = locations(model)
     for name, (delta, _) in locations(other).items():
-        assert same_bits(found[name][0].detach(), keep_relatively_largest(delta.detach(), base[name], 0.2))
+        assert same_bits(found[name][0].detach(), prune_relatively(delta.detach(), base[name], 0.2))
     plain = build("mistral").requires_grad_(False)
     weight = plain.model.layers[1].mlp.down_proj.weight.requires_grad_()
     origin = weight.detach().clone()
-    train(plain, Preserver.prepare(plain, keep_share=0.2))
+    train(plain, Preserver.prepare(plain, density=0.2))
     assert int((weight != origin).sum()) == round(0.2 * weight.numel())
 
 
@@ -208,14 +208,14 @@ def preserving(folder: Path, preserve: dict[str, Any], **arguments: Any) -> Pres
     [
         {"windows": WINDOWS, "energy_share": 0.7},
         {"windows": WINDOWS, "soft_strength": 1.0},
-        {"bound": 0.01, "keep_share": 0.3},
+        {"bound": 0.01, "density": 0.3},
     ],
     ids=["null-space", "soft", "bound"],
 )
 def test_a_run_that_is_resumed_ends_with_the_same_bits(tmp_path: Path, preserve: dict[str, Any]) -> None:
     whole = preserving(tmp_path / "whole", preserve)
     whole.train()
-    cut = preserving(tmp_path / "cut", preserve | {"keep_share": None}, save_strategy="epoch", max_steps=4)
+    cut = preserving(tmp_path / "cut", preserve | {"density": None}, save_strategy="epoch", max_steps=4)
     cut.train()
     resumed = preserving(tmp_path / "cut", preserve, save_strategy="epoch")
     resumed.train(resume_from_checkpoint=True)
@@ -283,7 +283,7 @@ def test_two_processes_have_one_projector(tmp_path: Path) -> None:
         ({"windows": WINDOWS, "energy_share": 0.5, "soft_strength": 1.0}, "energy_share and soft_strength: what one"),
         ({"windows": WINDOWS, "soft_strength": 0}, "soft_strength=0: expected a finite number above 0"),
         ({"windows": WINDOWS, "energy_share": 0.0}, "energy_share=0.0: expected a share"),
-        ({"keep_share": 20}, "keep_share=20: expected a share"),
+        ({"density": 20}, "density=20: expected a share"),
         ({"bound": -1.0}, "bound=-1.0: expected a finite number above 0"),
     ],
 )
@@ -326,7 +326,7 @@ def test_an_entire_layer_without_its_norms_has_projectors() -> None:
     ],
     ids=["lora", "modules_to_save", "trainable_token_indices"],
 )
-@pytest.mark.parametrize("arguments", [{"windows": WINDOWS, "energy_share": 0.5}, {"bound": 1.0}, {"keep_share": 0.2}])
+@pytest.mark.parametrize("arguments", [{"windows": WINDOWS, "energy_share": 0.5}, {"bound": 1.0}, {"density": 0.2}])
 def test_parameters_of_other_peft_methods_are_refused(config: PeftConfig, arguments: dict[str, Any]) -> None:
     model = get_peft_model(build("llama"), config)
     with pytest.raises(ValueError, match="belongs to another PEFT method, whose parameters are no changes"):

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from example_reports import example_report, result, row
 
-from peft_locft.measuring.bootstrap import Estimate
-from peft_locft.measuring.evaluation_report import EvaluationReport, Result
-from peft_locft.measuring.general_ability import TextMeasured
-from peft_locft.measuring.metrics import EDIT_SCORE, Protocol, metric_names
-from peft_locft.reporting import report_page
+from peft_locft.evaluation.intervals import Estimate
+from peft_locft.evaluation.metrics import EDIT_SCORE, Protocol, metric_names
+from peft_locft.evaluation.perplexity import TextMeasurement
+from peft_locft.evaluation.report import EvaluationReport, Result
+from peft_locft.reporting import page as report_page
 from peft_locft.reporting.failures_table import MAX_FAILURES, MAX_LETTERS
 from peft_locft.reporting.html_elements import Html, element, together
-from peft_locft.reporting.report_page import page
-from peft_locft.reporting.report_words import GROUPS, group_of, headline, higher_is_better, label_of, words_of
+from peft_locft.reporting.page import render_report
+from peft_locft.reporting.words import GROUPS, group_of, headline, higher_is_better, label_of, words_of
 
 VOID = {"meta"}
 
@@ -75,7 +75,7 @@ def no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def seen(report: EvaluationReport) -> str:
-    return Reader(page(report)).text()
+    return Reader(render_report(report)).text()
 
 
 def test_it_says_what_was_measured() -> None:
@@ -111,7 +111,7 @@ def test_it_has_every_metric_with_its_meaning_and_intervals() -> None:
 def test_a_change_is_judged_only_where_it_is_no_chance() -> None:
     def colours(name: str, change: Estimate) -> list[str]:
         report = example_report(results={name: Result("", result(0.5).after, result(0.5).after, change, 2)})
-        return re.findall(r'class="(good|bad)"', page(report))
+        return re.findall(r'class="(good|bad)"', render_report(report))
 
     up, down, unclear = Estimate(0.2, 0.1, 0.3), Estimate(-0.2, -0.3, -0.1), Estimate(0.2, 0.0, 0.4)
     assert colours("reliability_exact_match", up) == ["good"]
@@ -133,14 +133,14 @@ def test_it_has_what_is_missing_the_notes_and_all_settings() -> None:
 
 
 def test_it_has_the_pictures_inside() -> None:
-    reader = Reader(page(example_report()))
+    reader = Reader(render_report(example_report()))
     assert reader.tags.count("svg") == 6
     assert reader.tags.count("figure") == 6
     assert "before the edit after the edit" in reader.text()
 
 
 def test_it_loads_and_runs_nothing() -> None:
-    text = page(example_report())
+    text = render_report(example_report())
     reader = Reader(text)
     assert not {"script", "link", "img", "iframe", "object", "embed", "image"} & set(reader.tags)
     assert not [name for name, _ in reader.attributes if name.startswith("on") or name in ("src", "srcset")]
@@ -172,8 +172,8 @@ def test_hostile_texts_stay_texts() -> None:
         notes=[attack],
         curves=[{"epoch": 1.0, attack: 0.5}],
     )
-    reader = Reader(page(report))
-    assert set(reader.tags) <= set(Reader(page(usual)).tags)
+    reader = Reader(render_report(report))
+    assert set(reader.tags) <= set(Reader(render_report(usual)).tags)
     assert not [name for name, _ in reader.attributes if name.startswith("on")]
     # prompt, expected, before, after, kind and source of the failure, and more around it
     assert sum(text.count("<script>alert(1)</script>") for _, text in reader.texts) > 10
@@ -233,7 +233,7 @@ def test_without_a_base_there_is_no_before() -> None:
     assert "There is no model without the edits to compare with" in text
     assert "before the edit" not in text.partition("Before and after")[2]
     assert "Generalization" not in text
-    assert Reader(page(report)).tags.count("svg") == 1
+    assert Reader(render_report(report)).tags.count("svg") == 1
 
 
 def test_without_any_figure_there_is_still_a_page() -> None:
@@ -255,11 +255,12 @@ def test_curves_are_figures_too() -> None:
 @pytest.mark.usefixtures("no_matplotlib")
 def test_without_matplotlib_the_page_says_how_to_get_pictures(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="peft_locft"):
-        reader = Reader(page(example_report()))
-        page(example_report())
+        reader = Reader(render_report(example_report()))
+        render_report(example_report())
     assert "svg" not in reader.tags
     assert (
-        "pip install 'peft-locft[plot]' , then in Python EvaluationReport.load(folder).save(folder)" in reader.text()
+        "pip install 'peft-locft[plot]' , then in Python save_report(EvaluationReport.load(folder), folder)"
+        in reader.text()
     )
     assert "Epoch reliability exact match" in reader.text()
     assert [record.getMessage() for record in caplog.records] == [
@@ -274,7 +275,7 @@ def test_little_is_recorded_of_a_report_that_came_from_elsewhere() -> None:
 
 def test_every_metric_of_ours_has_plain_words() -> None:
     every: tuple[Protocol, ...] = ("generation", "token_accuracy", "probability", "fluency")
-    of_text = TextMeasured(losses=np.ones((3, 2)), divergences=np.ones(3)).results(10, 0.9, 0)
+    of_text = TextMeasurement(losses=np.ones((3, 2)), divergences=np.ones(3)).results(10, 0.9, 0)
     names = [*metric_names(every), EDIT_SCORE, "fluency_n_gram_entropy", *of_text]
     assert [name for name in names if words_of(name) is None] == []
     assert [name for name in names if group_of(name) == "other"] == []

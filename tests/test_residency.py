@@ -12,7 +12,7 @@ from tiny_training import make_trainer, peft_model
 from transformers import TrainerCallback
 
 from peft_locft import LocFTConfig
-from peft_locft.running.residency import ParkedLayer, trunk_off_device
+from peft_locft.engine.offload import OffloadedLayer, trunk_offloaded
 from peft_locft.tuner.presets import find_decoder_layers
 
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ def test_bytes_on_the_device(tmp_path: Path) -> None:
     phase = "making the states"
 
     def measure(*_: Any) -> None:
-        parked = [layer for layer in layers if isinstance(layer, ParkedLayer)]
+        parked = [layer for layer in layers if isinstance(layer, OffloadedLayer)]
         visiting = sum(num_bytes(layer.parked[0]) for layer in parked if layer.is_resident)
         resident[phase].add(num_bytes(model) + visiting)
 
@@ -63,7 +63,7 @@ def test_bytes_on_the_device(tmp_path: Path) -> None:
     # the tail runs in there too, when a replay is compared with the whole model
     assert resident["making the states"] == {tail, tail + first, tail + second}
     assert num_bytes(model) == whole
-    assert not any(isinstance(layer, ParkedLayer) for layer in layers)
+    assert not any(isinstance(layer, OffloadedLayer) for layer in layers)
 
 
 def test_layers_move_to_the_device_and_home_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,10 +72,10 @@ def test_layers_move_to_the_device_and_home_again(monkeypatch: pytest.MonkeyPatc
     own, device = list(layers), torch.device("meta")  # any other than the one at hand
     moves: list[tuple[Any, torch.device]] = []
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, target: moves.append((module, target)))
-    with pytest.raises(KeyboardInterrupt), trunk_off_device(model, device):
+    with pytest.raises(KeyboardInterrupt), trunk_offloaded(model, device):
         assert moves == [(model, device)]
         parked = layers[0]
-        assert isinstance(parked, ParkedLayer)
+        assert isinstance(parked, OffloadedLayer)
         with parked.resident(), parked.resident():
             assert moves[1:] == [(own[0], device)]
         assert moves[2:] == [(own[0], CPU)]
@@ -86,7 +86,7 @@ def test_layers_move_to_the_device_and_home_again(monkeypatch: pytest.MonkeyPatc
 
 def test_what_a_model_asks_a_layer_is_answered() -> None:
     _, layers = find_decoder_layers(last_layer("gemma3"))
-    parked = ParkedLayer(layers[0], CPU)
+    parked = OffloadedLayer(layers[0], CPU)
     assert parked.self_attn is layers[0].self_attn
     with pytest.raises(AttributeError, match="no_such_thing"):
         _ = parked.no_such_thing

@@ -12,7 +12,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import build, locations, logits, randomize
 
-from peft_locft import LocFTConfig, check_adapter
+from peft_locft import LocFTConfig
+from peft_locft.adapters import check_adapter
 from peft_locft.training.scale_choice import SCALES, TradeOff, choose_scale
 
 

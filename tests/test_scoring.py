@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from peft_locft.measuring.scoring import (
+from peft_locft.evaluation.scoring import (
     contains,
     cut_answer,
     exact_match,

@@ -11,8 +11,8 @@ from tiny_models import same_bits
 from tiny_training import make_trainer, peft_model
 
 from peft_locft import LocFTConfig
-from peft_locft.running.kept_states import NAME
-from peft_locft.running.shared_states import SharedStates, shared_states, sharing_states
+from peft_locft.engine.activation_storage import NAME
+from peft_locft.engine.shared_states import SharedStates, shared_states, sharing_states
 
 
 def states(folder: Path) -> dict[str, torch.Tensor]:

@@ -10,19 +10,11 @@ from peft import LoraConfig
 from saving_process import make_adapter
 from tiny_training import EDITS, make_trainer, peft_model
 
-from peft_locft import (
-    Edit,
-    Probe,
-    describe_adapter,
-    edits_sha256,
-    find_conflicts,
-    inspect_adapter,
-    read_edits,
-    save_adapter,
-    shipped_edits,
-)
-from peft_locft.adapters import adapter_folder
-from peft_locft.cli import main
+from peft_locft import Edit, Probe, describe_adapter, find_conflicts, inspect_adapter, read_edits, save_adapter
+from peft_locft.adapters import saving as adapter_folder
+from peft_locft.adapters import shipped_edits
+from peft_locft.cli.commands import main
+from peft_locft.data import edits_sha256
 
 NAME = "locft_edits.jsonl"
 FULL = Edit(

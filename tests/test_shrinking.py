@@ -15,10 +15,11 @@ from tiny_models import assert_same_tensors, build, locations, logits, randomize
 from tiny_training import make_trainer, peft_model
 from transformers import AutoModelForCausalLM
 
-from peft_locft import LocFTConfig, describe_adapter, export_small, inspect_adapter, read_adapter, save_adapter
-from peft_locft.adapters.shrinking import keep_relatively_largest
-from peft_locft.cli import main
-from peft_locft.measuring.evaluation_report import EvaluationReport
+from peft_locft import LocFTConfig, describe_adapter, export_small, inspect_adapter, save_adapter
+from peft_locft.adapters import read_adapter
+from peft_locft.adapters.shrinking import prune_relatively
+from peft_locft.cli.commands import main
+from peft_locft.evaluation.report import EvaluationReport
 from peft_locft.tuner import compose_weight
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -45,7 +46,7 @@ def base_weight(model: PeftModel, name: str) -> torch.Tensor:
 def test_the_relatively_largest_values_are_kept(share: float) -> None:
     generator = torch.Generator().manual_seed(0)
     delta, weight = (torch.randn(20, 30, generator=generator) for _ in range(2))
-    found = keep_relatively_largest(delta, weight, share)
+    found = prune_relatively(delta, weight, share)
     kept = found != 0
     assert kept.sum() == max(1, round(share * 600))
     assert same_bits(found[kept], delta[kept])
@@ -56,13 +57,13 @@ def test_the_relatively_largest_values_are_kept(share: float) -> None:
 
 def test_a_change_of_a_weight_of_zero_is_the_largest_and_no_change_the_smallest() -> None:
     delta, weight = torch.tensor([0.0, 1e-9, 5.0, 0.0]), torch.tensor([0.0, 0.0, 1.0, 1.0])
-    assert keep_relatively_largest(delta, weight, 0.25).tolist() == [0.0, pytest.approx(1e-9), 0.0, 0.0]
-    assert keep_relatively_largest(delta, weight, 0.5).tolist() == delta.tolist()
+    assert prune_relatively(delta, weight, 0.25).tolist() == [0.0, pytest.approx(1e-9), 0.0, 0.0]
+    assert prune_relatively(delta, weight, 0.5).tolist() == delta.tolist()
 
 
 def test_the_precision_of_the_base_does_not_overflow_the_ratio() -> None:
     delta, weight = torch.tensor([3.0, 2.0]), torch.tensor([1e-6, 1e-7], dtype=torch.float16)
-    assert keep_relatively_largest(delta, weight, 0.5).tolist() == [0.0, 2.0]
+    assert prune_relatively(delta, weight, 0.5).tolist() == [0.0, 2.0]
 
 
 # ---------------------------------------------------------------------- saved and loaded
@@ -87,15 +88,15 @@ def test_a_delta_of_16_bits_is_half_as_large_and_loads_as_any_other(dtype: str, 
 
 def test_what_was_done_and_what_is_kept_is_recorded(tmp_path: Path) -> None:
     model = make(tmp_path)
-    save_adapter(model, tmp_path / "small", delta_dtype="bfloat16", keep_largest=0.2)
+    save_adapter(model, tmp_path / "small", delta_dtype="bfloat16", density=0.2)
     before, after = (read_adapter(tmp_path / name)[DOWN] for name in ("adapter", "small"))
-    expected = keep_relatively_largest(before, base_weight(model, DOWN), 0.2).bfloat16()
+    expected = prune_relatively(before, base_weight(model, DOWN), 0.2).bfloat16()
     assert same_bits(after, expected)
     kept = float(1 - (before - expected).double().square().sum() / before.double().square().sum())
     facts = json.loads((tmp_path / "small" / FACTS).read_text())
     assert facts["shrunk"] == {
         "delta_dtype": "bfloat16",
-        "keep_largest": 0.2,
+        "density": 0.2,
         "share_kept": pytest.approx(kept, abs=1e-9),
     }
     said = (
@@ -108,7 +109,7 @@ def test_what_was_done_and_what_is_kept_is_recorded(tmp_path: Path) -> None:
 
 def test_zeros_save_nothing_in_the_file_and_much_where_it_is_compressed(tmp_path: Path) -> None:
     model = make(tmp_path)
-    save_adapter(model, tmp_path / "small", keep_largest=0.1)
+    save_adapter(model, tmp_path / "small", density=0.1)
     before, after = ((tmp_path / name / WEIGHTS).read_bytes() for name in ("adapter", "small"))
     assert len(before) == len(after)
     assert len(zlib.compress(after)) < 0.3 * len(zlib.compress(before))
@@ -117,12 +118,12 @@ def test_zeros_save_nothing_in_the_file_and_much_where_it_is_compressed(tmp_path
 def test_the_model_itself_is_left_as_it_is(tmp_path: Path) -> None:
     model = make(tmp_path)
     before = logits(model)
-    save_adapter(model, tmp_path / "small", delta_dtype="float16", keep_largest=0.1)
+    save_adapter(model, tmp_path / "small", delta_dtype="float16", density=0.1)
     assert same_bits(logits(model), before)
     assert model.peft_config["default"].delta_dtype == "float32"
     # a merged edit is not what the values are compared with
     model.merge_adapter()
-    save_adapter(model, tmp_path / "merged", delta_dtype="float16", keep_largest=0.1)
+    save_adapter(model, tmp_path / "merged", delta_dtype="float16", density=0.1)
     assert_same_tensors(read_adapter(tmp_path / "merged"), read_adapter(tmp_path / "small"))
 
 
@@ -130,7 +131,7 @@ def test_several_adapters_are_each_made_smaller(tmp_path: Path) -> None:
     model = make(tmp_path)
     model.add_adapter("other", LocFTConfig(target_modules=["up_proj"], layers_to_transform=[2], train_bias=True))
     randomize(model, "other", seed=1)
-    save_adapter(model, tmp_path / "both", delta_dtype="bfloat16", keep_largest=0.5)
+    save_adapter(model, tmp_path / "both", delta_dtype="bfloat16", density=0.5)
     for folder in (tmp_path / "both", tmp_path / "both" / "other"):
         (delta,) = read_adapter(folder).values()
         assert delta.dtype == torch.bfloat16 and (delta == 0).float().mean() == 0.5
@@ -138,8 +139,8 @@ def test_several_adapters_are_each_made_smaller(tmp_path: Path) -> None:
 
 def test_a_copy_of_a_folder_is_made_smaller_alike(tmp_path: Path) -> None:
     model = make(tmp_path, modules_to_save=["lm_head"])
-    save_adapter(model, tmp_path / "saved", delta_dtype="bfloat16", keep_largest=0.2)
-    small = export_small(tmp_path / "adapter", tmp_path / "out", delta_dtype="bfloat16", keep_largest=0.2)
+    save_adapter(model, tmp_path / "saved", delta_dtype="bfloat16", density=0.2)
+    small = export_small(tmp_path / "adapter", tmp_path / "out", delta_dtype="bfloat16", density=0.2)
     assert_same_tensors(load_file(tmp_path / "out" / WEIGHTS), load_file(tmp_path / "saved" / WEIGHTS))
     assert small.num_bytes == (tmp_path / "out" / WEIGHTS).stat().st_size
     assert small.num_bytes_before == (tmp_path / "adapter" / WEIGHTS).stat().st_size
@@ -164,7 +165,7 @@ def test_a_copy_keeps_what_is_known_of_the_run_and_not_the_figures(tmp_path: Pat
 
 def test_by_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(tmp_path)
-    words = ["--to", "small", "--delta_dtype", "float16", "--keep_largest", "0.2", "--base", str(tmp_path / "base")]
+    words = ["--to", "small", "--delta_dtype", "float16", "--density", "0.2", "--base", str(tmp_path / "base")]
     assert main(["export", str(tmp_path / "adapter"), str(tmp_path / "out"), *words]) == 0
     assert capsys.readouterr().out.startswith(f"{tmp_path / 'out'}, 3.2 kB of 6.3 kB\nkept ")
     (delta,) = read_adapter(tmp_path / "out").values()
@@ -178,8 +179,8 @@ def test_by_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     ("arguments", "message"),
     [
         ({"delta_dtype": "int8"}, "delta_dtype='int8': expected one of float32, bfloat16, float16"),
-        ({"keep_largest": 0.0}, r"keep_largest=0\.0: expected the share of values to keep, in \(0, 1\]"),
-        ({"keep_largest": 1.5}, r"keep_largest=1\.5: expected the share of values to keep, in \(0, 1\]"),
+        ({"density": 0.0}, r"density=0\.0: expected the share of values to keep, in \(0, 1\]"),
+        ({"density": 1.5}, r"density=1\.5: expected the share of values to keep, in \(0, 1\]"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -192,7 +193,7 @@ def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: 
 
 
 def test_a_copy_that_is_no_smaller_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="delta_dtype=None, keep_largest=None: expected one of the two, or both"):
+    with pytest.raises(ValueError, match="delta_dtype=None, density=None: expected one of the two, or both"):
         export_small(tmp_path / "adapter", tmp_path / "out")
 
 
@@ -222,15 +223,13 @@ def test_another_method_is_refused(tmp_path: Path) -> None:
 def test_a_base_weight_that_is_not_here_is_named(tmp_path: Path) -> None:
     model = make(tmp_path)
     model.base_model.model.model.layers[1].mlp.down_proj.base_layer.to("meta")
-    with pytest.raises(
-        ValueError, match=rf"keep_largest: {DOWN} is not here in full \(quantized, offloaded or sharded\)"
-    ):
-        save_adapter(model, tmp_path / "out", keep_largest=0.2)
+    with pytest.raises(ValueError, match=rf"density: {DOWN} is not here in full \(quantized, offloaded or sharded\)"):
+        save_adapter(model, tmp_path / "out", density=0.2)
 
 
 def test_another_base_is_refused(tmp_path: Path) -> None:
     make(tmp_path)
     build("llama", seed=1).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=r"weight in \S*other has other values than the one that"):
-        export_small(tmp_path / "adapter", tmp_path / "out", tmp_path / "other", keep_largest=0.2)
-    export_small(tmp_path / "adapter", tmp_path / "out", tmp_path / "other", keep_largest=0.2, force=True)
+        export_small(tmp_path / "adapter", tmp_path / "out", tmp_path / "other", density=0.2)
+    export_small(tmp_path / "adapter", tmp_path / "out", tmp_path / "other", density=0.2, force=True)

@@ -37,7 +37,8 @@ from tiny_models import (
 )
 from transformers import AutoModel, AutoModelForCausalLM
 
-from peft_locft import Edit, LocFTConfig, describe_adapter, detach, file_copies, merge_checkpoint, merge_in_place
+from peft_locft import Edit, LocFTConfig, describe_adapter, detach, merge_checkpoint, merge_in_place
+from peft_locft.io import copies as file_copies
 from peft_locft.merging.edited_weights import VALUES_AT_ONCE
 
 EVERYTHING_IN_LAYER_1 = LocFTConfig(target_modules="entire-layer", layers_to_transform=[1], train_bias=True)
@@ -267,7 +268,7 @@ def test_a_file_that_shares_blocks_is_written_where_it_is_edited(
         shutil.copyfile(source, target)  # not its mode, as the system's call does
         return True
 
-    for module in ("file_copies", "merging.edited_weights"):
+    for module in ("io.copies", "merging.edited_weights"):
         monkeypatch.setattr(f"peft_locft.{module}.clone", shared)
     done = merge_checkpoint(base, [tmp_path / "adapter"], tmp_path / "out")
     assert done.placed == {"reflink": len(list(base.iterdir())) - len(done.written)}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from peft_locft.measuring.task_results import TaskResults, TaskRow, task_rows
+from peft_locft.evaluation.task_results import TaskResults, TaskRow, task_rows
 
 DOCUMENTS = {
     "before": {"acc": [1.0, 1.0, 0.0, 0.0], "exact_match": [0.0, 0.0, 1.0, 0.0]},

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, 
 
 from peft_locft import BreadthFirstConfig, BreadthFirstTrainer, Edit, LocFTConfig, encode_edits
 from peft_locft.training.batches import EditBatches, LossRecord
+from peft_locft.training.callbacks import FloorAndRecord
 from peft_locft.training.resting import RestingEdits
-from peft_locft.training.training_callbacks import FloorAndRecord
 
 LOCATION = LocFTConfig(target_modules=["down_proj"], layers_to_transform=[1], task_type="CAUSAL_LM")
 

@@ -36,8 +36,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 ROWS: dict[str, Any] = {
     "per_device_train_batch_size": 2,
     "num_prefixes": 2,
-    "kept_facts": "facts.txt",
-    "num_kept_facts": 6,
+    "retained_facts": "facts.txt",
+    "num_retained_facts": 6,
     "preserve_soft_strength": 2.0,
     "preserve_tokens": 400,
 }
@@ -49,7 +49,7 @@ def recipes_of(strategy: str, folder: Path) -> dict[str, dict[str, Any]]:
         return RECIPES
     facts = folder / "facts.txt"
     facts.write_text(FACTS)
-    return RECIPES | {"rows": ROWS | {"kept_facts": str(facts)}}
+    return RECIPES | {"rows": ROWS | {"retained_facts": str(facts)}}
 
 
 def run_processes(strategy: str, folder: Path) -> None:

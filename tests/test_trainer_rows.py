@@ -14,8 +14,8 @@ from tiny_training import EDITS, make_trainer, peft_model, trained
 from transformers import TrainerCallback
 
 from peft_locft import BreadthFirstTrainer, Edit, LocFTConfig
-from peft_locft.data import training_data
-from peft_locft.training.preservation_arguments import RECIPES
+from peft_locft.training import training_data
+from peft_locft.training.config import RECIPES
 
 SUBJECTS = ["France", "Spain", "Spain", "France", "river", "Dave", "city", "city"]
 FACTS = [replace(edit, subject=subject) for edit, subject in zip(EDITS, SUBJECTS, strict=True)]
@@ -23,13 +23,13 @@ ALL: dict[str, Any] = {
     "recipe": "balanced",
     "num_prefixes": 3,
     "num_concatenated": 1,
-    "kept_answer_tokens": 3,
-    "kept_subjects": 2,
+    "retained_answer_tokens": 3,
+    "retained_subjects": 2,
     "kept_text_pieces": 6,
-    "kept_per_edit": 1.0,
+    "retained_per_edit": 1.0,
     "preserve_tokens": 600,
 }
-LIKELIHOOD = ALL | {"kept_loss": "likelihood", "preserve_soft_strength": 0.0, "preserve_energy_share": 0.3}
+LIKELIHOOD = ALL | {"retained_loss": "likelihood", "preserve_soft_strength": 0.0, "preserve_energy_share": 0.3}
 
 
 def trainer(folder: Path, edits: list[Edit] = FACTS, family: str = "llama", **arguments: Any) -> BreadthFirstTrainer:
@@ -52,7 +52,7 @@ def test_all_of_it_trains_in_any_family_and_nothing_but_the_delta(family: str, t
     made.train()
     assert_same_tensors({name: p for name, p in made.model.named_parameters() if not p.requires_grad}, frozen)
     assert any(not torch.equal(tensor, before[name]) for name, tensor in trained(made.model).items())
-    assert made.record.kept_losses[-1] > 0
+    assert made.record.retained_losses[-1] > 0
     assert len(made.epoch_losses) == 3
 
 
@@ -88,23 +88,23 @@ def test_cache_and_micro_batches_change_nothing_but_speed(change: dict[str, Any]
     fast = {"preserve_soft_strength": 0.0, "learning_rate": 2e-2}  # or what is kept is hardly moved at all
     plain, other = run(tmp_path, **fast), run(tmp_path, **fast, **change)
     assert other.epoch_losses == pytest.approx(plain.epoch_losses, rel=1e-5)
-    assert other.record.kept_losses == pytest.approx(plain.record.kept_losses, rel=1e-4)
+    assert other.record.retained_losses == pytest.approx(plain.record.retained_losses, rel=1e-4)
 
 
 def test_what_is_kept_is_held(tmp_path: Path) -> None:
     """With a large weight on it, the kept prompts' distributions move less than without."""
-    loose = run(tmp_path, kept_weight=1e-6, preserve_soft_strength=0.0, learning_rate=2e-2, num_train_epochs=8)
-    held = run(tmp_path, kept_weight=1e3, preserve_soft_strength=0.0, learning_rate=2e-2, num_train_epochs=8)
-    assert held.record.kept_losses[-1] / 1e3 < 0.2 * loose.record.kept_losses[-1] / 1e-6
+    loose = run(tmp_path, retained_weight=1e-6, preserve_soft_strength=0.0, learning_rate=2e-2, num_train_epochs=8)
+    held = run(tmp_path, retained_weight=1e3, preserve_soft_strength=0.0, learning_rate=2e-2, num_train_epochs=8)
+    assert held.record.retained_losses[-1] / 1e3 < 0.2 * loose.record.retained_losses[-1] / 1e-6
 
 
 def test_the_floor_is_held_against_the_edits_alone(tmp_path: Path) -> None:
     model = peft_model(sharp=True)
     made = make_trainer(
-        tmp_path, model, FACTS, **(ALL | {"kept_weight": 1e6, "loss_floor": 0.5, "num_train_epochs": 2})
+        tmp_path, model, FACTS, **(ALL | {"retained_weight": 1e6, "loss_floor": 0.5, "num_train_epochs": 2})
     )
     made.train()
-    assert made.record.kept_losses[0] > 0.5
+    assert made.record.retained_losses[0] > 0.5
     assert made.epoch_losses[0] == made.record.state()["epoch_losses"][0] < 100
 
 
@@ -124,7 +124,7 @@ def test_what_is_asked_about_other_subjects_is_about_names_of_the_base(
 
 def test_training_paraphrases_are_trained_and_are_no_edits(tmp_path: Path) -> None:
     edits = [replace(EDITS[0], paraphrases=("France has the capital", "The capital city is")), *EDITS[1:]]
-    made = trainer(tmp_path, edits, recipe="published", num_prefixes=0, num_concatenated=0, kept_subjects=0,
+    made = trainer(tmp_path, edits, recipe="published", num_prefixes=0, num_concatenated=0, retained_subjects=0,
                    kept_text_pieces=0)  # fmt: skip
     assert made.data.counts == {"paraphrases": 2}
     assert made.losses.rows.num_variants == [2] + [0] * 7
@@ -147,7 +147,7 @@ def test_what_a_run_was_trained_on_is_recorded(tmp_path: Path) -> None:
 def test_an_edit_stands_behind_some_of_the_prefixes(per_edit: int, count: int, tmp_path: Path) -> None:
     data = trainer(tmp_path, prefixes_per_edit=per_edit, num_concatenated=0).data
     assert data.counts["prefixed"] == count == sum(data.rows.num_variants)
-    with_all = trainer(tmp_path, recipe="published", num_concatenated=0, kept_text_pieces=0, kept_subjects=0).data
+    with_all = trainer(tmp_path, recipe="published", num_concatenated=0, kept_text_pieces=0, retained_subjects=0).data
     assert with_all.counts["prefixed"] == 24
 
 
@@ -160,12 +160,12 @@ def test_depth_first_trains_edits_alone(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ({"recipe": "best"}, "recipe='best': expected one of published, balanced"),
-        ({"kept_loss": "mse"}, "kept_loss='mse': expected one of kl, likelihood"),
+        ({"retained_loss": "mse"}, "retained_loss='mse': expected one of kl, likelihood"),
         ({"num_prefixes": -1}, "num_prefixes=-1: expected 0 or more"),
         ({"prefixes_per_edit": 0}, "prefixes_per_edit=0: expected 1 or more"),
         ({"variants_per_epoch": 0}, "variants_per_epoch=0: expected a number above 0"),
         ({"preserve_tokens": 0}, "preserve_tokens=0: expected 1 or more"),
-        ({"kept_weight": float("nan")}, "kept_weight=nan: expected 0 or more"),
+        ({"retained_weight": float("nan")}, "retained_weight=nan: expected 0 or more"),
         ({"preserve_soft_strength": -1.0}, "preserve_soft_strength=-1.0: expected 0 or more"),
         ({"preserve_energy_share": 1.5}, "preserve_energy_share=1.5: expected 0 to 1"),
         ({"objective": "prompt_last"}, "objective='prompt_last' scores"),

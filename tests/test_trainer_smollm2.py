@@ -22,7 +22,7 @@ from peft_locft import (
     encode_prompts,
     read_edits,
 )
-from peft_locft.encoding import EncodedEdits
+from peft_locft.data.encoding import EncodedEdits
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"

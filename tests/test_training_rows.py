@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 
-from peft_locft.data.training_rows import TrainingRows
-from peft_locft.objectives import log_probabilities
-from peft_locft.training.base_distributions import BaseDistributions
 from peft_locft.training.batches import EditBatches
+from peft_locft.training.objectives import log_probabilities
+from peft_locft.training.row_losses import BaseDistributions
+from peft_locft.training.training_rows import TrainingRows
 
 
 def test_a_batch_has_its_edits_first_then_their_variants_then_what_is_kept() -> None:
-    rows = TrainingRows(num_edits=4, num_variants=[2, 0, 3, 1], num_kept=5, kept_per_edit=1)
+    rows = TrainingRows(num_edits=4, num_variants=[2, 0, 3, 1], num_retained=5, retained_per_edit=1)
     own = {0: [4, 5], 1: [], 2: [6, 7, 8], 3: [9]}
     for epoch in range(3):
         batches = EditBatches(4, batch_size=2, seed=1, rows=rows)
@@ -22,7 +22,7 @@ def test_a_batch_has_its_edits_first_then_their_variants_then_what_is_kept() -> 
         seen = []
         for batch in batches:
             edits = batch[:2]
-            variants = [row for row in batch if rows.num_edits <= row < rows.first_kept]
+            variants = [row for row in batch if rows.num_edits <= row < rows.first_retained]
             assert sorted(variants) == sorted(row for edit in edits for row in own[edit])
             kept = batch[2 + len(variants) :]
             assert len(kept) == 2
@@ -31,7 +31,7 @@ def test_a_batch_has_its_edits_first_then_their_variants_then_what_is_kept() -> 
 
 
 def test_variants_are_drawn_anew_every_epoch_and_no_kept_row_comes_twice_before_all_others() -> None:
-    rows = TrainingRows(num_edits=6, num_variants=[4] * 6, num_kept=3, variants_per_epoch=1, kept_per_edit=1.5)
+    rows = TrainingRows(num_edits=6, num_variants=[4] * 6, num_retained=3, variants_per_epoch=1, retained_per_edit=1.5)
     drawn = []
     for epoch in range(12):
         batches = EditBatches(6, batch_size=4, seed=0, rows=rows)
@@ -54,9 +54,9 @@ def test_half_a_variant_is_one_of_every_second_edit() -> None:
     assert 160 < len(owners) < 240
 
 
-@pytest.mark.parametrize(("kept_per_edit", "expected"), [(0.5, [2, 2, 1]), (0.1, [0, 1, 0]), (2.0, [8, 8, 4])])
-def test_a_fraction_of_kept_rows_comes_out_over_an_epoch(kept_per_edit: float, expected: list[int]) -> None:
-    rows = TrainingRows(num_edits=10, num_kept=50, kept_per_edit=kept_per_edit)
+@pytest.mark.parametrize(("retained_per_edit", "expected"), [(0.5, [2, 2, 1]), (0.1, [0, 1, 0]), (2.0, [8, 8, 4])])
+def test_a_fraction_of_kept_rows_comes_out_over_an_epoch(retained_per_edit: float, expected: list[int]) -> None:
+    rows = TrainingRows(num_edits=10, num_retained=50, retained_per_edit=retained_per_edit)
     batches = list(EditBatches(10, batch_size=4, seed=0, rows=rows))
     assert [sum(row >= 10 for row in batch) for batch in batches] == expected
 
@@ -65,29 +65,31 @@ def kept_by_batch(rows: TrainingRows, batch_size: int, epoch: int = 0) -> list[t
     batches = EditBatches(rows.num_edits, batch_size, seed=0, rows=rows)
     batches.epoch = epoch
     return [
-        ([row for row in batch if row < rows.num_edits], [row for row in batch if row >= rows.first_kept])
+        ([row for row in batch if row < rows.num_edits], [row for row in batch if row >= rows.first_retained])
         for batch in batches
     ]
 
 
-@pytest.mark.parametrize("kept_per_edit", [0.5, 1.0, 1.5, 3.0])
-def test_what_was_made_of_an_edit_is_kept_in_its_batch(kept_per_edit: float) -> None:
+@pytest.mark.parametrize("retained_per_edit", [0.5, 1.0, 1.5, 3.0])
+def test_what_was_made_of_an_edit_is_kept_in_its_batch(retained_per_edit: float) -> None:
     """Each edit's once before any a second time, and other ones every epoch."""
-    rows = TrainingRows(12, num_variants=[1] * 12, num_kept=48, kept_per_edit=kept_per_edit, num_own_kept=[4] * 12)
+    rows = TrainingRows(
+        12, num_variants=[1] * 12, num_retained=48, retained_per_edit=retained_per_edit, num_own_retained=[4] * 12
+    )
     seen = set()
     for epoch in range(6):
         for edits, kept in kept_by_batch(rows, 4, epoch):
-            assert len(kept) == len(set(kept)) == 4 * kept_per_edit
+            assert len(kept) == len(set(kept)) == 4 * retained_per_edit
             owners = [(row - 24) // 4 for row in kept]
             assert set(owners) <= set(edits)
-            most = math.ceil(kept_per_edit)
+            most = math.ceil(retained_per_edit)
             assert {owners.count(edit) for edit in edits} <= {most - 1, most}
             seen |= set(kept)
-    assert len(seen) > 40 * min(kept_per_edit, 1)
+    assert len(seen) > 40 * min(retained_per_edit, 1)
 
 
 def test_edits_own_and_other_kept_rows_are_mixed_by_their_numbers() -> None:
-    rows = TrainingRows(10, num_kept=40, kept_per_edit=2, num_own_kept=[3] * 10)
+    rows = TrainingRows(10, num_retained=40, retained_per_edit=2, num_own_retained=[3] * 10)
     seen = []
     for edits, kept in kept_by_batch(rows, 5):
         own = [row for row in kept if row < 40]
@@ -98,7 +100,7 @@ def test_edits_own_and_other_kept_rows_are_mixed_by_their_numbers() -> None:
 
 
 def test_others_are_kept_where_the_edits_of_a_batch_have_too_few_of_their_own() -> None:
-    rows = TrainingRows(8, num_kept=12, kept_per_edit=1, num_own_kept=[0] * 6 + [6, 6])
+    rows = TrainingRows(8, num_retained=12, retained_per_edit=1, num_own_retained=[0] * 6 + [6, 6])
     for edits, kept in kept_by_batch(rows, 2):
         assert len(kept) == 2
         if 6 in edits:

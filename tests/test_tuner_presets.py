@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM, Qwen2MoeConfig
 
 from peft_locft import LocFTConfig
 from peft_locft.tuner import default_location, find_decoder_layers
-from peft_locft.tuner.presets import Published, entire_layers
+from peft_locft.tuner.presets import PublishedLocation, entire_layers
 
 
 def on_meta(family: str, num_layers: int) -> Any:
@@ -92,7 +92,7 @@ def test_fused_experts_are_a_parameter() -> None:
 
 @pytest.mark.parametrize("num_layers", range(1, 130))
 def test_a_sibling_of_any_depth_has_its_layer(num_layers: int) -> None:
-    published = Published(layer=22, num_layers=32, module="")
+    published = PublishedLocation(layer=22, num_layers=32, module="")
     layer = published.layer_of(num_layers)
     assert 0 <= layer < num_layers
     # the same relative depth, to half a layer

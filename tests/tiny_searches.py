@@ -10,10 +10,10 @@ from tiny_training import EDITS, base_model
 from tokenizers_for_tests import make_tokenizer
 
 from peft_locft import BreadthFirstConfig, EvaluationConfig, LocationPreset, Probe
-from peft_locft.locating.location_preset import model_shape
-from peft_locft.locating.location_results import LocationSearch
-from peft_locft.location_search import SearchPlan, search_locations
-from peft_locft.tuner.module_kinds import location_of
+from peft_locft.locating.module_kinds import location_of
+from peft_locft.locating.preset import model_shape
+from peft_locft.locating.results import LocationSearchResult
+from peft_locft.workflows.locate import SearchPlan, search_locations
 
 PROBED = [replace(edit, locality=(Probe("Dave is", "Louis"),), rephrasings=(f"So: {edit.prompt}",)) for edit in EDITS]
 PLAN = SearchPlan(modules=["mlp", "down", "up"], layers=[1, 2], keep=3, learning_rates={"down": 1e-7, "up": 1e-7})
@@ -25,7 +25,7 @@ def recipe(folder: Path, **arguments: Any) -> BreadthFirstConfig:
     return BreadthFirstConfig(output_dir=str(folder), disable_tqdm=True, **(settings | arguments))
 
 
-def search(folder: Path, model: Any = None, edits: Any = PROBED, **arguments: Any) -> LocationSearch:
+def search(folder: Path, model: Any = None, edits: Any = PROBED, **arguments: Any) -> LocationSearchResult:
     """Search on the tiny model for what is learned best, asking for tokens alone unless `arguments` say otherwise."""
     defaults: dict[str, Any] = {"plan": replace(PLAN, num_rungs=2), "score": RELIABILITY, "num_edits": None}
     defaults["evaluation"] = EvaluationConfig(protocols=["token_accuracy"], num_resamples=50)
@@ -38,7 +38,7 @@ def search(folder: Path, model: Any = None, edits: Any = PROBED, **arguments: An
     )
 
 
-def without_seconds(found: LocationSearch) -> list[dict[str, Any]]:
+def without_seconds(found: LocationSearchResult) -> list[dict[str, Any]]:
     """Return the trials of a search but for how long they took."""
     rows = [asdict(trial) for trial in found.trials]
     return [{name: value for name, value in row.items() if "seconds" not in name} for row in rows]

@@ -18,7 +18,7 @@ from typing import Any
 import conftest  # noqa: F401  (offline, one thread)
 from tiny_training import EDITS, make_trainer, peft_model
 
-from peft_locft.cli import main
+from peft_locft.cli.commands import main
 
 
 def train(rank: int, port: str, model_folder: str, output_folder: Path, recipes: list[dict[str, Any]]) -> None:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from ..tuner.arithmetic import compose_weight, tensor_sha256
-from .adapter_reading import CheckedAdapter
+from .reading import CheckedAdapter
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

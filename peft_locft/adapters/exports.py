@@ -13,13 +13,13 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.torch import save_file
 
-from ..files import file_written_whole
+from ..io.files import atomic_file
 from ..tuner.config import DELTA_DTYPES
-from .adapter_claims import MODEL
-from .adapter_facts import provenance
-from .adapter_folder import write_description, written_whole
-from .adapter_reading import CheckedAdapter, check_adapter
 from .base_tensors import BaseTensors, edited_tensors
+from .claims import MODEL
+from .provenance import provenance
+from .reading import CheckedAdapter, check_adapter
+from .saving import atomic_folder, write_description
 
 # an export that answers otherwise is not what was evaluated
 OF_THE_EDIT = ("edits", "recipe", "training", "augmentation")
@@ -131,7 +131,7 @@ def export_weights(
     edited = edited_tensors(checked, source, dtype_of(dtype), force=force)
     tensors = {source.name_of(parameter): tensor for parameter, tensor in edited}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with file_written_whole(path) as staged:
+    with atomic_file(path) as staged:
         save_file(tensors, staged, metadata={"format": "pt"})
     return Export(path, _described(tensors), path.stat().st_size)
 
@@ -202,7 +202,7 @@ def write_adapter(
     """Write an adapter folder of another PEFT method, whole, with what is known of the LocFT adapter and `export`."""
     facts = provenance(config, {name: adapter.facts[name] for name in OF_THE_EDIT if name in adapter.facts})
     facts |= {"base_sha256": getattr(adapter.config, "base_sha256", None) or {}, "export": export}
-    with written_whole(out) as staging:
+    with atomic_folder(out) as staging:
         save_file(tensors, staging / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(staging))
         write_description(staging, config, facts)

@@ -11,10 +11,10 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from ..card import evaluation_report, shrunk_in_words, usage_lines
-from ..files import sha256_of_file
-from .adapter_reading import CheckedAdapter, check_adapter
+from ..io.files import sha256_of_file
 from .base_tensors import BaseTensors, weights_and_deltas
+from .card import evaluation_report, shrunk_in_words, usage_lines
+from .reading import CheckedAdapter, check_adapter
 from .shipped_edits import EDITS_NAME, shipped_edits
 
 

@@ -14,14 +14,15 @@ from peft import LoraConfig, PeftModel, convert_to_lora
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from ..edits import Edit, read_edits
-from ..evaluation import EvaluationConfig, evaluate_edits
-from ..measuring.evaluation_report import EvaluationReport
-from ..tuner.provenance import locft_layers
-from .adapter_claims import MODEL
-from .adapter_folder import describe_adapter
-from .adapter_reading import CheckedAdapter
+from ..data.edits import Edit, read_edits
+from ..evaluation.config import EvaluationConfig
+from ..evaluation.evaluator import evaluate_edits
+from ..evaluation.report import EvaluationReport
+from ..tuner.base_weights import locft_layers
+from .claims import MODEL
 from .exports import base_fields, base_of, deltas_alone, dtype_of, write_adapter
+from .reading import CheckedAdapter
+from .saving import describe_adapter
 
 MAX_RANK = 512  # vLLM's largest max_lora_rank
 

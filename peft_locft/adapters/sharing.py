@@ -9,8 +9,8 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from ..card import CARD_NAME, NAME_IN_CARD
-from .adapter_claims import PROVENANCE_NAME
+from .card import CARD_NAME, NAME_IN_CARD
+from .claims import PROVENANCE_NAME
 from .inspection import inspect_adapter
 from .shipped_edits import EDITS_NAME
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..edits import Edit, edits_sha256, read_edits
-from ..files import write_whole
-from .adapter_reading import check_adapter, read_lines
+from ..data.edits import Edit, OnConflict, edits_sha256, read_edits
+from ..io.files import write_atomically
+from .reading import check_adapter, read_lines
 
 EDITS_NAME = "locft_edits.jsonl"
 MAX_EDITS_BYTES = 500_000_000
@@ -24,7 +24,7 @@ def ship_edits(folder: Path, edits: Sequence[Edit], recorded: dict[str, object] 
         ValueError: if they are not those that are `recorded` of the run that made the adapter, where one is.
     """
     _check_edits(edits, recorded, "edits")
-    write_whole(folder / EDITS_NAME, edit_lines(edits))
+    write_atomically(folder / EDITS_NAME, edit_lines(edits))
 
 
 def edit_lines(edits: Sequence[Edit]) -> str:
@@ -141,3 +141,46 @@ def _check_edits(edits: Sequence[Edit], recorded: dict[str, object] | None, wher
             f"{recorded['count']} that the adapter was trained on, {str(recorded['sha256'])[:16]}…. Give those, or "
             "leave them out."
         )
+
+
+def adapter_edits(
+    adapter: str | os.PathLike[str],
+    trained_edits: str | os.PathLike[str] | Sequence[Edit] | None = None,
+    on_conflict: OnConflict = "warn",
+) -> list[Edit]:
+    """Return the edits that an adapter was trained on: those that it ships, or those of a file that fits its record.
+
+    Args:
+        adapter: a local adapter folder.
+        trained_edits: whatever `read_edits` reads, for an adapter that ships none. It may go on behind those that the
+            adapter was trained on, if these are its first.
+        on_conflict: as the adapter was trained.
+
+    Raises:
+        ValueError: if the folder is refused by `check_adapter`, if it ships no edits and none are given, or if those
+            that are given are not those whose sha256 is recorded of the run that made the adapter.
+    """
+    if trained_edits is None:
+        shipped = shipped_edits(adapter)
+        if shipped is None:
+            raise ValueError(
+                f"{adapter} ships no edits, so that it is not known which it holds. Give those that it was trained on "
+                "as trained_edits (--trained_edits FILE); describe_adapter(…, edits=…) or --ship_edits ships them."
+            )
+        return shipped
+    recorded = check_adapter(adapter, method=None).facts.get("edits")
+    if recorded is None:
+        raise ValueError(
+            f"{adapter} does not record which edits it was trained on, so that trained_edits cannot be it."
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* prompts have several targets")
+        read = read_edits(trained_edits, on_conflict=on_conflict)
+    held = read[: recorded["count"]]
+    if edits_sha256(held) != recorded["sha256"]:
+        raise ValueError(
+            f"trained_edits: found {len(read)} edits, the first {len(held)} with sha256 {edits_sha256(held)[:16]}…; "
+            f"expected the {recorded['count']} that {adapter} was trained on, {recorded['sha256'][:16]}…. Give the "
+            "file that it was trained on, unchanged."
+        )
+    return held

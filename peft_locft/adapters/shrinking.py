@@ -11,20 +11,20 @@ import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
-from ..files import file_written_whole, write_whole
+from ..io.files import atomic_file, write_atomically
 from ..tuner.config import DELTA_DTYPES
-from .adapter_reading import CheckedAdapter
+from .reading import CheckedAdapter
 
 
-def check_shrinking(delta_dtype: str | None, keep_largest: float | None) -> None:
+def check_shrinking(delta_dtype: str | None, density: float | None) -> None:
     """Raise a ValueError if these are no dtype of a delta and no share of its values."""
     if delta_dtype not in (None, *DELTA_DTYPES):
         raise ValueError(f"delta_dtype={delta_dtype!r}: expected one of {', '.join(DELTA_DTYPES)}.")
-    if keep_largest is not None and not 0 < keep_largest <= 1:
-        raise ValueError(f"keep_largest={keep_largest}: expected the share of values to keep, in (0, 1].")
+    if density is not None and not 0 < density <= 1:
+        raise ValueError(f"density={density}: expected the share of values to keep, in (0, 1].")
 
 
-def keep_relatively_largest(delta: torch.Tensor, weight: torch.Tensor, share: float) -> torch.Tensor:
+def prune_relatively(delta: torch.Tensor, weight: torch.Tensor, share: float) -> torch.Tensor:
     """Return a delta with zeros in place of all values but those that change their weight the most, relatively.
 
     RECT (Gu et al., "Model Editing Harms General Abilities of Large Language Models", arXiv 2401.04700): Δ_ij is kept
@@ -52,16 +52,16 @@ def shrink_files(
     out: Path,
     weight_of: Callable[[str], torch.Tensor],
     delta_dtype: str | None,
-    keep_largest: float | None,
+    density: float | None,
 ) -> dict[str, Any]:
     """Write an adapter's weights and configuration to `out` with smaller deltas; `out` may be the adapter's folder.
 
     Args:
         adapter: a LocFT adapter.
         out: a folder that is there.
-        weight_of: gives the base weight of a parameter; called for `keep_largest` alone.
+        weight_of: gives the base weight of a parameter; called for `density` alone.
         delta_dtype: of the deltas; `None` leaves each as it is.
-        keep_largest: the share of values to keep, see `keep_relatively_largest`; `None` keeps all.
+        density: the share of values to keep, see `prune_relatively`; `None` keeps all.
 
     Returns:
         What is recorded of it: the arguments, and the share of the deltas' squared Frobenius norm that is kept.
@@ -73,8 +73,8 @@ def shrink_files(
     lost = total = 0.0
     for parameter, name in adapter.deltas.items():
         delta = small = adapter.read(name)
-        if keep_largest is not None:
-            small = keep_relatively_largest(delta, weight_of(parameter), keep_largest)
+        if density is not None:
+            small = prune_relatively(delta, weight_of(parameter), density)
         if delta_dtype is not None:
             small = small.to(getattr(torch, delta_dtype))
         if not torch.isfinite(small).all():
@@ -84,8 +84,8 @@ def shrink_files(
         tensors[name] = small
     settings = json.loads((adapter.folder / CONFIG_NAME).read_text(encoding="utf-8"))
     settings |= {} if delta_dtype is None else {"delta_dtype": delta_dtype}
-    with file_written_whole(out / SAFETENSORS_WEIGHTS_NAME) as staged:
+    with atomic_file(out / SAFETENSORS_WEIGHTS_NAME) as staged:
         save_file(tensors, staged, metadata={"format": "pt"})
-    write_whole(out / CONFIG_NAME, json.dumps(settings, indent=2, sort_keys=True))
+    write_atomically(out / CONFIG_NAME, json.dumps(settings, indent=2, sort_keys=True))
     kept = 1 - lost / total if total else 1.0
-    return {"delta_dtype": delta_dtype, "keep_largest": keep_largest, "share_kept": kept}
+    return {"delta_dtype": delta_dtype, "density": density, "share_kept": kept}

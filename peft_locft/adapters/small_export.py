@@ -10,11 +10,11 @@ import torch
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from .adapter_facts import provenance
-from .adapter_folder import write_description, written_whole
 from .base_tensors import BaseTensors, weights_and_deltas
 from .exports import OF_THE_EDIT, base_of, checked_apart
 from .inspection import size
+from .provenance import provenance
+from .saving import atomic_folder, write_description
 from .shrinking import check_shrinking, shrink_files
 
 
@@ -45,7 +45,7 @@ def export_small(
     base: str | os.PathLike[str] | None = None,
     *,
     delta_dtype: str | None = None,
-    keep_largest: float | None = None,
+    density: float | None = None,
     revision: str | None = None,
     force: bool = False,
 ) -> SmallAdapter:
@@ -57,15 +57,15 @@ def export_small(
     Args:
         adapter: a local LocFT adapter folder.
         out: the folder to write.
-        base: the base model, for `keep_largest`: a folder or a name on the Hub; `None` is the one that the adapter
+        base: the base model, for `density`: a folder or a name on the Hub; `None` is the one that the adapter
             names.
         delta_dtype: `"float32"`, `"bfloat16"` or `"float16"`; `None` leaves the deltas as they are.
-        keep_largest: the share of a delta's values to keep, those that are largest beside their weight (RECT).
+        density: the share of a delta's values to keep, those that are largest beside their weight (RECT).
         revision: branch, tag or commit of the base on the Hub.
         force: also take a base of other values than the adapter was trained on.
 
     Raises:
-        ValueError: if neither `delta_dtype` nor `keep_largest` is given, or one is out of range; if the adapter is
+        ValueError: if neither `delta_dtype` nor `density` is given, or one is out of range; if the adapter is
             refused by `check_adapter` or the base by `weights_and_deltas`; if a value is too large for the dtype.
         NotADirectoryError: if `out` or one above it is a file.
         OSError: if the base cannot be downloaded.
@@ -75,16 +75,16 @@ def export_small(
         demo-small, 1.8 MB of 3.5 MB
         kept 99.9997% of the delta
     """
-    check_shrinking(delta_dtype, keep_largest)
-    if delta_dtype is None and keep_largest is None:
-        raise ValueError("delta_dtype=None, keep_largest=None: expected one of the two, or both.")
+    check_shrinking(delta_dtype, density)
+    if delta_dtype is None and density is None:
+        raise ValueError("delta_dtype=None, density=None: expected one of the two, or both.")
     checked = checked_apart(adapter, out)
     weights: dict[str, torch.Tensor] = {}
-    if keep_largest is not None:
+    if density is not None:
         source = BaseTensors(*base_of(checked, base, revision))
         weights = {name: weight for name, weight, _ in weights_and_deltas(checked, source, force=force)}
-    with written_whole(out) as staging:
-        shrunk = shrink_files(checked, staging, weights.__getitem__, delta_dtype, keep_largest)
+    with atomic_folder(out) as staging:
+        shrunk = shrink_files(checked, staging, weights.__getitem__, delta_dtype, density)
         config = PeftConfig.from_pretrained(str(staging))
         kept = {name: checked.facts[name] for name in OF_THE_EDIT if name in checked.facts}
         write_description(staging, config, provenance(config, kept | {"shrunk": shrunk}))

@@ -7,14 +7,11 @@ import hashlib
 import json
 import os
 import reprlib
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..adapters.adapter_reading import check_adapter
-from ..adapters.shipped_edits import shipped_edits
-from ..edits import Edit, OnConflict, edits_sha256, read_edits
+from .edits import Edit, read_edits
 
 ID_DIGITS = 12
 MOST_NAMED = 5  # lines in a message
@@ -120,47 +117,6 @@ def merge_edit_lists(known: Sequence[Edit], new: Sequence[Edit] = (), forget: It
             f"forget: it withdraws all {len(known)} edits. Nothing would be left: use the base without the adapter."
         )
     return plan
-
-
-def held_edits(
-    adapter: str | os.PathLike[str],
-    kept_edits: str | os.PathLike[str] | Sequence[Edit] | None = None,
-    on_conflict: OnConflict = "warn",
-) -> list[Edit]:
-    """Return the edits that an adapter was trained on: those that it ships, or those of a file that fits its record.
-
-    Args:
-        adapter: a local adapter folder.
-        kept_edits: whatever `read_edits` reads, for an adapter that ships none. It may go on behind those that the
-            adapter was trained on, if these are its first.
-        on_conflict: as the adapter was trained.
-
-    Raises:
-        ValueError: if the folder is refused by `check_adapter`, if it ships no edits and none are given, or if those
-            that are given are not those whose sha256 is recorded of the run that made the adapter.
-    """
-    if kept_edits is None:
-        shipped = shipped_edits(adapter)
-        if shipped is None:
-            raise ValueError(
-                f"{adapter} ships no edits, so that it is not known which it holds. Give those that it was trained on "
-                "as kept_edits (--kept_edits FILE); describe_adapter(…, edits=…) or --ship_edits puts them into it."
-            )
-        return shipped
-    recorded = check_adapter(adapter, method=None).facts.get("edits")
-    if recorded is None:
-        raise ValueError(f"{adapter} does not record which edits it was trained on, so that kept_edits cannot be it.")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".* prompts have several targets")
-        read = read_edits(kept_edits, on_conflict=on_conflict)
-    held = read[: recorded["count"]]
-    if edits_sha256(held) != recorded["sha256"]:
-        raise ValueError(
-            f"kept_edits: found {len(read)} edits, the first {len(held)} with the sha256 {edits_sha256(held)[:16]}…; "
-            f"expected the {recorded['count']} that {adapter} was trained on, {recorded['sha256'][:16]}…. Give the "
-            "file that it was trained on, unchanged."
-        )
-    return held
 
 
 def read_lines_to_forget(source: str | os.PathLike[str] | Iterable[str]) -> list[str]:

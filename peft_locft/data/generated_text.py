@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from itertools import count
 from typing import Any
 
@@ -13,11 +12,10 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..encoding import encode_prompts
-from ..evaluation import disabling
-from ..running.decoding import ask
-from ..running.model_state import max_length
-from ..running.questions import UNTIL_EOS, Question, TopK
+from ..engine.decoding import generate_and_score
+from ..engine.model_state import as_base, max_length
+from ..engine.questions import UNTIL_EOS, Question, TopK
+from .encoding import encode_prompts
 from .leaks import normalised
 
 LISTED, NAME_TOKENS = 12, 12  # names that a list begins with, and tokens that each one more may have on average
@@ -25,13 +23,6 @@ NAMES_IN_A_LIST = 8  # that are made of it
 SHORT_PREFIX, LONG_PREFIX = 5, 10  # tokens, by the source
 TEXT_LENGTH = 128
 MAX_ROUNDS = 20
-
-
-@contextmanager
-def as_base(model: nn.Module) -> Iterator[None]:
-    """Let a model answer as its base for a while, if it has an adapter to disable."""
-    with (disabling(model) or nullcontext)():
-        yield
 
 
 def generate_prefixes(
@@ -230,7 +221,7 @@ def _sample(
     ]
     choose = TopK(k, int(np.random.default_rng(seed).integers(2**32)))
     with as_base(model):
-        answers = ask(model, tokenizer, questions, choose=choose, whose="the base")
+        answers = generate_and_score(model, tokenizer, questions, choose=choose, whose="the base")
     ids = [answer.token_ids for answer in answers]
     return [row[:-1] if row[-1] == tokenizer.eos_token_id else row for row in ids]
 

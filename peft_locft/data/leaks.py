@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ..edits import Edit
+from .edits import Edit
 
 OnLeak = Literal["error", "drop"]
 HASH_LENGTH = 16  # hexadecimal digits: two of a million prompts are taken for one another once in 10^7 times

@@ -10,10 +10,9 @@ from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from ..encoding import encode_prompts
-from ..running.decoding import evaluating
-from ..running.tail import logits_at
-from .generated_text import as_base
+from ..engine.model_state import as_base, evaluating
+from ..engine.tail import logits_at
+from .encoding import encode_prompts
 
 TOKENS_IN_A_FORWARD = 2048
 EDITS_AT_ONCE = 256

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from ..adapters.adapter_deltas import AdapterDeltas, read_deltas
-from ..checkpoint import Checkpoint, StoredTensor, local_folder, raw_bytes, read_header
-from ..file_copies import Progress, begin_writing, check_room, clone, copy_ranges, gaps, write_all
+from ..adapters.reading import AdapterDeltas, read_deltas
+from ..io.checkpoint import Checkpoint, StoredTensor, local_folder, raw_bytes, read_header
+from ..io.copies import Progress, begin_writing, check_room, clone, copy_ranges, gaps, write_all
+from ..io.parameter_names import ParameterFinder, Piece
 from ..tuner.arithmetic import compose_weight, hashed_bytes
 from ..tuner.combine import combine_deltas
-from .checkpoint_names import ParameterFinder, Piece
 
 # values of a tensor that are in memory at once; some forty bytes each
 VALUES_AT_ONCE = 1 << 18
@@ -111,7 +111,7 @@ def _parts(piece: Piece) -> Iterator[tuple[int, int]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Edits:
+class MergePlan:
     """All that a merge changes in a checkpoint.
 
     Attributes:
@@ -139,7 +139,7 @@ def plan_edits(
     weights: Sequence[float] | None,
     scale: float | None,
     force: bool,
-) -> Edits:
+) -> MergePlan:
     """Find what adapters change in a checkpoint, and check that it is the base that they were trained on.
 
     Args:
@@ -171,7 +171,7 @@ def plan_edits(
         with one_thread():
             for parameter in parameters.values():
                 _check_base(checkpoint, parameter)
-    return Edits(checkpoint, found, list(parameters.values()))
+    return MergePlan(checkpoint, found, list(parameters.values()))
 
 
 def _check_base(checkpoint: Checkpoint, parameter: EditedParameter) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from ..checkpoint import INDEX_NAME, Checkpoint
-from ..file_copies import locked
+from ..io.checkpoint import INDEX_NAME, Checkpoint
+from ..io.copies import locked
 from .edited_weights import plan_edits, write_edited_shard, write_patched
 from .in_place_exchange import exchange, recover, settle, stage_index, staging
 from .in_place_undo import IN_PLACE_FOLDER, UNDO_NAME, Undo, edited_names, write_undo

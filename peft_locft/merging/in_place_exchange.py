@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..checkpoint import INDEX_NAME, Checkpoint
-from ..file_copies import sync_folder
-from ..files import write_whole
+from ..io.checkpoint import INDEX_NAME, Checkpoint
+from ..io.copies import sync_folder
+from ..io.files import write_atomically
 from .in_place_undo import IN_PLACE_FOLDER, UNDO_NAME, Undo, read_undo
 
 STAGED_FOLDER = "staged"
@@ -53,7 +53,7 @@ def stage_index(model: Path, staged: Path, names: Mapping[str, str]) -> None:
             f"{index} does not write the names of its files as JSON is commonly written, or uses them for something "
             "else, so that they cannot be exchanged and put back. Merge into a new folder."
         )
-    write_whole(staged / INDEX_NAME, renamed)
+    write_atomically(staged / INDEX_NAME, renamed)
     shutil.copymode(index, staged / INDEX_NAME)
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import Checkpoint, StoredTensor, read_header, write_header
-from ..file_copies import write_all
-from .edited_weights import Edits
+from ..io.checkpoint import Checkpoint, StoredTensor, read_header, write_header
+from ..io.copies import write_all
+from .edited_weights import MergePlan
 
 # in a folder of its own: vLLM and others load every safetensors file that lies beside a model without an index
 IN_PLACE_FOLDER = "locft"
@@ -107,7 +107,7 @@ class Undo:
                 )
 
 
-def write_undo(path: Path, edits: Edits, digests: Mapping[str, str], record: Mapping[str, Any]) -> None:
+def write_undo(path: Path, edits: MergePlan, digests: Mapping[str, str], record: Mapping[str, Any]) -> None:
     """Write the originals of all edited tensors, and what a merge is about to put in their place.
 
     Args:

@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from .._version import __version__
 from ..adapters.shipped_edits import Conflicts, find_conflicts
-from ..checkpoint import INDEX_NAME, OTHER_WEIGHTS, Checkpoint, local_folder
-from ..file_copies import Link, Progress, locked, place_file, sync_folder
-from ..files import current_umask, write_whole
-from .edited_weights import Edits, plan_edits, write_edited_shard
+from ..io.checkpoint import INDEX_NAME, OTHER_WEIGHTS, Checkpoint, local_folder
+from ..io.copies import Link, Progress, locked, place_file, sync_folder
+from ..io.files import current_umask, write_atomically
+from .edited_weights import MergePlan, plan_edits, write_edited_shard
 from .in_place_undo import IN_PLACE_FOLDER
 
 RECORD_NAME = "locft_merge.json"
@@ -150,7 +150,7 @@ def merge_checkpoint(
     return replace(done, folder=target, conflicts=conflicts, seconds=time.perf_counter() - begun)
 
 
-def conflicts_of(edits: Edits) -> Conflicts | None:
+def conflicts_of(edits: MergePlan) -> Conflicts | None:
     """Return the prompts that several of the adapters edit; `None` if there is one adapter alone."""
     folders = list(dict.fromkeys(adapter.folder for adapter in edits.adapters))
     return find_conflicts(folders) if len(folders) > 1 else None
@@ -180,7 +180,7 @@ def _remove_leftovers(target: Path) -> None:
                     shutil.rmtree(leftover, ignore_errors=True)
 
 
-def merge_record(edits: Edits, weights: Sequence[float] | None, scale: float | None) -> dict[str, Any]:
+def merge_record(edits: MergePlan, weights: Sequence[float] | None, scale: float | None) -> dict[str, Any]:
     """Return what a merged model says of its edits: which adapters, and how they were added."""
     adapters = [
         {
@@ -193,7 +193,7 @@ def merge_record(edits: Edits, weights: Sequence[float] | None, scale: float | N
     return {"format": 1, "adapters": adapters, "peft-locft": __version__}
 
 
-def _write(edits: Edits, staging: Path, link: Link, record: dict[str, Any], progress: bool) -> MergeSummary:
+def _write(edits: MergePlan, staging: Path, link: Link, record: dict[str, Any], progress: bool) -> MergeSummary:
     checkpoint = edits.checkpoint
     edited = edits.by_shard()
     kept, left_out = other_files(checkpoint)
@@ -213,7 +213,7 @@ def _write(edits: Edits, staging: Path, link: Link, record: dict[str, Any], prog
     before = checkpoint.folder / RECORD_NAME
     if before.is_file():  # the base was merged itself
         record = record | {"before": json.loads(before.read_text(encoding="utf-8"))}
-    write_whole(staging / RECORD_NAME, json.dumps(record | {"tensors_sha256": digests}, indent=2) + "\n")
+    write_atomically(staging / RECORD_NAME, json.dumps(record | {"tensors_sha256": digests}, indent=2) + "\n")
     for place, _, _ in os.walk(staging):
         sync_folder(Path(place))
     num_bytes = sum((staging / shard).stat().st_size for shard in edited)

@@ -1,1 +1,5 @@
-"""Pages, tables and pictures of what was found."""
+"""A page or a picture: the HTML report, figures, tables."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

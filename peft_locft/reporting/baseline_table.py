@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..measuring.bootstrap import Estimate
+from ..evaluation.intervals import Estimate
 
 FIGURES = (
     "reliability_exact_match",

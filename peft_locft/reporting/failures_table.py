@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from ..measuring.bootstrap import shown
-from ..measuring.evaluation_report import DASH, EvaluationReport, deciding_score
+from ..evaluation.intervals import shown
+from ..evaluation.report import DASH, EvaluationReport, deciding_score
 from .html_elements import Html, element, scrolling, together
 
 MAX_FAILURES = 200

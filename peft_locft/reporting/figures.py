@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..measuring.bootstrap import Estimate, shown
-from ..measuring.evaluation_report import Result
+from ..evaluation.intervals import Estimate, shown
+from ..evaluation.report import Result
 from .baseline_table import Baseline
-from .report_words import GROUPS, group_of, label_of, short_name
+from .words import GROUPS, group_of, label_of, short_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

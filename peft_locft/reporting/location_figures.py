@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..locating.location_results import IN_TABLE, LocationSearch, LocationTrial
+from ..locating.results import IN_TABLE, LocationSearchResult, LocationTrial
 from .figures import COLOURS
-from .report_words import group_of, higher_is_better, label_of, short_name
+from .words import group_of, higher_is_better, label_of, short_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,7 +21,7 @@ MOST_BESIDE = 12  # columns of a panel that has another one beside it
 MOST_WRITTEN = 16  # columns, in which there is room for numbers
 
 
-def locations_figure(search: LocationSearch) -> Figure:
+def locations_figure(search: LocationSearchResult) -> Figure:
     """Return a panel for the score and for each metric: modules by layers, the better the darker, the best framed.
 
     All cells are of the first rung, in which every location was tried in the same way.

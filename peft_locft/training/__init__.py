@@ -1,1 +1,5 @@
-"""The parts of the trainer, and what is built on it."""
+"""A gradient: the trainer, its configuration, objectives, batches and rows, preservation, callbacks, resume."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

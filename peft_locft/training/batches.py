@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 
-from ..data.training_rows import TrainingRows
+from .training_rows import TrainingRows
 
 
 class EditBatches(Sampler[list[int]]):
@@ -88,26 +88,26 @@ class LossRecord:
     step_loss: float = math.inf  # of the last step that was whole
     open_loss: float = 0.0  # of the batches so far, where gradients accumulate
     open_edits: int = 0
-    kept_losses: list[float] = field(default_factory=list)
-    kept_sum: float = 0.0
+    retained_losses: list[float] = field(default_factory=list)
+    retained_sum: float = 0.0
     unlearned: list[int] = field(default_factory=list)  # edits, by epoch
     epoch_sum: float = 0.0
     epoch_unlearned: int = 0
     epoch_edits: int = 0
     edits_seen: int = 0
 
-    def add_batch(self, share: float, num_edits: int, kept_share: float = 0.0, num_unlearned: int = 0) -> None:
+    def add_batch(self, share: float, num_edits: int, retained_share: float = 0.0, num_unlearned: int = 0) -> None:
         """Add one batch's shares of its step's loss: of the edits and their variants, and of what is kept.
 
         Args:
             share: of the edits and their variants.
             num_edits: in the batch.
-            kept_share: of what is kept.
+            retained_share: of what is kept.
             num_unlearned: of its edits, those that are not learned yet, see `RowLosses.figures`.
         """
         self.open_loss += share
         self.open_edits += num_edits
-        self.kept_sum += kept_share * num_edits
+        self.retained_sum += retained_share * num_edits
         self.epoch_unlearned += num_unlearned
 
     def end_step(self) -> float:
@@ -122,9 +122,9 @@ class LossRecord:
     def end_epoch(self) -> float:
         """Close a breadth-first epoch; return its mean loss, weighted by batch size."""
         self.epoch_losses.append(self.epoch_sum / self.epoch_edits)
-        self.kept_losses.append(self.kept_sum / self.epoch_edits)
+        self.retained_losses.append(self.retained_sum / self.epoch_edits)
         self.unlearned.append(self.epoch_unlearned)
-        self.epoch_sum, self.kept_sum, self.epoch_edits, self.epoch_unlearned = 0.0, 0.0, 0, 0
+        self.epoch_sum, self.retained_sum, self.epoch_edits, self.epoch_unlearned = 0.0, 0.0, 0, 0
         return self.epoch_losses[-1]
 
     def end_edit(self) -> None:
@@ -140,6 +140,6 @@ class LossRecord:
         for name, value in state.items():
             setattr(self, name, value)
         # the lists in the state are part of a checkpoint, or of what an earlier run has returned
-        for name in ("epoch_losses", "kept_losses", "unlearned"):
+        for name in ("epoch_losses", "retained_losses", "unlearned"):
             setattr(self, name, list(state[name]))
         self.step_loss = math.inf if state["step_loss"] is None else state["step_loss"]

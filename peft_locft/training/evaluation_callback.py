@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,13 @@ from safetensors.torch import save
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from ..edits import Edit
-from ..evaluation import EditEvaluator
-from ..files import write_whole
-from ..measuring.evaluation_config import EvaluationConfig
-from ..measuring.evaluation_report import EvaluationReport
-from ..measuring.general_ability import Text
-from .training_callbacks import CURVES_KEY, STATE_KEY
+from ..data.edits import Edit
+from ..data.texts import TextSource
+from ..evaluation.config import EvaluationConfig
+from ..evaluation.evaluator import EditEvaluator
+from ..evaluation.report import EvaluationReport
+from ..io.files import write_atomically
+from .callbacks import CURVES_KEY, STATE_KEY
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ CURVES_NAME = "evaluation_curves"
 class EvaluationCallback(TrainerCallback):
     """Evaluates a sample of the edits every few epochs, and can end training at the best of them.
 
-    Each time, it writes `evaluation_curves.json` and, with matplotlib, `evaluation_curves.png` to `args.output_dir`.
+    Each time, it writes `evaluation_curves.json` and, with `draw`, `evaluation_curves.png` to `args.output_dir`.
 
     Args:
         edits: the sample, with rephrasings and probes; not all of the edits need be in training.
@@ -44,6 +43,7 @@ class EvaluationCallback(TrainerCallback):
         best_metric: the metric by which an epoch is the best; `None` trains to the end and keeps the last.
         patience: evaluations without a better one after which training ends. Then, as at the end of training, the
             weights of the best evaluated epoch are put back.
+        draw: draws the curves to a file, such as `peft_locft.reporting.draw_curves`; `None`: no picture.
 
     Attributes:
         curves: a dictionary an evaluation: `epoch`, `loss`, and every metric's value.
@@ -64,9 +64,10 @@ class EvaluationCallback(TrainerCallback):
         every: int = 5,
         args: EvaluationConfig | None = None,
         *,
-        text: Text | None = None,
+        text: TextSource | None = None,
         best_metric: str | None = None,
         patience: int = 2,
+        draw: Callable[[Sequence[Mapping[str, float]], Path], None] | None = None,
     ) -> None:
         if every < 1 or patience < 1:
             raise ValueError(f"EvaluationCallback: found every={every}, patience={patience}; expected 1 or more.")
@@ -76,6 +77,7 @@ class EvaluationCallback(TrainerCallback):
         self.text = text
         self.best_metric = best_metric
         self.patience = patience
+        self.draw = draw
         self.curves: list[dict[str, float]] = []
         self._evaluator: EditEvaluator | None = None
 
@@ -152,12 +154,10 @@ class EvaluationCallback(TrainerCallback):
             return
         if self.best is self.curves[-1]:
             tensors = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
-            write_whole(Path(args.output_dir, BEST_NAME), save(tensors))
-        write_whole(Path(args.output_dir, f"{CURVES_NAME}.json"), json.dumps(self.curves, indent=1) + "\n")
-        if importlib.util.find_spec("matplotlib") is not None and len(self.curves) > 1:
-            from ..plots import draw_curves
-
-            draw_curves(self.curves, Path(args.output_dir, f"{CURVES_NAME}.png"))
+            write_atomically(Path(args.output_dir, BEST_NAME), save(tensors))
+        write_atomically(Path(args.output_dir, f"{CURVES_NAME}.json"), json.dumps(self.curves, indent=1) + "\n")
+        if self.draw is not None and len(self.curves) > 1:
+            self.draw(self.curves, Path(args.output_dir, f"{CURVES_NAME}.png"))
 
 
 def _point(report: EvaluationReport, state: TrainerState) -> dict[str, float]:

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from ..preservation import NullSpaceProjector, SoftProjector, check_positive, check_share
-from ..recipe import BreadthFirstConfig
+from .config import BreadthFirstConfig
 from .input_statistics import InputStatistics, Tokens, input_statistics
+from .preservation import NullSpaceProjector, SoftProjector, check_positive, check_share
 from .trained_tensors import TrainedTensor, check_projectable, check_whole, find_trained
 
 Projector: TypeAlias = NullSpaceProjector | SoftProjector
@@ -32,11 +32,11 @@ class Preserver:
     """
 
     def __init__(
-        self, trained: Sequence[TrainedTensor], bound: float | None = None, keep_share: float | None = None
+        self, trained: Sequence[TrainedTensor], bound: float | None = None, density: float | None = None
     ) -> None:
         self.trained = list(trained)
         self._bound = bound
-        self._keep_share = keep_share
+        self._keep_share = density
 
     @classmethod
     def prepare(
@@ -47,7 +47,7 @@ class Preserver:
         energy_share: float | None = None,
         soft_strength: float | None = None,
         bound: float | None = None,
-        keep_share: float | None = None,
+        density: float | None = None,
         token_weights: Sequence[Sequence[float]] | torch.Tensor | None = None,
         cache_dir: str | Path | None = None,
         progress: bool = True,
@@ -66,7 +66,7 @@ class Preserver:
             soft_strength: in place of it, for the soft form of the projector: how strongly changes are damped, a
                 number above 0. Then `before_step` has to be called, too. `None`: no soft projector.
             bound: the L-infinity bound on every value of `scale * delta`; `None`: none.
-            keep_share: RECT's share of the values of each delta that are kept when training has ended; `None`: all.
+            density: RECT's share of the values of each delta that are kept when training has ended; `None`: all.
                 What the projector holds is then held no longer exactly.
             token_weights: of `windows`.
             cache_dir: a folder where statistics are kept for later runs.
@@ -80,8 +80,8 @@ class Preserver:
                 `input_statistics` raises.
             FloatingPointError: if an input is not finite on the text.
         """
-        _check(windows, energy_share, soft_strength, bound, keep_share, token_weights)
-        if energy_share is soft_strength is bound is keep_share is None:
+        _check(windows, energy_share, soft_strength, bound, density, token_weights)
+        if energy_share is soft_strength is bound is density is None:
             return cls([])
         trained = list(find_trained(model))
         check_whole(trained)
@@ -100,7 +100,7 @@ class Preserver:
                 return {name: _projector(name, each, energy_share, soft_strength) for name, each in found.items()}
 
             _set_projectors(trained, _once(projectors))
-        return cls(trained, bound, keep_share)
+        return cls(trained, bound, density)
 
     def before_step(self) -> None:
         """Keep what a soft projector needs of the moment before the optimizer's step; else without effect."""
@@ -129,7 +129,7 @@ class Preserver:
             for each in self.trained
             if isinstance(each.projector, NullSpaceProjector)
         }
-        return {"bound": self._bound, "keep_share": self._keep_share, "closed_directions": closed}
+        return {"bound": self._bound, "density": self._keep_share, "closed_directions": closed}
 
 
 def prepare_preserver(
@@ -155,7 +155,7 @@ def prepare_preserver(
         energy_share=args.preserve_energy_share or None,
         soft_strength=args.preserve_soft_strength or None,
         bound=args.delta_bound,
-        keep_share=args.keep_largest,
+        density=args.delta_density,
         cache_dir=args.preserve_cache_dir,
         progress=not args.disable_tqdm,
     )
@@ -205,10 +205,10 @@ def _check(
     energy_share: float | None,
     soft_strength: float | None,
     bound: float | None,
-    keep_share: float | None,
+    density: float | None,
     token_weights: Any,
 ) -> None:
-    for name, share in (("energy_share", energy_share), ("keep_share", keep_share)):
+    for name, share in (("energy_share", energy_share), ("density", density)):
         if share is not None:
             check_share(name, share)
     for name, number in (("soft_strength", soft_strength), ("bound", bound)):

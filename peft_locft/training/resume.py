@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ..adapters.adapter_folder import PROVENANCE_NAME
+from ..adapters.saving import PROVENANCE_NAME
 
 
 def whole_checkpoint(output_dir: str | os.PathLike[str], wanted: str | os.PathLike[str] | bool) -> Path:

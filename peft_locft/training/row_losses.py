@@ -1,4 +1,4 @@
-"""The losses of training rows, each by its kind: towards a target, or towards what the base says."""
+"""The losses of training rows, each by its kind: towards a target, or towards the base model's own distribution."""
 
 from __future__ import annotations
 
@@ -9,13 +9,88 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..data.training_rows import TrainingRows
-from ..encoding import EncodedEdits
-from ..objectives import LossAveraging, log_probabilities, row_counts, token_losses
-from ..recipe import BreadthFirstConfig
-from ..running.edit_runner import EditRunner, MicroBatch
-from ..running.tail import logits_at
-from .base_distributions import BaseDistributions
+from ..data.encoding import EncodedEdits
+from ..engine.tail import logits_at
+from .config import BreadthFirstConfig
+from .edit_runner import EditRunner, MicroBatch
+from .objectives import LossAveraging, log_probabilities, row_counts, token_losses
+from .training_rows import TrainingRows
+
+K = 64
+
+
+class BaseDistributions:
+    """The base's next-token distributions at every scored position of some rows.
+
+    Of each there are the `k` most probable tokens; all the others are one outcome together. 64 of them hold nearly all
+    the probability, and take 512 bytes a position, where a whole distribution over 150,000 tokens takes 600,000.
+
+    Args:
+        rows: (rows,) the numbers of the rows, in rising order.
+        counts: (rows,) how many scored positions each has.
+        k: outcomes kept by themselves.
+    """
+
+    def __init__(self, rows: torch.Tensor, counts: torch.Tensor, k: int = K) -> None:
+        self._rows = rows
+        self._begins = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        self._k = k
+        self._log_probs: torch.Tensor | None = None
+        self._tokens: torch.Tensor | None = None
+
+    def _positions(self, rows: torch.Tensor) -> torch.Tensor:
+        numbers = torch.searchsorted(self._rows, rows)
+        ranges = zip(self._begins[numbers].tolist(), self._begins[numbers + 1].tolist(), strict=True)
+        return torch.cat([torch.arange(begin, end) for begin, end in ranges])
+
+    def keep(self, rows: torch.Tensor, logits: torch.Tensor) -> None:
+        """Keep what the base says on some rows.
+
+        Args:
+            rows: (B,) numbers of rows.
+            logits: (positions, V) the base's, row by row.
+        """
+        log_probs, tokens = logits.float().log_softmax(-1).topk(min(self._k, logits.shape[-1]))
+        if self._log_probs is None or self._tokens is None:
+            shape = (int(self._begins[-1]), log_probs.shape[-1])
+            self._log_probs = torch.empty(shape, device=logits.device)
+            self._tokens = torch.empty(shape, dtype=torch.int32, device=logits.device)
+        positions = self._positions(rows).to(logits.device)
+        self._log_probs[positions], self._tokens[positions] = log_probs, tokens.int()
+
+    def tokens(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the tokens that are outcomes by themselves at every scored position of some rows.
+
+        Args:
+            rows: (B,) numbers of rows that were kept.
+
+        Returns:
+            (positions, k) token ids, row by row.
+        """
+        assert self._tokens is not None
+        return self._tokens[self._positions(rows).to(self._tokens.device)].long()
+
+    def divergences(self, rows: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+        """Return KL(base || model) at every scored position of some rows, in nats.
+
+        Over the outcomes that are kept and one for all the others, so that it is a lower bound of the whole KL.
+
+        Args:
+            rows: (B,) numbers of rows that were kept.
+            log_probs: (positions, k) the model's, of [`tokens`], row by row.
+
+        Returns:
+            (positions,)
+        """
+        assert self._log_probs is not None
+        base = self._log_probs[self._positions(rows).to(log_probs.device)]
+        others, base_others = _log_of_others(log_probs), _log_of_others(base)
+        return (base.exp() * (base - log_probs)).sum(-1) + base_others.exp() * (base_others - others)
+
+
+def _log_of_others(log_probs: torch.Tensor) -> torch.Tensor:
+    # rounding may leave less than nothing
+    return torch.log((1 - log_probs.exp().sum(-1)).clamp_min(1e-6))
 
 
 class BatchWeight(NamedTuple):
@@ -34,7 +109,7 @@ class RowLosses:
         num_scored: (rows,) the scored tokens of each.
         loss_averaging: what counts the same in a batch.
         variant_weight: of a variant of an edit, beside 1 of the edit.
-        kept_weight: of the mean loss of a batch's kept rows, beside 1 of the mean of its targets.
+        retained_weight: of the mean loss of a batch's kept rows, beside 1 of the mean of its targets.
         to_base: kept rows are held to what the base says next; otherwise they have targets, too.
     """
 
@@ -45,17 +120,17 @@ class RowLosses:
         num_scored: torch.Tensor,
         loss_averaging: LossAveraging,
         variant_weight: float,
-        kept_weight: float,
+        retained_weight: float,
         to_base: bool,
     ) -> None:
         self.rows = rows
         self.runner = runner
         self.num_scored = num_scored
-        self.kept_weight = kept_weight
+        self.retained_weight = retained_weight
         weights = torch.ones(len(num_scored))
-        weights[rows.num_edits : rows.first_kept] = variant_weight
+        weights[rows.num_edits : rows.first_retained] = variant_weight
         self.counts = row_counts(num_scored, loss_averaging, weights)
-        self.to_base = to_base and rows.num_kept > 0
+        self.to_base = to_base and rows.num_retained > 0
         self.base: BaseDistributions | None = None
 
     @classmethod
@@ -75,8 +150,8 @@ class RowLosses:
             encoded.lengths - (1 if args.objective == "full" else encoded.target_starts),
             args.loss_averaging or "edit",
             args.variant_weight,
-            args.kept_weight or 0.0,
-            to_base=args.kept_loss == "kl",
+            args.retained_weight or 0.0,
+            to_base=args.retained_loss == "kl",
         )
 
     @torch.no_grad()
@@ -87,7 +162,7 @@ class RowLosses:
             model: the model, in evaluation mode.
             disabled: makes it answer as its base.
         """
-        own = self.runner.own[self.runner.own >= self.rows.first_kept]
+        own = self.runner.own[self.runner.own >= self.rows.first_retained]
         if not self.to_base or not len(own):
             return
         with disabled:
@@ -103,7 +178,7 @@ class RowLosses:
                         raise
 
     def weight(self, indices: torch.Tensor) -> BatchWeight:
-        targets = indices[indices < self.rows.first_kept]
+        targets = indices[indices < self.rows.first_retained]
         return BatchWeight(float(self.counts[targets].sum()), len(indices) - len(targets))
 
     def __call__(
@@ -119,7 +194,7 @@ class RowLosses:
         with self.runner.running(indices) as batch:
             outputs = logits_at(model, *batch.where, batch.inputs)
         logits = outputs.logits.clone() if return_outputs else outputs.logits
-        if self.base is None or not (indices >= self.rows.first_kept).any():
+        if self.base is None or not (indices >= self.rows.first_retained).any():
             sums = token_losses(logits, batch.labels, batch.scored).sum(dim=1)
         else:
             losses = self._losses_beside_base(self.base, indices, batch, logits)
@@ -130,14 +205,14 @@ class RowLosses:
         self, base: BaseDistributions, indices: torch.Tensor, batch: MicroBatch, logits: torch.Tensor
     ) -> torch.Tensor:
         """Return the loss of every scored token, (positions,), where some rows are held to the base: one softmax."""
-        rows = indices[indices >= self.rows.first_kept]
+        rows = indices[indices >= self.rows.first_retained]
         of_base = base.tokens(rows)
-        is_kept = (indices >= self.rows.first_kept).to(logits.device)[batch.scored.rows]
+        is_retained = (indices >= self.rows.first_retained).to(logits.device)[batch.scored.rows]
         # a target is one token, and stands in every column of its row
         tokens = batch.labels[batch.scored.rows, batch.scored.columns].unsqueeze(1).repeat(1, of_base.shape[1])
-        tokens[is_kept] = of_base
+        tokens[is_retained] = of_base
         log_probs = log_probabilities(logits, tokens)
-        return (-log_probs[:, 0]).masked_scatter(is_kept, base.divergences(rows, log_probs[is_kept]))
+        return (-log_probs[:, 0]).masked_scatter(is_retained, base.divergences(rows, log_probs[is_retained]))
 
     def figures(self, losses: torch.Tensor, indices: torch.Tensor, weight: BatchWeight) -> torch.Tensor:
         """Return the shares of a micro-batch in the loss of its batch, and how many of its edits are not learned yet.
@@ -153,9 +228,11 @@ class RowLosses:
             (3,): the share of targets, that of what is kept, and the number, where forwards run.
         """
         losses = losses.to(self.runner.device)
-        is_target, is_edit = indices < self.rows.first_kept, indices < self.rows.num_edits
+        is_target, is_edit = indices < self.rows.first_retained, indices < self.rows.num_edits
         targets = (losses[is_target] * self.counts[indices[is_target]].to(losses.device)).sum()
         kept = losses[~is_target].sum()
         of_edits = losses[is_edit] * self.num_scored[indices[is_edit]].to(losses.device)
         unlearned = (of_edits.detach() >= math.log(2)).sum()
-        return torch.stack([targets / (weight.targets or 1), self.kept_weight * kept / (weight.kept or 1), unlearned])
+        return torch.stack(
+            [targets / (weight.targets or 1), self.retained_weight * kept / (weight.kept or 1), unlearned]
+        )

@@ -58,7 +58,7 @@ class TradeOff:
 
 
 @dataclass(frozen=True)
-class ScaleTried:
+class ScaleTrial:
     """One scale, and what was measured at it."""
 
     scale: float
@@ -77,7 +77,7 @@ class ScaleChoice:
     """
 
     scale: float
-    tried: list[ScaleTried]
+    tried: list[ScaleTrial]
 
     def __str__(self) -> str:
         """Return a table in Markdown, the chosen scale in bold."""
@@ -166,11 +166,11 @@ def _adapter(model: PeftModel, adapter_name: str | None) -> str:
     return name
 
 
-def _tried(scale: float, measured: Mapping[str, float], trade_off: TradeOff) -> ScaleTried:
+def _tried(scale: float, measured: Mapping[str, float], trade_off: TradeOff) -> ScaleTrial:
     missing = [name for name in trade_off.metrics if math.isnan(measured.get(name, math.nan))]
     if missing:
         raise ValueError(
             f"evaluate gives no {', '.join(missing)}, which the trade-off is about; found {', '.join(measured)}."
         )
     metrics = {name: float(value) for name, value in measured.items()}
-    return ScaleTried(scale, metrics, trade_off.score(metrics), trade_off.shortfall(metrics))
+    return ScaleTrial(scale, metrics, trade_off.score(metrics), trade_off.shortfall(metrics))

@@ -11,11 +11,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..preservation import NullSpaceProjector, SoftProjector, bound_, sparsify_
+from ..tuner.base_weights import clean_name
 from ..tuner.delta import Delta
 from ..tuner.layer import LocFTLayer
-from ..tuner.provenance import clean_name
 from .input_statistics import input_dimension
+from .preservation import NullSpaceProjector, SoftProjector, bound_, sparsify_
 
 
 @dataclass
@@ -81,12 +81,12 @@ class TrainedTensor:
         elif scale := abs(self.layer.scaling[self.adapter]):
             bound_(self.tensor, limit / scale)
 
-    def sparsify(self, keep_share: float) -> None:
+    def sparsify(self, density: float) -> None:
         if self.layer is None:
             assert self.origin is not None
-            sparsify_(self.tensor, self.origin, keep_share, self.origin)
+            sparsify_(self.tensor, self.origin, density, self.origin)
         else:
-            sparsify_(self.tensor, self.layer.base_tensors(self.adapter)[self.parameter], keep_share)
+            sparsify_(self.tensor, self.layer.base_tensors(self.adapter)[self.parameter], density)
 
 
 def find_trained(model: nn.Module) -> Iterator[TrainedTensor]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.config import PeftConfig
@@ -65,6 +66,9 @@ class LocFTConfig(PeftConfig):
         >>> from peft_locft import LocFTConfig
         >>> model = get_peft_model(model, LocFTConfig(target_modules=["down_proj"], layers_to_transform=[22]))
     """
+
+    # set by whoever writes model cards; the tuner itself knows none
+    card_writer: ClassVar[Callable[[LocFTConfig, Path], None] | None] = None
 
     target_modules: str | list[str] | None = field(
         default=None,
@@ -158,12 +162,12 @@ class LocFTConfig(PeftConfig):
             )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Save the configuration as PEFT does, and put a model card in the place of PEFT's empty template."""
+        """Save the configuration as PEFT does, and let `card_writer` replace PEFT's empty model card."""
         super().save_pretrained(os.fspath(save_directory), **kwargs)
-        # of what writes an adapter in PEFT, this is the one step after its template that is ours
-        from ..card import replace_template
-
-        replace_template(self, Path(save_directory))
+        # of what writes an adapter in PEFT, this is the one step of ours behind its template
+        write_card = type(self).card_writer
+        if write_card is not None:
+            write_card(self, Path(save_directory))
 
     # PEFT's hot-swap computes a layer's scaling as lora_alpha / r and looks for per-layer patterns. These properties
     # answer it; being properties, they are not part of what is saved.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -15,14 +15,14 @@ from peft.utils import get_quantization_kwargs
 from peft.utils.other import _set_adapter
 from torch import nn
 
+from .base_weights import base_sha256, clean_name, delta_tensors, drop_base_weights, locft_layers, warn_of_other_base
 from .combine import check_combination, combine_deltas, combined_config
 from .config import LocFTConfig
 from .delta import Delta
 from .layer import LocFTLayer
-from .modules import ParamWrapper, wrap
+from .modules import ParamWrapper, has_own_weight, wrap
 from .presets import resolve_location
-from .provenance import base_sha256, delta_tensors, drop_base_weights, locft_layers, warn_of_other_base
-from .targets import check_targets
+from .quantized import quantization_backend
 
 
 class LocFTModel(BaseTuner):
@@ -284,3 +284,51 @@ class LocFTModel(BaseTuner):
             # new layers know nothing of it
             self.disable_adapter_layers()
         warn_of_other_base(model, adapter_name, self.peft_config[adapter_name])
+
+
+UNTIE = """
+    model = AutoModelForCausalLM.from_pretrained(base, tie_word_embeddings=False)
+    model.lm_head.weight.data = model.get_input_embeddings().weight.data.clone()"""
+
+
+def check_targets(config: LocFTConfig, model: nn.Module, matches: Callable[[LocFTConfig, str], object]) -> None:
+    """Raise a ValueError if a targeted module has no weight of its own, or shares it with another module.
+
+    Args:
+        config: with its location resolved.
+        model: the base model, or one that has adapters already.
+        matches: whether a module of that name is targeted by `config.target_modules`.
+    """
+    users = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users[id(parameter)].append(clean_name(name))
+    for name, parameter in _targeted_parameters(config, model, matches):
+        if len(users[id(parameter)]) > 1:
+            others = [user for user in users[id(parameter)] if user != name]
+            raise ValueError(
+                f"{name} is tied to {', '.join(others)}: a delta would change both, or neither after a merge. "
+                f"Target another module, or untie them first:{UNTIE}"
+            )
+
+
+def _targeted_parameters(
+    config: LocFTConfig, model: nn.Module, matches: Callable[[LocFTConfig, str], object]
+) -> Iterator[tuple[str, nn.Parameter]]:
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LocFTLayer))
+    for name, module in model.named_modules():
+        if not name or name.startswith(inside) or not matches(config, name):
+            continue
+        base: Any = module.base_layer if isinstance(module, LocFTLayer) else module
+        if quantization_backend(base, get_quantization_kwargs(model)) is not None:
+            continue
+        if not has_own_weight(base):
+            raise ValueError(
+                f"target_modules matches {name}, a {type(base).__name__}, which has no weight of its own. Name "
+                "the modules inside it (a Linear, Conv1D, Embedding, convolution or norm), its parameters by "
+                "target_parameters, or whole decoder layers by target_modules='entire-layer'."
+            )
+        yield f"{name}.weight", base.weight
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        clean = clean_name(name)
+        if any(clean == target or clean.endswith(f".{target}") for target in config.target_parameters or []):
+            yield clean, parameter

@@ -17,7 +17,7 @@ from .modules import has_own_weight
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
+class PublishedLocation:
     """A location from the paper (Yang et al., arXiv 2509.22072v4), as it was found on a model of `num_layers`."""
 
     layer: int
@@ -31,13 +31,13 @@ class Published:
 
 
 PUBLISHED = {
-    "llama": Published(layer=22, num_layers=32, module="mlp.down_proj"),  # Meta-Llama-3-8B-Instruct
-    "qwen2": Published(layer=6, num_layers=28, module="mlp.down_proj"),  # Qwen2.5-7B-Instruct
-    "mistral": Published(layer=23, num_layers=32, module=ENTIRE_LAYER, learning_rate=5e-5),  # Mistral-7B-v0.1
-    "qwen2_moe": Published(layer=20, num_layers=24, module="mlp.shared_expert.down_proj"),  # Qwen1.5-MoE-A2.7B
+    "llama": PublishedLocation(layer=22, num_layers=32, module="mlp.down_proj"),  # Meta-Llama-3-8B-Instruct
+    "qwen2": PublishedLocation(layer=6, num_layers=28, module="mlp.down_proj"),  # Qwen2.5-7B-Instruct
+    "mistral": PublishedLocation(layer=23, num_layers=32, module=ENTIRE_LAYER, learning_rate=5e-5),  # Mistral-7B-v0.1
+    "qwen2_moe": PublishedLocation(layer=20, num_layers=24, module="mlp.shared_expert.down_proj"),  # Qwen1.5-MoE-A2.7B
 }
 # "later-layer down-projection", the paper's rule of thumb, at the depth it was best in Llama
-DEFAULT_DEPTH = Published(layer=22, num_layers=32, module="")
+DEFAULT_DEPTH = PublishedLocation(layer=22, num_layers=32, module="")
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from peft_locft import EvaluationConfig, encode_prompts, evaluate_edits, read_edits
-from peft_locft.measuring.edit_questions import items_of
-from peft_locft.measuring.scoring import cut_answer
+from peft_locft.evaluation.edit_questions import items_of
+from peft_locft.evaluation.scoring import cut_answer
 
 from .common import in_own_process, load, machine, markdown_table, parser_for, write_json
 

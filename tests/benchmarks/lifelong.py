@@ -21,21 +21,19 @@ from peft import PeftModel
 from peft_locft import (
     BreadthFirstConfig,
     Edit,
-    EditPlan,
     EvaluationConfig,
     LocFTConfig,
-    check_adapter,
-    edit_id,
     evaluate_edits,
-    merge_edit_lists,
     read_edits,
     train_edits,
     update_adapter,
 )
-from peft_locft.encoding import encode_prompts
-from peft_locft.running.decoding import ask
-from peft_locft.running.questions import UNTIL_EOS, Question
-from peft_locft.training.continued_trainer import ANSWER_TOKENS
+from peft_locft.adapters import check_adapter
+from peft_locft.data import EditPlan, edit_id, merge_edit_lists
+from peft_locft.data.encoding import encode_prompts
+from peft_locft.engine.decoding import generate_and_score
+from peft_locft.engine.questions import UNTIL_EOS, Question
+from peft_locft.workflows.update import ANSWER_TOKENS
 
 from .common import machine, markdown_table, parser_for, write_json
 
@@ -158,9 +156,9 @@ def as_base(model: PeftModel, tokenizer: Any, prompts: Sequence[str]) -> str | N
     """Count the prompts that are answered token for token as by the base: 32 tokens, or up to EOS."""
     ids_of = encode_prompts(prompts, tokenizer)
     questions = [Question(tuple(ids), num_stops=UNTIL_EOS, max_new_tokens=ANSWER_TOKENS) for ids in ids_of]
-    mine = ask(model, tokenizer, questions, progress=False)
+    mine = generate_and_score(model, tokenizer, questions, progress=False)
     with model.disable_adapter():
-        base = ask(model, tokenizer, questions, progress=False)
+        base = generate_and_score(model, tokenizer, questions, progress=False)
     same = sum(one.token_ids == other.token_ids for one, other in zip(mine, base, strict=True))
     return f"{same} of {len(prompts)}" if prompts else None
 

@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 
-from peft_locft import BreadthFirstConfig, EditEvaluator, EvaluationConfig, read_edits
-from peft_locft.command_line.locate_arguments import named_numbers
-from peft_locft.locating.location_plan import Candidate, cost, rungs
-from peft_locft.locating.location_score import LocationScore
-from peft_locft.location_search import SearchPlan, search_locations
-from peft_locft.training.trials import try_adapter
-from peft_locft.tuner.module_kinds import config_of, location_of
+from peft_locft import BreadthFirstConfig, EvaluationConfig, read_edits
+from peft_locft.cli.arguments import named_numbers
+from peft_locft.evaluation import EditEvaluator
+from peft_locft.locating.module_kinds import config_of, location_of
+from peft_locft.locating.plan import Candidate, cost, rungs
+from peft_locft.locating.score import LocationScore
+from peft_locft.workflows.locate import SearchPlan, search_locations
+from peft_locft.workflows.trials import try_adapter
 
 from .common import load, machine, markdown_table, parser_for, write_json
 

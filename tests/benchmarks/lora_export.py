@@ -14,17 +14,11 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 
-from peft_locft import (
-    BreadthFirstConfig,
-    BreadthFirstTrainer,
-    LocFTConfig,
-    export_lora,
-    export_small,
-    read_adapter,
-    read_edits,
-)
+from peft_locft import BreadthFirstConfig, BreadthFirstTrainer, LocFTConfig, export_lora, export_small, read_edits
+from peft_locft.adapters import read_adapter
 from peft_locft.adapters.lora_export import kept_by_rank
-from peft_locft.evaluation import EvaluationConfig, evaluate_edits
+from peft_locft.evaluation.config import EvaluationConfig
+from peft_locft.evaluation.evaluator import evaluate_edits
 
 from .common import machine, markdown_table, write_json
 
@@ -35,7 +29,7 @@ METRICS = {
 }
 SMALLER: list[dict[str, Any]] = [
     {"delta_dtype": "bfloat16"},
-    *({"delta_dtype": "bfloat16", "keep_largest": share} for share in (0.5, 0.2, 0.1, 0.05)),
+    *({"delta_dtype": "bfloat16", "density": share} for share in (0.5, 0.2, 0.1, 0.05)),
 ]
 
 
@@ -53,7 +47,7 @@ def main() -> None:
         model = train(model, tokenizer, edits, trained, arguments.epochs).unload()
     forms = {"as trained": (trained, 1.0)}
     for form in SMALLER:
-        name = ", ".join([form["delta_dtype"], *(["top {keep_largest:.0%}".format(**form)] if len(form) > 1 else [])])
+        name = ", ".join([form["delta_dtype"], *(["top {density:.0%}".format(**form)] if len(form) > 1 else [])])
         small = export_small(trained, arguments.output / name.replace(" ", "-"), **form)
         forms[name] = (small.path, small.share_kept)
     for rank in arguments.ranks:

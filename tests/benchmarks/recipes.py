@@ -16,14 +16,14 @@ import torch
 from peft import get_peft_model
 
 from peft_locft import BreadthFirstConfig, BreadthFirstTrainer, LocFTConfig, balanced_config, read_edits
-from peft_locft.evaluation import EditEvaluator
-from peft_locft.measuring.evaluation_config import EvaluationConfig
+from peft_locft.evaluation.config import EvaluationConfig
+from peft_locft.evaluation.evaluator import EditEvaluator
 
 from .common import machine, markdown_table, parser_for, write_json
 
 PUBLISHED_LAYER = [20]
 AUGMENTED = {"num_prefixes": 5, "variants_per_epoch": 0.5}
-PRESERVED = {"kept_subjects": 4, "kept_per_edit": 1.0, "kept_weight": 2.0, "preserve_soft_strength": 20.0}
+PRESERVED = {"retained_subjects": 4, "retained_per_edit": 1.0, "retained_weight": 2.0, "preserve_soft_strength": 20.0}
 # of which the rate falls, beside a published one that stays at 5e-3
 BALANCED = {"recipe": "balanced", "learning_rate": 8e-3}
 # by layers, where they are not those of `balanced_config`, and by fields of BreadthFirstConfig

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from peft_locft import encode_edits, read_edits
-from peft_locft.encoding import EncodedEdit, EncodedEdits
+from peft_locft.data.encoding import EncodedEdit, EncodedEdits
 from peft_locft.training.batches import EditBatches
 
 from .common import (

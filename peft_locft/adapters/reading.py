@@ -1,0 +1,317 @@
+"""Reads adapter folders that come from anywhere: everything is checked before it is believed, nothing is unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+from ..io.checkpoint import StoredTensor
+from ..io.safetensors_header import (
+    DTYPES,
+    TensorEntry,
+    one_line,
+    read_header,
+    refuse_constant,
+    shortened,
+    unique_pairs,
+)
+from ..tuner.config import LocFTConfig
+from .claims import PROVENANCE_NAME, check_config, check_facts, delta_names, is_sha256
+
+MAX_CONFIG_BYTES = 4_000_000
+MAX_FACTS_BYTES = 16_000_000  # depth-first runs list a loss for every edit
+PICKLES = (".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth")
+# what transformers' Trainer leaves beside an adapter; nothing here opens them
+TRAINER_FILES = ("optimizer.bin", "optimizer.pt", "scaler.pt", "scheduler.pt", "training_args.bin")
+FINITE_CHECK_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedAdapter:
+    """An adapter folder whose files have been checked; the values are read, and checked, one tensor at a time.
+
+    Attributes:
+        folder: where it is.
+        config: its configuration, of the class of its PEFT method.
+        tensors: what its weights file holds, by name.
+        deltas: the name in the weights file of every delta, by the name of the base parameter that it belongs to;
+            empty for any other method than LocFT.
+        num_bytes: size of the weights file.
+        facts: its `locft_provenance.json`; empty where it has none.
+    """
+
+    folder: Path
+    config: PeftConfig
+    tensors: dict[str, TensorEntry]
+    deltas: dict[str, str]
+    num_bytes: int
+    facts: dict[str, Any]
+    _identity: tuple[int, ...]
+
+    @property
+    def weights_file(self) -> Path:
+        return self.folder / SAFETENSORS_WEIGHTS_NAME
+
+    def open_weights(self) -> BufferedReader:
+        """Open the weights file, if it is still the one that was checked.
+
+        Raises:
+            ValueError: if it is another one by now, or was written to.
+        """
+        file = open_inside(self.folder, SAFETENSORS_WEIGHTS_NAME)
+        if _identity(file) != self._identity:
+            file.close()
+            raise ValueError(
+                f"{self.weights_file} has changed since it was checked. Check it again, while nobody writes."
+            )
+        return file
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return one tensor, of the dtype and shape that `tensors` says.
+
+        Args:
+            name: its name in the weights file.
+
+        Raises:
+            ValueError: if the file has changed since it was checked, or a value is NaN or infinite.
+        """
+        entry = self.tensors[name]
+        # read and not mapped into memory: a mapped file that somebody truncates kills the process
+        content = bytearray(entry.end - entry.start)
+        with self.open_weights() as file:
+            file.seek(entry.start)
+            if file.readinto(content) != len(content):
+                raise ValueError(f"{self.weights_file} ended early. Check it again, while nobody writes.")
+        dtype = DTYPES[entry.dtype]
+        tensor = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+        if not _is_finite(tensor):
+            raise ValueError(
+                f"{self.weights_file}: {name} holds NaN or infinite values, and with them the model would answer with "
+                "noise. Download the adapter again; if it was saved so, train it again at a lower learning rate."
+            )
+        return tensor.reshape(entry.shape)
+
+    def read_delta(self, parameter: str) -> torch.Tensor:
+        """Return the delta of one base parameter, without the adapter's scale; see `read`."""
+        return self.read(self.deltas[parameter])
+
+
+def check_adapter(folder: str | os.PathLike[str], *, method: str | None = "LOCFT") -> CheckedAdapter:
+    """Check an adapter folder that nobody vouches for, without reading its tensors' values.
+
+    A file may be a symbolic link inside of the folder, or, where the folder is a snapshot in a Hub cache, to a blob of
+    the same repository there. Nothing of the base model is touched, and no code from the folder is run.
+
+    Args:
+        folder: a local adapter folder.
+        method: the PEFT method that it must be of; `None` is any.
+
+    Raises:
+        ValueError: if a file is missing, too large, no regular file, a link out of the folder, or a pickle; if the
+            weights' header is no header or lies; if the configuration or the provenance is not JSON, has a field of
+            another type, or is of another method; if a tensor belongs to nothing that the configuration names. The
+            message says where, what was found, what was expected and what to do.
+
+    Example:
+        >>> adapter = check_adapter("out")
+        >>> adapter.deltas
+        {'model.layers.22.mlp.down_proj.weight': 'base_model.model.model.layers.22.mlp.down_proj.locft_delta.weight'}
+        >>> adapter.read_delta("model.layers.22.mlp.down_proj.weight").shape
+        torch.Size([4096, 14336])
+    """
+    folder = Path(folder)
+    _check_complete(folder)
+    _check_no_pickle(folder)
+    settings = read_json(folder, CONFIG_NAME, MAX_CONFIG_BYTES)
+    config = check_config(settings, folder / CONFIG_NAME, method)
+    facts = {}
+    if os.path.lexists(folder / PROVENANCE_NAME):
+        facts = read_json(folder, PROVENANCE_NAME, MAX_FACTS_BYTES)
+        check_facts(facts, folder / PROVENANCE_NAME)
+    with open_inside(folder, SAFETENSORS_WEIGHTS_NAME) as file:
+        tensors = read_header(file, folder / SAFETENSORS_WEIGHTS_NAME)
+        num_bytes, identity = file.seek(0, os.SEEK_END), _identity(file)
+    deltas = delta_names(tensors, config, folder / SAFETENSORS_WEIGHTS_NAME) if config.peft_type == "LOCFT" else {}
+    return CheckedAdapter(folder, config, tensors, deltas, num_bytes, facts, identity)
+
+
+def read_adapter(folder: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """Return the deltas of a LocFT adapter by the name of the base parameter, without the adapter's scale.
+
+    All of them at once; `check_adapter` and `CheckedAdapter.read_delta` have one in memory at a time.
+
+    Raises:
+        ValueError: as `check_adapter`, and if a value is NaN or infinite.
+
+    Example:
+        >>> {name: delta.shape for name, delta in read_adapter("out").items()}
+        {'model.layers.22.mlp.down_proj.weight': torch.Size([4096, 14336])}
+    """
+    adapter = check_adapter(folder)
+    return {parameter: adapter.read_delta(parameter) for parameter in adapter.deltas}
+
+
+def read_json(folder: Path, name: str, max_bytes: int) -> dict[str, Any]:
+    """Return a JSON object from a file of the folder.
+
+    Raises:
+        ValueError: if the file is no regular file inside, larger than `max_bytes`, not UTF-8, no JSON, says something
+            twice, or holds something else than an object.
+    """
+    return _parsed(_content(folder, name, max_bytes), folder / name)
+
+
+def read_lines(folder: Path, name: str, max_bytes: int) -> list[dict[str, Any]]:
+    """Return the JSON objects of a file of the folder that has one on each line; errors as of `read_json`."""
+    lines = _content(folder, name, max_bytes).split(b"\n")
+    return [_parsed(line, f"{folder / name}, line {number}") for number, line in enumerate(lines, start=1) if line]
+
+
+def _content(folder: Path, name: str, max_bytes: int) -> bytes:
+    with open_inside(folder, name) as file:
+        num_bytes = os.fstat(file.fileno()).st_size
+        if num_bytes > max_bytes:
+            raise ValueError(
+                f"{folder / name} is not readable: found {num_bytes} bytes; expected {max_bytes} at most. Download or "
+                "save it again."
+            )
+        return file.read(num_bytes)
+
+
+def _parsed(content: bytes, where: object) -> dict[str, Any]:
+    try:
+        found = json.loads(content.decode("utf-8"), object_pairs_hook=unique_pairs, parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else one_line(error)
+        raise ValueError(
+            f"{where} is not readable: found no JSON ({why}); expected a JSON object. Download or save it again."
+        ) from None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{where} is not readable: found {shortened(found)}; expected a JSON object. Download or save it again."
+        )
+    return found
+
+
+def open_inside(folder: Path, name: str) -> BufferedReader:
+    """Open a file of the folder for reading.
+
+    Raises:
+        ValueError: if it is not there, no regular file, or a link that leads out of the folder.
+    """
+    file = folder / name
+    try:
+        place = file.resolve(strict=True)
+        if place.parent != folder.resolve() and not _is_blob(place, folder.resolve()):
+            raise ValueError(
+                f"{file} is a symbolic link to {place}, outside of the adapter's folder. Replace it by the file "
+                "itself, if you know what that is; else do not use this adapter."
+            )
+        # not through a link that has come since; and opening a pipe would wait for somebody to write into it
+        flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        descriptor = os.open(place, flags)
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
+        raise ValueError(f"{file} cannot be opened ({one_line(error)}). Download or save it again.") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{file} is no regular file. Expected one; do not use this adapter.")
+    return os.fdopen(descriptor, "rb")
+
+
+def _is_blob(place: Path, folder: Path) -> bool:
+    """Whether a file is one that the links of a snapshot in a Hub cache lead to, if the folder is one.
+
+    They lead to `models--owner--name/blobs/<hash>`, and from there, for what came by Xet, may go on to
+    `blobs/<the hash's beginning>/<hash>` beside all repositories.
+    """
+    for snapshots in folder.parents:
+        repository = snapshots.parent
+        if snapshots.name == "snapshots" and repository.name.startswith("models--"):
+            shared = repository.parent / "blobs" / place.name[:2]
+            return place.parent == repository / "blobs" or (place.parent == shared and is_sha256(place.name))
+    return False
+
+
+def _check_complete(folder: Path) -> None:
+    missing = [name for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME) if not os.path.lexists(folder / name)]
+    if missing:
+        raise ValueError(
+            f"{folder} is no adapter folder: it has no {' and no '.join(missing)}. Give the folder that "
+            "`save_pretrained` or `locft train --output_dir` wrote."
+        )
+
+
+def _check_no_pickle(folder: Path) -> None:
+    for found in os.listdir(folder):
+        name = found.lower()
+        if name.endswith(PICKLES) and name not in TRAINER_FILES and not name.startswith("rng_state"):
+            raise ValueError(
+                f"{folder} holds {shortened(found)}, which may be a pickle, and a pickle runs code when it is "
+                "loaded. Expected safetensors alone. Remove it if you can do without it; do not load it."
+            )
+
+
+def _identity(file: BufferedReader) -> tuple[int, ...]:
+    found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if not tensor.is_floating_point():
+        return True
+    # in pieces, since the test itself allocates; float8 has none of its own
+    wide = torch.float32 if tensor.itemsize == 1 else tensor.dtype
+    return all(bool(torch.isfinite(piece.to(wide)).all()) for piece in tensor.split(FINITE_CHECK_ELEMENTS))
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterDeltas:
+    """What a merge needs of an adapter.
+
+    Attributes:
+        folder: where it is.
+        config: its `adapter_config.json`.
+        deltas: where each delta lies, by the name of the base parameter that it belongs to.
+    """
+
+    folder: Path
+    config: LocFTConfig
+    deltas: Mapping[str, StoredTensor]
+
+
+def read_deltas(folder: Path) -> AdapterDeltas:
+    """Check an adapter folder, and find its deltas without reading their values.
+
+    Args:
+        folder: a local adapter folder, as `save_pretrained` or `save_adapter` wrote it.
+
+    Raises:
+        ValueError: if it is refused by `check_adapter`, or holds more than deltas.
+    """
+    adapter = check_adapter(folder)
+    assert isinstance(adapter.config, LocFTConfig)
+    others = sorted(adapter.tensors.keys() - adapter.deltas.values())
+    if others:
+        raise ValueError(
+            f"{adapter.weights_file} holds {', '.join(others[:3])}, where only deltas are expected: whole "
+            "weights (modules_to_save, trainable_token_indices) are not merged on disk. Merge this adapter with "
+            "AutoPeftModelForCausalLM.from_pretrained(adapter).merge_and_unload().save_pretrained(out)."
+        )
+    # a link that is changed from here on is not followed
+    weights = adapter.weights_file.resolve()
+    entries = {parameter: adapter.tensors[name] for parameter, name in adapter.deltas.items()}
+    deltas = {
+        parameter: StoredTensor(weights, entry.dtype, entry.shape, entry.start, entry.end - entry.start)
+        for parameter, entry in entries.items()
+    }
+    return AdapterDeltas(folder, adapter.config, deltas)

@@ -1,0 +1,5 @@
+"""Flags in, text out: the command line `locft`."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

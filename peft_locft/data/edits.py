@@ -1,0 +1,270 @@
+"""Edits, and reading them: `read_edits` knows the field's columns, and names the place of all that it cannot use."""
+
+import hashlib
+import json
+import logging
+import os
+import reprlib
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from .edit_files import Row, read_rows
+from .edit_records import (
+    find_vocabulary,
+    first_text,
+    flatten_rewrite,
+    optional_text,
+    paired,
+    probes,
+    text,
+    texts,
+    turn,
+)
+
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.getLogger(__name__)
+
+OnConflict = Literal["warn", "error", "last"]
+REPHRASING_COLUMNS = ("rephrasings", "rephrase_prompt", "rephrase", "paraphrase_prompts")
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A question asked beside an edit.
+
+    Args:
+        prompt: the question; not empty.
+        answer: the answer expected, not empty; None where it is not known.
+
+    Raises:
+        ValueError: `prompt` or `answer` is empty or not text.
+    """
+
+    prompt: str
+    answer: str | None = None
+
+    def __post_init__(self) -> None:
+        text(self.prompt, "prompt")
+        optional_text(self.answer, "answer")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Edit:
+    """One fact to write into a model: after editing, it continues `prompt` with `target`.
+
+    Args:
+        prompt: what the model is given; not empty.
+        target: what it must answer; not empty.
+        rephrasings: other prompts that ask the same, to measure generalization; never trained on.
+        paraphrases: other prompts that ask the same, to train on; never asked in an evaluation.
+        locality: questions whose answers must not change.
+        portability: questions whose answers follow from the edit.
+        subject: what the fact is about.
+        ground_truth: the answer before the edit.
+        source: where it was read ("zsre.json:12"), for messages; edits that differ in nothing else are equal.
+
+    Raises:
+        ValueError: a text is empty, or a field has another type.
+
+    Example:
+        >>> Edit(prompt="The capital of France is", target="Lyon", rephrasings=("France's capital city is",))
+    """
+
+    prompt: str
+    target: str
+    rephrasings: tuple[str, ...] = ()
+    paraphrases: tuple[str, ...] = ()
+    locality: tuple[Probe, ...] = ()
+    portability: tuple[Probe, ...] = ()
+    subject: str | None = None
+    ground_truth: str | None = None
+    source: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        text(self.prompt, "prompt")
+        text(self.target, "target")
+        kinds = {"rephrasings": str, "paraphrases": str, "locality": Probe, "portability": Probe}
+        for name, kind in kinds.items():
+            items = getattr(self, name)
+            if not isinstance(items, tuple) or not all(isinstance(item, kind) for item in items):
+                raise ValueError(f"field {name!r}: found {reprlib.repr(items)}; expected a tuple of {kind.__name__}")
+        for name in ("rephrasings", "paraphrases"):
+            for prompt in getattr(self, name):
+                text(prompt, name)
+        optional_text(self.subject, "subject")
+        optional_text(self.ground_truth, "ground_truth")
+
+
+def read_edits(
+    source: "str | os.PathLike[str] | datasets.Dataset | datasets.DatasetDict | Iterable[Edit | Mapping[str, Any]]",
+    *,
+    split: str = "train",
+    on_conflict: OnConflict = "warn",
+) -> list[Edit]:
+    """Read edits, check all of them, and merge those that have the same prompt and target.
+
+    The columns say how records are read: `prompt` and `target`, `prompt` and `target_new` (EasyEdit), `src` and `alt`
+    (ZsRE), `prompt` and `completion` (TRL) or `requested_rewrite` (CounterFact); then whichever of the field's columns
+    for rephrasings, locality, portability, subject and ground truth there are, and `paraphrases`, to train on. Other
+    columns are left alone.
+
+    Args:
+        source: a `.json` (list of records), `.jsonl`, `.csv` or `.parquet` file; the "owner/name" of a dataset on the
+            Hub, where there is no such path; a dataset; or an iterable of edits or records.
+        split: the split to take of a `DatasetDict` or of a dataset on the Hub.
+        on_conflict: for a prompt with several targets: "warn" and keep all, "error", or keep the "last" one.
+
+    Returns:
+        The edits in order, at least one. `Edit.source` is "file:line", or "row 12" where `dataset[12]` is meant.
+
+    Raises:
+        FileNotFoundError: there is neither such a file nor such a dataset.
+        ValueError: an argument, the kind of file or its encoding is wrong; the columns fit no vocabulary, or several;
+            there are no records; some cannot be used (the first ten are listed); `on_conflict` is "error" and prompts
+            have several targets.
+
+    Example:
+        >>> edits = read_edits("zsre.json", on_conflict="last")
+        >>> edits[0].source
+        'zsre.json:2'
+    """
+    if on_conflict not in get_args(OnConflict):
+        raise ValueError(f"on_conflict: found {on_conflict!r}; expected one of {', '.join(get_args(OnConflict))}")
+    rows = list(read_rows(source, split))
+    if not rows:
+        raise ValueError(f"{reprlib.repr(source)}: found no records; expected at least one edit")
+    return _settle_conflicts(_edits(rows), on_conflict)
+
+
+def first_edits(source: Any, num_edits: int | None, on_conflict: OnConflict = "warn") -> list[Edit]:
+    """Read edits and take some from the beginning.
+
+    Args:
+        source: as in `read_edits`.
+        num_edits: how many; `None`: all.
+        on_conflict: as in `read_edits`.
+
+    Raises:
+        ValueError: `num_edits` is below 1, or as in `read_edits`.
+    """
+    if num_edits is not None and num_edits < 1:
+        raise ValueError(f"num_edits={num_edits}: expected 1 or more; leave it out for all")
+    return read_edits(source, on_conflict=on_conflict)[:num_edits]
+
+
+def edits_sha256(edits: Iterable[Edit]) -> str:
+    """Hash edits, the same wherever they were read.
+
+    Args:
+        edits: the edits; their order counts, and all their fields but `source`. Without paraphrases, an edit has the
+            hash that it had when there were none.
+
+    Returns:
+        The sha256 of one line of JSON an edit, as 64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    names = [spec.name for spec in fields(Edit) if spec.compare]
+    for edit in edits:
+        record = {name: getattr(edit, name) for name in names if name != "paraphrases" or edit.paraphrases}
+        digest.update(json.dumps(record, sort_keys=True, default=asdict).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _settle_conflicts(edits: list[Edit], on_conflict: OnConflict) -> list[Edit]:
+    groups: dict[tuple[str, str], list[Edit]] = {}
+    for edit in edits:
+        groups.setdefault((edit.prompt, edit.target), []).append(edit)
+    merged = [group[0] if len(group) == 1 else _merge(group) for group in groups.values()]
+    logger.info("%d edits are left of %d; the others repeated their prompt and target", len(merged), len(edits))
+    last_targets = {edit.prompt: edit.target for edit in edits}
+    if on_conflict == "last":
+        return [edit for edit in merged if edit.target == last_targets[edit.prompt]]
+    if len(last_targets) < len(merged):
+        if on_conflict == "error":
+            raise ValueError(_describe_conflicts(merged))
+        warnings.warn(_describe_conflicts(merged), stacklevel=3)
+    return merged
+
+
+def _merge(group: list[Edit]) -> Edit:
+    return replace(
+        group[0],
+        rephrasings=_unique(edit.rephrasings for edit in group),
+        paraphrases=_unique(edit.paraphrases for edit in group),
+        locality=_unique(edit.locality for edit in group),
+        portability=_unique(edit.portability for edit in group),
+        subject=next((edit.subject for edit in group if edit.subject), None),
+        ground_truth=next((edit.ground_truth for edit in group if edit.ground_truth), None),
+    )
+
+
+def _unique(parts: Iterable[Iterable[Any]]) -> tuple[Any, ...]:
+    return tuple(dict.fromkeys(chain.from_iterable(parts)))
+
+
+def _describe_conflicts(edits: list[Edit]) -> str:
+    by_prompt: dict[str, list[Edit]] = {}
+    for edit in edits:
+        by_prompt.setdefault(edit.prompt, []).append(edit)
+    conflicts = [group for group in by_prompt.values() if len(group) > 1]
+    lines = [f"{len(conflicts)} of {len(by_prompt)} prompts have several targets; a model can learn one. The first:"]
+    for group in conflicts[:5]:
+        targets = ", ".join(f"{edit.target!r} ({edit.source})" for edit in group)
+        lines.append(f"  {group[0].prompt!r}: {targets}")
+    return "\n".join([*lines, 'Remove the wrong ones, or pass on_conflict="last" to keep the last of each.'])
+
+
+def _edits(rows: list[Row]) -> list[Edit]:
+    vocabulary = find_vocabulary(rows)
+    edits, problems = [], []
+    for place, row in rows:
+        try:
+            edits.append(_edit(row, vocabulary, place))
+        except ValueError as error:
+            problems.append(f"  {place}: {error}")
+    if problems:
+        head = f"{len(problems)} of {len(rows)} records cannot be read. The first:"
+        raise ValueError("\n".join([head, *problems[:10]]))
+    return edits
+
+
+def _edit(row: object, vocabulary: tuple[str, ...], place: str) -> Edit:
+    if isinstance(row, Edit):
+        return row if row.source else replace(row, source=place)
+    if isinstance(row, ValueError):
+        raise row
+    if not isinstance(row, Mapping):
+        raise ValueError(f"found {reprlib.repr(row)}; expected a record of named fields")
+    missing = [column for column in vocabulary if column not in row]
+    if missing:
+        found = f"found only {', '.join(map(str, row))}"
+        raise ValueError(f"field {missing[0]!r}: {found}; expected it in every record: add it, or mend its name")
+    if vocabulary == ("requested_rewrite",):
+        row, vocabulary = flatten_rewrite(row), ("prompt", "target_new")
+    prompt, target = vocabulary
+    locality = (
+        *probes(row.get("locality"), "locality"),
+        *paired(row, "locality_prompt", "locality_ground_truth"),
+        *paired(row, "loc", "loc_ans"),
+    )
+    portability = (
+        *probes(row.get("portability"), "portability"),
+        *paired(row, "portability_prompt", "portability_ground_truth"),
+    )
+    ground_truth = first_text(row.get("ground_truth"), "ground_truth") or first_text(row.get("answers"), "answers")
+    return Edit(
+        prompt=turn(row[prompt], prompt, "user"),
+        target=turn(row[target], target, "assistant"),
+        rephrasings=_unique(texts(row.get(column), column) for column in REPHRASING_COLUMNS),
+        paraphrases=texts(row.get("paraphrases"), "paraphrases"),
+        locality=tuple(Probe(*probe) for probe in locality),
+        portability=tuple(Probe(*probe) for probe in portability),
+        subject=first_text(row.get("subject"), "subject"),
+        ground_truth=ground_truth,
+        source=place,
+    )

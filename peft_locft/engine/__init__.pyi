@@ -1,0 +1,14 @@
+from .activation_cache import Replay as Replay
+from .decoding import generate_and_score as generate_and_score
+from .distributed import leave_group as leave_group
+from .loading import load_model as load_model
+from .model_state import TrainingDivergedError as TrainingDivergedError
+from .model_state import as_base as as_base
+from .model_state import evaluating as evaluating
+from .questions import Answer as Answer
+from .questions import Continuation as Continuation
+from .questions import Question as Question
+from .questions import Score as Score
+from .questions import StopCounter as StopCounter
+from .questions import TopK as TopK
+from .tail import CacheUnusableError as CacheUnusableError

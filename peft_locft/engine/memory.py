@@ -1,0 +1,78 @@
+"""How many tokens a micro-batch should have in the memory that there is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+import psutil
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import nn
+
+from .tail import Tail
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+MOST_TOKENS = 8192  # more do not make an accelerator any faster
+# a CPU is as fast with little, and memory that is not asked for is there for others
+CPU_BYTES = 208 * 2**20
+FEWEST_TOKENS_ON_CPU = 256
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on a device."""
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().available)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return torch.accelerator.get_memory_info(device)[0]
+
+
+def bytes_per_token(tail: Tail, head: nn.Module | None, share_scored: float) -> int:
+    """Estimate what a forward keeps for its backward, by token.
+
+    Args:
+        tail: what is run; the input and output of every matrix in it are counted.
+        head: what makes the logits, of which a scored token has a row in float32.
+        share_scored: how many of the tokens are scored.
+    """
+    kept = 0.0
+    for layer in tail.layers[tail.first :]:
+        for parameter in layer.parameters():
+            if parameter.dim() > 1:
+                kept += sum(parameter.shape[-2:]) * parameter.itemsize
+    vocabulary_size = max((parameter.shape[0] for parameter in head.parameters()), default=0) if head else 0
+    return max(1, int(kept + share_scored * 4 * vocabulary_size))
+
+
+def fitting_tokens(tail: Tail, head: nn.Module | None, share_scored: float, device: torch.device) -> int:
+    """Return how many tokens a micro-batch should have: as many as are of use, in half of the memory that is free."""
+    per_token = bytes_per_token(tail, head, share_scored)
+    most = max(FEWEST_TOKENS_ON_CPU, CPU_BYTES // per_token) if device.type == "cpu" else MOST_TOKENS
+    return max(1, min(most, MOST_TOKENS, free_memory(device) // 2 // per_token))
+
+
+def run_halving(run: Callable[[int], Result], max_tokens: int, *, smallest: int, option: str) -> tuple[Result, int]:
+    """Call `run` with a number of tokens, and with half of it each time that memory runs out.
+
+    Args:
+        run: what to do, given the most tokens of one forward; it starts anew at every call.
+        max_tokens: the number to begin with.
+        smallest: the number that is not halved any further; an error there is raised.
+        option: the name of the number, for the warning.
+
+    Returns:
+        The result, and the number of tokens that memory had room for.
+    """
+    while True:
+        try:
+            return run(max_tokens), max_tokens
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error) or max_tokens <= smallest:
+                raise
+        max_tokens = max(max_tokens // 2, smallest)
+        logger.warning("Out of memory: %s is %d from here on.", option, max_tokens)

@@ -1,0 +1,131 @@
+"""Where a model is cut in two, and ways to run only what is needed of it.
+
+Nothing here knows a model family: the model's own forward runs every time, and modules in it are shown other states,
+fewer rows, or are passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..tuner.presets import find_decoder_layers
+
+
+class CacheUnusableError(Exception):
+    """Why the states before the first trained layer cannot stand for the trunk."""
+
+
+@dataclass(frozen=True)
+class Tail:
+    """Where a model is cut: the decoder layers before `first` are the trunk, everything after them is the tail.
+
+    Args:
+        why_whole: where `first` is 0, the reason.
+    """
+
+    layers: nn.ModuleList
+    first: int
+    why_whole: str | None = None
+
+    @property
+    def trunk(self) -> list[nn.Module]:
+        return list(self.layers[: self.first])
+
+    @property
+    def entry_layer(self) -> nn.Module:
+        return self.layers[self.first]
+
+
+def find_tail(model: nn.Module) -> Tail:
+    """Cut a model before the first decoder layer that has a trainable parameter.
+
+    Raises:
+        CacheUnusableError: if there is no stack of decoder layers.
+    """
+    try:
+        name, layers = find_decoder_layers(model)
+    except ValueError as error:
+        raise CacheUnusableError(str(error)) from None
+    first = len(layers)
+    before_stack = True
+    for key, parameter in model.named_parameters():
+        in_stack = key.startswith(f"{name}.")
+        before_stack = before_stack and not in_stack
+        if not parameter.requires_grad:
+            continue
+        if before_stack:
+            return Tail(layers, 0, f"{key} is trained and comes before the decoder layers")
+        if in_stack:
+            first = min(first, int(key[len(name) + 1 :].split(".")[0]))
+    if first == 0:
+        return Tail(layers, 0, f"layer 0 of {name} is trained, so that there is no trunk before it")
+    return Tail(layers, min(first, len(layers) - 1))
+
+
+@contextmanager
+def entering(layer: nn.Module, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
+    """Show `change` the states that come to a layer, (B, T, hidden); what it returns goes in instead."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        states = change(args[0] if args else kwargs["hidden_states"])
+        if states is None:
+            return None
+        return ((states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states})
+
+    handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def passed_over(layers: list[nn.Module]) -> Iterator[None]:
+    """Let layers hand their input on unchanged. An instance's `forward` is found before its class's."""
+    before = [vars(layer).get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = _hand_on
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            del layer.forward
+            if forward is not None:  # accelerate's hooks put one there
+                layer.forward = forward
+
+
+def _hand_on(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return hidden_states
+
+
+def logits_at(model: nn.Module, rows: torch.Tensor, columns: torch.Tensor, inputs: dict[str, Any]) -> Any:
+    """Run a forward whose logits are (positions, V), those at (rows, columns) alone.
+
+    The model's own head and whatever scaling or soft-capping follows it are used, on those positions only: with a
+    vocabulary of 50,000 to 260,000 the logits of all positions are the largest cost of a step.
+    """
+    unwrapped: Any = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    head = unwrapped.get_output_embeddings()
+    selected = False
+
+    def select(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        nonlocal selected
+        selected = True
+        device = args[0].device
+        return (args[0][rows.to(device), columns.to(device)].unsqueeze(0), *args[1:])
+
+    handle = head.register_forward_pre_hook(select) if head is not None else None
+    try:
+        outputs = model(**inputs)
+    finally:
+        if handle is not None:
+            handle.remove()
+    # squeezed, since the backward of an index would write all logits once more
+    outputs.logits = outputs.logits.squeeze(0) if selected else outputs.logits[rows, columns]
+    return outputs

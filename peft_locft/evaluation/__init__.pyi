@@ -1,0 +1,12 @@
+from .config import EvaluationConfig as EvaluationConfig
+from .evaluator import EditEvaluator as EditEvaluator
+from .evaluator import evaluate_edits as evaluate_edits
+from .harness import evaluate_on_tasks as evaluate_on_tasks
+from .intervals import Estimate as Estimate
+from .perplexity import measure_text as measure_text
+from .report import EvaluationReport as EvaluationReport
+from .report import Result as Result
+from .scoring import contains as contains
+from .scoring import cut_answer as cut_answer
+from .scoring import exact_match as exact_match
+from .task_results import TaskResults as TaskResults

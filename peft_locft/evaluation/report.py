@@ -1,0 +1,259 @@
+"""What an evaluation found: every figure beside its before, with its interval, and every answer behind it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..io.files import check_folder, write_atomically
+from .intervals import Estimate
+
+DASH = "-"
+FORMAT = 1
+FIGURES_NAME = "evaluation.json"
+PARTS = {"settings": dict, "results": dict, "missing": dict, "notes": list, "curves": list, "rows": list}
+# a row failed if the first of these that it has is below 1; of a probe, what changed matters more than what is right
+DECIDING = ("exact_match", "token_accuracy", "more_probable")
+DECIDING_OF_LOCALITY = ("unchanged", "tokens_unchanged", *DECIDING)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One metric.
+
+    Attributes:
+        meaning: what it tells, in words.
+        after: of the edited model.
+        before: of the base; `None` where it has none, or where there is no base.
+        change: `after` less `before`, its interval from the same resamples of both.
+        count: how many edits, or windows of text, it is the mean of.
+        unit: what is counted.
+    """
+
+    meaning: str
+    after: Estimate
+    before: Estimate | None
+    change: Estimate | None
+    count: int
+    unit: str = "edits"
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """What [`evaluate_edits`] returns.
+
+    Attributes:
+        results: by the metric's name.
+        missing: metrics that could not be measured, each with the reason. None of them is a zero.
+        rows: a dictionary a prompt: edit, source, kind, prompt, expected answer, answers and scores before and after.
+        settings: what was measured, and how.
+        notes: what a reader of the figures should know.
+        curves: figures by epoch, each with an `epoch`, where the training run has left any.
+
+    Example:
+        >>> report = evaluate_edits(peft_model, tokenizer, edits)
+        >>> report["reliability_exact_match"].after
+        Estimate(value=0.995, low=0.985, high=1.0)
+        >>> report.save("evaluation")
+    """
+
+    results: dict[str, Result]
+    missing: dict[str, str]
+    rows: list[dict[str, Any]]
+    settings: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    curves: list[dict[str, float]] = field(default_factory=list)
+
+    def __getitem__(self, name: str) -> Result:
+        """Return one metric's result.
+
+        Raises:
+            KeyError: if it was not measured; the message says why.
+        """
+        if name not in self.results:
+            why = self.missing.get(name, f"expected one of {', '.join(self.results)}")
+            raise KeyError(f"{name} was not measured: {why}")
+        return self.results[name]
+
+    def __str__(self) -> str:
+        return self.to_markdown()
+
+    @property
+    def has_before(self) -> bool:
+        return any(result.before is not None for result in self.results.values())
+
+    @property
+    def confidence(self) -> str:
+        """The confidence of the intervals, such as "95%"."""
+        return f"{100 * self.settings['confidence']:g}%"
+
+    def failures(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows of edits not learned, rephrasings and portability probes not answered, and locality probes
+        that changed (without a base: that are not right)."""
+        for row in self.rows:
+            deciding = deciding_score(row)
+            if deciding is not None and deciding[1] < 1:
+                yield row
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it as plain data for JSON, which has no infinity and no NaN: they are "inf" and "nan"."""
+
+        def plain(estimate: Estimate | None) -> dict[str, float | str] | None:
+            return None if estimate is None else {name: _finite(each) for name, each in estimate._asdict().items()}
+
+        results = {
+            name: {
+                "meaning": result.meaning,
+                "before": plain(result.before),
+                "after": plain(result.after),
+                "change": plain(result.change),
+                "count": result.count,
+                "unit": result.unit,
+            }
+            for name, result in self.results.items()
+        }
+        return {
+            "format": FORMAT,
+            "settings": self.settings,
+            "results": results,
+            "missing": self.missing,
+            "notes": self.notes,
+            "curves": [{name: _finite(value) for name, value in point.items()} for point in self.curves],
+            "rows": self.rows,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> EvaluationReport:
+        """Return the report of which `data` is the [`EvaluationReport.to_dict`].
+
+        Raises:
+            ValueError: if it is none, or one of a later format.
+        """
+        found = data.get("format") if isinstance(data, dict) else None
+        if found != FORMAT:
+            later = isinstance(found, int) and found > FORMAT
+            advice = "update peft-locft, which has written it" if later else "is it a report of evaluate_edits?"
+            raise ValueError(f"found format {found}; expected {FORMAT}: {advice}")
+        for name, kind in PARTS.items():
+            if not isinstance(data.get(name), kind):
+                raise ValueError(f"{name}: found {type(data.get(name)).__name__}; expected {kind.__name__}")
+        if not isinstance(data["settings"].get("confidence"), float):
+            raise ValueError(f"settings: found confidence {data['settings'].get('confidence')!r}; expected a number")
+        for number, row in enumerate(data["rows"]):
+            if not isinstance(row, dict) or not {"edit", "kind", "prompt"} <= set(row):
+                raise ValueError(f"rows[{number}]: expected a row with edit, kind and prompt")
+        results = {name: _result(name, result) for name, result in data["results"].items()}
+        curves = [_point(number, point) for number, point in enumerate(data["curves"])]
+        return cls(results, data["missing"], data["rows"], data["settings"], data["notes"], curves)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> EvaluationReport:
+        """Read a report that [`EvaluationReport.save`] wrote, to draw it again or to compare it.
+
+        Args:
+            folder: the one it was saved to.
+
+        Raises:
+            FileNotFoundError: if there is no `evaluation.json` in it.
+            ValueError: if that file is not one of ours.
+
+        Example:
+            >>> save_report(EvaluationReport.load("evaluation"), "evaluation")  # once matplotlib is there
+        """
+        path = Path(folder) / FIGURES_NAME
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: found no such file; expected a folder that EvaluationReport.save wrote")
+        try:
+            return cls.from_dict(json.loads(path.read_bytes()))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def to_markdown(self) -> str:
+        """Return the metrics as one Markdown table, and what could not be measured."""
+        lines = ["| metric | before | after | change | of |", "| --- | --- | --- | --- | --- |"]
+        for name, result in self.results.items():
+            figures = (str(each) if each else DASH for each in (result.before, result.after, result.change))
+            lines.append(f"| {name} | {' | '.join(figures)} | {result.count} {result.unit} |")
+        lines += ["", f"In brackets, the interval of {self.confidence} confidence (bootstrap)."]
+        lines += [f"Not measured: {', '.join(names)}: {why}." for why, names in self.missing_by_reason().items()]
+        return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
+
+    def missing_by_reason(self) -> dict[str, list[str]]:
+        """Return the names of `missing` by their reason."""
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.missing.items():
+            reasons.setdefault(why, []).append(name)
+        return reasons
+
+    def to_csv(self) -> str:
+        """Return the rows as CSV; what is not known is empty."""
+        text = io.StringIO()
+        if self.rows:
+            # with "\n" alone as its line end, csv leaves a "\r" in an answer unquoted, and readers end the row there
+            names = dict.fromkeys(name for row in self.rows for name in row)
+            writer = csv.DictWriter(text, list(names), lineterminator="\r\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+        return text.getvalue()
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `evaluation.json`, `evaluation.md` and `answers.csv`, each whole or not at all.
+
+        `peft_locft.save_report` writes a page with pictures, too.
+
+        Args:
+            folder: made if it is not there.
+
+        Raises:
+            NotADirectoryError: if it or one above it is a file.
+        """
+        folder = Path(folder)
+        check_folder(folder, "an evaluation")
+        data = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+        texts = {FIGURES_NAME: data, "evaluation.md": self.to_markdown() + "\n", "answers.csv": self.to_csv()}
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in texts.items():
+            write_atomically(folder / name, content)
+
+
+def deciding_score(row: dict[str, Any]) -> tuple[str, float] | None:
+    """Return by what a row is judged, and its score after the edit; `None` if it has none."""
+    names = DECIDING_OF_LOCALITY if row["kind"] == "locality" else DECIDING
+    scores = ((name, row.get(f"{name}_after")) for name in names)
+    return next(((name, score) for name, score in scores if score is not None), None)
+
+
+def _finite(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+def _result(name: str, data: Any) -> Result:
+    def estimate(part: str) -> Estimate | None:
+        found = data[part]
+        return None if found is None else Estimate(*(float(found[each]) for each in Estimate._fields))
+
+    try:
+        after = estimate("after")
+        if after is None:
+            raise ValueError("it has no figure after the edit")
+        count, unit = int(data["count"]), str(data["unit"])
+        return Result(str(data["meaning"]), after, estimate("before"), estimate("change"), count, unit)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"results.{name}: expected a metric's result: {error}") from error
+
+
+def _point(number: int, data: Any) -> dict[str, float]:
+    try:
+        figures = {name: float(value) for name, value in data.items()}
+        if "epoch" not in figures:
+            raise ValueError("it has no epoch")
+        return figures
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"curves[{number}]: expected figures by name: {error}") from error

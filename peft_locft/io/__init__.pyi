@@ -1,0 +1,9 @@
+from .checkpoint import Checkpoint as Checkpoint
+from .checkpoint import StoredTensor as StoredTensor
+from .checkpoint import local_folder as local_folder
+from .copies import locked as locked
+from .copies import place_file as place_file
+from .files import atomic_file as atomic_file
+from .files import write_atomically as write_atomically
+from .parameter_names import ParameterFinder as ParameterFinder
+from .parameter_names import Piece as Piece

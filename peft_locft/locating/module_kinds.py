@@ -1,0 +1,120 @@
+"""The kinds of modules that a location can be in any decoder layer, told by their shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..tuner.config import ENTIRE_LAYER, LocFTConfig
+from ..tuner.presets import Location, entire_layers, find_decoder_layers
+
+ATTENTION, MLP, UP, DOWN = "attention", "mlp", "up", "down"
+# the five of arXiv 2509.22072, from fine to coarse
+KINDS = (DOWN, UP, ATTENTION, MLP, ENTIRE_LAYER)
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A parameter that takes `inputs` features and gives `outputs`, in one or more experts."""
+
+    module: str
+    key: str
+    inputs: int
+    outputs: int
+
+    @property
+    def in_attention(self) -> bool:
+        return "attn" in self.module or "attention" in self.module
+
+
+def location_of(model: nn.Module, kind: str, layer: int) -> Location:
+    """Return the weights of one kind in one decoder layer.
+
+    - `"attention"`: every matrix of the attention.
+    - `"mlp"`: every other matrix of the layer; of a mixture of experts, the router's too.
+    - `"down"`: of these, the last that writes into the residual stream.
+    - `"up"`: the last before it that reads the residual stream and makes what it takes (in gated MLPs the one beside
+      the gate; where both are one tensor, that).
+    - `"entire-layer"`: everything with a weight, norms too.
+    - anything else: the modules of the layer with this name, or whose name ends with it, such as `"o_proj"`.
+
+    Args:
+        model: a decoder-only language model.
+        kind: one of these.
+        layer: counted from 0.
+
+    Raises:
+        ValueError: if the decoder layers cannot be found, there is no such layer, or nothing of that kind in it.
+
+    Example:
+        >>> location_of(model, "up", 5).target_modules
+        ('model.layers.5.mlp.up_proj',)
+    """
+    stack_name, stack = find_decoder_layers(model)
+    if not 0 <= layer < len(stack):
+        raise ValueError(
+            f"layer {layer}: the model has {len(stack)} decoder layers ({stack_name}), counted from 0. Expected "
+            f"numbers up to {len(stack) - 1}."
+        )
+    if kind == ENTIRE_LAYER:
+        return entire_layers(model, [layer])
+    found = _of_kind(_matrices(stack[layer]), kind)
+    if not found:
+        names = ", ".join(dict.fromkeys(matrix.module for matrix in _matrices(stack[layer])))
+        raise ValueError(
+            f"modules: found {kind!r}, and nothing of that kind or name in {stack_name}.{layer}, which has {names}. "
+            f"Expected some of {', '.join(KINDS)}, or names of these."
+        )
+    prefix = f"{stack_name}.{layer}"
+    modules = [f"{prefix}.{matrix.module}" for matrix in found if matrix.key == "weight"]
+    parameters = [f"{prefix}.{matrix.module}.{matrix.key}" for matrix in found if matrix.key != "weight"]
+    return Location(tuple(dict.fromkeys(modules)), tuple(parameters))
+
+
+def config_of(location: Location) -> LocFTConfig:
+    """Return the configuration that trains a location."""
+    return LocFTConfig(
+        target_modules=list(location.target_modules) or None,
+        target_parameters=list(location.target_parameters) or None,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _of_kind(matrices: Sequence[_Matrix], kind: str) -> list[_Matrix]:
+    attention = [matrix for matrix in matrices if matrix.in_attention]
+    mlp = [matrix for matrix in matrices if not matrix.in_attention]
+    if kind == ATTENTION:
+        return attention
+    if kind == MLP:
+        return mlp
+    if kind in (UP, DOWN):
+        pair = _up_and_down(mlp)
+        return [] if pair is None else [pair[kind == DOWN]]
+    return [matrix for matrix in matrices if f".{matrix.module}".endswith(f".{kind}")]
+
+
+def _up_and_down(mlp: Sequence[_Matrix]) -> tuple[_Matrix, _Matrix] | None:
+    """Return the last two matrices of which the second takes what the first makes, and gives what the first takes."""
+    for index, down in reversed(list(enumerate(mlp))):
+        for up in reversed(mlp[:index]):
+            # a gate fused with it makes twice as much
+            if up.inputs == down.outputs and up.outputs % down.inputs == 0:
+                return up, down
+    return None
+
+
+def _matrices(layer: nn.Module) -> list[_Matrix]:
+    return [
+        _Matrix(name, key, *_features(module, tuple(parameter.shape)))
+        for name, module in layer.named_modules()
+        for key, parameter in module._parameters.items()
+        if name and parameter is not None and parameter.ndim > 1
+    ]
+
+
+def _features(module: nn.Module, shape: Sequence[int]) -> tuple[int, int]:
+    """Return how many features a matrix takes and gives: (…, out, in), but (in, out) in a Conv1D."""
+    return (shape[-2], shape[-1]) if isinstance(module, Conv1D) else (shape[-1], shape[-2])

@@ -1,0 +1,114 @@
+"""The location that a search has found, as a file that training reads."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from ..io.files import write_atomically
+from ..tuner.config import LocFTConfig
+from ..tuner.presets import Location
+from .module_kinds import config_of
+
+FORMAT = "locft_location"
+VERSION = 1
+SHAPE = ("model_type", "num_hidden_layers", "hidden_size")
+
+
+@dataclass(frozen=True)
+class LocationPreset:
+    """A location, and the learning rate that it was tried with, for models of one shape.
+
+    Args:
+        module: the kind of module, see `location_of`.
+        layer: counted from 0.
+        target_modules: full names.
+        target_parameters: full names, of what is not a module's weight.
+        learning_rate: of the trial.
+        model: what a model must have in its configuration: `model_type`, `num_hidden_layers`, `hidden_size`.
+        found: how it was found: base, edits, score and figures; for a reader.
+
+    Example:
+        >>> preset = LocationPreset.load("search/best.json")
+        >>> model = get_peft_model(model, preset.config_for(model.config))
+    """
+
+    module: str
+    layer: int
+    target_modules: tuple[str, ...]
+    target_parameters: tuple[str, ...]
+    learning_rate: float
+    model: dict[str, Any]
+    found: dict[str, Any] = field(default_factory=dict)
+
+    def config_for(self, config: PretrainedConfig, where: str = "location") -> LocFTConfig:
+        """Return what trains this location in a model.
+
+        Args:
+            config: the model's.
+            where: what is named in the error.
+
+        Raises:
+            ValueError: if the location is for a model of another type or shape.
+        """
+        shape = model_shape(config)
+        if shape != self.model:
+            raise ValueError(
+                f"{where}: it is for {_words(self.model)}; found {_words(shape)}. Run `locft locate` on this "
+                "model, or name the location with target_modules and layers_to_transform."
+            )
+        return config_of(Location(self.target_modules, self.target_parameters))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as JSON, whole or not at all."""
+        content = {"format": FORMAT, "version": VERSION} | asdict(self)
+        write_atomically(Path(path), json.dumps(content, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> LocationPreset:
+        """Read what [`LocationPreset.save`] wrote.
+
+        Raises:
+            ValueError: if the file cannot be read, or is not a location's.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: it cannot be read as a location: {error}") from None
+        try:
+            if content.pop("format") != FORMAT or content.pop("version") != VERSION:
+                raise ValueError("another format or version")
+            names = {name: _texts(content.pop(name)) for name in ("target_modules", "target_parameters")}
+            preset = cls(**(content | names))
+            is_rate = isinstance(preset.learning_rate, float) and preset.learning_rate > 0
+            if not any(names.values()) or not is_rate or not math.isfinite(preset.learning_rate):
+                raise ValueError("no location, or no learning rate above 0")
+            if not isinstance(preset.model, dict):
+                raise ValueError("no model")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: found no location ({error!r}); expected a best.json of `locft locate`, version {VERSION}."
+            ) from None
+        return preset
+
+
+def model_shape(config: PretrainedConfig) -> dict[str, Any]:
+    """Return what a model must have in common with another for the same names to be the same location."""
+    text_config: Any = config.get_text_config()
+    return {name: getattr(text_config, name, None) for name in SHAPE}
+
+
+def _texts(values: Any) -> tuple[str, ...]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"found {values!r}; expected a list of names")
+    return tuple(values)
+
+
+def _words(shape: dict[str, Any]) -> str:
+    return "{} of {} layers of width {}".format(*(shape.get(name) for name in SHAPE))

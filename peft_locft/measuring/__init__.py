@@ -1,1 +1,0 @@
-"""What an evaluation asks, how it scores, and what it reports."""

@@ -1,0 +1,11 @@
+from .config import BreadthFirstConfig as BreadthFirstConfig
+from .evaluation_callback import EvaluationCallback as EvaluationCallback
+from .preservation import NullSpaceProjector as NullSpaceProjector
+from .preservation import SoftProjector as SoftProjector
+from .preserver import PreservationCallback as PreservationCallback
+from .preserver import Preserver as Preserver
+from .scale_choice import ScaleChoice as ScaleChoice
+from .scale_choice import ScaleTrial as ScaleTrial
+from .scale_choice import TradeOff as TradeOff
+from .scale_choice import choose_scale as choose_scale
+from .trainer import BreadthFirstTrainer as BreadthFirstTrainer

@@ -1,0 +1,5 @@
+"""One call from a name to a result: train, update, evaluate, locate, compare baselines."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

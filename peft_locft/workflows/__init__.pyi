@@ -1,0 +1,9 @@
+from .baselines import compare_baselines as compare_baselines
+from .baselines import run_baselines as run_baselines
+from .evaluate import evaluate_model as evaluate_model
+from .locate import SearchPlan as SearchPlan
+from .locate import run_location_search as run_location_search
+from .locate import search_locations as search_locations
+from .train import train_edits as train_edits
+from .update import UpdateSummary as UpdateSummary
+from .update import update_adapter as update_adapter

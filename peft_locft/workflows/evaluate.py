@@ -1,0 +1,157 @@
+"""One call from a model's name to an evaluation report: what `locft evaluate` does."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from torch import nn
+
+from ..adapters.claims import PROVENANCE_NAME, check_facts
+from ..data.edits import first_edits
+from ..data.leaks import mark_trained
+from ..data.texts import TextSource
+from ..engine.loading import load_model
+from ..evaluation.config import EvaluationConfig
+from ..evaluation.evaluator import EditEvaluator, EditSource
+from ..evaluation.harness import evaluate_on_tasks
+from ..evaluation.report import EvaluationReport
+from ..reporting.page import save_report
+
+
+def evaluate_model(
+    model_name_or_path: str | os.PathLike[str] | None,
+    edits: EditSource,
+    args: EvaluationConfig | None = None,
+    *,
+    adapter: str | os.PathLike[str] | None = None,
+    base_model_name_or_path: str | os.PathLike[str] | None = None,
+    text: TextSource | None = None,
+    tasks: Sequence[str] = (),
+    limit: float | None = None,
+    num_fewshot: int | None = None,
+    num_edits: int | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> EvaluationReport:
+    """Load a model, with an adapter or without, and measure what an edit did to it.
+
+    Args:
+        model_name_or_path: a folder or a name on the Hub: the base of `adapter`, or a model that somebody has edited.
+            `None`: the base that the adapter names.
+        edits: whatever `read_edits` reads.
+        args: what is asked, and how.
+        adapter: a PEFT adapter on it, of any method.
+        base_model_name_or_path: the model before it was edited, where there is no adapter to take off.
+        text: for perplexity and KL, see `evaluate_edits`.
+        tasks: of lm-evaluation-harness, see `evaluate_on_tasks`; needs the extra `eval`.
+        limit: documents of each task at most, or below 1 a share of them.
+        num_fewshot: examples in a task's prompt; `None`: what each task says.
+        num_edits: take so many from the beginning; `None`: all.
+        output_dir: where the report is saved; `None`: nowhere.
+        revision: branch, tag or commit of the model on the Hub.
+        dtype: `"auto"` (as the checkpoint says), `"float32"`, `"bfloat16"` or `"float16"`.
+        trust_remote_code: run the code that comes with the model; leave it off unless you have read that code.
+
+    Returns:
+        See `evaluate_edits`. Where the adapter says how its loss went, that is in `curves`.
+
+    Raises:
+        ValueError: no model is named; edits or text cannot be used; the adapter does not fit the model, was trained
+            on another base, or on a question that is asked here (see `EvaluationConfig.on_leak`); `num_edits` is below
+            1.
+        OSError: model, tokenizer or adapter cannot be loaded.
+        ImportError: tasks are asked for, and lm-evaluation-harness is not installed.
+        FloatingPointError: a model's logits are NaN or infinite.
+
+    Example:
+        >>> report = evaluate_model(None, "edits.jsonl", adapter="out", output_dir="evaluation")
+        >>> print(report)
+    """
+    read = first_edits(edits, num_edits)
+    if output_dir is not None:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)  # should not fail after an hour
+    name = model_name_or_path or _base_of(adapter)
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    model, tokenizer = load_model(name, dtype, **source)
+    edited = model if adapter is None else _with_adapter(model, adapter)
+    facts = _facts(adapter)
+    if "trained_prompts" in facts.get("augmentation", {}):
+        mark_trained(edited, facts["augmentation"]["trained_prompts"])
+    base = None
+    if base_model_name_or_path is not None:
+        base, _ = load_model(base_model_name_or_path, dtype, trust_remote_code=trust_remote_code)
+    evaluator = EditEvaluator(edited, tokenizer, read, args, base_model=base, text=text)
+    of_tasks = {}
+    if tasks:  # first, since a task may be unknown
+        found = evaluate_on_tasks(
+            edited,
+            tokenizer,
+            tasks,
+            base_model=base,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            allow_other_base=evaluator.args.allow_other_base,
+        )
+        of_tasks = found.results(evaluator.args.confidence)
+    report = evaluator.evaluate()
+    settings = report.settings | {"adapter": _text(adapter), "tasks": list(tasks)}
+    report = replace(report, results=report.results | of_tasks, curves=_curves(facts), settings=settings)
+    if output_dir is not None:
+        save_report(report, output_dir)
+    return report
+
+
+def _text(path: str | os.PathLike[str] | None) -> str | None:
+    return None if path is None else os.fspath(path)
+
+
+def _base_of(adapter: str | os.PathLike[str] | None) -> str:
+    if adapter is None:
+        raise ValueError("Found neither a model nor an adapter to evaluate; give model_name_or_path, or adapter.")
+    name = PeftConfig.from_pretrained(os.fspath(adapter)).base_model_name_or_path
+    if not name:
+        raise ValueError(f"{adapter}: it does not say which base model it belongs to; give model_name_or_path.")
+    return str(name)
+
+
+def _with_adapter(model: nn.Module, adapter: str | os.PathLike[str]) -> PeftModel:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*was trained on another base")  # an error below, or allowed
+            return PeftModel.from_pretrained(model, os.fspath(adapter))
+    except RuntimeError as error:
+        raise ValueError(
+            f"{adapter}: the adapter does not fit {getattr(model, 'name_or_path', 'this model')}: {error}. Give the "
+            "base that it was trained on."
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{adapter}: the adapter cannot be put on this model: {error}") from None
+
+
+def _facts(adapter: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """Return what is recorded of a local adapter."""
+    file = Path(adapter, PROVENANCE_NAME) if adapter is not None else None
+    if file is None or not file.is_file():
+        return {}
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    check_facts(facts, file)
+    return dict(facts)
+
+
+def _curves(facts: dict[str, Any]) -> list[dict[str, float]]:
+    """Return what a training run of ours has left of its epochs."""
+    training = facts.get("training", {})
+    if training.get("curves"):
+        return list(training["curves"])
+    if facts.get("recipe", {}).get("edit_order") == "depth_first":
+        return []  # its losses are of edits, not of epochs
+    return [{"epoch": n, "loss": loss} for n, loss in enumerate(training.get("epoch_losses", []), start=1)]

@@ -1,0 +1,240 @@
+"""Try locations on a sample of the edits, cut off those that are clearly worse, and rank the rest."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.edits import Edit, edits_sha256, read_edits
+from ..data.texts import TextSource
+from ..engine.loading import load_model
+from ..engine.shared_states import sharing_states
+from ..evaluation.config import EvaluationConfig
+from ..evaluation.evaluator import EditSource
+from ..locating.module_kinds import KINDS, location_of
+from ..locating.plan import Rung, coarse_layers, rungs
+from ..locating.preset import model_shape
+from ..locating.results import LocationSearchResult
+from ..locating.score import LocationScore
+from ..reporting.plots import can_draw, draw_locations
+from ..training.config import BreadthFirstConfig
+from ..training.record import RECIPE_FIELDS
+from ..tuner.presets import find_decoder_layers
+from .location_trials import LocationTrials
+
+logger = logging.getLogger(__name__)
+
+STATES = "states"
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """Which locations are tried, and how many of them go on.
+
+    Args:
+        modules: kinds of modules, or names, see `location_of`.
+        layers: decoder layers, counted from 0; `None`: all.
+        stride: begin with every so many-th of the layers, and come closer to the best: half as far each time.
+        keep: one in so many goes on to the next rung, two at least; a trial costs up to so many times as much there.
+        num_rungs: 1 tries all of them on all edits; `None`: see `rungs`.
+        learning_rates: of some modules, where it is not the recipe's: coarse ones want a lower one.
+    """
+
+    modules: Sequence[str] = KINDS
+    layers: Sequence[int] | None = None
+    stride: int = 1
+    keep: int = 5
+    num_rungs: int | None = None
+    learning_rates: Mapping[str, float] | None = None
+
+
+def search_locations(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    edits: EditSource,
+    args: BreadthFirstConfig,
+    *,
+    plan: SearchPlan | None = None,
+    num_edits: int | None = 100,
+    score: Mapping[str, float] | None = None,
+    evaluation: EvaluationConfig | None = None,
+    text: TextSource | None = None,
+    show_progress: bool | None = None,
+) -> LocationSearchResult:
+    """Find out where edits are best written into a model.
+
+    Successive halving: all locations are trained on a few edits in small batches, one in `plan.keep` of them on others
+    and more, and so on by the mean of their scores; the last two or more on all edits. The layers before a location
+    are run once for all locations of a rung, and the base is asked once.
+
+    Every result is written to `args.output_dir` when it is there, so that a search that was killed goes on where it
+    was, and several processes with the same arguments share the work. In the end so are `locations.json`,
+    `locations.md`, `best.json` (what `locft train --location` reads) and, with matplotlib, `locations.png`.
+
+    Args:
+        model: the base; every adapter is taken off it again.
+        tokenizer: its fast tokenizer.
+        edits: whatever `read_edits` reads, with rephrasings and locality probes.
+        args: the recipe of every trial, and where results go.
+        plan: which locations; `None` is all kinds of modules in all layers.
+        num_edits: the sample, drawn by `args.seed`; `None`: all, in their order.
+        score: weights of metrics, see `LocationScore`; `None`: its default.
+        evaluation: how the last rung is evaluated; earlier ones are asked only what the score needs, of a share of the
+            text. `None`: greedy answers and token accuracy, 2,048 tokens of text in windows of 256.
+        text: for perplexity and KL, see `evaluate_edits`.
+        show_progress: `None`: unless `args.disable_tqdm`.
+
+    Raises:
+        ValueError: edits, plan, score or text cannot be used, the folder holds a search of another configuration, the
+            processes are a group (see `leave_group`), or training diverges everywhere.
+
+    Example:
+        >>> args = BreadthFirstConfig(output_dir="search", learning_rate=5e-3, per_device_train_batch_size=20)
+        >>> found = search_locations(model, tokenizer, "zsre.json", args, plan=SearchPlan(stride=4))
+        >>> found.preset.save("best.json")
+    """
+    if args.world_size > 1:
+        raise ValueError(
+            f"search_locations found a group of {args.world_size} processes, which would train every location "
+            "together. Call peft_locft.engine.distributed.leave_group() before making a BreadthFirstConfig, as "
+            "`locft locate` does."
+        )
+    plan = plan or SearchPlan()
+    sample = _sample(read_edits(edits), num_edits, args.seed)
+    layers = _check_plan(plan, model)
+    weights = _score(score, sample, text is not None)
+    evaluation = evaluation or EvaluationConfig(
+        protocols=["generation", "token_accuracy"], max_text_tokens=2048, text_window=256
+    )
+    evaluation = replace(evaluation, chat_template=args.chat_template)
+    coarse = coarse_layers(layers, plan.stride)
+    num_candidates = len(coarse) * len(plan.modules)
+    ladder = rungs(len(sample), args.per_device_train_batch_size, num_candidates, plan.keep, plan.num_rungs)
+    folder = Path(args.output_dir)
+    progress = not args.disable_tqdm if show_progress is None else show_progress
+    rates = plan.learning_rates or {}
+    trials = LocationTrials(model, tokenizer, sample, args, ladder, weights, evaluation, text, rates)
+    setting = _setting(model, sample, args, plan, layers, ladder, weights, trials)
+    trials.begin(folder, setting)
+    with sharing_states(folder / STATES, layers):
+        found = trials.search(plan.modules, layers, coarse, plan.stride, plan.keep, progress)
+    search = LocationSearchResult(found, setting, model_shape(model.config))
+    search.save(folder)
+    if can_draw():
+        draw_locations(search, folder / "locations.png")
+    shutil.rmtree(folder / STATES, ignore_errors=True)
+    return search
+
+
+def _sample(edits: Sequence[Edit], num_edits: int | None, seed: int) -> list[Edit]:
+    if num_edits is not None and num_edits < 1:
+        raise ValueError(f"num_edits={num_edits}: expected 1 or more; None is all of them")
+    if num_edits is None:
+        return list(edits)
+    return random.Random(seed).sample(list(edits), min(num_edits, len(edits)))
+
+
+def _check_plan(plan: SearchPlan, model: PreTrainedModel) -> list[int]:
+    """Return the layers, after looking at every location."""
+    num_layers = len(find_decoder_layers(model)[1])
+    layers = list(range(num_layers)) if plan.layers is None else sorted(set(plan.layers))
+    if not layers or not plan.modules or len(set(plan.modules)) < len(plan.modules):
+        raise ValueError(f"plan: found modules={list(plan.modules)} and layers={layers}; expected some, each once.")
+    rates = plan.learning_rates or {}
+    unknown = sorted(set(rates) - set(plan.modules))
+    wrong = [f"{name}={rate}" for name, rate in rates.items() if not 0 < rate < float("inf")]
+    if unknown or wrong:
+        raise ValueError(
+            f"learning_rates: found {', '.join(unknown + wrong)}; expected rates above 0 of {', '.join(plan.modules)}."
+        )
+    for module in plan.modules:
+        for layer in layers:
+            location_of(model, module, layer)
+    return layers
+
+
+def _score(weights: Mapping[str, float] | None, edits: Sequence[Edit], has_text: bool) -> LocationScore:
+    told = {
+        "reliability": True,
+        "generalization": any(edit.rephrasings for edit in edits),
+        "locality": any(edit.locality for edit in edits),
+        "portability": any(edit.portability for edit in edits),
+    }
+    if weights is None:
+        return LocationScore.default([kind for kind, is_told in told.items() if is_told], has_text)
+    score = LocationScore(weights)
+    untold = [name for name in weights if not told.get(name.partition("_")[0], True)]
+    if untold or (score.needs_text and not has_text):
+        raise ValueError(
+            f"score: {', '.join(untold) or 'perplexity and KL'} cannot be measured: no edit of the sample has what is "
+            "asked for it, or there is no text. Leave it out of the score, or give that."
+        )
+    return score
+
+
+def _setting(
+    model: PreTrainedModel,
+    edits: Sequence[Edit],
+    args: BreadthFirstConfig,
+    plan: SearchPlan,
+    layers: Sequence[int],
+    ladder: Sequence[Rung],
+    score: LocationScore,
+    trials: LocationTrials,
+) -> dict[str, Any]:
+    """Return what the results depend on, as plain data."""
+    recipe = {name: getattr(args, name) for name in (*RECIPE_FIELDS, "skip_learned_epochs")}
+    return {
+        "model": getattr(model.config, "name_or_path", ""),
+        "shape": model_shape(model.config),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "edits": edits_sha256(edits),
+        "recipe": {name: getattr(value, "value", value) for name, value in recipe.items()},
+        "evaluation": asdict(trials.evaluation),
+        "text": trials.text_sha256,
+        "score": dict(score.weights),
+        "modules": list(plan.modules),
+        "layers": list(layers),
+        "stride": plan.stride,
+        "keep": plan.keep,
+        "rungs": [[rung.num_edits, rung.batch_size] for rung in ladder],
+        "learning_rates": dict(plan.learning_rates or {}),
+    }
+
+
+def run_location_search(
+    model_name_or_path: str | os.PathLike[str],
+    edits: EditSource,
+    args: BreadthFirstConfig,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    **arguments: Any,
+) -> LocationSearchResult:
+    """Load a model and search its locations; what `locft locate` does.
+
+    Args:
+        model_name_or_path: the base: a folder or a name on the Hub.
+        edits: as in `search_locations`.
+        args: as there.
+        revision: branch, tag or commit of the base on the Hub.
+        dtype: `"auto"` (as the checkpoint says), `"float32"`, `"bfloat16"` or `"float16"`.
+        trust_remote_code: run the code that comes with the base.
+        **arguments: what else `search_locations` takes.
+
+    Raises:
+        ValueError: as `search_locations`.
+        OSError: if the model cannot be loaded.
+    """
+    read = read_edits(edits)  # a mistake in them should not wait for a large model to load
+    model, tokenizer = load_model(model_name_or_path, dtype, revision=revision, trust_remote_code=trust_remote_code)
+    return search_locations(model, tokenizer, read, args, **arguments)

@@ -1,0 +1,178 @@
+"""One call from a model's name and a file of edits to a saved adapter: what `locft train` does."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import random
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import datasets
+from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import AutoConfig
+
+from ..adapters.inspection import AdapterSummary, inspect_adapter
+from ..adapters.saving import describe_adapter
+from ..data.edits import Edit, first_edits
+from ..engine.loading import load_model
+from ..evaluation.config import EvaluationConfig
+from ..evaluation.evaluator import EditEvaluator
+from ..io.files import check_folder
+from ..locating.preset import LocationPreset
+from ..reporting.plots import can_draw, draw_curves
+from ..training.config import BreadthFirstConfig
+from ..training.evaluation_callback import EvaluationCallback
+from ..training.resume import whole_checkpoint
+from ..training.scale_choice import TradeOff, choose_scale
+from ..training.trainer import BreadthFirstTrainer
+from ..training.training_data import check_sources
+from ..tuner import LocFTConfig, balanced_config
+from ..tuner.presets import default_location
+
+logger = logging.getLogger(__name__)
+
+WEAKER = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+def train_edits(
+    model_name_or_path: str | os.PathLike[str],
+    edits: str | os.PathLike[str] | Sequence[Edit] | datasets.Dataset,
+    peft_config: PeftConfig | LocationPreset | None = None,
+    args: BreadthFirstConfig | None = None,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    on_conflict: Literal["warn", "error", "last"] = "warn",
+    num_edits: int | None = None,
+    evaluate_every: int = 0,
+    evaluate_num_edits: int = 100,
+    best_metric: str | None = None,
+    patience: int = 2,
+    keep_reliability: float | None = None,
+    ship_edits: bool = False,
+) -> AdapterSummary:
+    """Write edits into a model and save the adapter to `args.output_dir`.
+
+    Args:
+        model_name_or_path: the base model: a folder or a name on the Hub.
+        edits: whatever `read_edits` reads.
+        peft_config: what to train; `None` is `LocFTConfig()`. Any other PEFT method works too, and so does what
+            `locft locate` has found.
+        args: the recipe, and where to save; `None` is the published one.
+        revision: branch, tag or commit of the base model on the Hub.
+        dtype: `"auto"` (as the checkpoint says), `"float32"`, `"bfloat16"` or `"float16"`, for the base model.
+        trust_remote_code: run the code that comes with the base model; leave it off unless you have read that code.
+        on_conflict: what to do about one prompt with two targets, see `read_edits`.
+        num_edits: take so many from the beginning; `None`: all.
+        evaluate_every: epochs between evaluations while training; 0 for none. See `EvaluationCallback`.
+        evaluate_num_edits: edits that are evaluated, chosen by `args.seed`.
+        best_metric: the metric by which an epoch is the best; its weights are kept.
+        patience: evaluations without a better one after which training ends.
+        keep_reliability: after training, take the weakest delta, `scale` from 0.5 to 1, whose reliability on
+            `evaluate_num_edits` edits is still this; see `choose_scale`.
+        ship_edits: save the edits in the adapter's folder, too: whoever has the adapter can read them then, and
+            `update_adapter` needs nothing else.
+
+    Returns:
+        What was saved.
+
+    Raises:
+        ValueError: if the edits, the location or the recipe cannot be used; nothing is trained or written then.
+        NotADirectoryError: if `args.output_dir` is a file.
+        OSError: if the base model or its tokenizer cannot be loaded.
+
+    Example:
+        >>> summary = train_edits("Qwen/Qwen2.5-7B-Instruct", "edits.json", args=BreadthFirstConfig(output_dir="out"))
+        >>> print(summary)
+    """
+    args = BreadthFirstConfig() if args is None else args
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    peft_config = _what_to_train(peft_config, model_name_or_path, source)
+    # a mistake should not wait for a large model to load, or to be trained
+    if best_metric is not None and not evaluate_every:
+        raise ValueError(f"best_metric={best_metric!r} needs evaluations while training: give evaluate_every.")
+    _check(args, peft_config, keep_reliability)
+    read = first_edits(edits, num_edits, on_conflict)
+    check_sources(read, args)
+    model, tokenizer = load_model(model_name_or_path, dtype, **source)
+    _set_default_location(peft_config, model, args)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* prompts have several targets")  # said by read_edits, once
+        trainer = BreadthFirstTrainer(
+            model=get_peft_model(model, peft_config, revision=revision),
+            args=args,
+            train_dataset=read,
+            processing_class=tokenizer,
+        )
+    sample = random.Random(args.seed).sample(read, min(evaluate_num_edits, len(read)))
+    if evaluate_every:
+        callback = _evaluation(sample, args, every=evaluate_every, best_metric=best_metric, patience=patience)
+        trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if keep_reliability is not None:
+        _weaken(trainer, sample, keep_reliability)
+    trainer.save_model()
+    if ship_edits and args.should_save:
+        describe_adapter(args.output_dir, edits=trainer.edits)
+    trainer.accelerator.wait_for_everyone()  # one process writes what all of them read now
+    return inspect_adapter(args.output_dir)
+
+
+def _check(args: BreadthFirstConfig, peft_config: PeftConfig, keep_reliability: float | None) -> None:
+    if keep_reliability is not None and not (0 < keep_reliability <= 1 and isinstance(peft_config, LocFTConfig)):
+        raise ValueError(f"keep_reliability={keep_reliability!r}: expected above 0 and up to 1, of a LocFT adapter.")
+    check_folder(args.output_dir, "an adapter")
+    if args.resume_from_checkpoint:
+        whole_checkpoint(args.output_dir, args.resume_from_checkpoint)
+
+
+def _evaluation(sample: Sequence[Edit], args: BreadthFirstConfig, **fields: Any) -> EvaluationCallback:
+    asked = EvaluationConfig(protocols=["generation", "token_accuracy"], chat_template=args.chat_template)
+    return EvaluationCallback(sample, args=asked, draw=draw_curves if can_draw() else None, **fields)
+
+
+def _weaken(trainer: BreadthFirstTrainer, sample: Sequence[Edit], reliability: float) -> None:
+    """Set the smallest scale of the delta that keeps a reliability on a sample of the edits."""
+    model, args = trainer.accelerator.unwrap_model(trainer.model), trainer.args
+    prompts = [replace(edit, rephrasings=(), locality=(), portability=()) for edit in sample]
+    asked = EvaluationConfig(protocols=["generation"], chat_template=args.chat_template)
+    evaluator = EditEvaluator(model, trainer.processing_class, prompts, asked, progress=not args.disable_tqdm)
+
+    def measured(weaker: PeftModel) -> dict[str, float]:
+        found = evaluator.evaluate(weaker).results["reliability_exact_match"].after.value
+        return {"reliability": found, "scale": weaker.peft_config[weaker.active_adapter].scale}
+
+    trade_off = TradeOff({"scale": -1.0}, at_least={"reliability": reliability})
+    chosen = choose_scale(model, measured, trade_off, WEAKER, progress=not args.disable_tqdm)
+    logger.warning("The delta's scale is %g, the smallest that keeps the reliability.\n%s", chosen.scale, chosen)
+
+
+def _what_to_train(
+    asked: PeftConfig | LocationPreset | None, model_name_or_path: str | os.PathLike[str], source: dict[str, Any]
+) -> PeftConfig:
+    if isinstance(asked, LocationPreset):
+        return asked.config_for(AutoConfig.from_pretrained(model_name_or_path, **source))
+    config = LocFTConfig() if asked is None else copy.deepcopy(asked)
+    if config.task_type is None:
+        config.task_type = "CAUSAL_LM"  # lets AutoPeftModelForCausalLM load it
+    return config
+
+
+def _set_default_location(config: PeftConfig, model: Any, args: BreadthFirstConfig) -> None:
+    if not isinstance(config, LocFTConfig) or config.target_modules is not None:
+        return
+    if args.recipe == "balanced" and config.layers_to_transform is None and config.target_parameters is None:
+        config.target_modules = balanced_config(model).target_modules
+        return
+    published = default_location(model).learning_rate
+    if published is not None and published != args.learning_rate:
+        logger.warning(
+            "The published learning rate for this model and location is %g; this run uses %g.",
+            published,
+            args.learning_rate,
+        )

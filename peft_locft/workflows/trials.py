@@ -1,0 +1,85 @@
+"""One trial of many: an adapter is trained on a base, evaluated, and taken off again."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+
+from ..data.edits import Edit
+from ..evaluation.evaluator import EditEvaluator
+from ..evaluation.report import EvaluationReport
+from ..training.config import BreadthFirstConfig
+from ..training.trainer import BreadthFirstTrainer
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """What a trial has found.
+
+    Attributes:
+        report: its evaluation.
+        epoch_losses: of the training.
+        training_seconds: with all that had to be made ready.
+        evaluation_seconds: of the adapter, and of the base where it was the first to be evaluated.
+    """
+
+    report: EvaluationReport
+    epoch_losses: list[float]
+    training_seconds: float
+    evaluation_seconds: float
+
+
+def try_adapter(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    edits: Sequence[Edit],
+    config: PeftConfig,
+    args: BreadthFirstConfig,
+    evaluator: EditEvaluator,
+) -> TrialResult:
+    """Train an adapter and evaluate it.
+
+    Args:
+        model: the base, which is left as it was.
+        tokenizer: its tokenizer.
+        edits: what is trained.
+        config: the adapter; its own for every trial, since PEFT writes into it.
+        args: the recipe.
+        evaluator: of the base, shared by all trials: the base is asked once.
+
+    Raises:
+        RuntimeError: if the loss becomes NaN or infinite.
+        FloatingPointError: if the logits of the edited model are.
+    """
+    edited = get_peft_model(model, config)
+    begun = time.perf_counter()
+    try:
+        trainer = BreadthFirstTrainer(model=edited, args=args, train_dataset=edits, processing_class=tokenizer)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        trained = time.perf_counter()
+        report = evaluator.evaluate(edited)
+        losses = list(trainer.epoch_losses)
+    finally:
+        edited.unload()
+        trainer = None  # type: ignore[assignment]
+        gc.collect()  # trainer and model hold each other
+    return TrialResult(report, losses, trained - begun, time.perf_counter() - trained)
+
+
+def known_result(path: Path, cell: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the result in a file if it is that of this cell, whose settings it begins with; else `None`."""
+    if not path.is_file():
+        return None
+    row: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    # through JSON and back, as the file has been
+    expected = json.loads(json.dumps(cell))
+    return row if {name: row.get(name) for name in expected} == expected else None

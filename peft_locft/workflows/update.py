@@ -1,0 +1,302 @@
+"""Update a saved adapter: add, replace and withdraw edits by training on from its delta."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..adapters.inspection import AdapterSummary, inspect_adapter
+from ..adapters.reading import CheckedAdapter, check_adapter
+from ..adapters.saving import save_adapter
+from ..adapters.shipped_edits import EDITS_NAME, adapter_edits, edit_lines
+from ..data.edit_lists import EditPlan, merge_edit_lists, read_lines_to_forget
+from ..data.edits import Edit, OnConflict, edits_sha256, first_edits
+from ..data.encoding import EncodedEdits, encode_prompts
+from ..data.retained_facts import flat
+from ..engine.decoding import check_fits, generate_and_score
+from ..engine.distributed import SHARDED
+from ..engine.loading import load_model
+from ..engine.model_state import as_base
+from ..engine.questions import UNTIL_EOS, Question
+from ..io.files import check_folder, write_atomically
+from ..training.config import BreadthFirstConfig
+from ..training.record import training_record
+from ..training.resume import whole_checkpoint
+from ..training.trainer import BreadthFirstTrainer
+from ..training.training_data import TrainingData, check_sources
+from ..tuner.base_weights import differing_from_base
+
+ANSWER_TOKENS = 32  # of the base, as many as the published protocol looks at
+SHARE_CHANGED = 0.1  # of the rows of an epoch, at least
+COUNTED = ("added", "replaced", "withdrawn")
+
+
+class ContinuedTrainer(BreadthFirstTrainer):
+    """A `BreadthFirstTrainer` of an adapter that was trained before.
+
+    Args:
+        model: with the adapter, trainable and active.
+        args: the recipe.
+        plan: what becomes of the adapter's edits.
+        processing_class: the model's fast tokenizer.
+        earlier: the content of the adapter's `locft_provenance.json`.
+        ship_edits: whether what is saved has the edits in it.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        args: BreadthFirstConfig,
+        plan: EditPlan,
+        processing_class: PreTrainedTokenizerBase,
+        *,
+        earlier: Mapping[str, Any],
+        ship_edits: bool,
+    ) -> None:
+        self.plan = plan
+        self.ship_edits = ship_edits
+        before = earlier.get("continued", {})
+        self.continued = {"times": before.get("times", 0) + 1}
+        self.continued |= {name: before.get(name, 0) + len(getattr(plan, name)) for name in COUNTED}
+        super().__init__(model=model, args=args, train_dataset=plan.edits, processing_class=processing_class)
+
+    def _make_data(self, model: Any, tokenizer: PreTrainedTokenizerBase, args: BreadthFirstConfig) -> TrainingData:
+        """Add the base's answers to withdrawn prompts, and repeat what is new as often as needed."""
+        data = super()._make_data(model, tokenizer, args)
+        prompts = encode_prompts(self.plan.restored_prompts, tokenizer, chat_template=args.chat_template)
+        self.questions = [Question(tuple(ids), num_stops=UNTIL_EOS, max_new_tokens=ANSWER_TOKENS) for ids in prompts]
+        check_fits(model, self.questions, tokenizer)
+        with as_base(model):
+            answers = generate_and_score(
+                model, tokenizer, self.questions, whose="the base model", progress=not args.disable_tqdm
+            )
+        self.base_answers = [answer.token_ids for answer in answers]
+        answered = [
+            (list(question.prompt) + answer, len(question.prompt))
+            for question, answer in zip(self.questions, self.base_answers, strict=True)
+        ]
+        num_new = len(self.plan.added) + len(self.plan.replaced)
+        more = _repeated(data.encoded, len(self.edits), num_new, answered)
+        return data.with_targets(more, num_known=len(self.edits) - num_new)
+
+    def count_as_base(self) -> int | None:
+        """Return how many withdrawn prompts are answered with the base's tokens; None where the model is sharded."""
+        if self.accelerator.distributed_type in SHARDED:
+            return None
+        model = self.accelerator.unwrap_model(self.model)
+        found = generate_and_score(model, self.processing_class, self.questions, progress=not self.args.disable_tqdm)
+        return sum(mine.token_ids == base for mine, base in zip(found, self.base_answers, strict=True))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if output_dir not in (None, self.args.output_dir):
+            super()._save(output_dir, state_dict)  # a checkpoint
+        elif self.args.should_save:
+            record = training_record(
+                self.edits, self.args, self.record, self.state.global_step, augmentation=self.data.record()
+            )
+            save_adapter(
+                self.accelerator.unwrap_model(self.model, keep_torch_compile=False),
+                self.args.output_dir,
+                record=record | {"continued": self.continued},
+                edits=self.edits if self.ship_edits else None,
+                state_dict=state_dict,
+            )
+
+
+def _repeated(
+    rows: EncodedEdits, num_edits: int, num_new: int, answered: Sequence[tuple[list[int], int]]
+) -> EncodedEdits | None:
+    """Return the rows to be added to edits, of which the last `num_new` are new: answered prompts, and repetitions.
+
+    The new ones and the answered prompts are repeated until they are a tenth of all, or more. Rows that begin alike
+    are computed once, so that this costs next to nothing.
+    """
+    num_retained = num_edits - num_new
+    new = [(rows[n].input_ids.tolist(), rows[n].target_start) for n in range(num_retained, num_edits)]
+    changed = [*new, *answered]
+    if not changed:
+        return None
+    times = math.ceil(SHARE_CHANGED / (1 - SHARE_CHANGED) * num_retained / len(changed)) - 1
+    added = [*answered, *(changed * times)]
+    return flat([tokens for tokens, _ in added], [start for _, start in added]) if added else None
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateSummary:
+    """What `update_adapter` did.
+
+    Attributes:
+        plan: the edits, and what became of them.
+        num_restored: prompts of withdrawn edits that the base is to answer again.
+        num_as_base: those of them that are answered token for token as the base answers, at most 32 tokens; `None` if
+            the model was spread over processes, so that it could not be asked.
+        trained_edits: the file with the edits that the new adapter holds, for the next time; `None` if it ships them.
+        adapter: what was saved.
+    """
+
+    plan: EditPlan
+    num_restored: int
+    num_as_base: int | None
+    trained_edits: Path | None
+    adapter: AdapterSummary
+
+    @property
+    def folder(self) -> Path:
+        return self.adapter.folder
+
+    def __str__(self) -> str:
+        lines = [f"edits: {self.plan}"]
+        if self.num_restored and self.num_as_base is not None:
+            lines.append(f"{self.num_as_base} of {self.num_restored} withdrawn prompts are answered as by the base")
+        if self.trained_edits is not None:
+            lines.append(f"the edits that the adapter holds, which it does not ship: {self.trained_edits}")
+        return "\n".join([*lines, "", str(self.adapter)])
+
+
+def update_adapter(
+    adapter: str | os.PathLike[str],
+    edits: str | os.PathLike[str] | Sequence[Edit] | datasets.Dataset | None = None,
+    forget: str | os.PathLike[str] | Iterable[str] | None = None,
+    args: BreadthFirstConfig | None = None,
+    *,
+    trained_edits: str | os.PathLike[str] | Sequence[Edit] | None = None,
+    ship_edits: bool | None = None,
+    model_name_or_path: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    on_conflict: OnConflict = "warn",
+    num_edits: int | None = None,
+) -> UpdateSummary:
+    """Add, replace and withdraw edits of a saved adapter, and save the new one to `args.output_dir`.
+
+    Training begins with the adapter's delta and a fresh optimizer, over all the edits that are held in the end. The
+    prompts of withdrawn edits are trained towards what the base itself answers, greedily, and are no edits afterwards.
+    What is new or withdrawn makes up a tenth of every epoch at least, by repetition, so that the loss floor does not
+    end training while a few of it are lost among thousands that are known. For the same reason the share in
+    `stop_at_learned` is of these rows: no more of all may be unlearned than it leaves of them.
+
+    Args:
+        adapter: a local adapter folder, of any PEFT method. It is left as it is, until the new one is whole, if
+            `args.output_dir` is the same folder.
+        edits: new ones, whatever `read_edits` reads; one with another target for a known prompt replaces that.
+        forget: which to withdraw: a text file or lines, see `merge_edit_lists`.
+        args: the recipe, and where to save; `None` is the published one. What edits look like to the model
+            (`append_eos`, `chat_template`) must be as the adapter was trained.
+        trained_edits: the edits that the adapter was trained on, if it does not ship them, see `adapter_edits`.
+        ship_edits: whether the new adapter ships its edits; `None` is as the old one does. Otherwise they are written
+            beside `args.output_dir`, to a file that is named by their sha256, and is `trained_edits` the next time.
+        model_name_or_path: the base model; `None` is the one that the adapter names.
+        revision: branch, tag or commit of the base on the Hub; `None` is the one that the adapter names.
+        dtype: as in `train_edits`.
+        trust_remote_code: as in `train_edits`.
+        on_conflict: what to do about one prompt with two targets among the new edits, see `read_edits`.
+        num_edits: take so many of the new edits from the beginning; `None`: all.
+
+    Returns:
+        What was saved, and how many withdrawn prompts are answered as the base answers.
+
+    Raises:
+        ValueError: if there is nothing to do; if the adapter is refused by `check_adapter`, belongs to another base or
+            was trained with another form of edits; if the edits cannot be used, or `adapter_edits` or
+            `merge_edit_lists` refuses them; if `args` are of depth-first order. Nothing is trained or written then.
+        NotADirectoryError: if `args.output_dir` is a file.
+        OSError: if a file, the base model or its tokenizer cannot be read.
+
+    Example:
+        >>> print(update_adapter("out", None, ["The capital of Norway is"], BreadthFirstConfig(output_dir="out")))
+        edits: 99 kept, 0 added, 0 replaced, 1 withdrawn
+        1 of 1 withdrawn prompts are answered as by the base
+        …
+    """
+    args = BreadthFirstConfig() if args is None else args
+    if edits is None and forget is None:
+        raise ValueError("update_adapter: found neither new edits nor edits to forget; expected one of them, or both.")
+    check_folder(args.output_dir, "an adapter")
+    checked = check_adapter(adapter, method=None)
+    _check_recipe(checked, args)
+    held = adapter_edits(adapter, trained_edits, on_conflict)
+    new = [] if edits is None else first_edits(edits, num_edits, on_conflict)
+    plan = merge_edit_lists(held, new, [] if forget is None else read_lines_to_forget(forget))
+    check_sources(plan.edits, args)
+    if args.resume_from_checkpoint:
+        whole_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    if ship_edits is None:
+        ship_edits = (checked.folder / EDITS_NAME).is_file()
+    config = checked.config
+    base, revision = model_name_or_path or config.base_model_name_or_path, revision or config.revision
+    if base is None:
+        raise ValueError(f"{adapter}: it does not say which base model it belongs to; give model_name_or_path.")
+    model, tokenizer = load_model(base, dtype, revision=revision, trust_remote_code=trust_remote_code)
+    peft_model = _with_trainable_adapter(model, checked)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* prompts have several targets")  # said by read_edits, once
+        trainer = ContinuedTrainer(peft_model, args, plan, tokenizer, earlier=checked.facts, ship_edits=ship_edits)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    num_restored, num_as_base = len(trainer.questions), trainer.count_as_base()
+    if num_as_base is not None and num_as_base < num_restored:
+        logger.warning(
+            "%d of %d withdrawn prompts are not answered as by the base. Train longer, or to a lower loss_floor.",
+            num_restored - num_as_base,
+            num_restored,
+        )
+    file = None if ship_edits else _write_beside(args, plan.edits)
+    trainer.save_model()
+    trainer.accelerator.wait_for_everyone()  # one process writes what all of them read now
+    return UpdateSummary(plan, num_restored, num_as_base, file, inspect_adapter(args.output_dir))
+
+
+def _check_recipe(adapter: CheckedAdapter, args: BreadthFirstConfig) -> None:
+    if args.edit_order != "breadth_first":
+        raise ValueError(
+            f"BreadthFirstConfig.edit_order={args.edit_order!r}: an adapter is trained on over all its edits "
+            "together. Give 'breadth_first'."
+        )
+    for name in ("append_eos", "chat_template"):
+        found, recorded = getattr(args, name), adapter.facts.get("recipe", {}).get(name, getattr(args, name))
+        if found != recorded:
+            raise ValueError(
+                f"BreadthFirstConfig.{name}={found}: {adapter.folder} was trained with {recorded}, and its edits "
+                f"would look different to the model. Give {name}={recorded}."
+            )
+
+
+def _with_trainable_adapter(model: nn.Module, adapter: CheckedAdapter) -> PeftModel:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*was trained on another base")  # an error below
+            peft_model = PeftModel.from_pretrained(model, str(adapter.folder), is_trainable=True)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{adapter.folder}: the adapter does not fit the base model: {error}") from None
+    differing = differing_from_base(peft_model, "default", adapter.config)
+    if differing:
+        raise ValueError(
+            f"{adapter.folder} was trained on another base: {', '.join(differing[:3])} differ from the weights that "
+            "its deltas belong to. Give its own base, at the revision and dtype that it was trained on."
+        )
+    return peft_model
+
+
+def _write_beside(args: Any, edits: Sequence[Edit]) -> Path:
+    """Write the list that the new adapter does not ship; its name keeps it from replacing an older adapter's."""
+    folder = Path(args.output_dir).resolve()
+    file = folder.with_name(f"{folder.name}.edits-{edits_sha256(edits)[:12]}.jsonl")
+    if args.should_save:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, edit_lines(edits))
+    return file
