@@ -78,7 +78,7 @@ def test_another_package_of_that_name_is_an_error(monkeypatch: pytest.MonkeyPatc
         pass
 
     monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, LOCFT, LocFTConfigOfAnother)
-    with pytest.raises(ImportError, match=r"already has a method LOCFT, registered by test_registration.*remove"):
+    with pytest.raises(ImportError, match=r"already has a method LOCFT, registered by test_registration\. Uninstall"):
         importlib.reload(peft_locft.tuner)
 
 

@@ -36,7 +36,7 @@ from ..training.record import training_record
 from ..training.resume import whole_checkpoint
 from ..training.trainer import BreadthFirstTrainer
 from ..training.training_data import TrainingData, check_sources
-from ..tuner.base_weights import differing_from_base
+from ..tuner.model import differing_from_base
 
 ANSWER_TOKENS = 32  # of the base, as many as the published protocol looks at
 SHARE_CHANGED = 0.1  # of the rows of an epoch, at least
