@@ -1,7 +1,9 @@
 """The PEFT tuner. Importing it registers `PeftType.LOCFT`; nothing else of PEFT is touched."""
 
+# `peft` before its parts: if another thread is importing it, this waits
+from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import PeftType, hotswap, register_peft_method
+from peft.utils import hotswap, register_peft_method
 
 
 def _add_peft_type(name: str) -> None:
