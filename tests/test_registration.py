@@ -137,7 +137,7 @@ def test_an_import_of_peft_is_watched_until_it_succeeds(tmp_path: Path, monkeypa
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
     monkeypatch.delitem(sys.modules, "not_yet_there", raising=False)
-    seen = []
+    seen: list[object] = []
     for _ in range(2):  # twice is once
         call_after_import("not_yet_there", seen.append)
     with pytest.raises(ModuleNotFoundError, match="not_yet_there"):
