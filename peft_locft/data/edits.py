@@ -225,7 +225,7 @@ def _describe_conflicts(edits: list[Edit]) -> str:
     for edit in edits:
         by_prompt.setdefault(edit.prompt, []).append(edit)
     conflicts = [group for group in by_prompt.values() if len(group) > 1]
-    lines = [f"{len(conflicts)} of {len(by_prompt)} prompts have several targets; a model can learn only one. First:"]
+    lines = [f"{len(conflicts)} of {len(by_prompt)} prompts have several targets; a model can learn one. The first:"]
     for group in conflicts[:5]:
         targets = ", ".join(f"{edit.target!r} ({edit.source})" for edit in group)
         lines.append(f"  {group[0].prompt!r}: {targets}")
@@ -241,7 +241,7 @@ def _edits(rows: list[Row]) -> list[Edit]:
         except ValueError as error:
             problems.append(f"  {place}: {error}")
     if problems:
-        head = f"{len(problems)} of {len(rows)} records cannot be read. First:"
+        head = f"{len(problems)} of {len(rows)} records cannot be read. The first:"
         raise ValueError("\n".join([head, *problems[:10]]))
     return edits
 

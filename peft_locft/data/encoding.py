@@ -305,7 +305,7 @@ def _whole_turn(ids: list[int], offsets: Offsets, end: int, turn_ends: set[int],
 def _check_lengths(lengths: torch.Tensor, edits: Sequence[Edit], max_length: int) -> None:
     too_long = (lengths > max_length).nonzero().flatten().tolist()
     if too_long:
-        head = f"{len(too_long)} of {len(edits)} edits are longer than max_length={max_length} tokens. First:"
+        head = f"{len(too_long)} of {len(edits)} edits are longer than max_length={max_length} tokens. The first:"
         first = [f"  {place_of(edits[index])}: {lengths[index]}" for index in too_long[:5]]
         advice = "Shorten or remove them, or increase max_length up to the model's positions."
         raise ValueError("\n".join([head, *first, advice]))

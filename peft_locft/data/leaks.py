@@ -36,7 +36,7 @@ def check_paraphrases(edits: Sequence[Edit]) -> None:
             "\n".join(
                 [
                     f"{len(leaks)} training paraphrases are also rephrasings, so generalization would be measured on "
-                    "trained prompts. First:",
+                    "trained prompts. The first:",
                     *leaks[:10],
                     "Remove each from `paraphrases` or from `rephrasings`.",
                 ]
@@ -99,7 +99,7 @@ def without_leaks(edits: Sequence[Edit], trained: Set[str], on_leak: OnLeak) -> 
             "\n".join(
                 [
                     f"{len(leaks)} questions of this evaluation were trained on, so they would measure memorization. "
-                    "First:",
+                    "The first:",
                     *leaks[:10],
                     'Evaluate edits with other questions, or pass on_leak="drop" to leave these out.',
                 ]
