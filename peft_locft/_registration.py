@@ -1,31 +1,33 @@
-"""Registers the tuner with PEFT: now, where PEFT is loaded; else as soon as it is, so that nothing waits for it."""
+"""Registers the tuner with PEFT: at once if PEFT is imported, else at the end of its import.
+
+So `import peft_locft` does not load PEFT and torch.
+"""
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 
 def register_with_peft() -> None:
-    """Register `PeftType.LOCFT` if PEFT is imported already, or at the end of its import."""
-    if "peft" in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _AfterPeft) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterPeft())
+    """Register `PeftType.LOCFT`, and the writer of model cards, now or as soon as their modules are imported."""
+    call_after_import("peft_locft.tuner.config", _set_card_writer)
+    call_after_import("peft", _register)
 
 
-def _register() -> None:
-    # the class first: where `peft_locft.tuner` is what imports PEFT, it is still under way and registers after this
-    config: Any = importlib.import_module("peft_locft.tuner.config")
+def _register(peft: Any) -> None:
+    # if `peft_locft.tuner` is what imports PEFT, in this thread or another, it registers when it goes on
+    if "peft_locft.tuner" not in sys.modules:
+        importlib.import_module("peft_locft.tuner")
+
+
+def _set_card_writer(config: Any) -> None:
     config.LocFTConfig.card_writer = staticmethod(_write_card)
-    importlib.import_module("peft_locft.tuner")
 
 
 def _write_card(config: Any, folder: Path) -> None:
@@ -34,22 +36,50 @@ def _write_card(config: Any, folder: Path) -> None:
     replace_template(config, folder)
 
 
-class _AfterPeft(MetaPathFinder):
-    """Finds PEFT as the finders behind it do, and registers the tuner when PEFT's own import has ended."""
+def call_after_import(name: str, action: Callable[[Any], None]) -> None:
+    """Call `action` with a module: now if it is imported, else at the end of its first import that succeeds."""
+    if name in sys.modules:
+        action(sys.modules[name])
+    elif not any(isinstance(finder, _Finder) and finder.name == name for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder(name, action))
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != "peft":
+
+class _Finder(MetaPathFinder):
+    """Finds one module as the finders behind it do, with a loader that calls the action.
+
+    It stays until an import succeeds: others look for PEFT without importing it (transformers' `is_peft_available`),
+    and a failed import can be tried again.
+    """
+
+    def __init__(self, name: str, action: Callable[[Any], None]) -> None:
+        self.name = name
+        self.action = action
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> ModuleSpec | None:
+        if name != self.name or self not in sys.meta_path:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.loader is not None:
-            loader: Any = spec.loader
-            execute = loader.exec_module
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
+            spec = finder.find_spec(name, path, target)
+            if spec is not None:
+                if spec.loader is not None:  # a namespace package has none
+                    spec.loader = _Loader(spec.loader, self)  # type: ignore[assignment]
+                return spec
+        return None
 
-            def execute_and_register(module: ModuleType) -> None:
-                del loader.exec_module
-                execute(module)
-                _register()
 
-            loader.exec_module = execute_and_register
-        return spec
+class _Loader:
+    """The loader that was found, except that the action follows `exec_module`. The module keeps the one found."""
+
+    def __init__(self, loader: Any, finder: _Finder) -> None:
+        self._loader = loader
+        self._finder = finder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def exec_module(self, module: Any) -> None:
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        self._finder.action(module)
+        if self._finder in sys.meta_path:
+            sys.meta_path.remove(self._finder)

@@ -10,7 +10,7 @@ from tokenizers_for_tests import make_tokenizer
 
 from peft_locft import Edit, Probe, encode_edits
 from peft_locft.data.augmentation import concatenated, paraphrased, swapped_subjects, with_prefix
-from peft_locft.data.leaks import normalised
+from peft_locft.data.edits import fold_case
 
 FRANCE = Edit(prompt="The capital of France is", target="Lyon", subject="France", rephrasings=("France's capital:",))
 
@@ -109,7 +109,7 @@ def test_no_swap_is_what_an_edit_says_already() -> None:
     others = [Edit(prompt=f"{name} is", target="king", subject=name) for name in PEOPLE]
     prompts = swaps([taken, ann, *others], 100, seed=0)
     assert [prompt for prompt in prompts if prompt.endswith("born in")] == []
-    assert {normalised(f"{one} is") for one in PEOPLE}.isdisjoint(map(normalised, prompts))
+    assert {fold_case(f"{one} is") for one in PEOPLE}.isdisjoint(map(fold_case, prompts))
 
 
 def test_edits_without_a_subject_in_their_prompt_are_passed_over() -> None:

@@ -447,7 +447,7 @@ MISTAKES: dict[str, tuple[Spoil, str]] = {
     "edits broken": (with_edits('{"prompt": "x"\n'), r"bad\.jsonl:1: found broken JSON at column"),
     "edits of no known kind": (with_edits("text", "bad.txt"), r"bad\.txt: found '\.txt'; expected one of \.json"),
     "edits empty": (with_edits(""), "found no records; expected at least one edit"),
-    "edits without target": (with_edits(json.dumps({"prompt": "x"})), r"bad\.jsonl:1: found the columns prompt"),
+    "edits without target": (with_edits(json.dumps({"prompt": "x"})), r"bad\.jsonl:1: no prompt / target columns"),
     "edits with empty target": (with_edits(json.dumps(ASKED | {"target_new": ""})), r"bad\.jsonl:1: field 'target"),
     "edits too long": (
         with_edits(json.dumps(ASKED | {"prompt": "The city," * 90})),
@@ -462,10 +462,10 @@ MISTAKES: dict[str, tuple[Spoil, str]] = {
     "no chat template": (with_words("--chat_template"), "tokenizer: found no chat template; set"),
     "layer beyond the last": (with_words("--layers_to_transform", "3"), "the model has 3 decoder layers"),
     "no such module": (with_words("--target_modules", "no_proj"), "no_proj"),
-    "entire layer of none": (with_words("--target_modules", "entire-layer"), "needs to know which"),
+    "entire layer of none": (with_words("--target_modules", "entire-layer"), "needs a layer"),
     "layers beside a pattern": (
         with_words("--target_modules", ".*up.*", "--layers_to_transform", "1"),
-        r"layers_to_transform=\[1\] has no effect beside the regular expression",
+        r"layers_to_transform=\[1\] has no effect with the regular expression",
     ),
     "output is a file": (with_a_file_at_the_output, r"Cannot save an adapter to .*taken: .*taken is a file"),
     "another method and a location": (

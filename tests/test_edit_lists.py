@@ -78,7 +78,7 @@ def test_a_prompt_that_another_edit_has_is_not_given_back_to_the_base() -> None:
 
 def test_lines_that_mean_nothing_are_named_with_the_nearest_edits() -> None:
     near = edit_id(RIGA)[:-1] + "-"
-    with pytest.raises(ValueError, match=r"2 lines mean none of the edits") as refused:
+    with pytest.raises(ValueError, match=r"2 lines name no edit of the adapter") as refused:
         merge_edit_lists(KNOWN, forget=["The capital of Norwya is", OSLO.prompt, near])
     said = str(refused.value)
     assert f"'The capital of Norwya is': {edit_id(OSLO)}  'The capital of Norway is'" in said
@@ -88,9 +88,9 @@ def test_lines_that_mean_nothing_are_named_with_the_nearest_edits() -> None:
 
 
 def test_a_contradiction_and_an_empty_rest_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"'The capital of Norway  is' is withdrawn, and among the new edits too"):
+    with pytest.raises(ValueError, match=r"'The capital of Norway  is' is withdrawn and also among the new edits"):
         merge_edit_lists(KNOWN, [Edit(prompt="The capital of Norway  is", target="Hamar")], [edit_id(OSLO)])
-    with pytest.raises(ValueError, match=r"it withdraws all 3 edits\. Nothing would be left"):
+    with pytest.raises(ValueError, match=r"it withdraws all 3 edits, so none would be left"):
         merge_edit_lists(KNOWN, forget=map(edit_id, KNOWN))
 
 
@@ -102,7 +102,7 @@ def test_lines_to_forget_are_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"forget: .*ids\.txt names no edit"):
         read_lines_to_forget(file)
     file.write_bytes(b"\xff")
-    with pytest.raises(ValueError, match=r"forget: .*ids\.txt is not UTF-8"):
+    with pytest.raises(ValueError, match=r"ids\.txt:1: found byte 0xff at offset 0; expected UTF-8"):
         read_lines_to_forget(file)
     with pytest.raises(FileNotFoundError):
         read_lines_to_forget(tmp_path / "none.txt")
@@ -118,7 +118,7 @@ def test_held_edits_are_those_that_the_adapter_was_trained_on(tmp_path: Path) ->
     assert adapter_edits(tmp_path / "out", EDITS) == EDITS[:5]
     with pytest.raises(ValueError, match=r"trained_edits: found 4 edits, the first 4 with .*; expected the 5 that"):
         adapter_edits(tmp_path / "out", EDITS[:4])
-    with pytest.raises(ValueError, match=r"trained_edits: found 7 edits, the first 5 with the sha256 \w{16}…"):
+    with pytest.raises(ValueError, match=r"trained_edits: found 7 edits, the first 5 with (the )?sha256 \w{16}…"):
         adapter_edits(tmp_path / "out", EDITS[1:])
     describe_adapter(tmp_path / "out", edits=EDITS[:5])
     assert adapter_edits(tmp_path / "out") == EDITS[:5]

@@ -98,7 +98,7 @@ def test_a_token_that_prompt_and_target_share_is_scored_and_warned_of_once(token
         Edit(prompt="The city is in ", target=target, source=f"edits.json:{target}") for target in ("the", "Paris")
     ]
     with pytest.warns(
-        UserWarning, match=r"edits.json:the: found a token .* share, as 2 of 10 edits.*remove whitespace"
+        UserWarning, match=r"edits.json:the: found a token shared by .* \(in 2 of 10 edits\).*remove whitespace"
     ) as caught:
         encoded = encode_edits(EDITS + shared, tokenizer)
     assert len(caught) == 1
@@ -238,14 +238,14 @@ BAD_INPUTS = {
     ),
     "template opens thoughts": (
         lambda: encode_edits([EDIT], make_tokenizer("qwen", chat_template="opens_thoughts"), chat_template=True),
-        r"zsre.json:12: found a chat template that renders .*<think>.*chat_template=False",
+        r"zsre.json:12: the chat template gives .*<think>.*chat_template=False",
     ),
     "template drops the answer": (
         lambda: encode_edits([EDIT], make_tokenizer("qwen", chat_template="drops_answer"), chat_template=True),
-        "zsre.json:12: found a chat template .*expected .*then the target 'bbb'",
+        "zsre.json:12: the chat template gives .*expected .*then the target 'bbb'",
     ),
-    "target vanishes": (lambda: encode_edits([EDIT], vanishing("b")), "zsre.json:12: found no token for the target"),
-    "prompt vanishes": (lambda: encode_edits([EDIT], vanishing("a")), "zsre.json:12: found no token for the prompt"),
+    "target vanishes": (lambda: encode_edits([EDIT], vanishing("b")), "zsre.json:12: found no token of the target"),
+    "prompt vanishes": (lambda: encode_edits([EDIT], vanishing("a")), "zsre.json:12: found no token of the prompt"),
     "too long": (
         lambda: encode_edits([EDIT] * 7, make_tokenizer("gpt2"), max_length=4),
         r"(?s)7 of 7 edits are longer than max_length=4.*(zsre.json:12: 8\n  ){4}zsre.json:12: 8\nShorten",

@@ -96,9 +96,9 @@ def test_texts_have_the_tokens_that_were_asked_for(tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_short": -1}, "Found num_short=-1 and num_long=10; expected 0 or more"),
+        ({"num_short": -1}, "num_short=-1, num_long=10: expected 0 or more"),
         ({"k": 0}, "k=0: expected 1 or more tokens"),
-        ({"k": 1}, r"gave 1 different prefixes in 20 attempts; expected 15. Raise k \(it is 1\)"),
+        ({"k": 1}, r"generated 1 different prefixes in 20 rounds; expected 15. Increase k \(it is 1\)"),
     ],
 )
 def test_prefixes_that_cannot_be(tokenizer: Any, arguments: dict[str, int], message: str) -> None:
@@ -111,7 +111,7 @@ def test_prefixes_that_cannot_be(tokenizer: Any, arguments: dict[str, int], mess
 def test_a_base_that_says_nothing_is_an_error() -> None:
     tokenizer = make_tokenizer("gpt2")
     silent = ScriptedModel({"<|endoftext|>": {"": 50.0}}, tokenizer)
-    with pytest.raises(ValueError, match=r"before it begins, 20 times in a row; found 0 of 8 tokens"):
+    with pytest.raises(ValueError, match=r"generated only EOS, 20 times in a row; found 0 of 8 tokens"):
         base_texts(silent, tokenizer, 8)
     with pytest.raises(ValueError, match="num_tokens=0: expected 1 or more"):
         base_texts(silent, tokenizer, 0)

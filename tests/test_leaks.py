@@ -47,7 +47,7 @@ def test_a_rephrasing_is_no_training_paraphrase() -> None:
         check_paraphrases([leak, EDIT])
     assert (
         "  ' the CITY of  Spain is': a paraphrase at edits.json:9, a rephrasing at edits.json:7\n"
-        "Take each out of `paraphrases` or out of `rephrasings`."
+        "Remove each from `paraphrases` or from `rephrasings`."
     ) in str(raised.value)
     own = Edit(prompt="Dave is", target="king", rephrasings=("He is",), paraphrases=("He is",))
     with pytest.raises(ValueError, match="a paraphrase at 'Dave is', a rephrasing at 'Dave is'"):

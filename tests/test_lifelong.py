@@ -224,7 +224,7 @@ def test_a_prompt_that_is_not_the_base_s_again_is_warned_of(
     ("call", "message"),
     [
         ({}, "found neither new edits nor edits to forget"),
-        ({"forget": ["nothing"]}, "1 lines mean none of the edits"),
+        ({"forget": ["nothing"]}, "1 lines name no edit of the adapter"),
         (
             FORGET | {"args": {"edit_order": "depth_first"}},
             "edit_order='depth_first': an adapter is trained on over",

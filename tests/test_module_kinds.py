@@ -76,6 +76,14 @@ def test_a_gate_beside_experts_is_no_down_projection() -> None:
     assert location_of(model, "up", 1).target_modules == ("model.layers.1.mlp.shared_expert.up_proj",)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_are_the_same_beneath_an_adapter(kind: str) -> None:
+    model = build("gpt2")
+    before = location_of(model, kind, 1)
+    get_peft_model(model, config_of(before))
+    assert location_of(model, kind, 1) == before
+
+
 def test_modules_can_be_named() -> None:
     model = build("llama")
     assert location_of(model, "o_proj", 0).target_modules == ("model.layers.0.self_attn.o_proj",)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import importlib
+import importlib.util
 import json
 import pickle
 import shutil
@@ -25,6 +26,7 @@ from peft.utils import hotswap
 import peft_locft
 import peft_locft.tuner
 from peft_locft import LocFTConfig, LocFTModel
+from peft_locft._registration import call_after_import
 
 LOCFT = PeftType("LOCFT")
 
@@ -78,8 +80,83 @@ def test_another_package_of_that_name_is_an_error(monkeypatch: pytest.MonkeyPatc
         pass
 
     monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, LOCFT, LocFTConfigOfAnother)
-    with pytest.raises(ImportError, match=r"already has a method LOCFT, registered by test_registration.*remove"):
+    with pytest.raises(ImportError, match=r"already has a method LOCFT, registered by test_registration\. Uninstall"):
         importlib.reload(peft_locft.tuner)
+
+
+# ---------------------------------------------------------------- orders of import, each in a process of its own
+
+IS_REGISTERED = """
+import inspect, sys
+import peft
+from peft_locft import LocFTConfig
+
+assert peft.get_peft_config({"peft_type": "LOCFT"}).__class__ is LocFTConfig
+assert LocFTConfig.card_writer is not None
+assert [finder for finder in sys.meta_path if "peft_locft" in type(finder).__module__] == []
+assert peft.__spec__.loader is peft.__loader__ and inspect.getsource(peft)
+"""
+LOOK_FIRST = """
+import peft_locft
+from transformers.utils import is_peft_available
+
+assert is_peft_available()
+import peft
+"""
+UNPICKLE = f"""
+import pickle
+
+assert pickle.loads({pickle.dumps(LocFTConfig(target_modules=["q_proj"]))!r}).target_modules == {{"q_proj"}}
+"""
+TWO_THREADS = """
+import threading, traceback
+import peft_locft
+
+def import_the_tuner():
+    from peft_locft.tuner import LocFTConfig
+
+failed = []
+threading.excepthook = failed.append
+other = threading.Thread(target=import_the_tuner)
+other.start()
+import peft
+other.join()
+assert not failed, failed
+"""
+ORDERS = {"look first": LOOK_FIRST, "peft first": "import peft", "unpickle": UNPICKLE, "two threads": TWO_THREADS}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_method_is_registered_in_every_order_of_import(order: str) -> None:
+    command = [sys.executable, "-c", ORDERS[order] + IS_REGISTERED]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_an_import_of_peft_is_watched_until_it_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    monkeypatch.delitem(sys.modules, "not_yet_there", raising=False)
+    seen: list[object] = []
+    for _ in range(2):  # twice is once
+        call_after_import("not_yet_there", seen.append)
+    with pytest.raises(ModuleNotFoundError, match="not_yet_there"):
+        importlib.import_module("not_yet_there")
+    source = tmp_path / "not_yet_there.py"
+    source.write_text("raise RuntimeError('half-way')")
+    importlib.invalidate_caches()
+    with pytest.raises(RuntimeError, match="half-way"):
+        importlib.import_module("not_yet_there")
+    source.write_text("value = 'all of it'")
+    spec = importlib.util.find_spec("not_yet_there")
+    assert spec is not None and spec.origin == str(source)
+    assert seen == []
+    module = importlib.import_module("not_yet_there")
+    assert seen == [module] and module.value == "all of it"
+    importlib.reload(module)
+    assert seen == [module]
+    call_after_import("not_yet_there", seen.append)
+    assert seen == [module, module]
 
 
 # ---------------------------------------------------------------- other Pythons, without torch

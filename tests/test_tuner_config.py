@@ -43,20 +43,20 @@ def test_a_torch_dtype_is_its_name() -> None:
     [
         (
             {"target_modules": ".*down_proj", "layers_to_transform": [1]},
-            r"LocFTConfig\.layers_to_transform=\[1\] has no effect beside the regular expression .*'\.\*down_proj'",
+            r"LocFTConfig\.layers_to_transform=\[1\] has no effect with the regular expression .*'\.\*down_proj'",
         ),
         (
             {"target_modules": ".*down_proj", "layers_pattern": "h"},
-            r"LocFTConfig\.layers_pattern='h' has no effect beside the regular expression",
+            r"LocFTConfig\.layers_pattern='h' has no effect with the regular expression",
         ),
         (
             {"target_modules": ["down_proj"], "layers_pattern": "h"},
-            r"LocFTConfig\.layers_pattern='h' has no effect without layers_to_transform\. Give the layers",
+            r"LocFTConfig\.layers_pattern='h' has no effect without layers_to_transform\. Add layers_to",
         ),
-        ({"target_modules": "entire-layer"}, r"'entire-layer' needs to know which: give layers_to_transform=\[23\]"),
+        ({"target_modules": "entire-layer"}, r"'entire-layer' needs a layer: add layers_to_transform=\[23\]"),
         ({"layers_to_transform": []}, r"layers_to_transform=\[\]: expected one or more layer numbers"),
-        ({"layers_to_transform": [-1]}, r"layers_to_transform=\[-1\]: expected .* from 0 upwards"),
-        ({"layers_to_transform": -1}, r"layers_to_transform=\[-1\]: expected .* from 0 upwards"),
+        ({"layers_to_transform": [-1]}, r"layers_to_transform=\[-1\]: expected .* 0 or above"),
+        ({"layers_to_transform": -1}, r"layers_to_transform=\[-1\]: expected .* 0 or above"),
         ({"layers_to_transform": ["1"]}, r"layers_to_transform=\['1'\]: expected"),
         ({"layers_to_transform": [True]}, r"layers_to_transform=\[True\]: expected"),
         ({"layers_to_transform": "1"}, r"layers_to_transform='1': expected"),

@@ -167,7 +167,7 @@ def test_every_kind_of_module_offloaded(kind: str, train_bias: bool) -> None:
         with pytest.raises((RuntimeError, NotImplementedError)):
             answer(model)
     else:
-        with pytest.raises(NotImplementedError, match=r"weight.* of .*Norm is quantized, offloaded or sharded, and"):
+        with pytest.raises(NotImplementedError, match=r"weight.* of .*Norm is quantized, offloaded or sharded\. This"):
             answer(model)
 
 
@@ -203,7 +203,7 @@ def test_a_base_on_the_meta_device_is_not_merged() -> None:
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(build("llama").config)
     model = get_peft_model(base, LocFTConfig())
-    with pytest.raises(ValueError, match="Cannot merge into Linear: its weight is offloaded or sharded and not here"):
+    with pytest.raises(ValueError, match=r"Cannot merge into Linear: its weight is offloaded or sharded\. Load"):
         model.merge_adapter()
 
 

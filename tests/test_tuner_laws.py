@@ -497,8 +497,8 @@ def test_ties_elects_signs_by_frequency_when_asked() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"adapters": ["a", "x"]}, r"adapters=\['a', 'x'\]: expected names out of \['a', 'b', 'd'\]"),
-        ({"adapters": [], "weights": []}, r"adapters=\[\]: expected names out of"),
+        ({"adapters": ["a", "x"]}, r"adapters=\['a', 'x'\]: expected names from \['a', 'b', 'd'\]"),
+        ({"adapters": [], "weights": []}, r"adapters=\[\]: expected names from"),
         ({"adapter_name": "b"}, "Adapter 'b' exists already"),
         ({"weights": [1.0]}, "2 adapters but 1 weights"),
         ({"combination_type": "svd"}, "combination_type='svd': expected one of linear, ties"),

@@ -127,7 +127,7 @@ def test_an_adapter_is_deleted(family: str) -> None:
 def test_when_the_active_adapter_is_deleted_another_becomes_active_everywhere(family: str) -> None:
     """Also where the two have no location in common."""
     model, answers = with_two(family)
-    with pytest.warns(UserWarning, match="Adapter b was active and is deleted now: a becomes active"):
+    with pytest.warns(UserWarning, match="Deleted the active adapter b; a is active now"):
         model.delete_adapter("b")
     assert model.active_adapters == ["a"]
     assert model.get_model_status().active_adapters == ["a"]
@@ -158,7 +158,7 @@ def test_a_merged_adapter_is_not_deleted(family: str) -> None:
 def test_deleting_beside_a_merged_adapter_leaves_it_merged() -> None:
     model, answers = with_two("llama")
     model.merge_adapter(["a"])
-    with pytest.warns(UserWarning, match="b was active and is deleted now: a becomes active"):
+    with pytest.warns(UserWarning, match="Deleted the active adapter b; a is active now"):
         model.delete_adapter("b")
     assert model.get_model_status().merged_adapters == ["a"]
     assert same_bits(logits(model), answers["a"])
@@ -200,7 +200,7 @@ def test_a_subset_is_merged(family: str) -> None:
 
 def test_an_unknown_adapter_is_not_merged() -> None:
     model, _ = with_two("llama")
-    with pytest.raises(ValueError, match=r"No adapter \['x'\] to merge: expected names out of \['a', 'b'\]"):
+    with pytest.raises(ValueError, match=r"No adapter \['x'\] to merge: expected names from \['a', 'b'\]"):
         model.merge_adapter(["a", "x"])
     with pytest.raises(TypeError, match="adapter_names should be a list of strings, got 'a'"):
         model.merge_adapter("a")

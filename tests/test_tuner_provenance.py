@@ -84,8 +84,8 @@ def other_base() -> Any:
 
 
 MESSAGE = (
-    rf"Adapter '{{}}' was trained on another base: {DOWN} differ from the weights that its deltas belong to\. "
-    r"Load it onto its own base model, at the revision and dtype it was trained on"
+    rf"Adapter '{{}}' was trained on another base: {DOWN} differ from the weights that its deltas belong to, so "
+    r"its answers may change\. Load its own base model, at the revision and dtype it was trained on"
 )
 
 
@@ -119,5 +119,5 @@ def test_the_base_models_name_is_told_where_it_is_known(tmp_path: Path) -> None:
     build("llama").save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     get_peft_model(base, LocFTConfig()).save_pretrained(tmp_path / "adapter")
-    with pytest.warns(UserWarning, match=f"Load it onto {tmp_path / 'base'}, at the revision"):
+    with pytest.warns(UserWarning, match=f"Load {tmp_path / 'base'}, at the revision"):
         PeftModel.from_pretrained(other_base(), tmp_path / "adapter")

@@ -16,8 +16,7 @@ from tiny_models import build, changed, locations, logits, randomize, same_bits,
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
-import peft_locft.tuner.modules
-import peft_locft.tuner.quantized
+import peft_locft.tuner.base_weights
 from peft_locft import LocFTConfig
 
 DOWN = "model.layers.1.mlp.down_proj"
@@ -307,7 +306,7 @@ def forward_only(monkeypatch: pytest.MonkeyPatch) -> None:
     def resolve(base: nn.Module, **kwargs: Any) -> Any:
         return ForwardOnlyQuantizationBackend("packed") if isinstance(base, Packed) else None
 
-    monkeypatch.setattr(peft_locft.tuner.quantized, "resolve_quantization_backend", resolve)
+    monkeypatch.setattr(peft_locft.tuner.base_weights, "resolve_quantization_backend", resolve)
 
 
 @pytest.mark.usefixtures("forward_only")

@@ -258,6 +258,6 @@ Adapters.TestCase.settings = settings(
 @pytest.mark.filterwarnings("ignore:Adapter cannot be set when the model is merged")
 @pytest.mark.filterwarnings("ignore:Already following adapters were merged")
 @pytest.mark.filterwarnings("ignore:All adapters are already merged")
-@pytest.mark.filterwarnings("ignore:Adapter . was active and is deleted now")
+@pytest.mark.filterwarnings("ignore:Deleted the active adapter .")
 class TestAdapters(Adapters.TestCase):  # type: ignore[misc, valid-type]
     pass

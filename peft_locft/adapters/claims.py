@@ -12,7 +12,7 @@ from unicodedata import category
 from peft import PeftConfig
 
 from ..io.safetensors_header import TensorEntry, one_line, refusal, shortened
-from ..tuner.base_weights import clean_name
+from ..tuner.model import clean_name
 
 PROVENANCE_NAME = "locft_provenance.json"
 PROVENANCE_FORMAT = 1

@@ -18,7 +18,7 @@ from ..data.edits import Edit, read_edits
 from ..evaluation.config import EvaluationConfig
 from ..evaluation.evaluator import evaluate_edits
 from ..evaluation.report import EvaluationReport
-from ..tuner.base_weights import locft_layers
+from ..tuner.model import locft_layers
 from .claims import MODEL
 from .exports import base_fields, base_of, deltas_alone, dtype_of, write_adapter
 from .reading import CheckedAdapter

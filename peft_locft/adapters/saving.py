@@ -23,7 +23,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from ..data.edits import Edit
 from ..evaluation.report import EvaluationReport
 from ..io.files import check_folder, current_umask, sha256_of_file, write_atomically
-from ..tuner.base_weights import locft_layers
+from ..tuner.model import locft_layers
 from .card import CARD_NAME, location_of, model_card
 from .claims import PROVENANCE_NAME
 from .provenance import evaluation_record, provenance

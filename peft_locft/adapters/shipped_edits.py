@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..data.edits import Edit, OnConflict, edits_sha256, read_edits
+from ..data.edits import Edit, OnConflict, collapse_whitespace, edits_sha256, read_edits
 from ..io.files import write_atomically
 from .reading import check_adapter, read_lines
 
@@ -128,7 +128,7 @@ def find_conflicts(adapters: Sequence[str | os.PathLike[str]]) -> Conflicts:
             continue
         num_edits[name] = len(edits)
         for edit in edits:
-            of_prompt = targets.setdefault(" ".join(edit.prompt.split()), {})
+            of_prompt = targets.setdefault(collapse_whitespace(edit.prompt), {})
             of_prompt[name] = tuple(dict.fromkeys([*of_prompt.get(name, ()), edit.target]))
     found = [Conflict(prompt, by_adapter) for prompt, by_adapter in targets.items() if len(by_adapter) > 1]
     return Conflicts(sorted(found, key=lambda conflict: conflict.agree), without, num_edits)

@@ -1,4 +1,4 @@
-"""Files and datasets as rows: where each stands, and what stands there."""
+"""Rows of files and datasets, each with its place."""
 
 import csv
 import io
@@ -10,10 +10,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .text_files import read_text
+
 if TYPE_CHECKING:
     import datasets
 
-# a place ("zsre.json:12", "row 12") and what stands there, or the ValueError that says why it cannot be made out
+# a place ("zsre.json:12", "row 12") and its content, or the ValueError that says why it cannot be read
 Row = tuple[str, object]
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -28,10 +30,10 @@ def read_rows(source: Any, split: str) -> Iterable[Row]:
         source = _load_from_hub(str(source), split)
     if isinstance(source, Mapping):
         if split not in source:
-            found = f"found {', '.join(map(str, source))}, and no split {split!r} among them"
+            found = f"found no split {split!r}, but {', '.join(map(str, source))}"
             raise ValueError(f"source: {found}; pass split=, or put a single record into a list")
         source = source[split]
-    if hasattr(source, "with_format"):  # a dataset: take its rows as plain Python, whatever format was set on it
+    if hasattr(source, "with_format"):  # a dataset: read its rows as plain Python objects
         source = source.with_format(None)
     if not isinstance(source, Iterable):
         raise ValueError(f"source: found {reprlib.repr(source)}; expected a path, a dataset, or a list of edits")
@@ -39,7 +41,7 @@ def read_rows(source: Any, split: str) -> Iterable[Row]:
 
 
 def _load_from_hub(name: str, split: str) -> "datasets.Dataset":
-    import datasets  # here, because it takes seconds that a local file need not wait for
+    import datasets  # here, because it takes seconds, and a local file does not need it
 
     try:
         return datasets.load_dataset(name, split=split)
@@ -57,29 +59,19 @@ def _file_rows(path: Path) -> Iterable[Row]:
     return READERS[suffix](path)
 
 
-def read_text(path: Path) -> str:
-    data = path.read_bytes()
-    try:
-        return data.decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        found = f"byte {data[error.start]:#04x} at offset {error.start}"
-        raise ValueError(f"{path.name}:{line}: found {found}; expected UTF-8: save the file as UTF-8") from None
-
-
 def _json_rows(path: Path) -> Iterator[Row]:
-    text = read_text(path)
+    text = read_text(path, newline="")
     try:
         records = json.loads(text)
     except json.JSONDecodeError as error:
         found = f"found broken JSON at column {error.colno} ({error.msg})"
-        advice = "mend it there; a file with one record a line is named .jsonl"
+        advice = "fix it there, or rename a file with one record per line to .jsonl"
         raise ValueError(f"{path.name}:{error.lineno}: {found}; expected a list of records: {advice}") from None
     if not isinstance(records, list):
         raise ValueError(
             f"{path.name}:1: found a {type(records).__name__}; expected a list: put [ ] around the records"
         )
-    # json.loads keeps no line numbers: decode once more, record by record, and count the lines in between
+    # json.loads has no line numbers: decode again, record by record, and count the lines between
     decode, line, counted, end = json.JSONDecoder().raw_decode, 1, 0, text.find("[") + 1
     for record in records:
         while text[end] in ", \t\r\n":
@@ -90,34 +82,35 @@ def _json_rows(path: Path) -> Iterator[Row]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
-    for line, text in enumerate(read_text(path).split("\n"), start=1):
+    for line, text in enumerate(read_text(path, newline="").split("\n"), start=1):
         if not text.strip():
             continue
         try:
             record = json.loads(text)
         except json.JSONDecodeError as error:
-            record = ValueError(f"found broken JSON at column {error.colno} ({error.msg}); expected one record a line")
+            found = f"found broken JSON at column {error.colno} ({error.msg})"
+            record = ValueError(f"{found}; expected one record per line: fix it there")
         yield f"{path.name}:{line}", record
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(read_text(path, newline=""), newline=""), strict=True)
     line = 1
     try:
         header = next(reader, [])
         if len(set(header)) < len(header):
-            raise ValueError(f"{path.name}:1: found {', '.join(header)}; expected each column once: rename one")
+            raise ValueError(f"{path.name}:1: found {', '.join(header)}; expected different column names: rename one")
         line = reader.line_num + 1
         for cells in reader:
             if len(cells) == len(header):
                 yield f"{path.name}:{line}", dict(zip(header, cells, strict=True))
             elif cells:
                 found = f"found {len(cells)} cells; expected {len(header)}, as in the first line"
-                yield f"{path.name}:{line}", ValueError(f'{found}: put text that has commas in "quotes"')
+                yield f"{path.name}:{line}", ValueError(f'{found}: put text with commas into "quotes"')
             line = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(
-            f"{path.name}:{line}: found broken CSV ({error}); expected quotes in pairs: mend it"
+            f"{path.name}:{line}: found broken CSV ({error}); expected quotes in pairs: fix the line"
         ) from None
 
 
@@ -128,7 +121,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         records = pyarrow.parquet.read_table(path).to_pylist()
     except pyarrow.ArrowException as error:
         raise ValueError(
-            f"{path.name}: found broken Parquet ({error}); expected a whole file: write it anew"
+            f"{path.name}: found broken Parquet ({error}); expected a complete file: download or export it again"
         ) from error
     return ((f"{path.name}: row {index}", record) for index, record in enumerate(records))
 

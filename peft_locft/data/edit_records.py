@@ -1,4 +1,4 @@
-"""Fields of records, in the vocabularies of the field: whichever columns say prompt, target and probes."""
+"""Fields of records, by the column names of the known data sets: prompt, target, rephrasings and probes."""
 
 import math
 import re
@@ -9,7 +9,7 @@ from typing import Any
 
 ProbeFields = tuple[str, str | None]  # prompt and answer
 
-# the columns of prompt and target: records are read as the one vocabulary whose columns they have
+# the columns of prompt and target in the known data sets, and whose they are
 VOCABULARIES = {
     ("prompt", "target"): "peft_locft",
     ("prompt", "target_new"): "EasyEdit",
@@ -28,15 +28,16 @@ def find_vocabulary(rows: list[tuple[str, object]]) -> tuple[str, ...]:
     found = [vocabulary for vocabulary in VOCABULARIES if columns.keys() >= set(vocabulary)]
     if records and len(found) != 1:
         known = "; ".join(f"{' and '.join(names)} ({owner})" for names, owner in VOCABULARIES.items())
+        problem = "no prompt / target columns recognized" if not found else "several prompt / target columns"
         raise ValueError(
-            f"{rows[0][0]}: found the columns {', '.join(map(str, columns))}, which fit {len(found)} vocabularies; "
-            f"expected exactly one of {known}: rename or remove columns"
+            f"{rows[0][0]}: {problem}: found the columns {', '.join(map(str, columns))}; expected exactly one of "
+            f"{known}: rename or remove columns"
         )
     return found[0] if records else ()
 
 
 def flatten_rewrite(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Give a record of CounterFact's first form the columns of EasyEdit's."""
+    """Return a record of the first CounterFact format with the columns of EasyEdit."""
     rewrite = record["requested_rewrite"]
     try:
         template, subject = rewrite["prompt"], rewrite["subject"]
@@ -58,18 +59,18 @@ def flatten_rewrite(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def turn(value: object, name: str, role: str) -> str:
-    """Read text, or TRL's conversation of one message."""
+    """Return the text of a field, or of a TRL conversation with one message."""
     if not isinstance(value, (list, tuple)):
         return text(value, name)
     message = value[0] if len(value) == 1 else None
     if not isinstance(message, Mapping) or message.get("role") != role:
-        expected = f"expected text, or one message of the {role}: an edit is one question and one answer"
+        expected = f"expected text, or one message with the role {role}: an edit is one question and one answer"
         raise ValueError(f"field {name!r}: found {reprlib.repr(value)}; {expected}")
     return text(message.get("content"), f"{name}.content")
 
 
 def probes(value: object, name: str) -> Iterator[ProbeFields]:
-    """Read nested probes: a list of them, or a mapping from their kind ("Forgetfulness") to a list."""
+    """Yield nested probes: from a list, or from a mapping of a kind ("Forgetfulness") to a list."""
     if isinstance(value, (list, tuple)):
         for item in value:
             yield from probes(item, name)
@@ -81,13 +82,13 @@ def probes(value: object, name: str) -> Iterator[ProbeFields]:
             for kind, item in value.items():
                 yield from probes(item, f"{name}.{kind}")
     elif not _absent(value):
-        expected = 'expected records such as {"prompt": "…", "answer": "…"}: mend it, or use the columns '
+        expected = 'expected records such as {"prompt": "…", "answer": "…"}: fix it, or use the columns '
         columns = "locality_prompt and locality_ground_truth (or portability_…)"
         raise ValueError(f"field {name!r}: found {reprlib.repr(value)}; {expected}{columns}")
 
 
 def paired(record: Mapping[str, Any], prompt: str, answer: str, parent: str = "") -> Iterator[ProbeFields]:
-    """Read probes from a field of prompts and one of answers: one of each, or equally long lists."""
+    """Yield probes from a field of prompts and a field of answers: one of each, or lists of equal length."""
     prompts, answers = record.get(prompt), record.get(answer)
     if _absent(prompts) and _absent(answers):
         return
@@ -97,7 +98,7 @@ def paired(record: Mapping[str, Any], prompt: str, answer: str, parent: str = ""
         answers = [None] * len(prompts)
     if not isinstance(answers, (list, tuple)) or len(answers) != len(prompts):
         found = f"{len(prompts)} prompts and {reprlib.repr(answers)}"
-        raise ValueError(f"field {parent + answer!r}: found {found}; expected one answer for each {parent + prompt!r}")
+        raise ValueError(f"field {parent + answer!r}: found {found}; expected one answer per {parent + prompt!r}")
     for one_prompt, one_answer in zip(prompts, answers, strict=True):
         yield text(one_prompt, parent + prompt), first_text(one_answer, parent + answer)
 
@@ -121,22 +122,21 @@ def optional_text(value: object, name: str) -> None:
 
 def text(value: object, name: str) -> str:
     if _absent(value):
-        raise ValueError(f"field {name!r}: found nothing ({value!r}); expected text: fill it in, or remove the record")
+        raise ValueError(f"field {name!r}: found nothing ({value!r}); expected text: add it, or remove the record")
     if not isinstance(value, str):
-        advice = f': write "{value}", in quotes' if isinstance(value, (int, float)) else ""
+        advice = f': write "{value}" with quotes' if isinstance(value, (int, float)) else ""
         raise ValueError(
             f"field {name!r}: found {reprlib.repr(value)} ({type(value).__name__}); expected text{advice}"
         )
     if SURROGATE.search(value):
-        found = f"half a character in {reprlib.repr(value)}"
         raise ValueError(
-            f"field {name!r}: found {found}; expected whole characters: write the file anew from its source"
+            f"field {name!r}: unpaired UTF-16 surrogate in {reprlib.repr(value)}; re-export the file as UTF-8"
         )
     return value
 
 
 def _absent(value: object) -> bool:
-    # a table has no other way to leave a cell out than empty text, null or NaN
+    # a table leaves a cell out as empty text, null or NaN
     if isinstance(value, str):
         return not value.strip()
     return value is None or value == [] or (isinstance(value, float) and math.isnan(value))

@@ -1,4 +1,4 @@
-"""Edits, and reading them: `read_edits` knows the field's columns, and names the place of all that it cannot use."""
+"""Edits: the class, `read_edits`, and how edits are hashed and their prompts compared."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ import logging
 import os
 import reprlib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -35,14 +35,14 @@ REPHRASING_COLUMNS = ("rephrasings", "rephrase_prompt", "rephrase", "paraphrase_
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A question asked beside an edit.
+    """A question that tests what an edit changes elsewhere.
 
     Args:
         prompt: the question; not empty.
-        answer: the answer expected, not empty; None where it is not known.
+        answer: the expected answer, not empty; None if unknown.
 
     Raises:
-        ValueError: `prompt` or `answer` is empty or not text.
+        ValueError: if `prompt` or `answer` is empty or not text.
     """
 
     prompt: str
@@ -55,21 +55,21 @@ class Probe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Edit:
-    """One fact to write into a model: after editing, it continues `prompt` with `target`.
+    """One fact to write into a model: the edited model continues `prompt` with `target`.
 
     Args:
-        prompt: what the model is given; not empty.
-        target: what it must answer; not empty.
-        rephrasings: other prompts that ask the same, to measure generalization; never trained on.
-        paraphrases: other prompts that ask the same, to train on; never asked in an evaluation.
+        prompt: input of the model; not empty.
+        target: the new answer; not empty.
+        rephrasings: other prompts with the same meaning, to measure generalization; never trained on.
+        paraphrases: other prompts with the same meaning, to train on; never evaluated.
         locality: questions whose answers must not change.
         portability: questions whose answers follow from the edit.
         subject: what the fact is about.
         ground_truth: the answer before the edit.
-        source: where it was read ("zsre.json:12"), for messages; edits that differ in nothing else are equal.
+        source: where the edit was read ("zsre.json:12"), for messages; ignored when edits are compared.
 
     Raises:
-        ValueError: a text is empty, or a field has another type.
+        ValueError: if a text is empty, or a field has another type.
 
     Example:
         >>> Edit(prompt="The capital of France is", target="Lyon", rephrasings=("France's capital city is",))
@@ -108,25 +108,25 @@ def read_edits(
 ) -> list[Edit]:
     """Read edits, check all of them, and merge those that have the same prompt and target.
 
-    The columns say how records are read: `prompt` and `target`, `prompt` and `target_new` (EasyEdit), `src` and `alt`
-    (ZsRE), `prompt` and `completion` (TRL) or `requested_rewrite` (CounterFact); then whichever of the field's columns
-    for rephrasings, locality, portability, subject and ground truth there are, and `paraphrases`, to train on. Other
-    columns are left alone.
+    Records have the columns `prompt` and `target`, `prompt` and `target_new` (EasyEdit), `src` and `alt` (ZsRE),
+    `prompt` and `completion` (TRL) or `requested_rewrite` (CounterFact). The columns of these data sets for
+    rephrasings, locality, portability, subject and ground truth are read too, and `paraphrases`, to train on. Other
+    columns are ignored.
 
     Args:
-        source: a `.json` (list of records), `.jsonl`, `.csv` or `.parquet` file; the "owner/name" of a dataset on the
-            Hub, where there is no such path; a dataset; or an iterable of edits or records.
-        split: the split to take of a `DatasetDict` or of a dataset on the Hub.
-        on_conflict: for a prompt with several targets: "warn" and keep all, "error", or keep the "last" one.
+        source: a `.json` (list of records), `.jsonl`, `.csv` or `.parquet` file; a dataset, or its "owner/name" on the
+            Hub; or an iterable of edits or records.
+        split: split of a `DatasetDict` or of a dataset on the Hub.
+        on_conflict: if a prompt has several targets: "warn" and keep all, raise an "error", or keep the "last".
 
     Returns:
-        The edits in order, at least one. `Edit.source` is "file:line", or "row 12" where `dataset[12]` is meant.
+        The edits in order, at least one. `Edit.source` is "file:line", or "row 12" for `dataset[12]`.
 
     Raises:
-        FileNotFoundError: there is neither such a file nor such a dataset.
-        ValueError: an argument, the kind of file or its encoding is wrong; the columns fit no vocabulary, or several;
-            there are no records; some cannot be used (the first ten are listed); `on_conflict` is "error" and prompts
-            have several targets.
+        FileNotFoundError: if there is no such file or dataset.
+        ValueError: if an argument, the file type or the encoding is wrong; the columns are not recognized; there are
+            no records; a record cannot be read (the first ten are listed); `on_conflict` is "error" and a prompt has
+            several targets.
 
     Example:
         >>> edits = read_edits("zsre.json", on_conflict="last")
@@ -142,30 +142,20 @@ def read_edits(
 
 
 def first_edits(source: Any, num_edits: int | None, on_conflict: OnConflict = "warn") -> list[Edit]:
-    """Read edits and take some from the beginning.
-
-    Args:
-        source: as in `read_edits`.
-        num_edits: how many; `None`: all.
-        on_conflict: as in `read_edits`.
+    """Return the first `num_edits` edits of a source; `None`: all.
 
     Raises:
-        ValueError: `num_edits` is below 1, or as in `read_edits`.
+        ValueError: if `num_edits` is below 1, or as in `read_edits`.
     """
     if num_edits is not None and num_edits < 1:
-        raise ValueError(f"num_edits={num_edits}: expected 1 or more; leave it out for all")
+        raise ValueError(f"num_edits={num_edits}: expected 1 or more; leave it out to use all edits")
     return read_edits(source, on_conflict=on_conflict)[:num_edits]
 
 
 def edits_sha256(edits: Iterable[Edit]) -> str:
-    """Hash edits, the same wherever they were read.
+    """Return the sha256 of edits as 64 hexadecimal digits: of one line of JSON per edit, without `source`.
 
-    Args:
-        edits: the edits; their order counts, and all their fields but `source`. Without paraphrases, an edit has the
-            hash that it had when there were none.
-
-    Returns:
-        The sha256 of one line of JSON an edit, as 64 hexadecimal digits.
+    The order of the edits counts. A line without paraphrases has no such field, as before that field existed.
     """
     digest = hashlib.sha256()
     names = [spec.name for spec in fields(Edit) if spec.compare]
@@ -175,12 +165,35 @@ def edits_sha256(edits: Iterable[Edit]) -> str:
     return digest.hexdigest()
 
 
+def collapse_whitespace(text: str) -> str:
+    """Return a text with single spaces, the form in which prompts identify an edit."""
+    return " ".join(text.split())
+
+
+def fold_case(text: str) -> str:
+    """Return a text in lower case with single spaces, the form in which trained and evaluated prompts are compared."""
+    return collapse_whitespace(text.casefold())
+
+
+def prompts_of(edit: Edit) -> Iterator[str]:
+    """Yield every prompt of an edit: its own, its paraphrases, rephrasings and probes."""
+    yield edit.prompt
+    yield from edit.paraphrases
+    yield from edit.rephrasings
+    yield from (probe.prompt for probe in (*edit.locality, *edit.portability))
+
+
+def place_of(edit: Edit) -> str:
+    """Return where an edit was read, or its prompt, for messages."""
+    return edit.source or repr(edit.prompt)
+
+
 def _settle_conflicts(edits: list[Edit], on_conflict: OnConflict) -> list[Edit]:
     groups: dict[tuple[str, str], list[Edit]] = {}
     for edit in edits:
         groups.setdefault((edit.prompt, edit.target), []).append(edit)
     merged = [group[0] if len(group) == 1 else _merge(group) for group in groups.values()]
-    logger.info("%d edits are left of %d; the others repeated their prompt and target", len(merged), len(edits))
+    logger.info("Read %d edits; merged them to %d with different prompt and target.", len(edits), len(merged))
     last_targets = {edit.prompt: edit.target for edit in edits}
     if on_conflict == "last":
         return [edit for edit in merged if edit.target == last_targets[edit.prompt]]
@@ -216,7 +229,7 @@ def _describe_conflicts(edits: list[Edit]) -> str:
     for group in conflicts[:5]:
         targets = ", ".join(f"{edit.target!r} ({edit.source})" for edit in group)
         lines.append(f"  {group[0].prompt!r}: {targets}")
-    return "\n".join([*lines, 'Remove the wrong ones, or pass on_conflict="last" to keep the last of each.'])
+    return "\n".join([*lines, 'Remove the wrong ones, or pass on_conflict="last" to use the last target of each.'])
 
 
 def _edits(rows: list[Row]) -> list[Edit]:
@@ -239,11 +252,11 @@ def _edit(row: object, vocabulary: tuple[str, ...], place: str) -> Edit:
     if isinstance(row, ValueError):
         raise row
     if not isinstance(row, Mapping):
-        raise ValueError(f"found {reprlib.repr(row)}; expected a record of named fields")
+        raise ValueError(f"found {reprlib.repr(row)}; expected a record with named fields")
     missing = [column for column in vocabulary if column not in row]
     if missing:
         found = f"found only {', '.join(map(str, row))}"
-        raise ValueError(f"field {missing[0]!r}: {found}; expected it in every record: add it, or mend its name")
+        raise ValueError(f"field {missing[0]!r}: {found}; expected it in every record: add it, or fix its name")
     if vocabulary == ("requested_rewrite",):
         row, vocabulary = flatten_rewrite(row), ("prompt", "target_new")
     prompt, target = vocabulary

@@ -1,4 +1,4 @@
-"""Edits as token ids: prompt and target tokenised together, the target found by the tokenizer's own offsets."""
+"""Edits as token ids: prompt and target are tokenized together, and the offsets show where the target begins."""
 
 import warnings
 from array import array
@@ -12,11 +12,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .edits import Edit
+from .edits import Edit, place_of
 
-CHUNK_SIZE = 1000  # texts a tokenizer call: enough to keep it busy, few enough to keep their offsets small
-IGNORED_LABEL = -100  # what torch's cross entropy leaves out
-Offsets = list[tuple[int, int]]  # where each token begins and ends in its text, in characters
+CHUNK_SIZE = 1000  # texts per tokenizer call: more would need more memory for their offsets
+IGNORED_LABEL = -100  # ignored by torch's cross entropy
+Offsets = list[tuple[int, int]]  # begin and end of each token in its text, in characters
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,7 +25,7 @@ class EncodedEdit:
 
     Args:
         input_ids: (length,) int64: special tokens, prompt, target and its end.
-        target_start: index of the first scored token, at least 1; `input_ids[target_start:]` is all that is scored.
+        target_start: index of the first scored token, at least 1; `input_ids[target_start:]` is scored.
     """
 
     input_ids: torch.Tensor
@@ -34,12 +34,12 @@ class EncodedEdit:
 
 @dataclass(frozen=True, eq=False)
 class EncodedEdits(Dataset[EncodedEdit]):
-    """Encoded edits in three flat tensors, so that 100,000 of them are light; `encode_edits` makes it.
+    """Encoded edits in three flat tensors, which need little memory for 100,000 edits; `encode_edits` returns it.
 
     Args:
-        token_ids: (total,) int32, the tokens of all edits one after the other.
+        token_ids: (total,) int32, the tokens of all edits in order.
         offsets: (edits + 1,) int64, where each edit begins, and the total.
-        target_starts: (edits,) int64, each counted from the beginning of its edit.
+        target_starts: (edits,) int64, index of the first scored token in each edit.
     """
 
     token_ids: torch.Tensor
@@ -50,7 +50,7 @@ class EncodedEdits(Dataset[EncodedEdit]):
         return len(self.target_starts)
 
     def __getitem__(self, index: int) -> EncodedEdit:
-        index = range(len(self))[index]  # counts negative ones from the end, raises IndexError outside
+        index = range(len(self))[index]  # negative indices count from the end; raises IndexError
         begin, end = self.offsets[index : index + 2].tolist()
         return EncodedEdit(self.token_ids[begin:end].long(), int(self.target_starts[index]))
 
@@ -63,8 +63,8 @@ class EncodedEdits(Dataset[EncodedEdit]):
 class _Text(NamedTuple):
     edit: Edit
     text: str
-    boundary: int  # where the prompt ends, in characters
-    end: int  # where the target ends: behind it a chat template closes the turn
+    boundary: int  # end of the prompt, in characters
+    end: int  # end of the target; a chat template closes the turn after it
 
 
 def encode_edits(
@@ -75,25 +75,25 @@ def encode_edits(
     chat_template: bool = False,
     max_length: int | None = None,
 ) -> EncodedEdits:
-    """Tokenise edits, prompt and target together, and find where each target begins.
+    """Tokenize edits, prompt and target together, and find where each target begins.
 
     The text is the prompt, a space unless either side has whitespace there, and the target. Special tokens that the
-    tokenizer puts in front stay, those it puts behind make way for one EOS.
+    tokenizer adds in front stay; special tokens that it adds at the end are replaced by one EOS.
 
     Args:
         edits: at least one.
-        tokenizer: a fast one; left as it is, and the padding or truncation set on it are not applied.
+        tokenizer: a fast tokenizer. It is not changed; its padding and truncation are not applied.
         append_eos: end each target with the EOS token, so that the model learns to stop.
-        chat_template: write prompt and target as the turns of user and assistant, by the tokenizer's template. What it
-            puts ahead of the answer is scored too, and the special token that ends the turn stands for EOS.
-        max_length: the most tokens an edit may have, EOS included, such as the model's positions; None for no limit.
+        chat_template: write prompt and target as the turns of user and assistant, with the tokenizer's template. Text
+            that it inserts before the answer is scored too. The special token that ends the turn replaces EOS.
+        max_length: maximum number of tokens of an edit, with EOS, such as the model's positions; `None`: no limit.
 
     Returns:
-        The encoded edits, in order. A first scored token that also holds the end of the prompt is warned of, once.
+        The encoded edits, in order. Warns once if a first scored token also contains the end of the prompt.
 
     Raises:
-        ValueError: there are no edits; the tokenizer is not fast, lacks the EOS token or the chat template that is
-            asked for; the template does not answer the prompt with the target; prompt or target has no token of its
+        ValueError: if there are no edits; the tokenizer is not fast, or has no EOS token or chat template although
+            one is used; the template does not contain the target as the answer; prompt or target has no token of its
             own; an edit is longer than `max_length`.
 
     Example:
@@ -114,18 +114,10 @@ def encode_edits(
 
 
 def prompt_text(prompt: str, tokenizer: PreTrainedTokenizerBase, *, chat_template: bool) -> str:
-    """Write a prompt as an edited model is asked it.
-
-    Args:
-        prompt: the question.
-        tokenizer: whose template is used.
-        chat_template: as in `encode_edits`.
-
-    Returns:
-        The prompt itself, or the user's turn and the opening of the assistant's.
+    """Return the text that a prompt is as input: itself, or with `chat_template` the turns up to the answer.
 
     Raises:
-        ValueError: `chat_template` is set and the tokenizer has none.
+        ValueError: if `chat_template` is set and the tokenizer has none.
     """
     return _render(tokenizer, prompt) if chat_template else prompt
 
@@ -133,18 +125,18 @@ def prompt_text(prompt: str, tokenizer: PreTrainedTokenizerBase, *, chat_templat
 def encode_prompts(
     prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, chat_template: bool = False
 ) -> list[list[int]]:
-    """Tokenise prompts as `encode_edits` does the prompts of edits: what a model is given to continue.
+    """Tokenize prompts for a model to continue, as `encode_edits` tokenizes the prompts of edits.
 
     Args:
         prompts: the questions.
-        tokenizer: a fast one; left as it is.
+        tokenizer: a fast tokenizer; it is not changed.
         chat_template: as in `encode_edits`.
 
     Returns:
-        The token ids of each prompt, with the tokenizer's special tokens in front and none behind.
+        The token ids of each prompt, with the tokenizer's special tokens in front and none at the end.
 
     Raises:
-        ValueError: the tokenizer is not fast, or lacks the chat template that is asked for.
+        ValueError: if the tokenizer is not fast, or `chat_template` is set and it has none.
 
     Example:
         >>> encode_prompts(["The capital of France is"], tokenizer)
@@ -155,15 +147,15 @@ def encode_prompts(
 
 
 def collate(batch: Sequence[EncodedEdit], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Pad encoded edits on the right, to B rows of T, the longest.
+    """Pad B encoded edits on the right, to the length T of the longest.
 
     Args:
         batch: B edits, at least one.
-        pad_token_id: what to fill up with; may be the EOS token, since nothing is recognised by it.
+        pad_token_id: token id of the padding; EOS is fine, since masks and labels mark the padding.
 
     Returns:
-        `input_ids` (B, T), `attention_mask` (B, T) with 1 on tokens, `labels` (B, T) with -100 everywhere but on the
-        target, `target_start` (B,); all int64.
+        `input_ids` (B, T), `attention_mask` (B, T) with 1 on tokens, `labels` (B, T) with -100 except on the target,
+        `target_start` (B,); all int64.
     """
     input_ids = pad_sequence([edit.input_ids for edit in batch], batch_first=True, padding_value=pad_token_id)
     target_start = torch.tensor([edit.target_start for edit in batch])
@@ -173,6 +165,29 @@ def collate(batch: Sequence[EncodedEdit], pad_token_id: int) -> dict[str, torch.
     return dict(input_ids=input_ids, attention_mask=is_token.long(), labels=labels, target_start=target_start)
 
 
+def flatten_rows(rows: Sequence[Sequence[int]], starts: Sequence[int]) -> EncodedEdits:
+    """Return rows of token ids as encoded edits; `starts` has the index of the first scored token of each row."""
+    tokens = torch.tensor([token for row in rows for token in row], dtype=torch.int32)
+    offsets = torch.tensor([0, *map(len, rows)]).cumsum(0)
+    return EncodedEdits(tokens, offsets, torch.tensor(starts))
+
+
+def join_encoded(parts: Sequence[EncodedEdits]) -> EncodedEdits:
+    """Return the rows of one or more parts as one, in order."""
+    lengths = torch.cat([part.lengths for part in parts])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    tokens, starts = (torch.cat([getattr(part, name) for part in parts]) for name in ("token_ids", "target_starts"))
+    return EncodedEdits(tokens, offsets, starts)
+
+
+def slice_encoded(encoded: EncodedEdits, begin: int, end: int | None) -> EncodedEdits:
+    """Return rows `begin` to `end` (exclusive; `None`: the last)."""
+    end = len(encoded) if end is None else end
+    offsets = encoded.offsets[begin : end + 1]
+    tokens = encoded.token_ids[int(offsets[0]) : int(offsets[-1])]
+    return EncodedEdits(tokens, offsets - offsets[0], encoded.target_starts[begin:end])
+
+
 def _plain_text(edit: Edit) -> _Text:
     separator = "" if edit.prompt[-1].isspace() or edit.target[0].isspace() else " "
     text = edit.prompt + separator + edit.target
@@ -180,7 +195,7 @@ def _plain_text(edit: Edit) -> _Text:
 
 
 def _chat_texts(edits: Sequence[Edit], tokenizer: PreTrainedTokenizerBase) -> list[_Text]:
-    # what the template puts behind any answer: a search for the target would also hit "end" in "<|im_end|>"
+    # the template's text after any answer; a search for the target would also find "end" in "<|im_end|>"
     answer = "the answer whose end is looked for"
     closing = _render(tokenizer, "a question", answer).rpartition(answer)[2]
     texts = []
@@ -188,8 +203,8 @@ def _chat_texts(edits: Sequence[Edit], tokenizer: PreTrainedTokenizerBase) -> li
         head, text = _render(tokenizer, edit.prompt), _render(tokenizer, edit.prompt, edit.target)
         end = len(text) - len(closing)
         if not (text.startswith(head) and text.endswith(closing) and edit.target.strip() in text[len(head) : end]):
-            found = f"found a chat template that renders {text!r}; expected {head!r}, then the target {edit.target!r}"
-            raise ValueError(f"{_name(edit)}: {found}: set tokenizer.chat_template, or pass chat_template=False")
+            found = f"the chat template gives {text!r}; expected {head!r}, then the target {edit.target!r}"
+            raise ValueError(f"{place_of(edit)}: {found}: set tokenizer.chat_template, or pass chat_template=False")
         texts.append(_Text(edit, text, boundary=len(head), end=end))
     return texts
 
@@ -203,7 +218,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str | None 
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    # all_special_ids leaves out markers such as Llama 3's <|eot_id|>
+    # all_special_ids lacks markers such as Llama 3's <|eot_id|>
     added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | set(tokenizer.all_special_ids)
 
@@ -227,10 +242,10 @@ def _encode_texts(
 
 def _tokenize(texts: list[str], tokenizer: Any, *, add_special_tokens: bool) -> Iterator[tuple[list[int], Offsets]]:
     if not tokenizer.is_fast:
-        found = f"found the slow {type(tokenizer).__name__}, which cannot say where its tokens stand in the text"
+        found = f"found the slow {type(tokenizer).__name__}, which has no offsets of its tokens"
         raise ValueError(f"tokenizer: {found}; expected a fast one: load it with AutoTokenizer")
     for begin in range(0, len(texts), CHUNK_SIZE):
-        with _padding_and_truncation_kept(tokenizer.backend_tokenizer):
+        with _restored_padding_and_truncation(tokenizer.backend_tokenizer):
             encodings = tokenizer(
                 texts[begin : begin + CHUNK_SIZE],
                 add_special_tokens=add_special_tokens,
@@ -249,8 +264,8 @@ def _tokenize(texts: list[str], tokenizer: Any, *, add_special_tokens: bool) -> 
 
 
 @contextmanager
-def _padding_and_truncation_kept(backend: Any) -> Iterator[None]:
-    # a call without them takes away what the caller has set up in the Rust tokenizer
+def _restored_padding_and_truncation(backend: Any) -> Iterator[None]:
+    # a call without padding and truncation removes the caller's settings in the Rust tokenizer
     padding, truncation = backend.padding, backend.truncation
     try:
         yield
@@ -262,26 +277,26 @@ def _padding_and_truncation_kept(backend: Any) -> Iterator[None]:
 
 
 def _target_start(offsets: Offsets, text: _Text) -> tuple[int, bool]:
-    """Find the target's first token, and whether it also holds the end of the prompt."""
-    # a token is known by its end: where it begins may or may not count the space in front, as tokenizers differ
+    """Return the index of the target's first token, and whether it also contains the end of the prompt."""
+    # compare ends: tokenizers differ in whether a token's begin includes the space in front
     start = next((index for index, (_, end) in enumerate(offsets) if end > text.boundary), None)
     first = text.text.rindex(text.edit.target.strip(), text.boundary, text.end)
     has_target = any(begin < text.end and end > first for begin, end in offsets)
     if not start or not has_target:
-        found = f"found no token for the {'prompt' if has_target else 'target'} alone in {text.text!r}"
-        raise ValueError(f"{_name(text.edit)}: {found}; expected at least one: use text that the tokenizer knows")
-    # where the token before it ends short of the prompt, this one has the rest, whatever its own offsets say
+        found = f"found no token of the {'prompt' if has_target else 'target'} alone in {text.text!r}"
+        raise ValueError(f"{place_of(text.edit)}: {found}; expected at least one: use text that the tokenizer knows")
+    # if the token before it ends before the prompt does, this token contains the rest, whatever its offsets say
     return start, offsets[start - 1][1] < text.boundary
 
 
 def _warn_of_straddling(edit: Edit, share: str) -> None:
-    found = f"found a token that {edit.prompt!r} and {edit.target!r} share, as {share} edits have; it is scored"
-    advice = "remove whitespace from the end of the prompt, or of what the chat template opens an answer with"
-    warnings.warn(f"{_name(edit)}: {found}: {advice}", stacklevel=4)
+    found = f"found a token shared by {edit.prompt!r} and {edit.target!r} (in {share} edits); it is scored"
+    advice = "remove whitespace from the end of the prompt, or of the text that the chat template puts before answers"
+    warnings.warn(f"{place_of(edit)}: {found}: {advice}", stacklevel=4)
 
 
 def _whole_turn(ids: list[int], offsets: Offsets, end: int, turn_ends: set[int], ending: list[int]) -> list[int]:
-    """Cut behind the special token that ends the target's turn; where none does, cut behind the target and end it."""
+    """Return the ids up to the special token that ends the turn; without one, up to the target, and `ending`."""
     after = next((index for index, (begin, _) in enumerate(offsets) if begin >= end), len(ids))
     turn_end = next((index for index in range(after, len(ids)) if ids[index] in turn_ends), None)
     return ids[:after] + ending if turn_end is None else ids[: turn_end + 1]
@@ -291,9 +306,6 @@ def _check_lengths(lengths: torch.Tensor, edits: Sequence[Edit], max_length: int
     too_long = (lengths > max_length).nonzero().flatten().tolist()
     if too_long:
         head = f"{len(too_long)} of {len(edits)} edits are longer than max_length={max_length} tokens. The first:"
-        first = [f"  {_name(edits[index])}: {lengths[index]}" for index in too_long[:5]]
-        raise ValueError("\n".join([head, *first, "Shorten or remove them, or raise max_length if the model can."]))
-
-
-def _name(edit: Edit) -> str:
-    return edit.source or repr(edit.prompt)
+        first = [f"  {place_of(edits[index])}: {lengths[index]}" for index in too_long[:5]]
+        advice = "Shorten or remove them, or increase max_length up to the model's positions."
+        raise ValueError("\n".join([head, *first, advice]))

@@ -1,4 +1,4 @@
-"""What a base model says when it may choose: prefixes for edits, text to preserve, and names like those of edits."""
+"""Text sampled from the base model: prefixes for edits, text to preserve, and subjects like those of the edits."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from ..engine.decoding import generate_and_score
 from ..engine.model_state import as_base, max_length
 from ..engine.questions import UNTIL_EOS, Question, TopK
+from .edits import fold_case
 from .encoding import encode_prompts
-from .leaks import normalised
 
-LISTED, NAME_TOKENS = 12, 12  # names that a list begins with, and tokens that each one more may have on average
-NAMES_IN_A_LIST = 8  # that are made of it
+GIVEN_NAMES, NEW_NAMES = 12, 8  # in a list: names that it begins with, and names to generate
+NAME_TOKENS = 12  # tokens per generated name, on average
 SHORT_PREFIX, LONG_PREFIX = 5, 10  # tokens, by the source
-TEXT_LENGTH = 128
+TEXT_LENGTH = 128  # tokens
 MAX_ROUNDS = 20
 
 
@@ -34,33 +34,33 @@ def generate_prefixes(
     seed: int = 42,
     k: int = 5,
 ) -> tuple[str, ...]:
-    """Let the base model generate random text to put before prompts, for `augmentation.with_prefix`.
+    """Sample prefixes from the base model, for `augmentation.with_prefix`.
 
-    Source: Gangadhar and Stratos, "Model Editing by Pure Fine-Tuning" (arXiv 2402.11078): from BOS (EOS where the
-    tokenizer has no BOS), sampled among the 5 most probable tokens; 5 of at most 5 tokens and 10 of at most 10. They
-    take the same 15 for every edit of a batch, and 10 for a single edit.
+    Source: Gangadhar and Stratos, "Model Editing by Pure Fine-Tuning" (arXiv 2402.11078): from BOS (EOS if the
+    tokenizer has no BOS), top-k sampling with k = 5; 5 prefixes of at most 5 tokens and 10 of at most 10. They use the
+    same 15 for every edit of a batch, and 10 for a single edit.
 
     Args:
-        model: a decoder-only language model; an adapter on it is disabled meanwhile.
+        model: a decoder-only language model; its adapter is disabled meanwhile.
         tokenizer: its tokenizer.
-        num_short: prefixes of at most 5 tokens.
-        num_long: prefixes of at most 10 tokens.
+        num_short: number of prefixes of at most 5 tokens.
+        num_long: number of prefixes of at most 10 tokens.
         seed: the same seed gives the same prefixes.
-        k: tokens that are sampled among.
+        k: number of tokens to sample from.
 
     Returns:
-        The short ones, then the long ones: distinct, none empty, no whitespace around them or line break in them.
+        The short ones, then the long ones: distinct, not empty, without line breaks or whitespace around them.
 
     Raises:
-        ValueError: if a number is negative or `k` below 1; if the tokenizer has neither BOS nor EOS; if the model does
-            not generate so many different ones.
+        ValueError: if a number is negative or `k` below 1; if the tokenizer has neither BOS nor EOS; if the model
+            generates too few different prefixes.
 
     Example:
         >>> generate_prefixes(model, tokenizer, 1, 1)
         ('The first step in', 'In a world where technology is rapidly changing, it')
     """
     if num_short < 0 or num_long < 0:
-        raise ValueError(f"Found num_short={num_short} and num_long={num_long}; expected 0 or more prefixes.")
+        raise ValueError(f"num_short={num_short}, num_long={num_long}: expected 0 or more prefixes.")
     lengths = [SHORT_PREFIX] * num_short + [LONG_PREFIX] * num_long
     prefixes: list[str | None] = [None] * len(lengths)
     for attempt in range(MAX_ROUNDS):
@@ -76,8 +76,8 @@ def generate_prefixes(
     found = tuple(prefix for prefix in prefixes if prefix is not None)
     if len(found) < len(lengths):
         raise ValueError(
-            f"The model gave {len(found)} different prefixes in {MAX_ROUNDS} attempts; expected {len(lengths)}. Raise "
-            f"k (it is {k}), or ask for fewer."
+            f"The model generated {len(found)} different prefixes in {MAX_ROUNDS} rounds; expected {len(lengths)}. "
+            f"Increase k (it is {k}), or use fewer prefixes."
         )
     return found
 
@@ -85,24 +85,24 @@ def generate_prefixes(
 def base_texts(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, num_tokens: int, *, seed: int = 42, k: int = 50
 ) -> list[str]:
-    """Let the base model generate text, for those who have none of what it shall preserve.
+    """Sample texts from the base model, to preserve its behaviour without a text of your own.
 
-    Each text begins at BOS (EOS where the tokenizer has no BOS) and ends at EOS, or after 128 tokens or what positions
-    the model has.
+    Each text begins at BOS (EOS if the tokenizer has no BOS) and ends at EOS, after 128 tokens, or at the model's last
+    position.
 
     Args:
-        model: a decoder-only language model; an adapter on it is disabled meanwhile.
+        model: a decoder-only language model; its adapter is disabled meanwhile.
         tokenizer: its tokenizer.
-        num_tokens: to generate at least, over all texts.
+        num_tokens: number of tokens to generate at least, over all texts.
         seed: the same seed gives the same texts.
-        k: tokens that are sampled among.
+        k: number of tokens to sample from.
 
     Returns:
-        The texts, none empty. A tokenizer may read them as slightly more or fewer tokens than were generated.
+        The texts, none empty. Tokenized again, they may have slightly more or fewer tokens.
 
     Raises:
-        ValueError: if `num_tokens` or `k` is below 1; if the tokenizer has neither BOS nor EOS; if the model says
-            nothing before its EOS.
+        ValueError: if `num_tokens` or `k` is below 1; if the tokenizer has neither BOS nor EOS; if the model generates
+            only EOS.
 
     Example:
         >>> len(base_texts(model, tokenizer, 32_768))
@@ -116,14 +116,14 @@ def base_texts(
     while generated < num_tokens:
         lengths = [int(length)] * math.ceil((num_tokens - generated) / length)
         answers = _sample(model, tokenizer, _from_nothing(tokenizer, len(lengths)), lengths, k, (seed, attempt))
-        spoken = [(text, len(ids)) for ids in answers if (text := tokenizer.decode(ids).strip())]
-        texts += [text for text, _ in spoken]
-        generated += sum(count for _, count in spoken)
-        attempt, fruitless = attempt + 1, 0 if spoken else fruitless + 1
+        generated_texts = [(text, len(ids)) for ids in answers if (text := tokenizer.decode(ids).strip())]
+        texts += [text for text, _ in generated_texts]
+        generated += sum(count for _, count in generated_texts)
+        attempt, fruitless = attempt + 1, 0 if generated_texts else fruitless + 1
         if fruitless == MAX_ROUNDS:
             raise ValueError(
-                f"The model ends its text before it begins, {MAX_ROUNDS} times in a row; found {generated} of "
-                f"{num_tokens} tokens. Give text of your own, or raise k (it is {k})."
+                f"The model generated only EOS, {MAX_ROUNDS} times in a row; found {generated} of {num_tokens} "
+                f"tokens. Use your own text, or increase k (it is {k})."
             )
     return texts
 
@@ -137,18 +137,18 @@ def generate_subjects(
     seed: int = 42,
     k: int = 50,
 ) -> tuple[str, ...]:
-    """Let the base model go on with lists of subjects, which gives names of the same kinds.
+    """Sample names of the same kinds as some subjects: the base model continues lists of these.
 
     Args:
-        model: a decoder-only language model; an adapter on it is disabled meanwhile.
+        model: a decoder-only language model; its adapter is disabled meanwhile.
         tokenizer: its tokenizer.
-        subjects: of edits; each list begins with a few of them.
-        num: names at most. A model that has few ideas gives fewer, and none where it makes no list at all.
+        subjects: subjects of edits; each list begins with 12 of them.
+        num: number of names at most. A model may generate fewer, or none if it does not continue the list.
         seed: the same seed gives the same names.
-        k: tokens that are sampled among.
+        k: number of tokens to sample from.
 
     Returns:
-        Distinct names, compared by `leaks.normalised`. None is one of `subjects`, holds a line break, or is longer
+        Distinct names, compared by `edits.fold_case`. None is one of `subjects`, contains a line break, or is longer
         than the longest of them.
 
     Raises:
@@ -161,7 +161,7 @@ def generate_subjects(
     if num < 0:
         raise ValueError(f"num={num}: expected 0 or more names.")
     given = list(dict.fromkeys(subjects))
-    known = {normalised(subject) for subject in given}
+    known = {fold_case(subject) for subject in given}
     longest = max(map(len, given), default=0)
     room = max_length(model) or sys.maxsize
     random = np.random.default_rng(seed)
@@ -172,24 +172,24 @@ def generate_subjects(
             break
         before = len(names)
         starts = [
-            _list_of([given[number] for number in random.permutation(len(given))[:LISTED]], tokenizer, room)
-            for _ in range(math.ceil((num - len(names)) / NAMES_IN_A_LIST))
+            _list_of([given[number] for number in random.permutation(len(given))[:GIVEN_NAMES]], tokenizer, room)
+            for _ in range(math.ceil((num - len(names)) / NEW_NAMES))
         ]
         starts = [start for start in starts if len(start) < room]
-        lengths = [min(NAMES_IN_A_LIST * NAME_TOKENS, room - len(start)) for start in starts]
+        lengths = [min(NEW_NAMES * NAME_TOKENS, room - len(start)) for start in starts]
         answers = _sample(model, tokenizer, starts, lengths, k, (seed, attempt))
         for token_ids in answers:
-            # the last one may have been cut off, and what stands behind a line break is no list any more
+            # the last name may be cut off, and text after a line break does not belong to the list
             line = tokenizer.decode(token_ids).strip().partition("\n")[0]
             for name in map(_one_line, line.split(";")[:-1]):
-                if name and len(name) <= longest and normalised(name) not in known:
-                    names.setdefault(normalised(name), name)
+                if name and len(name) <= longest and fold_case(name) not in known:
+                    names.setdefault(fold_case(name), name)
         fruitful = len(names) > before
     return tuple(names.values())[:num]
 
 
 def _list_of(names: Sequence[str], tokenizer: PreTrainedTokenizerBase, room: int) -> list[int]:
-    """Return the tokens of a list that goes on, of fewer names where it would leave less than half of the room."""
+    """Return the tokens of an open list of names; with fewer names if it would take more than half of `room`."""
     while True:
         (token_ids,) = encode_prompts(["; ".join(names) + ";"], tokenizer)
         if len(token_ids) <= room / 2 or len(names) == 1:
@@ -200,7 +200,7 @@ def _list_of(names: Sequence[str], tokenizer: PreTrainedTokenizerBase, room: int
 def _from_nothing(tokenizer: Any, number: int) -> list[list[int]]:
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if start is None:
-        raise ValueError("tokenizer: found neither BOS nor EOS, which the base begins to speak from; set one of them.")
+        raise ValueError("tokenizer: found neither BOS nor EOS to start the text with; set one of them.")
     return [[start]] * number
 
 
@@ -212,9 +212,9 @@ def _sample(
     k: int,
     seed: tuple[int, int],
 ) -> list[list[int]]:
-    """Sample how each start goes on, for at most its length in tokens; EOS ends it and is left out."""
+    """Return sampled token ids after each start: at most its length in tokens, without EOS."""
     if k < 1:
-        raise ValueError(f"k={k}: expected 1 or more tokens to sample among.")
+        raise ValueError(f"k={k}: expected 1 or more tokens to sample from.")
     questions = [
         Question(tuple(start), num_stops=UNTIL_EOS, max_new_tokens=length, sample=number)
         for number, (start, length) in enumerate(zip(starts, lengths, strict=True))
@@ -227,6 +227,6 @@ def _sample(
 
 
 def _one_line(text: str) -> str:
-    """Leave out what no prefix should have: line breaks, control characters, halves of characters."""
+    """Return a text without line breaks, control characters and undecodable bytes."""
     printable = "".join(letter for letter in " ".join(text.split()) if letter.isprintable() and letter != "\ufffd")
     return printable.strip()

@@ -1,4 +1,4 @@
-"""Prompts that are trained on and asked in an evaluation too: found, and refused or left out."""
+"""Leaks: prompts that are both trained on and evaluated. They are refused, or dropped from the evaluation."""
 
 from __future__ import annotations
 
@@ -9,95 +9,87 @@ from typing import Any, Literal
 
 from torch import nn
 
-from .edits import Edit
+from .edits import Edit, fold_case, place_of
 
 OnLeak = Literal["error", "drop"]
-HASH_LENGTH = 16  # hexadecimal digits: two of a million prompts are taken for one another once in 10^7 times
+HASH_LENGTH = 16  # hexadecimal digits: among a million prompts, a collision has a probability of 3e-8
 MARK = "locft_trained_prompts"
 
 
-def normalised(prompt: str) -> str:
-    """Return what prompts are compared by: the text without regard to case, and with single spaces."""
-    return " ".join(prompt.casefold().split())
-
-
 def check_paraphrases(edits: Sequence[Edit]) -> None:
-    """Check that no training paraphrase is a rephrasing that generalization is measured on, be it of another edit.
+    """Check that no training paraphrase is also a rephrasing of any edit, which would measure what was trained.
 
-    Prompts are compared by [`normalised`].
+    Prompts are compared by [`fold_case`][peft_locft.data.edits.fold_case].
 
     Raises:
-        ValueError: if one is; the first ones are named, with the places of both.
+        ValueError: if one is; it lists the first ten, with both places.
     """
-    asked = {normalised(text): edit for edit in reversed(edits) for text in edit.rephrasings}
+    rephrased = {fold_case(text): edit for edit in reversed(edits) for text in edit.rephrasings}
     leaks = [
-        f"  {paraphrase!r}: a paraphrase at {_place(edit)}, a rephrasing at {_place(asked[normalised(paraphrase)])}"
+        f"  {paraphrase!r}: a paraphrase at {place_of(edit)}, a rephrasing at {place_of(other)}"
         for edit in edits
         for paraphrase in edit.paraphrases
-        if normalised(paraphrase) in asked
+        if (other := rephrased.get(fold_case(paraphrase))) is not None
     ]
     if leaks:
         raise ValueError(
             "\n".join(
                 [
-                    f"{len(leaks)} training paraphrases are also rephrasings, which generalization is measured on: it "
-                    "would be measured on what was trained. The first:",
+                    f"{len(leaks)} training paraphrases are also rephrasings, so generalization would be measured on "
+                    "trained prompts. The first:",
                     *leaks[:10],
-                    "Take each out of `paraphrases` or out of `rephrasings`.",
+                    "Remove each from `paraphrases` or from `rephrasings`.",
                 ]
             )
         )
 
 
 def trained_prompts_record(prompts: Iterable[str]) -> dict[str, Any]:
-    """Return what is recorded beside an adapter of the prompts that it was trained on beyond those of its edits.
+    """Return the provenance of trained prompts other than those of the edits, as hashes.
 
-    They are recorded as hashes: enough to find a prompt that is at hand, and no text of it is handed on. (Who guesses
-    a prompt can still find that it was there.)
+    A hash finds a prompt without storing its text. (A guessed prompt can still be confirmed.)
 
     Args:
-        prompts: paraphrases, facts to keep, and so on. Those of the edits with a prefix before them need not be there.
+        prompts: paraphrases, retained facts and so on; not the prefixed prompts of the edits.
 
     Returns:
-        `count`, and `sha256`: the first 16 hexadecimal digits of the sha256 of each, [`normalised`], sorted.
+        `count`, and `sha256`: the first 16 hexadecimal digits of the sha256 of each prompt in the form of
+        [`fold_case`][peft_locft.data.edits.fold_case], sorted.
     """
     hashes = sorted({_hash(prompt) for prompt in prompts})
     return {"count": len(hashes), "sha256": hashes}
 
 
 def mark_trained(model: nn.Module, record: Mapping[str, Any]) -> None:
-    """Let a model know what it was trained on, for evaluations in this process.
+    """Store on a model which prompts it was trained on, for evaluations in this process.
 
     Args:
-        model: gets an attribute that is no part of its state.
-        record: from [`trained_prompts_record`]; a second one adds to the first.
+        model: gets an attribute, which is not saved.
+        record: from [`trained_prompts_record`]; a second call adds to the first.
     """
     setattr(model, MARK, trained_prompts(model) | set(record["sha256"]))
 
 
 def trained_prompts(model: nn.Module) -> frozenset[str]:
-    """Return the hashes of the prompts that [`mark_trained`] has told a model."""
+    """Return the hashes of prompts that [`mark_trained`] has stored on a model."""
     return getattr(model, MARK, frozenset())
 
 
 def without_leaks(edits: Sequence[Edit], trained: Set[str], on_leak: OnLeak) -> tuple[list[Edit], int]:
-    """Find the questions of an evaluation that were trained on.
+    """Return edits without the rephrasings and probes that were trained on, and the number of those.
 
     Args:
-        edits: those that are evaluated; their rephrasings and probes are looked for, not their own prompts.
+        edits: edits to evaluate; their own prompts may be trained on.
         trained: hashes, from [`trained_prompts`].
-        on_leak: `"error"`, or `"drop"` to leave these questions out.
-
-    Returns:
-        The edits with the questions that are left, and how many were left out.
+        on_leak: `"error"`: refuse leaks. `"drop"`: leave them out.
 
     Raises:
-        ValueError: if there are such questions and `on_leak` is `"error"`; the first ones are named.
+        ValueError: if there are leaks and `on_leak` is `"error"`; it lists the first ten.
     """
     if not trained:
         return list(edits), 0
     leaks = [
-        f"  {_place(edit)}: the {kind} {prompt!r}"
+        f"  {place_of(edit)}: the {kind} {prompt!r}"
         for edit in edits
         for kind, prompt in _questions(edit)
         if _hash(prompt) in trained
@@ -106,14 +98,14 @@ def without_leaks(edits: Sequence[Edit], trained: Set[str], on_leak: OnLeak) -> 
         raise ValueError(
             "\n".join(
                 [
-                    f"{len(leaks)} questions of this evaluation were trained on, so that they would measure what was "
-                    "memorised. The first:",
+                    f"{len(leaks)} questions of this evaluation were trained on, so they would measure memorization. "
+                    "The first:",
                     *leaks[:10],
                     'Evaluate edits with other questions, or pass on_leak="drop" to leave these out.',
                 ]
             )
         )
-    return [_asking(edit, lambda prompt: _hash(prompt) not in trained) for edit in edits], len(leaks)
+    return [_with_questions(edit, lambda prompt: _hash(prompt) not in trained) for edit in edits], len(leaks)
 
 
 def _questions(edit: Edit) -> Iterator[tuple[str, str]]:
@@ -122,18 +114,14 @@ def _questions(edit: Edit) -> Iterator[tuple[str, str]]:
     yield from (("portability probe", probe.prompt) for probe in edit.portability)
 
 
-def _asking(edit: Edit, is_asked: Callable[[str], bool]) -> Edit:
+def _with_questions(edit: Edit, is_chosen: Callable[[str], bool]) -> Edit:
     return replace(
         edit,
-        rephrasings=tuple(prompt for prompt in edit.rephrasings if is_asked(prompt)),
-        locality=tuple(probe for probe in edit.locality if is_asked(probe.prompt)),
-        portability=tuple(probe for probe in edit.portability if is_asked(probe.prompt)),
+        rephrasings=tuple(prompt for prompt in edit.rephrasings if is_chosen(prompt)),
+        locality=tuple(probe for probe in edit.locality if is_chosen(probe.prompt)),
+        portability=tuple(probe for probe in edit.portability if is_chosen(probe.prompt)),
     )
 
 
 def _hash(prompt: str) -> str:
-    return hashlib.sha256(normalised(prompt).encode()).hexdigest()[:HASH_LENGTH]
-
-
-def _place(edit: Edit) -> str:
-    return edit.source or repr(edit.prompt)
+    return hashlib.sha256(fold_case(prompt).encode()).hexdigest()[:HASH_LENGTH]

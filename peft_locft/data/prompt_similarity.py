@@ -1,4 +1,4 @@
-"""Which prompts are like others, as the model itself sees them."""
+"""Similarity of prompts, by the hidden states of the base model."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ EDITS_AT_ONCE = 256
 
 
 def embed_prompts(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> torch.Tensor:
-    """Embed prompts by the base model's own hidden states halfway up the layers.
+    """Return an embedding per prompt: the mean of its normalized hidden states in the middle of the base model.
 
-    Each token's state is brought to length 1 before the mean over the prompt is taken: the first token's is larger by
-    orders of magnitude in most models, and says nothing of the text.
+    Each token's state is normalized to length 1 first: the first token's is larger by orders of magnitude in most
+    models and does not depend on the text.
 
     Args:
-        model: a decoder-only language model; an adapter on it is disabled meanwhile.
+        model: a decoder-only language model; its adapter is disabled meanwhile.
         tokenizer: its tokenizer, a fast one.
         prompts: N texts.
 
@@ -41,7 +41,7 @@ def embed_prompts(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts:
             mask = pad_sequence([torch.ones_like(rows[number]) for number in batch], batch_first=True).to(device)
             inputs = {"input_ids": ids, "attention_mask": mask, "output_hidden_states": True, "use_cache": False}
             first = torch.zeros(1, dtype=torch.int64, device=device)
-            states = logits_at(model, first, first, inputs).hidden_states  # logits of one token: none are wanted
+            states = logits_at(model, first, first, inputs).hidden_states  # logits of one token, unused
             half = normalize(states[len(states) // 2].float(), dim=-1)
             means = (half * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
             for number, mean in zip(batch, means.cpu(), strict=True):
@@ -52,20 +52,17 @@ def embed_prompts(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts:
 def nearest_prompts(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], candidates: Sequence[str], num: int
 ) -> list[int]:
-    """Find the candidates most similar to any of some prompts.
+    """Return the indices of the `num` candidates most similar to any of the prompts, the most similar first.
 
-    The similarity is the cosine of [`embed_prompts`], from which the candidates' mean is taken: all hidden states of a
-    model have much in common that says nothing about their text.
+    The similarity is the cosine of [`embed_prompts`] minus the candidates' mean, since all hidden states of a model
+    share a large part that does not depend on the text. Ties keep the order of the candidates.
 
     Args:
-        model: see `embed_prompts`.
-        tokenizer: see there.
+        model: as in `embed_prompts`.
+        tokenizer: as in `embed_prompts`.
         prompts: at least one.
         candidates: at least `num`.
-        num: how many to find.
-
-    Returns:
-        The numbers of the candidates found, the most similar first; of equals the first.
+        num: number of candidates to return.
     """
     states = embed_prompts(model, tokenizer, candidates)
     centre = states.mean(dim=0)
@@ -78,7 +75,7 @@ def nearest_prompts(
 
 
 def _batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Put prompts of similar length together."""
+    """Return batches of prompt indices, with similar lengths together."""
     batches: list[list[int]] = []
     for number in sorted(range(len(lengths)), key=lengths.__getitem__):
         if not batches or (len(batches[-1]) + 1) * lengths[number] > TOKENS_IN_A_FORWARD:

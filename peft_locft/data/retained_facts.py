@@ -1,4 +1,4 @@
-"""Facts that shall stay as they are: which prompts, and what the base itself answers to them."""
+"""Retained facts: prompts whose answers must not change, and the base model's answers to them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,18 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
-import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..engine.decoding import check_fits, generate_and_score
 from ..engine.model_state import as_base
 from ..engine.questions import UNTIL_EOS, Question
-from .augmentation import prompts_of
-from .edit_files import read_rows, read_text
+from .edit_files import read_rows
 from .edit_records import VOCABULARIES, text
-from .edits import Edit, read_edits
-from .encoding import EncodedEdits, encode_prompts
-from .leaks import normalised
+from .edits import Edit, fold_case, prompts_of, read_edits
+from .encoding import EncodedEdits, encode_prompts, flatten_rows
 from .prompt_similarity import nearest_prompts
+from .text_files import read_lines
 
 logger = logging.getLogger(__name__)
 
@@ -45,31 +43,30 @@ def choose_retained_facts(
     tokenizer: PreTrainedTokenizerBase | None = None,
     split: str = "train",
 ) -> list[str]:
-    """Choose prompts whose answers an edit must not change; [`base_answers`] answers them.
+    """Choose prompts whose answers the edits must not change; [`base_answers`] answers them.
 
     Args:
-        source: where from. A `.txt` file with one prompt a line; a `.json`, `.jsonl`, `.csv` or `.parquet` file, a
-            dataset, its "owner/name" on the Hub, or an iterable, of records with a `prompt`; texts in an iterable. Of
-            records with the columns of edits, the locality probes are taken where they have any, else the prompts;
-            those of records that are among `edits` are not. `None`: the locality probes of `edits` themselves;
-            evaluating these afterwards is refused, or they are left out (`EvaluationConfig.on_leak`).
-        edits: those that are trained.
-        num: how many at most; `None`: all there are. A warning says so if there are fewer.
-        how: `"random"`, or `"nearest"`: those most similar to the prompt of any edit, by
+        source: a `.txt` file with one prompt per line; records with a column `prompt` (a `.json`, `.jsonl`, `.csv` or
+            `.parquet` file, a dataset, its "owner/name" on the Hub, or an iterable); or an iterable of texts. Records
+            with the columns of edits give their locality probes, or their prompts if there are none; records that are
+            among `edits` give nothing. `None`: the locality probes of `edits`, which an evaluation then refuses or
+            drops (`EvaluationConfig.on_leak`).
+        edits: the edits to train.
+        num: number of prompts at most; `None`: all. Logs a warning if there are fewer.
+        how: `"random"`, or `"nearest"`: the prompts most similar to the prompt of any edit, by
             `prompt_similarity.nearest_prompts`.
-        seed: of the random choice.
+        seed: seed of the random choice.
         model: for `"nearest"`: its base embeds the prompts.
         tokenizer: for `"nearest"`.
-        split: of a dataset.
+        split: split of a dataset.
 
     Returns:
-        Distinct prompts. None of them is a prompt, paraphrase, rephrasing or portability probe of `edits`, nor, from a
-        `source`, a locality probe of theirs, so that locality can be measured on those; compared by
-        `leaks.normalised`.
+        Distinct prompts. None is a prompt, paraphrase, rephrasing or portability probe of `edits`, nor (with a
+        `source`) a locality probe, so that locality can be measured; compared by `edits.fold_case`.
 
     Raises:
-        FileNotFoundError: if there is neither such a file nor such a dataset.
-        ValueError: if an argument is out of range, `source` cannot be read, or nothing is left of it.
+        FileNotFoundError: if there is no such file or dataset.
+        ValueError: if an argument is out of range, `source` cannot be read, or no prompt is left.
 
     Example:
         >>> choose_retained_facts("counterfact.json", edits, 400)[0]
@@ -78,13 +75,13 @@ def choose_retained_facts(
     if how not in get_args(How):
         raise ValueError(f"how={how!r}: expected one of {', '.join(get_args(How))}.")
     if num is not None and num < 1:
-        raise ValueError(f"num={num}: expected 1 or more facts to keep; leave it out for all.")
+        raise ValueError(f"num={num}: expected 1 or more retained facts; leave it out to use all.")
     if how == "nearest" and (model is None or tokenizer is None):
-        raise ValueError("how='nearest' needs the model and its tokenizer, which embed the prompts; found none.")
+        raise ValueError("how='nearest' embeds the prompts: give model and tokenizer.")
     prompts = _candidates(source, edits, split)
     if num is None or len(prompts) <= num:
         if num is not None and len(prompts) < num:
-            logger.warning("There are %d facts to keep; %d were asked for.", len(prompts), num)
+            logger.warning("Found only %d of %d retained facts.", len(prompts), num)
         return prompts
     if how == "random":
         chosen = np.random.default_rng(seed).permutation(len(prompts))[:num].tolist()
@@ -96,18 +93,18 @@ def choose_retained_facts(
 
 def _candidates(source: Source | None, edits: Sequence[Edit], split: str) -> list[str]:
     if source is None:
-        name, asked = "the edits", {normalised(probe.prompt) for edit in edits for probe in edit.locality}
+        name, allowed = "the edits", {fold_case(probe.prompt) for edit in edits for probe in edit.locality}
         found: Iterable[str] = [probe.prompt for edit in edits for probe in edit.locality]
     else:
-        name, asked = reprlib.repr(source), set()
-        found = _prompts_in(source, {normalised(edit.prompt) for edit in edits}, split)
-    taken = {normalised(prompt) for edit in edits for prompt in prompts_of(edit)} - asked
-    distinct = {normalised(prompt): prompt for prompt in found}
+        name, allowed = reprlib.repr(source), set()
+        found = _prompts_in(source, {fold_case(edit.prompt) for edit in edits}, split)
+    taken = {fold_case(prompt) for edit in edits for prompt in prompts_of(edit)} - allowed
+    distinct = {fold_case(prompt): prompt for prompt in found}
     prompts = [prompt for key, prompt in distinct.items() if key not in taken]
     if not prompts:
         raise ValueError(
-            f"facts to keep: found {len(distinct)} prompts in {name}, none of which is not asked or trained because "
-            "of an edit; expected at least one. Give a file of other prompts, one a line, or of other edits."
+            f"retained facts: found {len(distinct)} prompts in {name}, all of them prompts or probes of the edits; "
+            "expected at least one other. Give a file of other prompts, one per line, or of other edits."
         )
     return prompts
 
@@ -115,15 +112,15 @@ def _candidates(source: Source | None, edits: Sequence[Edit], split: str) -> lis
 def _prompts_in(source: Source, edited: set[str], split: str) -> list[str]:
     if isinstance(source, (str, os.PathLike)) and Path(source).suffix.lower() == ".txt":
         if not Path(source).is_file():
-            raise FileNotFoundError(f"{source}: found no such file; expected a text file with one prompt a line")
-        return [line.strip() for line in read_text(Path(source)).splitlines() if line.strip()]
+            raise FileNotFoundError(f"{source}: found no such file; expected a text file with one prompt per line")
+        return read_lines(source)
     rows = list(read_rows(source, split))
     columns = set(chain.from_iterable(row for _, row in rows if isinstance(row, dict)))
     if any(isinstance(row, Edit) for _, row in rows) or any(columns >= set(names) for names in VOCABULARIES):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".* prompts have several targets")
             read = read_edits([row for _, row in rows])
-        others = [edit for edit in read if normalised(edit.prompt) not in edited]
+        others = [edit for edit in read if fold_case(edit.prompt) not in edited]
         return [probe.prompt for edit in others for probe in edit.locality] or [edit.prompt for edit in others]
     return [_prompt(place, row) for place, row in rows]
 
@@ -140,15 +137,13 @@ def _prompt(place: str, row: object) -> str:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BaseAnswers:
-    """What a base model answers, greedily: training on it teaches nothing new.
+    """A base model's greedy answers to prompts, as training rows that teach nothing new.
 
     Attributes:
-        prompts: what it was asked.
-        texts: what it answered, without special tokens; empty where it ended at once.
-        encoded: prompt and answer as token ids, in the order of `prompts`. They are those that were asked and
-            generated, not text that was tokenised again, so that each is what the base says itself. EOS stands behind
-            an answer where the base put it, and nowhere else: an answer that was cut off teaches no end. Where the
-            base ended at once, EOS is the answer.
+        prompts: the prompts.
+        texts: the answers, without special tokens; empty if the base generated EOS at once.
+        encoded: prompt and answer as token ids, in the order of `prompts`. These are the generated ids, not tokenized
+            text. EOS ends an answer only if the base generated it, so an answer that was cut off teaches no end.
     """
 
     prompts: tuple[str, ...]
@@ -157,7 +152,7 @@ class BaseAnswers:
 
     @property
     def edits(self) -> list[Edit]:
-        """The answers that are not empty, as facts for `augmentation.concatenated`; text alone, not these tokens."""
+        """The answers that are not empty, as text, for `augmentation.concatenated`."""
         pairs = zip(self.prompts, map(str.strip, self.texts), strict=True)
         return [Edit(prompt=prompt, target=answer, source="the base") for prompt, answer in pairs if answer]
 
@@ -170,17 +165,14 @@ def base_answers(
     max_new_tokens: int = 8,
     chat_template: bool = False,
 ) -> BaseAnswers:
-    """Ask the base model, greedily.
+    """Return the base model's greedy answers to prompts, in their order.
 
     Args:
-        model: a decoder-only language model; an adapter on it is disabled meanwhile.
+        model: a decoder-only language model; its adapter is disabled meanwhile.
         tokenizer: its tokenizer, a fast one.
-        prompts: what it is asked, at least one.
-        max_new_tokens: in an answer at most; EOS ends it, and full stops do not.
+        prompts: at least one.
+        max_new_tokens: maximum number of tokens in an answer; EOS ends it, a full stop does not.
         chat_template: as in `encode_edits`.
-
-    Returns:
-        Its answers, in the order of the prompts.
 
     Raises:
         ValueError: if there are no prompts, `max_new_tokens` is below 1, or a prompt is too long for the model or
@@ -201,43 +193,16 @@ def base_answers(
         answers = generate_and_score(model, tokenizer, questions, whose="the base")
     texts = tuple(tokenizer.decode(answer.token_ids, skip_special_tokens=True) for answer in answers)
     rows = [ids + answer.token_ids for ids, answer in zip(encoded, answers, strict=True)]
-    return BaseAnswers(tuple(prompts), texts, flat(rows, [len(ids) for ids in encoded]))
+    return BaseAnswers(tuple(prompts), texts, flatten_rows(rows, [len(ids) for ids in encoded]))
 
 
 def unanswered(
     prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, chat_template: bool = False
 ) -> BaseAnswers:
-    """Encode prompts for which only what the base says next is kept, so that it need not be asked.
+    """Return prompts without answers, for a loss on the next token's distribution alone; nothing is generated.
 
-    The token behind each is its own last one: it has a place to be scored at, and says nothing.
+    Each prompt is followed by its own last token, as a position to score; which token it is does not matter.
     """
     rows = encode_prompts(prompts, tokenizer, chat_template=chat_template)
-    encoded = flat([[*ids, ids[-1]] for ids in rows], [len(ids) for ids in rows])
+    encoded = flatten_rows([[*ids, ids[-1]] for ids in rows], [len(ids) for ids in rows])
     return BaseAnswers(tuple(prompts), ("",) * len(prompts), encoded)
-
-
-def flat(rows: Sequence[Sequence[int]], starts: Sequence[int]) -> EncodedEdits:
-    """Put rows of token ids, and where the scored tokens of each begin, into flat tensors."""
-    tokens = torch.tensor([token for row in rows for token in row], dtype=torch.int32)
-    offsets = torch.tensor([0, *map(len, rows)]).cumsum(0)
-    return EncodedEdits(tokens, offsets, torch.tensor(starts))
-
-
-def join_encoded(parts: Sequence[EncodedEdits]) -> EncodedEdits:
-    """Put encoded edits one after the other.
-
-    Args:
-        parts: at least one.
-    """
-    lengths = torch.cat([part.lengths for part in parts])
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    tokens, starts = (torch.cat([getattr(part, name) for part in parts]) for name in ("token_ids", "target_starts"))
-    return EncodedEdits(tokens, offsets, starts)
-
-
-def slice_encoded(encoded: EncodedEdits, begin: int, end: int | None) -> EncodedEdits:
-    """Take the rows from `begin` to before `end`."""
-    end = len(encoded) if end is None else end
-    offsets = encoded.offsets[begin : end + 1]
-    tokens = encoded.token_ids[int(offsets[0]) : int(offsets[-1])]
-    return EncodedEdits(tokens, offsets - offsets[0], encoded.target_starts[begin:end])

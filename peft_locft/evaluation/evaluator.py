@@ -23,7 +23,7 @@ from ..data.texts import TextSource, text_windows
 from ..engine.decoding import check_fits, generate_and_score
 from ..engine.model_state import disabling
 from ..engine.questions import STOPS, Answer, Choice, Question, TopK, greedy
-from ..tuner.base_weights import differing_from_base
+from ..tuner.model import differing_from_base
 from .config import EvaluationConfig
 from .edit_questions import ItemEncoder, Reply, items_of
 from .intervals import Array

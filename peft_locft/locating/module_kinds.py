@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..tuner.config import ENTIRE_LAYER, LocFTConfig
-from ..tuner.presets import Location, entire_layers, find_decoder_layers
+from ..tuner.presets import (
+    ATTENTION,
+    DOWN,
+    MLP,
+    UP,
+    Location,
+    entire_layers,
+    find_decoder_layers,
+    location_in_layers,
+    matrices_of,
+    matrices_of_kind,
+)
 
-ATTENTION, MLP, UP, DOWN = "attention", "mlp", "up", "down"
 # the five of arXiv 2509.22072, from fine to coarse
 KINDS = (DOWN, UP, ATTENTION, MLP, ENTIRE_LAYER)
-
-
-@dataclass(frozen=True)
-class _Matrix:
-    """A parameter that takes `inputs` features and gives `outputs`, in one or more experts."""
-
-    module: str
-    key: str
-    inputs: int
-    outputs: int
-
-    @property
-    def in_attention(self) -> bool:
-        return "attn" in self.module or "attention" in self.module
 
 
 def location_of(model: nn.Module, kind: str, layer: int) -> Location:
@@ -61,17 +53,15 @@ def location_of(model: nn.Module, kind: str, layer: int) -> Location:
         )
     if kind == ENTIRE_LAYER:
         return entire_layers(model, [layer])
-    found = _of_kind(_matrices(stack[layer]), kind)
+    matrices = matrices_of(stack[layer])
+    found = matrices_of_kind(matrices, kind)
     if not found:
-        names = ", ".join(dict.fromkeys(matrix.module for matrix in _matrices(stack[layer])))
+        names = ", ".join(dict.fromkeys(matrix.module for matrix in matrices))
         raise ValueError(
             f"modules: found {kind!r}, and nothing of that kind or name in {stack_name}.{layer}, which has {names}. "
             f"Expected some of {', '.join(KINDS)}, or names of these."
         )
-    prefix = f"{stack_name}.{layer}"
-    modules = [f"{prefix}.{matrix.module}" for matrix in found if matrix.key == "weight"]
-    parameters = [f"{prefix}.{matrix.module}.{matrix.key}" for matrix in found if matrix.key != "weight"]
-    return Location(tuple(dict.fromkeys(modules)), tuple(parameters))
+    return location_in_layers([(f"{stack_name}.{layer}", matrix) for matrix in found])
 
 
 def config_of(location: Location) -> LocFTConfig:
@@ -81,40 +71,3 @@ def config_of(location: Location) -> LocFTConfig:
         target_parameters=list(location.target_parameters) or None,
         task_type="CAUSAL_LM",
     )
-
-
-def _of_kind(matrices: Sequence[_Matrix], kind: str) -> list[_Matrix]:
-    attention = [matrix for matrix in matrices if matrix.in_attention]
-    mlp = [matrix for matrix in matrices if not matrix.in_attention]
-    if kind == ATTENTION:
-        return attention
-    if kind == MLP:
-        return mlp
-    if kind in (UP, DOWN):
-        pair = _up_and_down(mlp)
-        return [] if pair is None else [pair[kind == DOWN]]
-    return [matrix for matrix in matrices if f".{matrix.module}".endswith(f".{kind}")]
-
-
-def _up_and_down(mlp: Sequence[_Matrix]) -> tuple[_Matrix, _Matrix] | None:
-    """Return the last two matrices of which the second takes what the first makes, and gives what the first takes."""
-    for index, down in reversed(list(enumerate(mlp))):
-        for up in reversed(mlp[:index]):
-            # a gate fused with it makes twice as much
-            if up.inputs == down.outputs and up.outputs % down.inputs == 0:
-                return up, down
-    return None
-
-
-def _matrices(layer: nn.Module) -> list[_Matrix]:
-    return [
-        _Matrix(name, key, *_features(module, tuple(parameter.shape)))
-        for name, module in layer.named_modules()
-        for key, parameter in module._parameters.items()
-        if name and parameter is not None and parameter.ndim > 1
-    ]
-
-
-def _features(module: nn.Module, shape: Sequence[int]) -> tuple[int, int]:
-    """Return how many features a matrix takes and gives: (…, out, in), but (in, out) in a Conv1D."""
-    return (shape[-2], shape[-1]) if isinstance(module, Conv1D) else (shape[-1], shape[-2])

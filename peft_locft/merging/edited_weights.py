@@ -19,7 +19,7 @@ from ..io.checkpoint import Checkpoint, StoredTensor, local_folder, raw_bytes, r
 from ..io.copies import Progress, begin_writing, check_room, clone, copy_ranges, gaps, write_all
 from ..io.parameter_names import ParameterFinder, Piece
 from ..tuner.arithmetic import compose_weight, hashed_bytes
-from ..tuner.combine import combine_deltas
+from ..tuner.delta import combine_deltas
 
 # values of a tensor that are in memory at once; some forty bytes each
 VALUES_AT_ONCE = 1 << 18

@@ -27,7 +27,7 @@ from ..engine.offload import OffloadedLayer
 from ..engine.tail import logits_at, passed_over
 from ..io.files import atomic_file
 from ..tuner.arithmetic import tensor_sha256
-from ..tuner.base_weights import clean_name
+from ..tuner.model import clean_name
 from ..tuner.presets import find_decoder_layers
 
 # of a model's configuration: where it lies, and what only generation reads

@@ -16,15 +16,13 @@ from transformers import PreTrainedTokenizerBase
 from ..adapters.provenance import augmentation_record
 from ..data.augmentation import concatenated, paraphrased, swapped_subjects, with_prefix
 from ..data.edits import Edit
-from ..data.encoding import EncodedEdits, encode_edits
+from ..data.encoding import EncodedEdits, encode_edits, join_encoded, slice_encoded
 from ..data.generated_text import base_texts, generate_prefixes, generate_subjects
 from ..data.leaks import check_paraphrases
 from ..data.retained_facts import (
     BaseAnswers,
     base_answers,
     choose_retained_facts,
-    join_encoded,
-    slice_encoded,
     unanswered,
 )
 from ..data.texts import joined_text, text_windows

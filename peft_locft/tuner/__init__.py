@@ -1,15 +1,17 @@
 """The PEFT tuner. Importing it registers `PeftType.LOCFT`; nothing else of PEFT is touched."""
 
+# `peft` before its parts: if another thread is importing it, this waits
+from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import PeftType, hotswap, register_peft_method
+from peft.utils import hotswap, register_peft_method
 
 
 def _add_peft_type(name: str) -> None:
     """Append a member to the closed enum `PeftType`.
 
-    PEFT has no door for tuners outside of it: `register_peft_method` takes members of this enum alone, and a plain
-    string in its mappings breaks transformers' `load_adapter`. A member that is appended works everywhere that one
-    written in PEFT's source does: lookup, iteration, copy, pickle, JSON.
+    PEFT has no interface for tuners of other packages: `register_peft_method` takes members of this enum only, and a
+    plain string in its mappings breaks transformers' `load_adapter`. An appended member works like one in PEFT's
+    source: lookup, iteration, copy, pickle, JSON.
     """
     member = str.__new__(PeftType, name)
     member._name_ = name
@@ -19,7 +21,7 @@ def _add_peft_type(name: str) -> None:
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member
-    # EnumMeta.__setattr__ refuses; without the attribute Python 3.12 and newer do not find PeftType.LOCFT
+    # EnumMeta.__setattr__ refuses this; Python 3.12 and newer need the attribute for PeftType.LOCFT
     type.__setattr__(PeftType, name, member)
 
 
@@ -35,12 +37,12 @@ from .presets import Location, balanced_config, default_location, find_decoder_l
 _registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType.LOCFT)
 if _registered is None:
     register_peft_method(name="locft", config_cls=LocFTConfig, model_cls=LocFTModel)
-    # hot-swap asks which config keys must agree: none, since a delta has no rank or alpha
+    # keys of the config that must agree for a hot-swap: none, since a delta has no rank or alpha
     hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LOCFT] = []
 elif (_registered.__module__, _registered.__qualname__) != (LocFTConfig.__module__, LocFTConfig.__qualname__):
     raise ImportError(
-        f"PEFT already has a method LOCFT, registered by {_registered.__module__}. peft_locft cannot register a "
-        "second one: remove the other package, or use it instead of peft_locft."
+        f"PEFT already has a method LOCFT, registered by {_registered.__module__}. Uninstall that package, or use it "
+        "instead of peft_locft."
     )
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The arithmetic of an edited weight, and the fingerprint of a base weight. No model needed."""
+"""The arithmetic of an edited weight, and the sha256 of a base weight: functions of tensors, without a model."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Sequence
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-HASHED_AT_ONCE = 1 << 22  # values; a wider copy of a whole tensor would cost its memory again
+HASHED_AT_ONCE = 1 << 22  # values; a float32 copy of a whole tensor would double its memory
 
 
 def compose_weight(weight: torch.Tensor, deltas: Sequence[tuple[torch.Tensor, float]]) -> torch.Tensor:
-    """Return `(W.float() + Σ scale · delta.float()).to(W.dtype)`: the one arithmetic of every edited weight.
+    """Return `(W.float() + Σ scale · delta.float()).to(W.dtype)`, of the weight's shape: the one arithmetic.
 
-    The unmerged forward, the merge and a merge on disk all call this, so their results are the same bits: what was
-    evaluated is what is deployed. There is one rounding to the base's dtype, at the end.
+    The unmerged forward, the merge and a merge on disk all call this, so their results are equal bit for bit. There is
+    one rounding to the base's dtype, at the end.
 
     Args:
-        weight: the base weight, any shape, any float dtype (float64 is computed in float64).
+        weight: the base weight, any shape and float dtype (float64 is computed in float64).
         deltas: pairs of a delta, of the weight's shape, and its scale.
 
     Returns:
@@ -35,9 +35,9 @@ def compose_weight(weight: torch.Tensor, deltas: Sequence[tuple[torch.Tensor, fl
 def tensor_sha256(tensor: torch.Tensor) -> str:
     """Return the sha256 of a tensor's values, in row-major order.
 
-    A float tensor is hashed as float32 (float64 as itself), so that a bfloat16 checkpoint has one hash whether it was
-    loaded as bfloat16 or as float32; any other tensor, such as a quantized one, by its raw bytes; one that is made of
-    others (torchao's) by theirs.
+    Float tensors are hashed as float32 (float64 as float64): a bfloat16 checkpoint has the same hash if it is loaded
+    as float32. Other tensors, such as quantized ones, are hashed as raw bytes, and a tensor that wraps others
+    (torchao's) by the hashes of these.
     """
     if is_traceable_wrapper_subclass(tensor):
         inside = [tensor_sha256(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
@@ -50,7 +50,7 @@ def tensor_sha256(tensor: torch.Tensor) -> str:
 
 
 def hashed_bytes(values: torch.Tensor) -> memoryview:
-    """Return the bytes that `tensor_sha256` hashes of some of a tensor's values: flat, on the CPU, contiguous."""
+    """Return the bytes that `tensor_sha256` hashes for some values: a flat, contiguous tensor on the CPU."""
     if values.is_floating_point() and values.dtype != torch.float64:
         values = values.to(torch.float32)
     return values.view(torch.uint8).numpy().data

@@ -1,95 +1,96 @@
-"""An adapter and its base: names in the base model, the sha256 of the weights that a delta belongs to."""
+"""The weights of a base module: their full shape, whether they are here, a forward with others, quantized ones."""
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, resolve_quantization_backend
 from torch import nn
-
-from .arithmetic import tensor_sha256
-from .config import LocFTConfig
-from .layer import LocFTLayer
+from torch.distributed.tensor import DTensor
 
 
-def clean_name(name: str) -> str:
-    """Return the name that a module or parameter has in the base model, without what PEFT and FSDP put around it."""
-    for added in (".base_layer", "_fsdp_wrapped_module.", "._fsdp_wrapped_module", "_orig_mod."):
-        name = name.replace(added, "")
-    return name.removeprefix("base_model.model.")
+def has_own_weight(module: nn.Module) -> bool:
+    """Whether the module has a parameter `weight` of its own, which a delta can be added to."""
+    return isinstance(module._parameters.get("weight"), nn.Parameter)
 
 
-def locft_layers(model: nn.Module) -> Iterator[tuple[str, LocFTLayer]]:
-    """Yield every tuner layer with the name that its base module has in the base model."""
-    for name, module in model.named_modules():
-        if isinstance(module, LocFTLayer):
-            yield clean_name(name), module
+def full_shape(parameter: torch.Tensor) -> torch.Size:
+    # ZeRO-3 leaves an empty tensor and keeps the shape here
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def base_sha256(model: nn.Module, adapter_name: str = "default") -> dict[str, str]:
-    """Return the sha256 of every base tensor that has a delta of this adapter, by parameter name.
+def is_whole(tensor: torch.Tensor, shape: torch.Size) -> bool:
+    """Whether all values are here: not offloaded to the meta device, and not the local shard of a larger tensor."""
+    return not (tensor.is_meta or isinstance(tensor, DTensor)) and tensor.shape == shape
 
-    The base is hashed as it is without edits, whether or not one is merged now. Tensors that are not here in full
-    (offloaded, sharded) are left out.
+
+@contextmanager
+def substituted(module: nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Let `module` compute with `tensors` instead of its parameters of those names.
+
+    Python finds an instance attribute before a registered parameter, so the module's own forward, with its hooks,
+    reads the given tensor. (`torch.func.functional_call` swaps the registered parameter instead. FSDP swaps it back in
+    its pre-forward, and the edit would be lost without an error.)
+
+    Raises:
+        RuntimeError: if the module's forward replaced one of `tensors`.
     """
-    return {
-        f"{name}.{kind}": tensor_sha256(tensor)
-        for name, layer in locft_layers(model)
-        for kind, tensor in layer.base_tensors(adapter_name).items()
-    }
-
-
-def drop_base_weights(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
-    """Delete the weights of the edited base modules from a state dict of which an adapter is being saved.
-
-    Where an embedding or the head is the location, PEFT would go on to save its base weight too, edited if an adapter
-    is merged, and on loading put it in the place of the base model's own.
-    """
-    prefixes = tuple(f"{name}.base_layer." for name in _names_in_state_dict(model))
-    for key in [key for key in state_dict if key.startswith(prefixes)]:
-        del state_dict[key]
-
-
-def delta_tensors(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the entries of a state dict that are deltas of an adapter.
-
-    PEFT looks for them by the names that FSDP1's units have while it is wrapped around modules, and a gathered state
-    dict has the model's own: it would find none and save an empty adapter.
-    """
-    prefixes = tuple(f"{name}.locft_delta.{adapter_name}." for name in _names_in_state_dict(model))
-    return {key: tensor for key, tensor in state_dict.items() if key.startswith(prefixes)}
-
-
-def _names_in_state_dict(model: nn.Module) -> list[str]:
-    layers = [name for name, module in model.named_modules() if isinstance(module, LocFTLayer)]
-    return [name.replace("_fsdp_wrapped_module.", "") for name in layers]
-
-
-def differing_from_base(model: nn.Module, adapter_name: str, config: Any) -> list[str]:
-    """Return the names of base tensors that are not those which an adapter's config says its deltas belong to.
-
-    Args:
-        model: with the adapter.
-        adapter_name: which.
-        config: its configuration; one of another PEFT method says nothing of the kind.
-    """
-    expected = getattr(config, "base_sha256", None)
-    if not expected:
-        return []
-    found = base_sha256(model, adapter_name)
-    return sorted(name for name, digest in found.items() if expected.get(name, digest) != digest)
-
-
-def warn_of_other_base(model: nn.Module, adapter_name: str, config: LocFTConfig) -> None:
-    """Warn if the base weights are not those that the adapter's config says its deltas belong to."""
-    differing = differing_from_base(model, adapter_name, config)
-    if differing:
-        warnings.warn(
-            f"Adapter '{adapter_name}' was trained on another base: {', '.join(differing[:3])} "
-            f"{'and others ' if len(differing) > 3 else ''}differ from the weights that its deltas belong to. "
-            f"Load it onto {config.base_model_name_or_path or 'its own base model'}, at the revision and dtype it was "
-            "trained on, or expect other answers than it was evaluated with.",
-            stacklevel=2,
+    own = module.__dict__
+    before = {name: own[name] for name in tensors if name in own}
+    own.update(tensors)
+    try:
+        yield
+        overwritten = [name for name, tensor in tensors.items() if own.get(name) is not tensor]
+    finally:
+        for name in tensors:
+            own.pop(name, None)
+        own.update(before)
+    if overwritten:
+        raise RuntimeError(
+            f"{type(module).__name__} computes its {', '.join(overwritten)} anew in every forward (a hook such as "
+            "torch.nn.utils.weight_norm?), so a delta has no effect. Remove that hook first."
         )
+
+
+def quantization_backend(base: nn.Module, kwargs: dict[str, Any]) -> Any:
+    """Return PEFT's backend for a quantized module; `None` for one that is not quantized."""
+    try:
+        return resolve_quantization_backend(base, **kwargs)
+    except ValueError:
+        # quantized by torchao itself, not through transformers: PEFT cannot tell how to quantize it again
+        return ForwardOnlyQuantizationBackend("torchao")
+
+
+def edited_copy(backend: Any, original: nn.Module, delta: torch.Tensor) -> nn.Module:
+    """Return a copy of `original` with its weight dequantized, `delta` added, and quantized again.
+
+    Warns with the size of the rounding, which is often that of the edit itself.
+    """
+    holder = _Holder(copy.deepcopy(original))
+    with torch.no_grad():
+        weight = backend.get_base_weight(original)
+        edited = weight.float() + delta
+        backend.set_base_weight(holder, edited.to(weight.dtype))
+        error = (backend.get_base_weight(holder.base_layer).float() - edited).norm()
+    warnings.warn(
+        f"Merged into a {backend.backend_name} weight: quantizing it again moved the weight by {error:.3g} "
+        f"(norm of the delta: {delta.norm():.3g}). To deploy the edit as it was evaluated, merge into the unquantized "
+        "base model, or keep the adapter unmerged.",
+        stacklevel=2,
+    )
+    return holder.base_layer
+
+
+class _Holder:
+    """Stands in for the tuner layer while a backend writes: some change the base module, some replace it."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        self.base_layer = base_layer
+
+    def get_base_layer(self) -> nn.Module:
+        return self.base_layer

@@ -9,61 +9,126 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .arithmetic import compose_weight
+from .base_weights import edited_copy, full_shape, is_whole, quantization_backend, substituted
 from .config import LocFTConfig
-from .delta import Delta, DeltaTensors, check_finite, full_shape, is_whole, with_deltas
-from .quantized import edited_copy, quantization_backend
+from .delta import Delta, DeltaTensors, check_finite, with_deltas
 
 
-@contextmanager
-def substituted(module: nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Let `module` read `tensors` where it reads the parameters of those names.
+class LocFTLayer(nn.Module, BaseTunerLayer):
+    """A module of the base model with deltas beside its `weight`, one for each adapter.
 
-    An instance attribute is found before a registered parameter, so the module's own forward, with its hooks, computes
-    with the given tensor. (`torch.func.functional_call` swaps the registered parameter instead, which FSDP swaps back
-    in its own pre-forward: the edit would be dropped without a word.)
+    The forward is the base module's own, with the composed weight in place of its parameter. So it fits any module: a
+    linear, a norm, a scaled embedding, fused experts. If the base weight is quantized, offloaded or sharded, the
+    forward is `base(x) + x · deltaᵀ` instead.
+
+    Args:
+        base_layer: the module to edit.
+        adapter_name: name of the first adapter.
+        config: its configuration.
+        parameter_name: parameter of the base module to edit; `None`: its weight, and its bias if `config.train_bias`.
 
     Raises:
-        RuntimeError: if something in the module's forward put another tensor in the place of one of `tensors`.
+        ValueError: if the base module has no float parameter of that name.
     """
-    own = module.__dict__
-    before = {name: own[name] for name in tensors if name in own}
-    own.update(tensors)
-    try:
-        yield
-        overwritten = [name for name, tensor in tensors.items() if own.get(name) is not tensor]
-    finally:
-        for name in tensors:
-            own.pop(name, None)
-        own.update(before)
-    if overwritten:
-        raise RuntimeError(
-            f"{type(module).__name__} computes its {', '.join(overwritten)} anew in every forward (a hook such as "
-            "torch.nn.utils.weight_norm?), so a delta beside it has no effect. Remove that hook first."
+
+    adapter_layer_names = ("locft_delta",)
+    other_param_names = ("scaling",)
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: LocFTConfig,
+        parameter_name: str | None = None,
+        **quantization_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.locft_delta = nn.ModuleDict()
+        self.scaling: dict[str, float] = {}
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        # full shapes (not those of a local shard) of the base parameters that an adapter has a delta for, by name
+        self._shapes: dict[str, torch.Size] = {}
+        # base tensors that a merge replaced, by name: subtracting the delta would not bring back the same bits
+        self._originals: dict[str, torch.Tensor] = {}
+        # in a list, so that it is not a submodule, which would be saved with the adapter
+        self._quantized_originals: list[nn.Module] = []
+        # edited tensors inside `composed_once`, by name
+        self._composed: dict[str, torch.Tensor] = {}
+        # a named parameter is not quantized, even beside a quantized weight
+        self.quantization_backend = (
+            quantization_backend(base_layer, quantization_kwargs) if parameter_name is None else None
         )
+        self.in_features, self.out_features = self._features()
+        self.update_layer(adapter_name, config, parameter_name)
 
+    def _features(self) -> tuple[int | None, int | None]:
+        return getattr(self.base_layer, "in_features", None), getattr(self.base_layer, "out_features", None)
 
-class MergeableLayer(nn.Module, BaseTunerLayer):
-    """The part of a tuner layer that knows the base weights: as they are, edited, and as they were before a merge."""
+    def update_layer(self, adapter_name: str, config: LocFTConfig, parameter_name: str | None = None) -> None:
+        """Add a delta of zero to adapter `adapter_name`, for the weight (and bias) or one more parameter."""
+        names = [parameter_name or "weight"]
+        if parameter_name is None and config.train_bias and getattr(self.base_layer, "bias", None) is not None:
+            names.append("bias")
+        for name in names:
+            # read once: the base may be sharded when the next adapter comes
+            self._shapes.setdefault(name, self._full_shape(name))
+        if adapter_name not in self.locft_delta:
+            self.locft_delta[adapter_name] = Delta()
+        self._delta(adapter_name).add({name: self._shapes[name] for name in names}, config)
+        self.scaling[adapter_name] = config.scale
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    base_layer: nn.Module
-    locft_delta: nn.ModuleDict
-    scaling: dict[str, float]
-    # of the base parameters that some adapter has a delta of, by name: the full ones, not those of a local shard
-    _shapes: dict[str, torch.Size]
-    # what a merge replaced, by parameter name: subtracting would not bring back the same bits
-    _originals: dict[str, torch.Tensor]
-    # in a list, so that it is not a submodule: it would be saved as part of the adapter
-    _quantized_originals: list[nn.Module]
+    def _full_shape(self, name: str) -> torch.Size:
+        if name == "weight" and self.quantization_backend is not None:
+            # a quantized weight is packed: its own shape says nothing
+            return torch.Size((self.out_features, self.in_features))  # type: ignore[arg-type]
+        parameter = self.base_layer._parameters.get(name)
+        if parameter is None or not parameter.is_floating_point():
+            raise ValueError(
+                f"{type(self.base_layer).__name__} has no parameter {name} of a float dtype to add a delta to. If a "
+                "torch parametrization or a weight norm computes it, remove that first. If it is quantized in a way "
+                "that PEFT does not know, load the base model without quantization."
+            )
+        return full_shape(parameter)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's version also casts to the base's dtype; here the user chooses the delta's dtype
+        delta = self.locft_delta[adapter_name]
+        if device is None:
+            # some quantized linears have no `weight`
+            tensor = getattr(self.base_layer, next(iter(self._shapes)), None)
+            device = next(self.base_layer.parameters()).device if tensor is None else tensor.device
+        if device.type != "meta" and not any(parameter.is_meta for parameter in delta.parameters()):
+            delta.to(device)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the strength of an adapter: `W + scale * delta`. Does nothing if this layer does not have the adapter.
+
+        Raises:
+            ValueError: if the adapter is merged.
+        """
+        if adapter in self.merged_adapters:
+            raise ValueError(f"Cannot set the scale of adapter '{adapter}' while it is merged: unmerge it first.")
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale
+
+    # ------------------------------------------------------------------ deltas and base weights
 
     def _delta(self, adapter: str) -> Delta:
         return cast(Delta, self.locft_delta[adapter])
 
     def scaled_deltas(self, adapter: str) -> dict[str, torch.Tensor]:
-        """Return `scale * delta` in float32 by the name of the base parameter; empty if it is not on this layer."""
+        """Return `scale * delta` in float32 by parameter name; empty if this layer does not have the adapter."""
         if adapter not in self.locft_delta:
             return {}
         return {
@@ -71,7 +136,7 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
         }
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """Return `scale * delta` of the weight in float32; zeros if the adapter has none on this layer."""
+        """Return `scale * delta` of the weight in float32; zeros if this layer does not have the adapter."""
         deltas = self.scaled_deltas(adapter)
         if "weight" in deltas:
             return deltas["weight"]
@@ -79,10 +144,9 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
         return torch.zeros(self._shapes["weight"], device=None if other is None else other.device)
 
     def base_tensors(self, adapter: str) -> dict[str, torch.Tensor]:
-        """Return the base tensors that the adapter has a delta of, by name, as they are without any merged edit.
+        """Return the base tensors that the adapter has a delta for, by name, without any merged edit.
 
-        Those that are not here in full (offloaded, sharded, or without a `weight`, as some quantized ones) are left
-        out.
+        Tensors that are not here in full are left out (offloaded, sharded, or a quantized module without `weight`).
         """
         base = self._quantized_originals[0] if self._quantized_originals else self.base_layer
         packed = "weight" if self.quantization_backend is not None else None
@@ -94,11 +158,11 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
         return found
 
     def _present(self, adapters: Sequence[str]) -> list[str]:
-        # in one fixed order, so that the order in which adapters are activated or merged cannot change a bit
+        # in a fixed order, so that the order of activation or merging does not change a bit
         return sorted({name for name in adapters if name in self.locft_delta})
 
     def _can_compose(self) -> bool:
-        """Whether the base weights are there, whole, on the module that computes with them."""
+        """Whether the module that computes with the base weights has them in full."""
         if self.quantization_backend is not None:
             return False
         base = self.base_layer
@@ -109,7 +173,7 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
         )
 
     def _compose(self, adapters: Sequence[str], tensors: Sequence[DeltaTensors]) -> dict[str, torch.Tensor]:
-        """Return the edited tensors by parameter name, composed from the original ones."""
+        """Return the edited tensors by parameter name, composed from the unmerged base tensors."""
         terms: dict[str, list[tuple[torch.Tensor, float]]] = {}
         for adapter, delta in zip(adapters, tensors, strict=True):
             for name, tensor in delta.items():
@@ -121,20 +185,99 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
         # the model may have been moved, or cast, since the merge
         return self._originals[name].to(current) if name in self._originals else current
 
+    # ------------------------------------------------------------------ forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(*args, **kwargs)
+        if self._composed:
+            with substituted(self.base_layer, self._composed):
+                return self.base_layer(*args, **kwargs)
+        names = [] if self.merged else self._present(self.active_adapters)
+        if not names:
+            return self.base_layer(*args, **kwargs)
+
+        def use(tensors: list[DeltaTensors]) -> Any:
+            if self._can_compose():
+                with substituted(self.base_layer, self._compose(names, tensors)):
+                    return self.base_layer(*args, **kwargs)
+            return self._add_delta_output(self.base_layer(*args, **kwargs), names, tensors, args)
+
+        return with_deltas([self._delta(name) for name in names], use)
+
+    @contextmanager
+    def composed_once(self) -> Iterator[None]:
+        """Compose the edited weight once, for all forwards and backwards inside.
+
+        Each backward adds its gradient to the delta, in the delta's dtype, as without this.
+        """
+        names = [] if self.merged or self.disable_adapters else self._present(self.active_adapters)
+        if not names or not self._can_compose():
+            yield
+            return
+        with torch.no_grad():
+            composed = self._compose(names, [self._delta(name).tensors() for name in names])
+        for name, leaf in composed.items():
+            deltas = [(getattr(self._delta(adapter), name, None), self.scaling[adapter]) for adapter in names]
+            trained = [(delta, scale) for delta, scale in deltas if delta is not None and delta.requires_grad]
+            if trained:
+                leaf.requires_grad_().register_post_accumulate_grad_hook(partial(_add_to_delta_gradients, trained))
+        self._composed = composed
+        try:
+            yield
+        finally:
+            self._composed = {}
+
+    @property
+    def weight(self) -> torch.Tensor:
+        # some modules read another module's weight and never call it: torch's MultiheadAttention and its out_proj
+        return self._effective("weight")
+
+    @property
+    def bias(self) -> torch.Tensor:
+        return self._effective("bias")
+
+    def _effective(self, name: str) -> torch.Tensor:
+        if name in self._composed:
+            return self._composed[name]
+        active = [] if self.merged or self.disable_adapters else self._present(self.active_adapters)
+        names = [adapter for adapter in active if name in self._delta(adapter).names]
+        if names and self._can_compose():
+            deltas = [self._delta(adapter) for adapter in names]
+            return with_deltas(deltas, lambda tensors: self._compose(names, tensors)[name])
+        return getattr(super(), name)
+
+    def _add_delta_output(
+        self, result: torch.Tensor, adapters: Sequence[str], tensors: Sequence[DeltaTensors], inputs: Sequence[Any]
+    ) -> torch.Tensor:
+        total = result.to(torch.promote_types(result.dtype, torch.float32))
+        for adapter, delta in zip(adapters, tensors, strict=True):
+            total = total + self.scaling[adapter] * self._delta_output(inputs[0], **delta).to(total)
+        return total.to(result.dtype)
+
+    def _delta_output(self, x: torch.Tensor, **delta: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError(
+            f"The {' and '.join(delta)} of {type(self.base_layer).__name__} is quantized, offloaded or sharded. This "
+            "module's output is not linear in it, so a delta cannot be applied beside it. Keep this module "
+            "in full on its device, or leave it out of target_modules."
+        )
+
     # ------------------------------------------------------------------ merge
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put the composed weight into the base module and keep the original, on the CPU, for `unmerge`.
+        """Put the composed weight into the base module. The original stays on the CPU for `unmerge`.
 
         Args:
             safe_merge: refuse a weight that is not finite.
-            adapter_names: adapters to merge; `None` means the active ones.
+            adapter_names: adapters to merge; `None`: the active ones.
 
         Raises:
-            ValueError: if `safe_merge` finds a value that is not finite, or if the base cannot be merged into.
+            ValueError: if `safe_merge` finds a value that is not finite, or the base weight cannot be written.
         """
         wanted: Any = self.active_adapters if adapter_names is None else adapter_names
-        if not isinstance(wanted, str):  # which PEFT's check refuses
+        if not isinstance(wanted, str):  # PEFT's check refuses a string
             wanted = self._present(wanted)
         names = check_adapters_to_merge(self, wanted) if wanted else []
         if not names:
@@ -154,7 +297,7 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
         return onload_layer(self) if weight is not None and weight.is_meta else nullcontext()
 
     def check_mergeable(self) -> None:
-        """Raise a ValueError, with the way forward, if the base weight cannot take the delta."""
+        """Raise a ValueError if the base weight cannot be written; it says what to do."""
         kind = type(self.base_layer).__name__
         if self.quantization_backend is not None:
             if not self.quantization_backend.supports_merge:
@@ -165,9 +308,8 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
                 )
         elif not self._can_compose():
             raise ValueError(
-                f"Cannot merge into {kind}: its {' and '.join(self._shapes)} is offloaded or sharded and not here in "
-                "full. Gather it first (load the base model on one device, without FSDP, ZeRO-3 or disk offload), or "
-                "keep the adapter unmerged."
+                f"Cannot merge into {kind}: its {' and '.join(self._shapes)} is offloaded or sharded. Load the base "
+                "model on one device first (without FSDP, ZeRO-3 or disk offload), or keep the adapter unmerged."
             )
 
     def _merge_composed(self, names: list[str], safe_merge: bool) -> None:
@@ -192,7 +334,7 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
         self._quantized_originals, self.base_layer = [original], edited
 
     def unmerge(self) -> None:
-        """Put the original weight back, bit for bit."""
+        """Restore the original weight, bit for bit."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -204,194 +346,85 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
         self._originals = {}
         self.merged_adapters = []
 
-
-class LocFTLayer(MergeableLayer):
-    """A module of the base model with deltas beside its `weight`, one for each adapter.
-
-    The forward runs the base module's own forward with the composed weight in place of its parameter, whatever the
-    module computes: a linear, a norm, a scaled embedding, a fused stack of experts. Where the base weight is not there
-    to be added to (quantized, on the meta device, sharded), the delta's own output is added to the base's instead.
-
-    Args:
-        base_layer: the module to edit.
-        adapter_name: name of the first adapter.
-        config: its configuration.
-        parameter_name: the edited parameter of the base module; `None` means its weight, and its bias if
-            `config.train_bias`.
-
-    Raises:
-        ValueError: if the base module has no float parameter of that name.
-    """
-
-    adapter_layer_names = ("locft_delta",)
-    other_param_names = ("scaling",)
-
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        config: LocFTConfig,
-        parameter_name: str | None = None,
-        **quantization_kwargs: Any,
-    ) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.locft_delta = nn.ModuleDict()
-        self.scaling: dict[str, float] = {}
-        self.merged_adapters: list[str] = []
-        self._disable_adapters = False
-        self._active_adapter = adapter_name
-        self._originals = {}
-        self._quantized_originals = []
-        self._shapes = {}
-        self._held: dict[str, torch.Tensor] = {}
-        # another parameter than the weight is what it is, beside a quantized weight or not
-        self.quantization_backend = (
-            quantization_backend(base_layer, quantization_kwargs) if parameter_name is None else None
-        )
-        self.in_features, self.out_features = self._features()
-        self.update_layer(adapter_name, config, parameter_name)
-
-    def _features(self) -> tuple[int | None, int | None]:
-        return getattr(self.base_layer, "in_features", None), getattr(self.base_layer, "out_features", None)
-
-    def update_layer(self, adapter_name: str, config: LocFTConfig, parameter_name: str | None = None) -> None:
-        """Add a delta of zero for `adapter_name`, or for one more parameter to the one that it has."""
-        names = [parameter_name or "weight"]
-        if parameter_name is None and config.train_bias and getattr(self.base_layer, "bias", None) is not None:
-            names.append("bias")
-        for name in names:
-            # once, since the base may be sharded by the time of the next adapter
-            self._shapes.setdefault(name, self._full_shape(name))
-        if adapter_name not in self.locft_delta:
-            self.locft_delta[adapter_name] = Delta()
-        self._delta(adapter_name).add({name: self._shapes[name] for name in names}, config)
-        self.scaling[adapter_name] = config.scale
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def _full_shape(self, name: str) -> torch.Size:
-        if name == "weight" and self.quantization_backend is not None:
-            # a quantized weight is packed: its own shape says nothing
-            return torch.Size((self.out_features, self.in_features))  # type: ignore[arg-type]
-        parameter = self.base_layer._parameters.get(name)
-        if parameter is None or not parameter.is_floating_point():
-            raise ValueError(
-                f"{type(self.base_layer).__name__} has no parameter {name} of a float dtype, so there is nothing to "
-                "add a delta to. (A torch parametrization or a weight norm computes it; remove that first. A weight "
-                "quantized by other means than PEFT knows cannot be edited.)"
-            )
-        return full_shape(parameter)
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT's own version also casts to the base's dtype; the precision of a delta is the user's choice
-        delta = self.locft_delta[adapter_name]
-        if device is None:
-            # some quantized linears have no `weight`
-            tensor = getattr(self.base_layer, next(iter(self._shapes)), None)
-            device = next(self.base_layer.parameters()).device if tensor is None else tensor.device
-        if device.type != "meta" and not any(parameter.is_meta for parameter in delta.parameters()):
-            delta.to(device)
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Set the strength of an adapter: `W + scale * delta`. Adapters that are not on this layer are passed over.
-
-        Raises:
-            ValueError: if the adapter is merged, since the merged weight would not follow.
-        """
-        if adapter in self.merged_adapters:
-            raise ValueError(f"Cannot set the scale of adapter '{adapter}' while it is merged: unmerge it first.")
-        if adapter in self.scaling:
-            self.scaling[adapter] = scale
-
-    # ------------------------------------------------------------------ forward
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(*args, **kwargs)
-        if self._held:
-            with substituted(self.base_layer, self._held):
-                return self.base_layer(*args, **kwargs)
-        names = [] if self.merged else self._present(self.active_adapters)
-        if not names:
-            return self.base_layer(*args, **kwargs)
-
-        def use(tensors: list[DeltaTensors]) -> Any:
-            if self._can_compose():
-                with substituted(self.base_layer, self._compose(names, tensors)):
-                    return self.base_layer(*args, **kwargs)
-            return self._add_delta_output(self.base_layer(*args, **kwargs), names, tensors, args)
-
-        return with_deltas([self._delta(name) for name in names], use)
-
-    @contextmanager
-    def composed_once(self) -> Iterator[None]:
-        """Compose the edited weight now, for all forwards and backwards inside.
-
-        Their gradients reach the delta one by one, in its own precision, as without this.
-        """
-        names = [] if self.merged or self.disable_adapters else self._present(self.active_adapters)
-        if not names or not self._can_compose():
-            yield
-            return
-        with torch.no_grad():
-            composed = self._compose(names, [self._delta(name).tensors() for name in names])
-        for name, leaf in composed.items():
-            deltas = [(getattr(self._delta(adapter), name, None), self.scaling[adapter]) for adapter in names]
-            trained = [(delta, scale) for delta, scale in deltas if delta is not None and delta.requires_grad]
-            if trained:
-                leaf.requires_grad_().register_post_accumulate_grad_hook(partial(_hand_on_gradient, trained))
-        self._held = composed
-        try:
-            yield
-        finally:
-            self._held = {}
-
-    @property
-    def weight(self) -> torch.Tensor:
-        # some modules compute with another's weight and never call it, as torch's MultiheadAttention with its out_proj
-        return self._effective("weight")
-
-    @property
-    def bias(self) -> torch.Tensor:
-        return self._effective("bias")
-
-    def _effective(self, name: str) -> torch.Tensor:
-        if name in self._held:
-            return self._held[name]
-        active = [] if self.merged or self.disable_adapters else self._present(self.active_adapters)
-        names = [adapter for adapter in active if name in self._delta(adapter).names]
-        if names and self._can_compose():
-            deltas = [self._delta(adapter) for adapter in names]
-            return with_deltas(deltas, lambda tensors: self._compose(names, tensors)[name])
-        return getattr(super(), name)
-
-    def _add_delta_output(
-        self, result: torch.Tensor, adapters: Sequence[str], tensors: Sequence[DeltaTensors], inputs: Sequence[Any]
-    ) -> torch.Tensor:
-        total = result.to(torch.promote_types(result.dtype, torch.float32))
-        for adapter, delta in zip(adapters, tensors, strict=True):
-            total = total + self.scaling[adapter] * self._delta_output(inputs[0], **delta).to(total)
-        return total.to(result.dtype)
-
-    def _delta_output(self, x: torch.Tensor, **delta: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError(
-            f"The {' and '.join(delta)} of {type(self.base_layer).__name__} is quantized, offloaded or sharded, and "
-            "this module's output is not linear in it, so that a delta cannot be applied beside it. Keep this module "
-            "in full on its device, or leave it out of target_modules."
-        )
-
     def __repr__(self) -> str:
         return "locft." + super().__repr__()
 
 
-def _hand_on_gradient(deltas: Sequence[tuple[torch.Tensor, float]], composed: torch.Tensor) -> None:
-    """Do what backward through `compose_weight` would do with the gradient of its result."""
+def _add_to_delta_gradients(deltas: Sequence[tuple[torch.Tensor, float]], composed: torch.Tensor) -> None:
+    """Add the gradient of a composed weight to its deltas, as backward through `compose_weight` would."""
     assert composed.grad is not None
     wide = composed.grad.to(torch.promote_types(composed.dtype, torch.float32))
     composed.grad = None
     for delta, scale in deltas:
         gradient = (wide if scale == 1.0 else scale * wide).to(device=delta.device, dtype=delta.dtype)
         delta.grad = gradient.clone() if delta.grad is None else delta.grad.add_(gradient)
+
+
+class Linear(LocFTLayer):
+    """A Linear, a quantized linear or transformers' Conv1D. (PEFT's "all-linear" looks for this class name.)"""
+
+    def _features(self) -> tuple[int | None, int | None]:
+        base = self.get_base_layer()
+        return tuple(full_shape(base.weight)) if isinstance(base, Conv1D) else super()._features()  # type: ignore[return-value]
+
+    def _delta_output(self, x: torch.Tensor, **delta: torch.Tensor) -> torch.Tensor:
+        weight, bias = delta["weight"], delta.get("bias")
+        if isinstance(self.get_base_layer(), Conv1D):
+            weight = weight.T
+        return F.linear(x.to(weight.dtype), weight, bias)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        # LoRA has no place for a delta of the bias
+        return adapter_name not in self.locft_delta or self._delta(adapter_name).names == ("weight",)
+
+
+class Embedding(LocFTLayer):
+    def _features(self) -> tuple[int | None, int | None]:
+        base: Any = self.get_base_layer()
+        return base.num_embeddings, base.embedding_dim
+
+    def _delta_output(self, x: torch.Tensor, **delta: torch.Tensor) -> torch.Tensor:
+        output = F.embedding(x, delta["weight"])
+        scale = self._get_embed_scale()
+        return output if scale is None else output * scale.to(output)
+
+
+class Convolution(LocFTLayer):
+    def _delta_output(self, x: torch.Tensor, **delta: torch.Tensor) -> torch.Tensor:
+        base: Any = self.get_base_layer()
+        return base._conv_forward(x.to(delta["weight"].dtype), delta["weight"], delta.get("bias"))
+
+
+class ParamWrapper(LocFTLayer):
+    """A module with parameters that `target_parameters` names. (PEFT looks for this class name.)"""
+
+    # PEFT nests one wrapper per parameter and compares this name. Here one wrapper serves all parameters of a module,
+    # so that the saved keys do not depend on their order in target_parameters.
+    parameter_name = None
+
+
+def wrap(
+    target: nn.Module, adapter_name: str, config: LocFTConfig, parameter_name: str | None, **kwargs: Any
+) -> LocFTLayer:
+    """Return the tuner layer for a module of the base model, or for one of its parameters.
+
+    Raises:
+        ValueError: if the module has no such parameter of a float dtype, or it is packed by quantization.
+    """
+    if parameter_name is not None:
+        if parameter_name == "weight" and quantization_backend(target, kwargs) is not None:
+            raise ValueError(
+                f"target_parameters names the weight of a quantized {type(target).__name__}, which is packed. Put the "
+                "module into target_modules instead."
+            )
+        return ParamWrapper(target, adapter_name, config, parameter_name)
+    layer_class: type[LocFTLayer]
+    if isinstance(target, nn.Linear | Conv1D) or quantization_backend(target, kwargs) is not None:
+        layer_class = Linear
+    elif isinstance(target, nn.Embedding):
+        layer_class = Embedding
+    elif isinstance(target, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        layer_class = Convolution
+    else:
+        layer_class = LocFTLayer
+    return layer_class(target, adapter_name, config, **kwargs)

@@ -1,10 +1,10 @@
-"""Finds the targets, combines adapters, and keeps a merge all or nothing."""
+"""The tuner: it wraps the targets, merges at all locations or none, combines adapters, and checks the base."""
 
 from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -15,29 +15,27 @@ from peft.utils import get_quantization_kwargs
 from peft.utils.other import _set_adapter
 from torch import nn
 
-from .base_weights import base_sha256, clean_name, delta_tensors, drop_base_weights, locft_layers, warn_of_other_base
-from .combine import check_combination, combine_deltas, combined_config
+from .arithmetic import tensor_sha256
+from .base_weights import has_own_weight, quantization_backend
 from .config import LocFTConfig
-from .delta import Delta
-from .layer import LocFTLayer
-from .modules import ParamWrapper, has_own_weight, wrap
+from .delta import Delta, check_combination, combine_deltas, combined_config
+from .layer import LocFTLayer, ParamWrapper, wrap
 from .presets import resolve_location
-from .quantized import quantization_backend
 
 
 class LocFTModel(BaseTuner):
     """Full-rank deltas at chosen locations of a base model.
 
-    Use `peft.get_peft_model(model, LocFTConfig(...))`, which makes it.
+    Create it with `peft.get_peft_model(model, LocFTConfig(...))`.
 
     Args:
-        model: the base model; it is changed in place, as in every PEFT method.
-        config: which location, which precision.
+        model: the base model; changed in place, as in every PEFT method.
+        config: location and precision.
         adapter_name: name of the first adapter.
 
     Raises:
-        ValueError: if a targeted module has no weight of its own, if its weight is shared with another module, or if
-            the default location cannot be found.
+        ValueError: if a targeted module has no weight of its own or shares it with another module, or if the default
+            location cannot be found.
     """
 
     prefix = "locft_"
@@ -62,8 +60,8 @@ class LocFTModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, Delta):
-            return  # PEFT looks for parameters of that name in the tuner's own layers, too
-        # with a further parameter of a wrapped module, PEFT comes by the base module, inside of the wrapper
+            return  # PEFT also looks for parameters of that name inside the tuner's layers
+        # for one more parameter of a wrapped module, PEFT passes the base module inside the wrapper
         wrapped = parent if isinstance(parent, LocFTLayer) else target
         if isinstance(wrapped, LocFTLayer):
             wrapped.update_layer(adapter_name, peft_config, parameter_name)
@@ -74,12 +72,12 @@ class LocFTModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # BaseTuner's own version copies `weight` onto what is unloaded, which fails on a wrapper that computes it
+        # BaseTuner's version copies `weight` to the unloaded module; here the wrapper computes `weight`
         setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        # PEFT casts every adapter to float32; the precision of a delta is the user's choice
+        # PEFT casts every adapter to float32; here the user chooses the delta's dtype
         dtype = getattr(torch, self.peft_config[adapter_name].delta_dtype)
         for _, layer in locft_layers(self.model):
             if adapter_name in layer.locft_delta:
@@ -88,21 +86,19 @@ class LocFTModel(BaseTuner):
     # ------------------------------------------------------------------ merge
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters into the base weights, at all locations or, if one refuses, at none.
+        """Merge adapters into the base weights, at all locations or at none.
 
         Args:
-            adapter_names: adapters to merge; `None` means the active ones.
+            adapter_names: adapters to merge; `None`: the active ones.
             safe_merge: refuse weights that are not finite.
 
         Raises:
-            ValueError: if an adapter does not exist, if `safe_merge` finds a value that is not finite, or if a base
-                weight cannot be merged into.
+            ValueError: if an adapter does not exist, `safe_merge` finds a value that is not finite, or a base weight
+                cannot be written. Then nothing is merged.
         """
         unknown = [] if isinstance(adapter_names, str) else set(adapter_names or []) - set(self.peft_config)
         if unknown:
-            raise ValueError(
-                f"No adapter {sorted(unknown)} to merge: expected names out of {sorted(self.peft_config)}."
-            )
+            raise ValueError(f"No adapter {sorted(unknown)} to merge: expected names from {sorted(self.peft_config)}.")
         names = self.active_adapters if adapter_names is None else adapter_names
         pending = any(
             name in layer.locft_delta and name not in layer.merged_adapters
@@ -110,12 +106,12 @@ class LocFTModel(BaseTuner):
             for name in names
         )
         with self._all_or_nothing(), warnings.catch_warnings():
-            if pending:  # then it is no news of a layer that it has nothing to merge
+            if pending:  # a layer with nothing left to merge would warn, although others merge
                 warnings.filterwarnings("ignore", message="All adapters are already merged")
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def unmerge_adapter(self) -> None:
-        """Put the original base weights back, bit for bit, wherever an adapter is merged."""
+        """Restore the original base weights, bit for bit, at all locations."""
         merged = [layer for _, layer in locft_layers(self.model) if layer.merged]
         if not merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
@@ -133,10 +129,10 @@ class LocFTModel(BaseTuner):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="All adapters are already merged")
             if merge:
-                # BaseTuner merges and replaces one module after the other; a refusal must come before the first
+                # BaseTuner merges and replaces module by module; an error must come before the first
                 self.merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
             elif any(layer.merged for _, layer in locft_layers(self.model)):
-                # unload() is to give back the base model, and what is merged is not the base
+                # unload() returns the base model, without merged edits
                 self.unmerge_adapter()
             return super()._unload_and_optionally_merge(  # type: ignore[return-value]
                 merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
@@ -147,7 +143,7 @@ class LocFTModel(BaseTuner):
         before = [(layer, list(layer.merged_adapters)) for _, layer in locft_layers(self.model)]
         try:
             yield
-        except BaseException:  # an interrupt from the keyboard, too
+        except BaseException:  # KeyboardInterrupt, too
             for layer, merged in before:
                 if layer.merged_adapters != merged:
                     layer.unmerge()
@@ -159,19 +155,19 @@ class LocFTModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:  # which PEFT would drop
+        if kwargs.get("adapter_names") is not None:  # PEFT would ignore it
             raise ValueError(
-                "adapter_names: the rows of one batch cannot have different LocFT adapters, since each changes the "
-                "weight itself. Run them one after the other, with set_adapter."
+                "adapter_names: the rows of one batch cannot have different LocFT adapters, because each adapter "
+                "changes the weight. Run one batch per adapter, with set_adapter."
             )
         yield
 
     @contextmanager
     def composed_once(self) -> Iterator[None]:
-        """Compose every edited weight once, for all forwards and backwards inside; the deltas must not change there.
+        """Compose every edited weight once, for all forwards and backwards inside. The deltas must not change there.
 
-        A step of several micro-batches saves all compositions but one. Not for data-parallel training: what waits for
-        the backward of a delta itself, as DistributedDataParallel does, waits in vain.
+        A step of several micro-batches saves all compositions but one. Do not use it in data-parallel training:
+        DistributedDataParallel waits for the backward of the delta, which does not run here.
         """
         with ExitStack() as stack:
             for _, layer in locft_layers(self.model):
@@ -179,7 +175,7 @@ class LocFTModel(BaseTuner):
             yield
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Set the strength of an adapter at all of its locations, and in its config: `W + scale * delta`.
+        """Set the strength of an adapter at all its locations and in its config: `W + scale * delta`.
 
         Raises:
             ValueError: if the adapter does not exist or is merged, or if the scale is not a finite number.
@@ -195,7 +191,7 @@ class LocFTModel(BaseTuner):
         self.peft_config[adapter].scale = config.scale
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter; if no active one is left, the first of the others, by name, becomes active.
+        """Delete an adapter. If no active adapter is left, the first of the others, by name, becomes active.
 
         Raises:
             ValueError: if the adapter does not exist or is merged.
@@ -203,17 +199,15 @@ class LocFTModel(BaseTuner):
         active = [name for name in self.active_adapters if name != adapter_name]
         was_active = adapter_name in self.active_adapters
         with warnings.catch_warnings():
-            # every layer chooses among the adapters that it has itself: the choice is made below, for all of them
+            # each layer would choose from its own adapters; the choice for all layers is made below
             warnings.filterwarnings("ignore", message=".*was active which is now deleted")
             super().delete_adapter(adapter_name)
         if was_active and not active and self.peft_config:
             active = sorted(self.peft_config)[:1]
-            warnings.warn(
-                f"Adapter {adapter_name} was active and is deleted now: {active[0]} becomes active.", stacklevel=2
-            )
+            warnings.warn(f"Deleted the active adapter {adapter_name}; {active[0]} is active now.", stacklevel=2)
         self.active_adapter = active
         if was_active:
-            # not self.set_adapter, which would unmerge the others
+            # self.set_adapter would unmerge the others
             _set_adapter(self.model, active)
             for _, layer in locft_layers(self.model):
                 layer.set_adapter(active)
@@ -229,19 +223,19 @@ class LocFTModel(BaseTuner):
         density: float | None = None,
         majority_sign_method: Literal["total", "frequency"] = "total",
     ) -> None:
-        """Add a new adapter that combines others. Deltas are full-rank, so `"linear"` is their exact weighted sum.
+        """Add an adapter that combines others. Deltas are full-rank, so `"linear"` is their exact weighted sum.
 
         Args:
-            adapters: names of the adapters to combine; each may sit at other locations, the new one at all of them.
-            weights: their weights, of any sign; each adapter's own scale is applied first.
+            adapters: names of the adapters to combine. Their locations may differ; the new adapter has all of them.
+            weights: one weight per adapter, of any sign; applied after the adapter's scale.
             adapter_name: name of the new adapter; its scale is 1.
-            combination_type: how the deltas are combined, as in `LoraModel.add_weighted_adapter`.
-            density: share of the values to keep, in (0, 1]; needed by every type but `"linear"`.
+            combination_type: as in `LoraModel.add_weighted_adapter`.
+            density: share of the values to keep, in (0, 1]; required by every type but `"linear"`.
             majority_sign_method: how TIES elects a sign.
 
         Raises:
-            ValueError: if an adapter does not exist, the new name does, the lists differ in length, the type is
-                unknown, `density` is missing or out of range, or an adapter holds more than deltas.
+            ValueError: if an adapter does not exist, the new name exists, the lists differ in length, the type is
+                unknown, `density` is missing or out of range, or an adapter has other weights than deltas.
         """
         check_combination(self.peft_config, adapters, weights, adapter_name, combination_type, density)
         terms = defaultdict(list)
@@ -271,20 +265,109 @@ class LocFTModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        # every way of saving an adapter comes through here and then writes the config
+        # every way of saving an adapter calls this before it writes the config
         config.base_sha256 = base_sha256(model, adapter_name) or config.base_sha256
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        drop_base_weights(model, state_dict)
-        return selected | delta_tensors(model, adapter_name, state_dict)
+        names = [name.replace("_fsdp_wrapped_module.", "") for name, _ in _layers(model)]
+        _drop_base_weights(names, state_dict)
+        return selected | _delta_tensors(names, adapter_name, state_dict)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         disabled = any(layer.disable_adapters for _, layer in locft_layers(model))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if disabled:
-            # new layers know nothing of it
+            # new layers start enabled
             self.disable_adapter_layers()
-        warn_of_other_base(model, adapter_name, self.peft_config[adapter_name])
+        _warn_of_other_base(model, adapter_name, self.peft_config[adapter_name])
 
+
+# ---------------------------------------------------------------------- names
+
+
+def locft_layers(model: nn.Module) -> Iterator[tuple[str, LocFTLayer]]:
+    """Yield every tuner layer, with the name that its module has in the base model."""
+    for name, layer in _layers(model):
+        yield clean_name(name), layer
+
+
+def clean_name(name: str) -> str:
+    """Return the name of a module or parameter in the base model, without the parts that PEFT and FSDP add."""
+    for added in (".base_layer", "_fsdp_wrapped_module.", "._fsdp_wrapped_module", "_orig_mod."):
+        name = name.replace(added, "")
+    return name.removeprefix("base_model.model.")
+
+
+def _layers(model: nn.Module) -> list[tuple[str, LocFTLayer]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LocFTLayer)]
+
+
+# ---------------------------------------------------------------------- saving and loading
+
+
+def base_sha256(model: nn.Module, adapter_name: str = "default") -> dict[str, str]:
+    """Return the sha256 of every base tensor that this adapter has a delta for, by parameter name.
+
+    The hash is of the unedited base, merged or not. Tensors that are not here in full (offloaded, sharded) are left
+    out.
+    """
+    return {
+        f"{name}.{kind}": tensor_sha256(tensor)
+        for name, layer in locft_layers(model)
+        for kind, tensor in layer.base_tensors(adapter_name).items()
+    }
+
+
+def differing_from_base(model: nn.Module, adapter_name: str, config: Any) -> list[str]:
+    """Return the names of base tensors whose sha256 is not the one in the adapter's config, sorted.
+
+    Args:
+        model: a model with the adapter.
+        adapter_name: name of the adapter.
+        config: its configuration; one without `base_sha256`, as of another PEFT method, gives an empty list.
+    """
+    expected = getattr(config, "base_sha256", None)
+    if not expected:
+        return []
+    found = base_sha256(model, adapter_name)
+    return sorted(name for name, digest in found.items() if expected.get(name, digest) != digest)
+
+
+def _warn_of_other_base(model: nn.Module, adapter_name: str, config: LocFTConfig) -> None:
+    differing = differing_from_base(model, adapter_name, config)
+    if differing:
+        warnings.warn(
+            f"Adapter '{adapter_name}' was trained on another base: {', '.join(differing[:3])} "
+            f"{'and others ' if len(differing) > 3 else ''}differ from the weights that its deltas belong to, so its "
+            f"answers may change. Load {config.base_model_name_or_path or 'its own base model'}, at the revision and "
+            "dtype it was trained on.",
+            stacklevel=2,
+        )
+
+
+def _drop_base_weights(names: Sequence[str], state_dict: dict[str, torch.Tensor]) -> None:
+    """Delete the base weights of the edited modules from a state dict that an adapter is saved from.
+
+    If the location is an embedding or the head, PEFT would save its base weight too (edited, if an adapter is merged)
+    and load it over the base model's own.
+    """
+    prefixes = tuple(f"{name}.base_layer." for name in names)
+    for key in [key for key in state_dict if key.startswith(prefixes)]:
+        del state_dict[key]
+
+
+def _delta_tensors(
+    names: Sequence[str], adapter_name: str, state_dict: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return the deltas of an adapter in a state dict.
+
+    PEFT searches by the module names of the wrapped model. While FSDP1 wraps it, they contain the wrapper's name, but
+    a gathered state dict does not: PEFT would save an empty adapter.
+    """
+    prefixes = tuple(f"{name}.locft_delta.{adapter_name}." for name in names)
+    return {key: tensor for key, tensor in state_dict.items() if key.startswith(prefixes)}
+
+
+# ---------------------------------------------------------------------- targets
 
 UNTIE = """
     model = AutoModelForCausalLM.from_pretrained(base, tie_word_embeddings=False)
@@ -295,9 +378,9 @@ def check_targets(config: LocFTConfig, model: nn.Module, matches: Callable[[LocF
     """Raise a ValueError if a targeted module has no weight of its own, or shares it with another module.
 
     Args:
-        config: with its location resolved.
-        model: the base model, or one that has adapters already.
-        matches: whether a module of that name is targeted by `config.target_modules`.
+        config: configuration with resolved names.
+        model: the base model, with or without adapters.
+        matches: tells whether `config.target_modules` targets a module name.
     """
     users = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -323,9 +406,9 @@ def _targeted_parameters(
             continue
         if not has_own_weight(base):
             raise ValueError(
-                f"target_modules matches {name}, a {type(base).__name__}, which has no weight of its own. Name "
-                "the modules inside it (a Linear, Conv1D, Embedding, convolution or norm), its parameters by "
-                "target_parameters, or whole decoder layers by target_modules='entire-layer'."
+                f"target_modules matches {name}, a {type(base).__name__}, which has no weight of its own. Target "
+                "the modules inside it (a Linear, Conv1D, Embedding, convolution or norm), its parameters with "
+                "target_parameters, or a decoder layer with target_modules='entire-layer'."
             )
         yield f"{name}.weight", base.weight
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -1,7 +1,8 @@
-"""The published locations, and the default location for any other decoder-only model."""
+"""Locations in a decoder-only model: the published ones, the default, and the weights of one kind in a layer."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,14 +12,17 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
 )
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from .base_weights import has_own_weight
 from .config import ALL_LINEAR, ENTIRE_LAYER, LocFTConfig
-from .modules import has_own_weight
+
+ATTENTION, MLP, UP, DOWN = "attention", "mlp", "up", "down"
 
 
 @dataclass(frozen=True, slots=True)
 class PublishedLocation:
-    """A location from the paper (Yang et al., arXiv 2509.22072v4), as it was found on a model of `num_layers`."""
+    """A location from the paper (Yang et al., arXiv 2509.22072v4), found on a model with `num_layers` layers."""
 
     layer: int
     num_layers: int
@@ -26,7 +30,7 @@ class PublishedLocation:
     learning_rate: float = 5e-4
 
     def layer_of(self, num_layers: int) -> int:
-        """Return the layer at the same relative depth: layer 6 of 28 is the 7th, so of 80 it is the 20th, layer 19."""
+        """Return the layer at the same relative depth: layer 6 of 28 (the 7th) is layer 19 of 80 (the 20th)."""
         return max(round((self.layer + 1) * num_layers / self.num_layers) - 1, 0)
 
 
@@ -36,15 +40,15 @@ PUBLISHED = {
     "mistral": PublishedLocation(layer=23, num_layers=32, module=ENTIRE_LAYER, learning_rate=5e-5),  # Mistral-7B-v0.1
     "qwen2_moe": PublishedLocation(layer=20, num_layers=24, module="mlp.shared_expert.down_proj"),  # Qwen1.5-MoE-A2.7B
 }
-# "later-layer down-projection", the paper's rule of thumb, at the depth it was best in Llama
+# the paper's rule of thumb, "later-layer down-projection", at the best depth of Llama
 DEFAULT_DEPTH = PublishedLocation(layer=22, num_layers=32, module="")
 
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """A resolved location: full names, as `named_modules` and `named_parameters` give them.
+    """A location as full names, as in `named_modules` and `named_parameters`.
 
-    `learning_rate` is the published one where the location is published, else `None`.
+    `learning_rate` is the published one, or `None` if the location is not published.
     """
 
     target_modules: tuple[str, ...]
@@ -53,10 +57,10 @@ class Location:
 
 
 def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Return the name of the model's stack of decoder layers, and the stack.
+    """Return the name of the list of decoder layers in the model, and the list.
 
-    It is told by its structure, not by its name: of all lists of modules (as long as the configuration's
-    `num_hidden_layers`, where it has one) the one with the most parameters.
+    It is found by structure, not by name: the `ModuleList` with the most parameters, of length `num_hidden_layers` if
+    the model's configuration has that.
 
     Raises:
         ValueError: if the model has no such list.
@@ -70,8 +74,8 @@ def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     ]
     if not stacks:
         raise ValueError(
-            f"{type(model).__name__} has no list of {f'{num_layers} ' if num_layers else ''}decoder layers that could "
-            "be found, so there is no default location. Name one: LocFTConfig(target_modules=[...])."
+            f"{type(model).__name__} has no list of {f'{num_layers} ' if num_layers else ''}decoder layers, so there "
+            "is no default location. Name one: LocFTConfig(target_modules=[...])."
         )
     _, name, stack = max(stacks, key=lambda entry: entry[0])
     return name, stack
@@ -80,13 +84,13 @@ def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def default_location(model: nn.Module, layers: list[int] | None = None) -> Location:
     """Return the location of `LocFTConfig()` for a model.
 
-    The published one for Llama, Qwen2, Mistral and Qwen-MoE models, at the same relative depth in their larger and
-    smaller siblings; for any other model, at two thirds of its depth, the last weight of the layer, attention aside,
-    that writes into the residual stream: the MLP's down-projection.
+    - Llama, Qwen2, Mistral and Qwen-MoE: the published module, at the same relative depth in every size.
+    - Any other model: the MLP's down-projection (the last matrix of the layer outside of attention that reads or
+      writes the residual stream), at two thirds of the depth.
 
     Args:
         model: a decoder-only language model.
-        layers: the decoder layers to use instead of the published one, counted from 0.
+        layers: decoder layers to use instead of the published one, counted from 0.
 
     Raises:
         ValueError: if the decoder layers cannot be found, or a layer is not among them.
@@ -98,7 +102,7 @@ def default_location(model: nn.Module, layers: list[int] | None = None) -> Locat
         layers = [(published or DEFAULT_DEPTH).layer_of(len(stack))]
     _check_layers(layers, stack_name, len(stack))
     if published is None:
-        return _down_projection(stack_name, stack, layers, text_config)
+        return _down_projections(stack_name, stack, layers, text_config)
     if published.module == ENTIRE_LAYER:
         location = entire_layers(model, layers)
         return Location(location.target_modules, location.target_parameters, published.learning_rate)
@@ -107,18 +111,18 @@ def default_location(model: nn.Module, layers: list[int] | None = None) -> Locat
 
 
 def balanced_config(model: nn.Module, **fields: Any) -> LocFTConfig:
-    """Return the location of `BreadthFirstConfig(recipe="balanced")`: down-projections of three layers.
+    """Return the configuration of `BreadthFirstConfig(recipe="balanced")`: down-projections of three layers.
 
-    The layer at three quarters of the model's depth and the two behind it, layers 22 to 24 of 30; in a shallow one the
-    last three. Together they learn the same with smaller changes in each.
+    They begin at three quarters of the model's depth (layers 22 to 24 of 30); in a shallow model they are the last
+    three. Together they learn the same edits with a smaller change in each.
 
     Args:
         model: a decoder-only language model.
         **fields: other fields of [`LocFTConfig`].
 
     Raises:
-        ValueError: if the decoder layers or their down-projections cannot be found, or these are experts that are one
-            parameter, whose inputs no projector is known for.
+        ValueError: if the decoder layers or their down-projections cannot be found, or the down-projection is one
+            parameter of all experts, which has no projector.
 
     Example:
         >>> model = get_peft_model(model, balanced_config(model))
@@ -127,17 +131,17 @@ def balanced_config(model: nn.Module, **fields: Any) -> LocFTConfig:
     text_config = _text_config(model)
     first = max(min(len(stack) * 3 // 4, len(stack) - 3), 0)
     layers = list(range(first, min(first + 3, len(stack))))
-    location = _down_projection(stack_name, stack, layers, text_config)
+    location = _down_projections(stack_name, stack, layers, text_config)
     if location.target_parameters:
         raise ValueError(
-            f"{location.target_parameters[0]} holds all experts in one parameter, whose inputs no projector is known "
-            "for. Name Linear modules: LocFTConfig(target_modules=['o_proj'], layers_to_transform=[...])."
+            f"{location.target_parameters[0]} holds all experts in one parameter, and a projector needs a Linear. "
+            "Name Linear modules: LocFTConfig(target_modules=['o_proj'], layers_to_transform=[...])."
         )
     return LocFTConfig(target_modules=list(location.target_modules), **fields)
 
 
 def entire_layers(model: nn.Module, layers: list[int]) -> Location:
-    """Return every weight of whole decoder layers: linears and norms as modules, anything else by parameter.
+    """Return every weight of some decoder layers: linears and norms as modules, other weights as parameters.
 
     Raises:
         ValueError: if the decoder layers cannot be found, or a layer is not among them.
@@ -158,7 +162,7 @@ def entire_layers(model: nn.Module, layers: list[int]) -> Location:
 
 
 def resolve_location(config: LocFTConfig, model: nn.Module) -> None:
-    """Replace what `config` leaves open, or names in one word, by the full names in `model`.
+    """Replace a default or one-word location in `config` by the full names in `model`.
 
     Raises:
         ValueError: if the decoder layers cannot be found, or a layer is not among them.
@@ -166,7 +170,7 @@ def resolve_location(config: LocFTConfig, model: nn.Module) -> None:
     layers = config.layers_to_transform
     assert not isinstance(layers, int)  # made a list by the config itself
     if config.target_parameters and layers:
-        # PEFT looks at the layers for modules alone
+        # PEFT applies layers_to_transform to modules only
         config.target_parameters = _parameters_in_layers(config, model)
     if config.target_modules is None and config.target_parameters:
         config.target_modules = set()  # type: ignore[assignment]
@@ -186,13 +190,13 @@ def resolve_location(config: LocFTConfig, model: nn.Module) -> None:
 
 
 def _parameters_in_layers(config: LocFTConfig, model: nn.Module) -> list[str]:
-    # as names of modules they are matched in the same way
+    # PEFT's matching of module names, applied to parameter names
     as_modules = replace(config, target_modules=config.target_parameters, target_parameters=None, modules_to_save=None)
     names = (name.replace(".base_layer", "") for name, _ in model.named_parameters(remove_duplicate=False))
     found = [name for name in names if check_target_module_exists(as_modules, name)]
     if not found:
         raise ValueError(
-            f"target_parameters={config.target_parameters}: there is none of that name in layers_to_transform="
+            f"target_parameters={config.target_parameters}: no parameter has that name in layers_to_transform="
             f"{config.layers_to_transform}. `model.named_parameters()` lists the names."
         )
     return found
@@ -202,42 +206,97 @@ def _write(config: LocFTConfig, location: Location) -> None:
     config.target_modules = set(location.target_modules)  # type: ignore[assignment]
     if location.target_parameters:
         config.target_parameters = sorted({*(config.target_parameters or []), *location.target_parameters})
-    # the names say the layer themselves
+    # the full names contain the layer
     config.layers_to_transform = None
     config.layers_pattern = None
 
 
-def _down_projection(stack_name: str, stack: nn.ModuleList, layers: list[int], text_config: Any) -> Location:
+# ---------------------------------------------------------------------- the matrices of one decoder layer
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A parameter (…, outputs, inputs) of a decoder layer, of one module or of several experts.
+
+    `module` is the name inside the layer, `key` the name of the parameter in the module.
+    """
+
+    module: str
+    key: str
+    inputs: int
+    outputs: int
+
+    @property
+    def in_attention(self) -> bool:
+        return "attn" in self.module or "attention" in self.module
+
+
+def matrices_of(layer: nn.Module) -> list[Matrix]:
+    """Return every parameter of a decoder layer with two or more dimensions, in order of registration."""
+    return [
+        Matrix(name, key, *_features(base, parameter.shape))
+        for name, module in _without_tuner_insides(layer)
+        for base in [_base(module)]
+        for key, parameter in base._parameters.items()
+        if parameter is not None and parameter.ndim > 1
+    ]
+
+
+def matrices_of_kind(matrices: Sequence[Matrix], kind: str) -> list[Matrix]:
+    """Return the matrices of a kind: `"attention"`, `"mlp"`, `"up"`, `"down"`, or a module name or name ending."""
+    mlp = [matrix for matrix in matrices if not matrix.in_attention]
+    if kind == ATTENTION:
+        return [matrix for matrix in matrices if matrix.in_attention]
+    if kind == MLP:
+        return mlp
+    if kind in (UP, DOWN):
+        pair = up_and_down(mlp)
+        return [] if pair is None else [pair[kind == DOWN]]
+    return [matrix for matrix in matrices if f".{matrix.module}".endswith(f".{kind}")]
+
+
+def up_and_down(mlp: Sequence[Matrix]) -> tuple[Matrix, Matrix] | None:
+    """Return the last pair of which the second reads the output of the first and writes what the first reads."""
+    for index, down in reversed(list(enumerate(mlp))):
+        for up in reversed(mlp[:index]):
+            # a fused gate doubles the outputs
+            if up.inputs == down.outputs and up.outputs % down.inputs == 0:
+                return up, down
+    return None
+
+
+def location_in_layers(matrices: Sequence[tuple[str, Matrix]]) -> Location:
+    """Return the location of matrices, each with the full name of its decoder layer."""
+    modules = [f"{layer}.{matrix.module}" for layer, matrix in matrices if matrix.key == "weight"]
+    parameters = [f"{layer}.{matrix.module}.{matrix.key}" for layer, matrix in matrices if matrix.key != "weight"]
+    return Location(tuple(dict.fromkeys(modules)), tuple(parameters))
+
+
+def _down_projections(stack_name: str, stack: nn.ModuleList, layers: list[int], text_config: Any) -> Location:
     hidden_size = getattr(text_config, "hidden_size", None)
-    modules: list[str] = []
-    parameters: list[str] = []
+    found = []
     for layer in layers:
-        found = None
-        for name, module in _without_tuner_insides(stack[layer]):
-            if "attn" in name or "attention" in name:
-                continue
-            for key, parameter in _base(module)._parameters.items():
-                # (out, in) of a Linear, (in, out) of a Conv1D, (experts, out, in) of fused experts
-                if (
-                    parameter is not None
-                    and parameter.ndim > 1
-                    and hidden_size in (parameter.shape[-2], parameter.shape[-1])
-                ):
-                    found = (f"{stack_name}.{layer}.{name}", key)
-        if found is None:
+        on_residual = [
+            matrix
+            for matrix in matrices_of(stack[layer])
+            if not matrix.in_attention and hidden_size in (matrix.inputs, matrix.outputs)
+        ]
+        if not on_residual:
             raise ValueError(
                 f"No down-projection was found in {stack_name}.{layer}. Name the location: "
                 "LocFTConfig(target_modules=[...])."
             )
-        if found[1] == "weight":
-            modules.append(found[0])
-        else:
-            parameters.append(".".join(found))
-    return Location(tuple(modules), tuple(parameters))
+        found.append((f"{stack_name}.{layer}", on_residual[-1]))
+    return location_in_layers(found)
+
+
+def _features(base: nn.Module, shape: Sequence[int]) -> tuple[int, int]:
+    """Return the inputs and outputs of a matrix: (…, out, in), but (in, out) in a Conv1D."""
+    return (shape[-2], shape[-1]) if isinstance(base, Conv1D) else (shape[-1], shape[-2])
 
 
 def _without_tuner_insides(layer: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the modules of a decoder layer by name, tuner layers in the place of what they wrap."""
+    """Return the modules of a decoder layer by name, tuner layers instead of the modules that they wrap."""
     inside = tuple(f"{name}." for name, module in layer.named_modules() if isinstance(module, BaseTunerLayer))
     return [(name, module) for name, module in layer.named_modules() if name and not name.startswith(inside)]
 

@@ -23,8 +23,7 @@ from ..adapters.saving import save_adapter
 from ..adapters.shipped_edits import EDITS_NAME, adapter_edits, edit_lines
 from ..data.edit_lists import EditPlan, merge_edit_lists, read_lines_to_forget
 from ..data.edits import Edit, OnConflict, edits_sha256, first_edits
-from ..data.encoding import EncodedEdits, encode_prompts
-from ..data.retained_facts import flat
+from ..data.encoding import EncodedEdits, encode_prompts, flatten_rows
 from ..engine.decoding import check_fits, generate_and_score
 from ..engine.distributed import SHARDED
 from ..engine.loading import load_model
@@ -36,7 +35,7 @@ from ..training.record import training_record
 from ..training.resume import whole_checkpoint
 from ..training.trainer import BreadthFirstTrainer
 from ..training.training_data import TrainingData, check_sources
-from ..tuner.base_weights import differing_from_base
+from ..tuner.model import differing_from_base
 
 ANSWER_TOKENS = 32  # of the base, as many as the published protocol looks at
 SHARE_CHANGED = 0.1  # of the rows of an epoch, at least
@@ -130,7 +129,7 @@ def _repeated(
         return None
     times = math.ceil(SHARE_CHANGED / (1 - SHARE_CHANGED) * num_retained / len(changed)) - 1
     added = [*answered, *(changed * times)]
-    return flat([tokens for tokens, _ in added], [start for _, start in added]) if added else None
+    return flatten_rows([tokens for tokens, _ in added], [start for _, start in added]) if added else None
 
 
 logger = logging.getLogger(__name__)

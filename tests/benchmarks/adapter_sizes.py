@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from peft_locft import LocFTConfig
 from peft_locft.adapters.inspection import size
-from peft_locft.tuner.base_weights import locft_layers
+from peft_locft.tuner.model import locft_layers
 
 # what the models' own configurations say
 MODELS: dict[str, Any] = {

@@ -15,7 +15,8 @@ from tiny_training import EDITS, base_model, peft_model
 from tokenizers_for_tests import make_tokenizer
 
 from peft_locft import Edit, Probe, encode_edits, encode_prompts
-from peft_locft.data.retained_facts import base_answers, choose_retained_facts, join_encoded
+from peft_locft.data.encoding import join_encoded
+from peft_locft.data.retained_facts import base_answers, choose_retained_facts
 
 EDIT = Edit(
     prompt="Spain is",
@@ -66,7 +67,7 @@ def test_of_other_edits_the_probes_are_taken_or_else_the_prompts(tmp_path: Path)
 
 def test_without_a_source_the_edits_own_probes_are_kept() -> None:
     assert choose_retained_facts(None, [EDIT, OTHER]) == ["france  IS", "Felipe plays"]
-    with pytest.raises(ValueError, match="found 0 prompts in the edits, none of which is not asked or trained"):
+    with pytest.raises(ValueError, match="found 0 prompts in the edits, all of them prompts or probes of the edits"):
         choose_retained_facts(None, EDITS)
 
 
@@ -79,7 +80,7 @@ def test_as_many_are_drawn_as_were_asked_for(caplog: pytest.LogCaptureFixture) -
         assert choose_retained_facts(many, EDITS, 50) == choose_retained_facts(many, EDITS) == many
         assert caplog.messages == []
         choose_retained_facts(many, EDITS, 51)
-    assert caplog.messages == ["There are 50 facts to keep; 51 were asked for."]
+    assert caplog.messages == ["Found only 50 of 51 retained facts."]
 
 
 def test_the_nearest_are_those_like_an_edit() -> None:
@@ -95,8 +96,8 @@ def test_the_nearest_are_those_like_an_edit() -> None:
     ("arguments", "message"),
     [
         ({"how": "far"}, "how='far': expected one of random, nearest"),
-        ({"how": "nearest"}, "how='nearest' needs the model and its tokenizer"),
-        ({"num": 0}, "num=0: expected 1 or more facts"),
+        ({"how": "nearest"}, "how='nearest' embeds the prompts: give model and tokenizer"),
+        ({"num": 0}, "num=0: expected 1 or more retained facts"),
     ],
 )
 def test_choices_that_cannot_be_made(arguments: dict[str, Any], message: str) -> None:
