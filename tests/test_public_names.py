@@ -7,6 +7,7 @@ import importlib
 import inspect
 import typing
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import datasets
@@ -48,9 +49,13 @@ def test_the_package_offers_these_names() -> None:
     assert dir(peft_locft) == sorted(peft_locft.__all__)
 
 
+def names_of(module: ModuleType) -> list[str]:
+    return list(vars(module)["__all__"])
+
+
 def public_functions() -> dict[str, Any]:
     modules = [importlib.import_module(name) for name in ("peft_locft", *(f"peft_locft.{room}" for room in ROOMS))]
-    named = {f"{module.__name__}.{name}": getattr(module, name) for module in modules for name in module.__all__}
+    named = {f"{module.__name__}.{name}": getattr(module, name) for module in modules for name in names_of(module)}
     return {name: value for name, value in named.items() if inspect.isfunction(value)}
 
 
@@ -67,7 +72,7 @@ def classes_in(hint: Any) -> Iterator[type]:
 
 def is_public(kind: type) -> bool:
     room = importlib.import_module(".".join(kind.__module__.split(".")[:2]))
-    return kind.__name__ in room.__all__ and getattr(room, kind.__name__) is kind
+    return kind.__name__ in names_of(room) and getattr(room, kind.__name__) is kind
 
 
 def private_classes(function: Any) -> set[str]:

@@ -62,7 +62,7 @@ class TrainArguments(LoadArguments):
     )
     ship_edits: bool = field(default=False, metadata={"help": "Save the edits in the adapter folder, for updates."})
     evaluate_every: int = field(
-        default=0, metadata={"help": "Evaluate a sample of the edits every N epochs; 0: never."}
+        default=0, metadata={"help": "Evaluate a sample of the edits every N epochs. Default: never."}
     )
     evaluate_num_edits: int = field(default=100, metadata={"help": "Number of edits in that sample."})
     best_metric: str | None = field(
@@ -281,6 +281,9 @@ def parse_evaluate(argv: Sequence[str]) -> dict[str, Any]:
         (EvaluateArguments, EvaluationConfig),
     )
     run, args = parser.parse_fields(parser.with_config_file(argv))
+    for name in ("limit", "num_fewshot"):
+        if getattr(run, name) is not None and not run.tasks:
+            parser.error(f"--{name} is of the tasks: also give --tasks")
     return vars(run) | {"args": args}
 
 

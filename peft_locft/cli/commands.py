@@ -174,6 +174,10 @@ def inspect(argv: list[str]) -> None:
         help="List only the edits and their ids: those that the adapter ships, or those of FILE that it learned.",
     )
     options = parser.parse_args(argv)
+    if options.revision is not None and options.base is None:
+        parser.error("--revision is of the base model: also give --base")
+    if options.edits is not None and (options.base or options.beside):
+        parser.error("--edits lists edits and nothing else: leave out --base and --beside")
     from ..adapters.inspection import inspect_adapter
     from ..adapters.shipped_edits import adapter_edits, find_conflicts
     from ..data.edit_lists import describe_edits
@@ -200,7 +204,9 @@ def export(argv: list[str]) -> None:
     )
     parser.add_argument("--base", help="Base model: a folder or a name on the Hub. Default: the adapter's own.")
     parser.add_argument("--revision", help="Branch, tag or commit of the base model on the Hub.")
-    parser.add_argument("--dtype", help="Precision in which the base will be loaded: float32, bfloat16 or float16")
+    parser.add_argument(
+        "--dtype", help="Precision in which the base will be loaded, such as bfloat16. Default: its own."
+    )
     parser.add_argument("--rank", type=int, help="lora: rank of every module's matrices, up to 512.")
     parser.add_argument("--energy", type=float, help="lora: smallest rank that keeps this share of every delta.")
     parser.add_argument("--edits", help="lora: evaluate these edits with the adapter and with the LoRA adapter.")

@@ -99,9 +99,7 @@ class CommandParser(argparse.ArgumentParser):
         if show_all:
             add_section(formatter, "other flags", [action for action in others if action.dest not in self.inherited])
             add_section(formatter, INHERITED, [action for action in others if action.dest in self.inherited])
-        formatter.add_text(
-            DASHES if show_all else f"`{self.prog} --help-all` shows {len(others)} more flags. {DASHES}"
-        )
+        formatter.add_text(DASHES if show_all else f"`{self.prog} --help-all` shows all flags. {DASHES}")
         return formatter.format_help()
 
 
