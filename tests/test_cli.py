@@ -540,7 +540,7 @@ MISTAKES: dict[str, tuple[Spoil, str]] = {
     "output is a file": (with_a_file_at_the_output, r"Cannot save an adapter to .*taken: .*taken is a file"),
     "another method and a location": (
         with_words("--peft_config", "lora", "--scale", "2", "--target_modules", "up_proj"),
-        "--peft_config says what to train, and so do target_modules, scale: give one or the other",
+        "found --peft_config beside --target_modules, --scale, and each says what to train: give one",
     ),
     "other method not there": (with_words("--peft_config", "no.json"), r"--peft_config no\.json: cannot be read"),
     "other method no JSON": (with_peft_config("{"), r"peft\.json: not the configuration of a PEFT method"),
@@ -588,9 +588,9 @@ def test_a_model_that_is_not_there_is_named(call: Words, tmp_path: Path, capsys:
         (["inspect"], "^locft inspect: the following arguments are required: ADAPTER\nusage: locft inspect ADAPTER"),
         (["inspect", "nowhere"], r"locft inspect: nowhere is no adapter folder: it has no adapter_config\.json"),
         (["inspect", "a", "b"], "unrecognized arguments: b"),
-        (["inspect", "a", "--revision", "v2"], "--revision is of the base model: also give --base"),
+        (["inspect", "a", "--revision", "v2"], "--revision has no effect without --base"),
         (["inspect", "a", "--edits", "--beside", "b"], "--edits lists edits and nothing else: leave out --base and"),
-        (["evaluate", "--edits", "e", "--limit", "5"], "locft evaluate: --limit is of the tasks: also give --tasks"),
+        (["evaluate", "--edits", "e", "--limit", "5"], "locft evaluate: --limit has no effect without --tasks"),
     ],
 )
 def test_other_mistakes_in_a_call(argv: Words, message: str, capsys: pytest.CaptureFixture[str]) -> None:

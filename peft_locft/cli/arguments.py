@@ -188,7 +188,7 @@ class BaselineArguments(LoadArguments):
     max_text_tokens: int = field(default=16384, metadata={"help": "Use only the first N tokens of that text."})
 
 
-# by title, what `--help` shows of them; `--help-all` shows the others
+# by title, the flags that `--help` shows; `--help-all` shows the others
 
 _RECIPE = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "chat_template")
 
@@ -199,13 +199,11 @@ TRAIN_SECTIONS = {
     "output": ("output_dir", "ship_edits"),
     "evaluate while training": ("evaluate_every", "best_metric"),
     "update an adapter": ("resume_from_adapter", "forget"),
-    "flags from a file": ("config",),
 }
 EVALUATE_SECTIONS = {
     "model and edits": ("edits", "num_edits", "adapter", "model_name_or_path", "base_model_name_or_path"),
     "what to measure": ("protocols", "text", "tasks", "chat_template"),
     "output": ("output_dir",),
-    "flags from a file": ("config",),
 }
 LOCATE_SECTIONS = {
     "model and edits": ("model_name_or_path", "edits", "num_edits"),
@@ -213,7 +211,6 @@ LOCATE_SECTIONS = {
     "how to rank them": ("score", "text"),
     "recipe of a trial": (*_RECIPE, "learning_rates"),
     "output": ("output_dir",),
-    "flags from a file": ("config",),
 }
 BASELINE_SECTIONS = {
     "model and edits": ("model_name_or_path", "edits", "num_edits"),
@@ -221,7 +218,6 @@ BASELINE_SECTIONS = {
     "where to edit": ("target_modules", "layers_to_transform"),
     "recipe": _RECIPE,
     "output": ("output_dir",),
-    "flags from a file": ("config",),
 }
 
 # ---------------------------------------------------------------------- from words to arguments
@@ -283,13 +279,17 @@ def parse_evaluate(argv: Sequence[str]) -> dict[str, Any]:
     run, args = parser.parse_fields(parser.with_config_file(argv))
     for name in ("limit", "num_fewshot"):
         if getattr(run, name) is not None and not run.tasks:
-            parser.error(f"--{name} is of the tasks: also give --tasks")
+            parser.error(f"--{name} has no effect without --tasks")
     return vars(run) | {"args": args}
 
 
 def parse_locate(argv: Sequence[str]) -> dict[str, Any]:
-    """Return the arguments of `run_location_search` from the words after `locft locate`; raises as `parse_train`,
-    and `ValueError` if a flag that takes names with numbers has something else."""
+    """Return the arguments of `run_location_search` from the words after `locft locate`.
+
+    Raises:
+        ValueError: as `parse_train`, and if a flag that takes names with numbers has something else.
+        SystemExit: as `parse_train`.
+    """
     parser = FieldsParser(
         "locate",
         "--model_name_or_path MODEL --edits FILE --output_dir FOLDER [flags]",
@@ -358,8 +358,7 @@ def update_arguments(arguments: dict[str, Any], location: LocationArguments) -> 
     given += changed_fields(location)
     if given:
         raise ValueError(
-            f"--resume_from_adapter trains what the adapter has, where it has it, and takes no --{given[0]}: leave it "
-            "out."
+            f"--resume_from_adapter trains the adapter's own delta and takes no --{given[0]}: leave it out."
         )
     taken = {name: value for name, value in arguments.items() if name not in not_taken}
     # without the flag, the adapter ships its edits if it did before
@@ -372,15 +371,11 @@ def what_to_train(path: str | None, location: LocationArguments, preset: str | N
     Raises:
         ValueError: if more than one of them is given, or a file cannot be read.
     """
-    given = list(changed_fields(location))
-    if preset is not None and path is not None:
-        given = given or ["--peft_config"]
-    flag = "--location" if preset is not None else "--peft_config"
-    if given and (preset is not None or path is not None):
-        raise ValueError(
-            f"{flag} says what to train, and so {'do' if len(given) > 1 else 'does'} {', '.join(given)}: give one or "
-            "the other."
-        )
+    flags = {"location": preset, "peft_config": path, **changed_fields(location)}
+    given = [name for name, value in flags.items() if value is not None]
+    if len(given) > 1 and given[0] in ("location", "peft_config"):
+        others = ", ".join(f"--{name}" for name in given[1:])
+        raise ValueError(f"found --{given[0]} beside {others}, and each says what to train: give one of them.")
     if preset is not None:
         return load_preset(preset)
     return locft_config(location) if path is None else read_peft_config(Path(path))

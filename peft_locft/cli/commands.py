@@ -175,18 +175,21 @@ def inspect(argv: list[str]) -> None:
     )
     options = parser.parse_args(argv)
     if options.revision is not None and options.base is None:
-        parser.error("--revision is of the base model: also give --base")
+        parser.error("--revision has no effect without --base")
     if options.edits is not None and (options.base or options.beside):
         parser.error("--edits lists edits and nothing else: leave out --base and --beside")
-    from ..adapters.inspection import inspect_adapter
-    from ..adapters.shipped_edits import adapter_edits, find_conflicts
-    from ..data.edit_lists import describe_edits
-
     if options.edits is not None:
+        from ..adapters.shipped_edits import adapter_edits
+        from ..data.edit_lists import describe_edits
+
         print(describe_edits(adapter_edits(options.adapter, None if options.edits is True else options.edits)))
         return
+    from ..adapters.inspection import inspect_adapter
+
     print(inspect_adapter(options.adapter, base=options.base, revision=options.revision))
     if options.beside:
+        from ..adapters.shipped_edits import find_conflicts
+
         print(find_conflicts([options.adapter, *options.beside]))
 
 
@@ -204,9 +207,7 @@ def export(argv: list[str]) -> None:
     )
     parser.add_argument("--base", help="Base model: a folder or a name on the Hub. Default: the adapter's own.")
     parser.add_argument("--revision", help="Branch, tag or commit of the base model on the Hub.")
-    parser.add_argument(
-        "--dtype", help="Precision in which the base will be loaded, such as bfloat16. Default: its own."
-    )
+    parser.add_argument("--dtype", help="Precision in which you load the base, such as bfloat16. Default: its own.")
     parser.add_argument("--rank", type=int, help="lora: rank of every module's matrices, up to 512.")
     parser.add_argument("--energy", type=float, help="lora: smallest rank that keeps this share of every delta.")
     parser.add_argument("--edits", help="lora: evaluate these edits with the adapter and with the LoRA adapter.")

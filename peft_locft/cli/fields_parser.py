@@ -36,6 +36,7 @@ class FieldsParser(CommandParser, HfArgumentParser):
         help_texts: Mapping[str, str],
         types: tuple[type, ...],
     ) -> None:
+        sections = {**sections, "flags from a file": ["config"]}
         super().__init__(command, usage, description, sections, dataclass_types=types)
         self.flags = {action.dest: action for action in self._actions if action.dest not in ("help", "help_all")}
         self.inherited = frozenset(inherited_fields(types) - help_texts.keys())
