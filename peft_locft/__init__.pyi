@@ -1,6 +1,7 @@
 from ._version import __version__ as __version__
 from .adapters import AdapterSummary as AdapterSummary
 from .adapters import describe_adapter as describe_adapter
+from .adapters import export_adapter as export_adapter
 from .adapters import export_lora as export_lora
 from .adapters import export_peft as export_peft
 from .adapters import export_small as export_small
@@ -31,6 +32,7 @@ from .training import EvaluationCallback as EvaluationCallback
 from .tuner import LocFTConfig as LocFTConfig
 from .tuner import LocFTModel as LocFTModel
 from .tuner import balanced_config as balanced_config
+from .workflows import SearchPlan as SearchPlan
 from .workflows import UpdateSummary as UpdateSummary
 from .workflows import compare_baselines as compare_baselines
 from .workflows import evaluate_model as evaluate_model

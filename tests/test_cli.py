@@ -1,9 +1,11 @@
 import dataclasses
 import json
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,8 @@ from peft_locft import (
     train_edits,
 )
 from peft_locft.cli.arguments import parse_evaluate, parse_train
-from peft_locft.cli.commands import main
+from peft_locft.cli.commands import COMMANDS, main
+from peft_locft.engine import TrainingDivergedError
 
 Words = list[str]
 TINY_RUN = ["--num_train_epochs", "2", "--per_device_train_batch_size", "4", "--use_cpu", "--disable_tqdm", "True"]
@@ -161,7 +164,7 @@ def test_values_of_every_kind_come_through_a_config_file(
 
 def test_every_field_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        main(["train", "--help"])
+        main(["train", "--help-all"])
     assert stopped.value.code == 0
     flags = set(re.findall(r"--(\w+)", capsys.readouterr().out))
     written_on_saving = {"base_sha256"}
@@ -368,6 +371,73 @@ def test_alone_it_says_how_it_is_used(argv: Words, capsys: pytest.CaptureFixture
     assert "usage: locft COMMAND" in printed and "train " in printed and "inspect " in printed
 
 
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"peft-locft {version('peft-locft')}\n"
+
+
+# ---------------------------------------------------------------------- help
+
+LIGHT_CALLS: list[Words] = [
+    ["--help"],
+    ["--version"],
+    ["trian"],
+    ["merge", "--help"],
+    ["detach", "--help"],
+    ["inspect", "--help"],
+    ["export", "--help"],
+    ["merge", "base", "out"],
+    ["export", "a", "b", "--too", "peft"],
+]
+
+
+@pytest.mark.parametrize("argv", LIGHT_CALLS, ids=" ".join)
+def test_help_and_usage_mistakes_do_not_wait_for_torch(argv: Words, tmp_path: Path) -> None:
+    heavy = ("torch", "peft", "transformers", "datasets", "accelerate", "numpy")
+    code = f"""
+import sys
+from peft_locft.cli.commands import main
+try:
+    main({argv})
+except SystemExit:
+    pass
+print([name for name in {heavy} if name in sys.modules])
+"""
+    assert run_python(code, tmp_path).splitlines()[-1] == "[]"
+
+
+def help_of(command: str, flag: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main([command, flag])
+    assert stopped.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "locate", "baselines"])
+def test_help_shows_few_flags_in_sections_and_help_all_the_others(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short, long = help_of(command, "--help", capsys), help_of(command, "--help-all", capsys)
+    assert long == help_of(command, "--help_all", capsys)
+    shown, all_flags = (re.findall(r"^  --(\w+)", text, re.MULTILINE) for text in (short, long))
+    assert len(shown) == len(set(shown)) <= 20 and len(all_flags) == len(set(all_flags))
+    assert all_flags[: len(shown)] == shown
+    assert f"`locft {command} --help-all` shows all flags." in " ".join(short.split()) and len(all_flags) > len(shown)
+    assert short.startswith(f"usage: locft {command} --")
+    assert {"model and edits:", "output:"} <= set(re.findall(r"^\S.*:$", short, re.MULTILINE))
+    if command != "evaluate":
+        ours, theirs = long.split("\nflags of transformers.TrainingArguments:\n")
+        assert "  --loss_floor" in ours and "  --gradient_checkpointing" in theirs
+
+
+def test_help_says_a_default_that_says_something(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = help_of("locate", "--help-all", capsys)
+    assert "None" not in shown.partition("flags of transformers")[0]
+    assert "layers nearer to\n                              the best. (default: 1)" in shown
+    assert "(default: down up attention\n" in shown
+    assert "  --append_eos, --no_append_eos\n" in shown and "\n  --modules MODULES ...  " in shown
+
+
 # ---------------------------------------------------------------------- mistakes
 
 
@@ -425,7 +495,7 @@ MISTAKES: dict[str, tuple[Spoil, str]] = {
     "no model": (without("--model_name_or_path"), r"required: --model_name_or_path"),
     "no edits": (without("--edits"), r"required: --edits"),
     "no output folder": (without("--output_dir"), r"required: --output_dir"),
-    "unknown flag": (with_words("--learning_rat", "1"), r"unrecognized arguments: --learning_rat 1; `locft"),
+    "unknown flag": (with_words("--learning_rat", "1"), r"--learning_rat 1\. Did you mean --learning_rate\?"),
     "abbreviated flag": (with_words("--conf", "x.yaml"), "unrecognized arguments: --conf x.yaml"),
     "not a number": (with_words("--learning_rate", "fast"), r"--learning-rate: invalid float value: 'fast'"),
     "not an objective": (with_words("--objective", "all"), r"--objective: invalid choice: 'all' .*target_new"),
@@ -470,7 +540,7 @@ MISTAKES: dict[str, tuple[Spoil, str]] = {
     "output is a file": (with_a_file_at_the_output, r"Cannot save an adapter to .*taken: .*taken is a file"),
     "another method and a location": (
         with_words("--peft_config", "lora", "--scale", "2", "--target_modules", "up_proj"),
-        "--peft_config says what to train, and so do target_modules, scale: give one or the other",
+        "found --peft_config beside --target_modules, --scale, and each says what to train: give one",
     ),
     "other method not there": (with_words("--peft_config", "no.json"), r"--peft_config no\.json: cannot be read"),
     "other method no JSON": (with_peft_config("{"), r"peft\.json: not the configuration of a PEFT method"),
@@ -509,12 +579,52 @@ def test_a_model_that_is_not_there_is_named(call: Words, tmp_path: Path, capsys:
         (
             ["edit"],
             r"unknown command .edit.; expected one of train, evaluate, locate, baselines, merge, detach, inspect, "
-            r"export\n",
+            r"export\n`locft --help` lists the commands\.\n$",
         ),
-        (["inspect"], "required: adapter"),
+        (
+            ["trian"],
+            r"^locft: unknown command .trian.; did you mean 'train'\?\n`locft --help` lists the commands",
+        ),
+        (["inspect"], "^locft inspect: the following arguments are required: ADAPTER\nusage: locft inspect ADAPTER"),
         (["inspect", "nowhere"], r"locft inspect: nowhere is no adapter folder: it has no adapter_config\.json"),
         (["inspect", "a", "b"], "unrecognized arguments: b"),
+        (["inspect", "a", "--revision", "v2"], "--revision has no effect without --base"),
+        (["inspect", "a", "--edits", "--beside", "b"], "--edits lists edits and nothing else: leave out --base and"),
+        (["evaluate", "--edits", "e", "--limit", "5"], "locft evaluate: --limit has no effect without --tasks"),
     ],
 )
 def test_other_mistakes_in_a_call(argv: Words, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(message, refused(argv, capsys))
+
+
+@pytest.mark.parametrize(("error", "message"), [(TrainingDivergedError("NaN"), "NaN"), (OSError("full"), "full")])
+def test_a_command_that_fails_ends_with_2_and_one_line(
+    error: Exception, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(COMMANDS, "train", raiser(error))
+    assert refused(["train"], capsys) == f"locft train: {message}\n"
+
+
+def test_a_bug_shows_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(COMMANDS, "train", raiser(RuntimeError("shapes")))
+    with pytest.raises(RuntimeError, match="shapes"):
+        main(["train"])
+
+
+def raiser(error: Exception) -> Callable[[Words], None]:
+    def command(argv: Words) -> None:
+        raise error
+
+    return command
+
+
+# ---------------------------------------------------------------------- documentation
+
+
+def test_the_page_shows_the_help_texts_as_they_are() -> None:
+    command = "python docs/write_cli_help.py"
+    script = Path(__file__).parent.parent / "docs" / "write_cli_help.py"
+    written: dict[str, Any] = runpy.run_path(str(script))
+    page = written["PAGE"].read_text(encoding="utf-8")
+    assert re.findall(r"^<!-- locft (\w+) --help -->$", page, re.MULTILINE) == list(COMMANDS)
+    assert written["with_help_texts"](page) == page, f"docs/pages/cli.md is out of date; `{command}` rewrites it"

@@ -59,7 +59,9 @@ def test_the_flags_are_those_of_the_function(tmp_path: Path) -> None:
         "on_conflict": "warn",
         "num_edits": None,
     }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"resume_from_adapter": "b", "ship_edits": True}))
+    dashed = parse_train(["--resume-from-adapter=a", "--output-dir", "o", "--use-cpu", "--forget", "f"])
+    assert (dashed["adapter"], dashed["model_name_or_path"], dashed["edits"]) == ("a", None, None)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"resume-from-adapter": "b", "ship_edits": True}))
     found = parse_train(["--config", str(tmp_path / "run.yaml"), "--output_dir", "o", "--use_cpu", "--edits", "e"])
     assert (found["adapter"], found["edits"], found["ship_edits"]) == ("b", "e", True)
 
@@ -75,11 +77,11 @@ def test_the_flags_are_those_of_the_function(tmp_path: Path) -> None:
         ([*RESUMED, "--forget", "f"], "a is no adapter folder"),
         (
             ["--model_name_or_path", "m", "--edits", "e", "--output_dir", "o", "--use_cpu", "--forget", "f"],
-            "--forget is for an adapter that is trained on: give --resume_from_adapter, too",
+            "--forget is for updating an adapter: also give --resume_from_adapter",
         ),
         (
             ["--model_name_or_path", "m", "--edits", "e", "--output_dir", "o", "--use_cpu", "--trained_edits", "f"],
-            "--trained_edits is for an adapter that is trained on",
+            "--trained_edits is for updating an adapter",
         ),
     ],
 )

@@ -100,9 +100,15 @@ def test_two_locations_are_refused(call: list[str], tmp_path: Path, capsys: pyte
     preset_for(base_model()).save(tmp_path / "best.json")
     words = [*call, "--output_dir", str(tmp_path / "out"), "--location", str(tmp_path / "best.json")]
     others: list[tuple[list[str], Any]] = [
-        (["--layers_to_transform", "1"], "--location says what to train, and so does layers_to_transform: give one"),
-        (["--target_modules", "down_proj", "--scale", "2"], "and so do target_modules, scale: give one or the other"),
-        (["--peft_config", "lora"], "--location says what to train, and so does --peft_config: give one or the other"),
+        (["--layers_to_transform", "1"], "found --location beside --layers_to_transform, and each says what to train"),
+        (
+            ["--target_modules", "down_proj", "--scale", "2"],
+            "found --location beside --target_modules, --scale, and",
+        ),
+        (
+            ["--peft_config", "lora"],
+            "beside --peft_config, and each says what to train: give one of them.",
+        ),
     ]
     for flags, message in others:
         assert message in refused("train", [*words, *flags], capsys)

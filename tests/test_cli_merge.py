@@ -38,9 +38,12 @@ def test_merge_writes_a_new_folder(
     assert re.fullmatch(r"time        \d+\.\d s", printed.splitlines()[-1])
 
 
-def test_merge_in_place_and_detach(model: Path, adapters: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("flag", ["--in-place", "--in_place"])
+def test_merge_in_place_and_detach(
+    flag: str, model: Path, adapters: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     before = snapshot(model)
-    assert main(["merge", "--in-place", str(model), *adapters]) == 0
+    assert main(["merge", flag, str(model), *adapters]) == 0
     merged = capsys.readouterr().out
     assert snapshot(model) != before
     assert main(["detach", str(model)]) == 0
@@ -78,9 +81,9 @@ def test_mistakes_end_with_2_and_one_message(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["base", "out"], "expected BASE, one or more adapters, and OUT; to change the base itself: --in-place"),
-        (["--in-place", "model"], r"--in-place takes MODEL ADAPTER\.\.\.$"),
-        (["--in-place", "model", "a", "--link", "copy"], r"--in-place takes MODEL ADAPTER\.\.\., and no --link"),
+        (["base", "out"], "expected BASE, one or more adapters, and OUT; to change the base itself: --in_place"),
+        (["--in-place", "model"], r"--in_place takes MODEL ADAPTER\.\.\.$"),
+        (["--in-place", "model", "a", "--link", "copy"], r"--in_place takes MODEL ADAPTER\.\.\., and no --link"),
         (["--in-place", "model", "a", "--revision", "main"], "and no --revision"),
     ],
 )

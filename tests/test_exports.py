@@ -322,9 +322,12 @@ def test_the_command_line_writes_what_the_functions_do(
     [
         (["--to", "gguf"], r"argument --to: invalid choice: 'gguf' \(choose from"),
         ([], "the following arguments are required: --to"),
-        (["--to", "peft", "--rank", "4"], "locft export: error: --rank has no effect with --to peft"),
-        (["--to", "weights", "--energy", "1"], "locft export: error: --energy has no effect with --to weights"),
-        (["--to", "lora", "--rank", "4", "--force"], "locft export: error: --force has no effect with --to lora"),
+        (
+            ["--to", "peft", "--rank", "4"],
+            "locft export: rank: no effect with to='peft', which takes base, rev",
+        ),
+        (["--to", "weights", "--energy", "1"], "locft export: energy: no effect with to='weights'"),
+        (["--to", "lora", "--rank", "4", "--force"], "locft export: force: no effect with to='lora'"),
         (["--to", "lora"], "locft export: rank=None, energy=None: expected one of the two"),
         (["--to", "peft", "--dtype", "int8"], "locft export: dtype='int8': expected auto or one of float32"),
     ],

@@ -1,3 +1,4 @@
+from .export import export_adapter as export_adapter
 from .exports import Export as Export
 from .exports import export_peft as export_peft
 from .exports import export_weights as export_weights

@@ -1,25 +1,31 @@
-"""The command line, `locft COMMAND`: each parses, calls one public function and prints."""
+"""The command line, `locft COMMAND`: each command parses its flags, calls one public function and prints."""
 
 from __future__ import annotations
 
+import difflib
 import sys
 import time
-from inspect import signature
+from collections.abc import Callable
 from typing import Any
+
+from .._version import __version__
+from .parser import DASHES, CommandParser
+
+# a command imports what it runs, and after it has parsed: help, usage mistakes and other commands do not wait for that
 
 USAGE = """usage: locft COMMAND ...
 
 commands:
-  train     write a file of edits into a model and save the adapter
-  evaluate  measure what an edit did to a model
-  locate    find out where edits are best written into a model
-  baselines compare fine-tuning baselines on the same edits
-  merge     merge adapters into a checkpoint, into a new folder or in place
-  detach    take off again what was merged in place
-  inspect   verify an adapter folder and print what it holds
-  export    write an adapter for where peft_locft is not installed, or smaller
+  train      train edits into a model and save the adapter, or update a saved adapter
+  evaluate   measure what the edits changed in a model
+  locate     search for the best location to edit
+  baselines  compare fine-tuning baselines on the same edits
+  merge      merge adapters into a checkpoint on disk
+  detach     undo a merge in place
+  inspect    verify an adapter and print what it holds
+  export     write an adapter for PEFT, as LoRA, as plain weights, or smaller
 
-`locft COMMAND --help` lists the options of a command."""
+`locft COMMAND --help` lists the flags of a command. `locft --version` prints the version."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,30 +35,44 @@ def main(argv: list[str] | None = None) -> int:
         argv: the words after `locft`; `None` takes them from the process.
 
     Returns:
-        The exit code: 0, or 2 for a mistake in the call or its files, or a model that answers with NaN.
+        The exit code: 0; or 2 for a mistake in the call or its files, or a model whose loss or logits are NaN.
     """
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("-h", "--help"):
         print(USAGE)
         return 0
+    if command == "--version":
+        print(f"peft-locft {__version__}")
+        return 0
     if command not in COMMANDS:
-        print(f"locft: unknown command '{command}'; expected one of {', '.join(COMMANDS)}\n\n{USAGE}", file=sys.stderr)
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"expected one of {', '.join(COMMANDS)}"
+        print(f"locft: unknown command '{command}'; {hint}\n`locft --help` lists the commands.", file=sys.stderr)
         return 2
     try:
         COMMANDS[command](rest)
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        print(f"locft {command}: {error}", file=sys.stderr)
-        return 2
-    return 0
+        message = str(error)
+    except RuntimeError as error:
+        from ..engine.model_state import TrainingDivergedError
+
+        if not isinstance(error, TrainingDivergedError):
+            raise
+        message = str(error)
+    else:
+        return 0
+    print(f"locft {command}: {message}", file=sys.stderr)
+    return 2
 
 
 def train(argv: list[str]) -> None:
-    """Write a file of edits into a model and save the adapter; or add, replace and withdraw edits of a saved one."""
-    from ..workflows.train import train_edits
-    from ..workflows.update import update_adapter
+    """Train edits into a model and save the adapter; or add, replace and withdraw edits of a saved adapter."""
     from .arguments import parse_train
 
     arguments = parse_train(argv)
+    from ..workflows.train import train_edits
+    from ..workflows.update import update_adapter
+
     begun = time.perf_counter()
     summary: Any = update_adapter(**arguments) if "adapter" in arguments else train_edits(**arguments)
     if arguments["args"].process_index == 0:  # of several, under torchrun or accelerate launch
@@ -60,25 +80,27 @@ def train(argv: list[str]) -> None:
 
 
 def evaluate(argv: list[str]) -> None:
-    """Measure what an edit did to a model."""
-    from ..workflows.evaluate import evaluate_model
+    """Measure what the edits changed in a model."""
     from .arguments import parse_evaluate
 
     arguments = parse_evaluate(argv)
+    from ..workflows.evaluate import evaluate_model
+
     print(evaluate_model(**arguments))
     if arguments["output_dir"]:
         print(f"\nSaved to {arguments['output_dir']}: open evaluation.html in a browser.")
 
 
 def locate(argv: list[str]) -> None:
-    """Find out where edits are best written into a model."""
+    """Search for the best location to edit."""
     from ..engine.distributed import leave_group
 
     rank = leave_group()  # before anything looks at the group
-    from ..workflows.locate import run_location_search
     from .arguments import parse_locate
 
     arguments = parse_locate(argv)
+    from ..workflows.locate import run_location_search
+
     is_shown = rank == 0 and not arguments["args"].disable_tqdm
     found = run_location_search(**arguments, show_progress=is_shown)
     if rank == 0:
@@ -87,127 +109,118 @@ def locate(argv: list[str]) -> None:
 
 def baselines(argv: list[str]) -> None:
     """Compare fine-tuning baselines on the same edits."""
-    from ..workflows.baselines import markdown, run_baselines
     from .arguments import parse_baselines
 
-    print(markdown(run_baselines(**parse_baselines(argv))))
+    arguments = parse_baselines(argv)
+    from ..workflows.baselines import markdown, run_baselines
+
+    print(markdown(run_baselines(**arguments)))
+
+
+def merge(argv: list[str]) -> None:
+    """Merge adapters into a checkpoint on disk without loading the model: into a new folder, or in place."""
+    usage = "BASE ADAPTER... OUT [flags]\n--in_place MODEL ADAPTER... [flags]"
+    parser = CommandParser("merge", usage, str(merge.__doc__), epilog=DASHES)
+    parser.add_argument(
+        "paths", nargs="+", metavar="PATH", help="Base model (a folder or a name on the Hub), adapters, new folder."
+    )
+    parser.add_argument("--in_place", action="store_true", help="Change MODEL's own files; `locft detach` undoes it.")
+    parser.add_argument("--weights", nargs="+", type=float, help="One factor per adapter. Give it after the paths.")
+    parser.add_argument("--scale", type=float, help="Strength of the deltas; replaces the adapters' own scale.")
+    parser.add_argument("--link", choices=["auto", "hard", "copy"], help="How unedited weight files get to OUT.")
+    parser.add_argument("--revision", help="Branch, tag or commit of a base model on the Hub.")
+    parser.add_argument("--force", action="store_true", help="Merge even if an adapter was trained on another base.")
+    options = parser.parse_args(argv)
+    paths, how = options.paths, {name: getattr(options, name) for name in ("weights", "scale", "force")}
+    if options.in_place:
+        unused = [f"--{name}" for name in ("link", "revision") if getattr(options, name) is not None]
+        if unused or len(paths) < 2:
+            parser.error(f"--in_place takes MODEL ADAPTER...{', and no ' + ' or '.join(unused) if unused else ''}")
+        from ..merging.in_place import merge_in_place
+
+        print(merge_in_place(paths[0], paths[1:], progress=True, **how))
+        return
+    if len(paths) < 3:
+        parser.error("expected BASE, one or more adapters, and OUT; to change the base itself: --in_place")
+    from ..merging.stream_merge import merge_checkpoint
+
+    base, *adapters, out = paths
+    how |= {"link": options.link or "auto", "revision": options.revision}
+    print(merge_checkpoint(base, adapters, out, progress=True, **how))
+
+
+def detach(argv: list[str]) -> None:
+    """Undo `locft merge --in_place`: every file gets its original bytes back."""
+    parser = CommandParser("detach", "MODEL", str(detach.__doc__))
+    parser.add_argument("model", metavar="MODEL", help="Folder of the model.")
+    options = parser.parse_args(argv)
+    from ..merging.in_place import detach as detach_from
+
+    print(detach_from(options.model, progress=True))
 
 
 def inspect(argv: list[str]) -> None:
-    """Verify an adapter folder and print what it holds."""
-    import argparse
-
-    from ..adapters.inspection import inspect_adapter
-    from ..adapters.shipped_edits import adapter_edits, find_conflicts
-    from ..data.edit_lists import describe_edits
-
-    parser = argparse.ArgumentParser(prog="locft inspect", description=inspect.__doc__, allow_abbrev=False)
-    parser.add_argument("folder", metavar="adapter", help="a local adapter folder, of any PEFT method")
-    parser.add_argument("--base", help="also verify that this base model has the tensors it was trained on")
-    parser.add_argument("--revision", help="branch, tag or commit of the base model on the Hub")
-    parser.add_argument("--beside", nargs="+", help="also name the prompts that these adapters edit, too")
+    """Verify an adapter folder of any PEFT method and print what it holds."""
+    parser = CommandParser("inspect", "ADAPTER [flags]", str(inspect.__doc__))
+    parser.add_argument("adapter", metavar="ADAPTER", help="Local adapter folder.")
+    parser.add_argument("--base", help="Also verify that this base model has the tensors that the adapter needs.")
+    parser.add_argument("--revision", help="Branch, tag or commit of the base model on the Hub.")
+    parser.add_argument("--beside", nargs="+", metavar="ADAPTER", help="Also list prompts that these adapters edit.")
     parser.add_argument(
         "--edits",
         nargs="?",
         const=True,
         metavar="FILE",
-        help="list the edits that it ships, or those of FILE that it was trained on, with their ids; nothing else",
+        help="List only the edits and their ids: those that the adapter ships, or those of FILE that it learned.",
     )
-    arguments = vars(parser.parse_args(argv))
-    others, edits = arguments.pop("beside"), arguments.pop("edits")
-    if edits is not None:
-        print(describe_edits(adapter_edits(arguments["folder"], None if edits is True else edits)))
-        return
-    print(inspect_adapter(**arguments))
-    if others:
-        print(find_conflicts([arguments["folder"], *others]))
-
-
-def merge(argv: list[str]) -> None:
-    """Merge adapters into a checkpoint without loading it: into a new folder, or in place."""
-    import argparse
-
-    from ..merging.in_place import merge_in_place
-    from ..merging.stream_merge import merge_checkpoint
-
-    parser = argparse.ArgumentParser(
-        prog="locft merge",
-        description=merge.__doc__,
-        usage="locft merge BASE ADAPTER... OUT [options]\n       locft merge --in-place MODEL ADAPTER... [options]",
-    )
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="the base (a folder or Hub id), adapters, new folder")
-    parser.add_argument("--in-place", action="store_true", help="change MODEL's own files; `locft detach` undoes it")
-    parser.add_argument("--weights", nargs="+", type=float, help="a factor for each adapter (after the paths)")
-    parser.add_argument("--scale", type=float, help="strength of the deltas, in the place of the adapters' own")
-    parser.add_argument("--link", choices=["auto", "hard", "copy"], help="how unedited files of weights get to OUT")
-    parser.add_argument("--revision", help="branch, tag or commit of a base on the Hub")
-    parser.add_argument("--force", action="store_true", help="merge into a base that an adapter was not trained on")
     options = parser.parse_args(argv)
-    how = {"weights": options.weights, "scale": options.scale, "force": options.force, "progress": True}
-    if options.in_place:
-        unused = [f"--{name}" for name in ("link", "revision") if getattr(options, name) is not None]
-        if unused or len(options.paths) < 2:
-            parser.error(f"--in-place takes MODEL ADAPTER...{', and no ' + ' or '.join(unused) if unused else ''}")
-        print(merge_in_place(options.paths[0], options.paths[1:], **how))
+    if options.revision is not None and options.base is None:
+        parser.error("--revision has no effect without --base")
+    if options.edits is not None and (options.base or options.beside):
+        parser.error("--edits lists edits and nothing else: leave out --base and --beside")
+    if options.edits is not None:
+        from ..adapters.shipped_edits import adapter_edits
+        from ..data.edit_lists import describe_edits
+
+        print(describe_edits(adapter_edits(options.adapter, None if options.edits is True else options.edits)))
         return
-    if len(options.paths) < 3:
-        parser.error("expected BASE, one or more adapters, and OUT; to change the base itself: --in-place")
-    base, *adapters, out = options.paths
-    print(merge_checkpoint(base, adapters, out, link=options.link or "auto", revision=options.revision, **how))
+    from ..adapters.inspection import inspect_adapter
 
+    print(inspect_adapter(options.adapter, base=options.base, revision=options.revision))
+    if options.beside:
+        from ..adapters.shipped_edits import find_conflicts
 
-def detach(argv: list[str]) -> None:
-    """Take off again what `locft merge --in-place` merged: every file gets its bytes back."""
-    import argparse
-
-    from ..merging.in_place import detach
-
-    parser = argparse.ArgumentParser(prog="locft detach", description="Take off again what was merged in place.")
-    parser.add_argument("model", help="the model's folder")
-    print(detach(parser.parse_args(argv).model, progress=True))
+        print(find_conflicts([options.adapter, *options.beside]))
 
 
 def export(argv: list[str]) -> None:
     """Write an adapter in another form: for where peft_locft is not installed, or smaller."""
-    import argparse
-
-    from ..adapters.exports import export_peft, export_weights
-    from ..adapters.lora_export import export_lora
-    from ..adapters.small_export import export_small
-
-    exports: dict[str, Any] = {
-        "peft": export_peft,
-        "lora": export_lora,
-        "weights": export_weights,
-        "small": export_small,
-    }
-    parser = argparse.ArgumentParser(prog="locft export", description=export.__doc__, allow_abbrev=False)
-    parser.add_argument("adapter", help="a local LocFT adapter folder")
-    parser.add_argument("out", help="the folder to write, or with --to weights the .safetensors file")
+    parser = CommandParser("export", "ADAPTER OUT --to FORM [flags]", str(export.__doc__), epilog=DASHES)
+    parser.add_argument("adapter", metavar="ADAPTER", help="Local LocFT adapter folder.")
+    parser.add_argument("out", metavar="OUT", help="Folder to write; with --to weights, the .safetensors file.")
     parser.add_argument(
         "--to",
         required=True,
-        choices=exports,
-        help="an adapter for stock PEFT; the nearest LoRA adapter; the edited weights alone; a smaller LocFT adapter",
+        choices=["peft", "lora", "weights", "small"],
+        help="peft: same outputs without peft_locft. lora: nearest LoRA adapter. weights: only the edited weights. "
+        "small: smaller LocFT adapter.",
     )
-    parser.add_argument("--base", help="base model: a folder or a name on the Hub; default: the one the adapter names")
-    parser.add_argument("--revision", help="branch, tag or commit of the base model on the Hub")
-    parser.add_argument("--dtype", help="in which the base will be loaded: auto (default), float32, bfloat16, float16")
-    parser.add_argument("--rank", type=int, help="with --to lora: rank of every module's matrices, up to 512")
-    parser.add_argument("--energy", type=float, help="with --to lora: keep this share of every delta, as in 0.99")
-    parser.add_argument("--edits", help="with --to lora: edits to ask of the adapter and of the LoRA adapter")
-    parser.add_argument("--delta_dtype", help="with --to small: dtype of the deltas: float32, bfloat16 or float16")
-    parser.add_argument("--density", type=float, help="with --to small: share of values to keep, as in 0.2")
-    parser.add_argument("--force", action="store_true", default=None, help="also take another base model")
+    parser.add_argument("--base", help="Base model: a folder or a name on the Hub. Default: the adapter's own.")
+    parser.add_argument("--revision", help="Branch, tag or commit of the base model on the Hub.")
+    parser.add_argument("--dtype", help="Precision in which you load the base, such as bfloat16. Default: its own.")
+    parser.add_argument("--rank", type=int, help="lora: rank of every module's matrices, up to 512.")
+    parser.add_argument("--energy", type=float, help="lora: smallest rank that keeps this share of every delta.")
+    parser.add_argument("--edits", help="lora: evaluate these edits with the adapter and with the LoRA adapter.")
+    parser.add_argument("--delta_dtype", help="small: precision of the deltas: float32, bfloat16, float16.")
+    parser.add_argument("--density", type=float, help="small: share of the delta's values to keep, such as 0.2.")
+    parser.add_argument("--force", action="store_true", default=None, help="Use the base even if its tensors differ.")
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    to = given.pop("to")
-    without_effect = sorted(given.keys() - signature(exports[to]).parameters.keys())
-    if without_effect:
-        parser.error(f"--{without_effect[0]} has no effect with --to {to}")
-    print(exports[to](**given))
+    from ..adapters.export import export_adapter
+
+    print(export_adapter(**given))
 
 
-COMMANDS: dict[str, Any] = {
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "evaluate": evaluate,
     "locate": locate,

@@ -3,6 +3,7 @@ from .augmentation import paraphrased as paraphrased
 from .augmentation import swapped_subjects as swapped_subjects
 from .augmentation import with_prefix as with_prefix
 from .edit_lists import EditPlan as EditPlan
+from .edit_lists import describe_edits as describe_edits
 from .edit_lists import edit_id as edit_id
 from .edit_lists import merge_edit_lists as merge_edit_lists
 from .edits import Edit as Edit

@@ -7,3 +7,4 @@ from .files import atomic_file as atomic_file
 from .files import write_atomically as write_atomically
 from .parameter_names import ParameterFinder as ParameterFinder
 from .parameter_names import Piece as Piece
+from .safetensors_header import TensorEntry as TensorEntry

@@ -1,0 +1,52 @@
+"""One call for every form in which an adapter is handed on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from inspect import signature
+from typing import Any, Literal, get_args
+
+from .exports import Export, export_peft, export_weights
+from .lora_export import LoraExport, export_lora
+from .small_export import SmallAdapter, export_small
+
+AdapterForm = Literal["peft", "lora", "weights", "small"]
+EXPORTS: dict[AdapterForm, Callable[..., Export | LoraExport | SmallAdapter]] = {
+    "peft": export_peft,
+    "lora": export_lora,
+    "weights": export_weights,
+    "small": export_small,
+}
+
+
+def export_adapter(
+    adapter: str | os.PathLike[str], out: str | os.PathLike[str], to: AdapterForm, **options: Any
+) -> Export | LoraExport | SmallAdapter:
+    """Write a LocFT adapter in another form, and return what was written.
+
+    Args:
+        adapter: a local LocFT adapter folder.
+        out: the folder to write; with `to="weights"`, the `.safetensors` file.
+        to: `"peft"`, an adapter that PEFT loads without `peft_locft`, to the same outputs (`export_peft`); `"lora"`,
+            the nearest LoRA adapter (`export_lora`); `"weights"`, the edited weights alone (`export_weights`);
+            `"small"`, a smaller LocFT adapter (`export_small`).
+        **options: what the function of that form takes, `base` and `revision` among them.
+
+    Raises:
+        ValueError: if `to` is another word, or the form does not take an option; and as the function of the form.
+        NotADirectoryError: if `out` or a folder above it is a file.
+        OSError: if the base cannot be loaded, or a file cannot be written.
+
+    Example:
+        >>> print(export_adapter("locft-demo", "demo-lora", to="lora", rank=64))
+        demo-lora, rank 64, 0.5 MB
+        kept 79.52% of the delta
+    """
+    if to not in EXPORTS:
+        raise ValueError(f"to={to!r}: expected one of {', '.join(get_args(AdapterForm))}.")
+    known = [name for name in signature(EXPORTS[to]).parameters if name not in ("adapter", "out")]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)}: no effect with to={to!r}, which takes {', '.join(known)}.")
+    return EXPORTS[to](adapter, out, **options)
