@@ -177,8 +177,8 @@ class EditEvaluator:
             self._take(model)
         args = self.args
         bootstrap = (args.num_resamples, args.confidence, args.seed)
-        asked = self._ask_all()
-        columns, missing = asked.columns(args.protocols)
+        scored = self._ask_all().scored(args.protocols)
+        columns, missing = scored.columns()
         found = results(columns, *bootstrap)
         if "fluency" in args.protocols:
             found |= results({FLUENCY: self._fluency()}, *bootstrap)
@@ -187,7 +187,7 @@ class EditEvaluator:
                 self.model, self.windows, self.base, self.disabled, self.progress, self.kept_logits
             )
             found |= measured.results(*bootstrap)
-        return EvaluationReport(found, missing, asked.rows(args.protocols), self._settings(), list(self._notes()))
+        return EvaluationReport(found, missing, scored.rows(), self._settings(), list(self._notes()))
 
     def _take(self, model: nn.Module) -> None:
         self.model = model
