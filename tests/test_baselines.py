@@ -14,7 +14,7 @@ from tokenizers_for_tests import make_tokenizer
 
 import peft_locft.workflows.baselines as module
 from peft_locft import BreadthFirstConfig, EvaluationConfig, LocFTConfig, Probe
-from peft_locft.reporting.baseline_table import Baseline, markdown
+from peft_locft.reporting.baseline_table import Baseline, baselines_to_markdown
 from peft_locft.workflows import trials
 from peft_locft.workflows.baselines import METHODS, baselines, compare_baselines, run_baselines
 
@@ -100,7 +100,7 @@ def test_the_table_begins_with_the_base() -> None:
         "figures": {"reliability_exact_match": estimate, "locality_unchanged": estimate},
         "seconds": 12.3,
     }
-    assert markdown([row]).splitlines() == [
+    assert baselines_to_markdown([row]).splitlines() == [
         "| method | order | batch | averaging | reliability_exact_match | locality_unchanged | training, s |",
         "| --- | --- | --- | --- | --- | --- | --- |",
         "| base | | | | 0.500 [0.250, 0.750] | - | |",

@@ -7,11 +7,11 @@ import math
 import pytest
 from example_reports import result
 
-from peft_locft.evaluation.report import EvaluationReport, Result
+from peft_locft.evaluation.report import EvaluationReport, MetricResult
 from peft_locft.locating.score import LocationScore
 
 
-def report(**figures: Result) -> EvaluationReport:
+def report(**figures: MetricResult) -> EvaluationReport:
     return EvaluationReport(figures, {"locality_unchanged": "no edit has locality probes"}, [], {"confidence": 0.95})
 
 

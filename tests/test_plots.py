@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from peft_locft.evaluation.intervals import Estimate
-from peft_locft.evaluation.report import Result
+from peft_locft.evaluation.report import MetricResult
 from peft_locft.reporting.figures import COLOURS, curve_lines, curves_figure, metrics_figure
 from peft_locft.reporting.plots import curves_picture, draw_curves, draw_metrics, metric_pictures
 from peft_locft.reporting.words import grouped
@@ -38,7 +38,7 @@ def bars(figure: Figure) -> list[tuple[float, str]]:
     return [(patch.get_width(), matplotlib.colors.to_hex(patch.get_facecolor())) for patch in found]  # type: ignore[attr-defined]
 
 
-def drawn(results: dict[str, Result], titled: bool = False) -> Figure:
+def drawn(results: dict[str, MetricResult], titled: bool = False) -> Figure:
     has_before = any(each.before is not None for each in results.values())
     return metrics_figure(grouped(results), has_before, titled=titled)
 
@@ -54,7 +54,7 @@ def test_bars_are_as_long_as_the_figures() -> None:
 
 
 def test_intervals_are_drawn() -> None:
-    (axes,) = drawn({"reliability_contains": Result("", Estimate(0.5, 0.25, 0.625), None, None, 8)}).axes
+    (axes,) = drawn({"reliability_contains": MetricResult("", Estimate(0.5, 0.25, 0.625), None, None, 8)}).axes
     (interval,) = axes.collections
     assert interval.get_paths()[0].vertices[:, 0].tolist() == [0.25, 0.625]  # type: ignore[index,union-attr]
 
@@ -68,7 +68,7 @@ def test_what_is_no_share_has_an_axis_of_its_own() -> None:
 
 
 def test_a_figure_that_is_not_finite_is_written_and_not_drawn() -> None:
-    figure = drawn({"perplexity": Result("", Estimate(math.inf, 2, math.inf), None, None, 1)})
+    figure = drawn({"perplexity": MetricResult("", Estimate(math.inf, 2, math.inf), None, None, 1)})
     assert bars(figure) == []
     assert [text.get_text() for text in figure.axes[0].texts] == [" inf"]
 

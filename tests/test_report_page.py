@@ -16,7 +16,7 @@ from example_reports import example_report, result, row
 from peft_locft.evaluation.intervals import Estimate
 from peft_locft.evaluation.metrics import EDIT_SCORE, Protocol, metric_names
 from peft_locft.evaluation.perplexity import TextMeasurement
-from peft_locft.evaluation.report import EvaluationReport, Result
+from peft_locft.evaluation.report import EvaluationReport, MetricResult
 from peft_locft.reporting import page as report_page
 from peft_locft.reporting.failures_table import MAX_FAILURES, MAX_LETTERS
 from peft_locft.reporting.html_elements import Html, element, together
@@ -110,7 +110,7 @@ def test_it_has_every_metric_with_its_meaning_and_intervals() -> None:
 
 def test_a_change_is_judged_only_where_it_is_no_chance() -> None:
     def colours(name: str, change: Estimate) -> list[str]:
-        report = example_report(results={name: Result("", result(0.5).after, result(0.5).after, change, 2)})
+        report = example_report(results={name: MetricResult("", result(0.5).after, result(0.5).after, change, 2)})
         return re.findall(r'class="(good|bad)"', render_report(report))
 
     up, down, unclear = Estimate(0.2, 0.1, 0.3), Estimate(-0.2, -0.3, -0.1), Estimate(0.2, 0.0, 0.4)
@@ -158,7 +158,7 @@ def test_hostile_texts_stay_texts() -> None:
     report = example_report(
         results={
             attack: result(0.5),
-            "reliability_exact_match": Result(attack, result(0.5).after, None, None, 2, attack),
+            "reliability_exact_match": MetricResult(attack, result(0.5).after, None, None, 2, attack),
         },
         missing={attack: attack},
         rows=[row(0, attack, attack, source=attack, **failed)],

@@ -87,10 +87,11 @@ def locate(argv: list[str]) -> None:
 
 def baselines(argv: list[str]) -> None:
     """Compare fine-tuning baselines on the same edits."""
-    from ..workflows.baselines import markdown, run_baselines
+    from ..reporting.baseline_table import baselines_to_markdown
+    from ..workflows.baselines import run_baselines
     from .arguments import parse_baselines
 
-    print(markdown(run_baselines(**parse_baselines(argv))))
+    print(baselines_to_markdown(run_baselines(**parse_baselines(argv))))
 
 
 def inspect(argv: list[str]) -> None:

@@ -5,7 +5,7 @@ from .harness import evaluate_on_tasks as evaluate_on_tasks
 from .intervals import Estimate as Estimate
 from .perplexity import measure_text as measure_text
 from .report import EvaluationReport as EvaluationReport
-from .report import Result as Result
+from .report import MetricResult as MetricResult
 from .scoring import contains as contains
 from .scoring import cut_answer as cut_answer
 from .scoring import exact_match as exact_match

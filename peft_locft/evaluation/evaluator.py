@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from .._version import package_versions
 from ..data.edits import Edit, edits_sha256, read_edits
 from ..data.encoding import encode_prompts
 from ..data.leaks import trained_prompts, without_leaks
@@ -32,7 +32,6 @@ from .report import EvaluationReport
 from .scoring import n_gram_entropy
 from .tabulation import Column, PairedReplies, results
 
-PACKAGES = ("peft-locft", "peft", "transformers", "torch")
 EditSource: TypeAlias = Sequence[Edit] | datasets.Dataset | str | os.PathLike[str]
 
 FLUENCY = "fluency_n_gram_entropy"
@@ -244,7 +243,7 @@ class EditEvaluator:
             "adapters": list(adapters) if isinstance(adapters, list) else None,
             "edits": self._identity,
             **asdict(self.args),
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "versions": package_versions(),
         }
 
     def _notes(self) -> Iterator[str]:

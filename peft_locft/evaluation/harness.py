@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -19,8 +18,9 @@ import torch
 from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
+from .._version import package_versions
 from ..engine.model_state import check_vocabulary, evaluating
-from .evaluator import PACKAGES, base_of, check_base
+from .evaluator import base_of, check_base
 from .task_results import Number, TaskResults, task_rows
 
 
@@ -95,7 +95,7 @@ def evaluate_on_tasks(
         "num_fewshot": num_fewshot,
         "batch_size": batch_size,
         "options": options,
-        "versions": {name: importlib.metadata.version(name) for name in (*PACKAGES, "lm-eval")},
+        "versions": package_versions("lm-eval"),
     }
     return TaskResults(list(task_rows(before, after)), settings)
 

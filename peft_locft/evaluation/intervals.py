@@ -21,10 +21,10 @@ class Estimate(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        return f"{shown(self.value)} [{shown(self.low)}, {shown(self.high)}]"
+        return f"{format_number(self.value)} [{format_number(self.low)}, {format_number(self.high)}]"
 
 
-def shown(value: float) -> str:
+def format_number(value: float) -> str:
     """Return a number with three decimals, or four digits where it is large."""
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"
 

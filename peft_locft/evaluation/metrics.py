@@ -116,6 +116,7 @@ METRICS: dict[str, Metric] = {
     ),
 }
 EDIT_SCORE = "edit_score"
+LOWER_IS_BETTER = ("perplexity", "kl_from_base", "loss")
 EDIT_SCORE_PARTS = ("reliability_more_probable", "generalization_more_probable", "locality_more_probable")
 
 WHAT_IS_MISSING = {

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..engine.model_state import evaluating
 from .intervals import Array, Bootstrap
-from .report import Result
+from .report import MetricResult
 
 CELLS = 2**20  # logits are compared so many at a time: what fits in a processor's cache goes four times as fast
 LARGEST_LOSS = 700.0  # nats; a float has no room for the exp of more
@@ -33,7 +33,7 @@ class TextMeasurement:
     losses: Array
     divergences: Array | None
 
-    def results(self, num_resamples: int, confidence: float, seed: int) -> dict[str, Result]:
+    def results(self, num_resamples: int, confidence: float, seed: int) -> dict[str, MetricResult]:
         """Return perplexity and KL, with the interval of a bootstrap over windows."""
 
         def perplexity(loss: Array) -> Array:
@@ -48,11 +48,11 @@ class TextMeasurement:
             change = bootstrap.statistic(lambda means: perplexity(means[..., 0]) - perplexity(means[..., 1]))
         assert after is not None
         meaning = "exp of the mean -log p of a text's tokens"
-        found = {"perplexity": Result(meaning, after, before, change, len(self.losses), "windows")}
+        found = {"perplexity": MetricResult(meaning, after, before, change, len(self.losses), "windows")}
         divergence = None if self.divergences is None else bootstrap.statistic(lambda means: means[..., 2])
         if divergence is not None:
             meaning = "mean KL divergence of the edited model's next token from the base's on the text, in nats"
-            found["kl_from_base"] = Result(meaning, divergence, None, None, len(self.losses), "windows")
+            found["kl_from_base"] = MetricResult(meaning, divergence, None, None, len(self.losses), "windows")
         return found
 
 

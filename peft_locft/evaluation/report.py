@@ -14,8 +14,8 @@ from typing import Any
 
 from ..io.files import check_folder, write_atomically
 from .intervals import Estimate
+from .tables import estimate_cell, markdown_table
 
-DASH = "-"
 FORMAT = 1
 FIGURES_NAME = "evaluation.json"
 PARTS = {"settings": dict, "results": dict, "missing": dict, "notes": list, "curves": list, "rows": list}
@@ -25,7 +25,7 @@ DECIDING_OF_LOCALITY = ("unchanged", "tokens_unchanged", *DECIDING)
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class MetricResult:
     """One metric.
 
     Attributes:
@@ -64,14 +64,14 @@ class EvaluationReport:
         >>> report.save("evaluation")
     """
 
-    results: dict[str, Result]
+    results: dict[str, MetricResult]
     missing: dict[str, str]
     rows: list[dict[str, Any]]
     settings: dict[str, Any]
     notes: list[str] = field(default_factory=list)
     curves: list[dict[str, float]] = field(default_factory=list)
 
-    def __getitem__(self, name: str) -> Result:
+    def __getitem__(self, name: str) -> MetricResult:
         """Return one metric's result.
 
         Raises:
@@ -177,11 +177,12 @@ class EvaluationReport:
 
     def to_markdown(self) -> str:
         """Return the metrics as one Markdown table, and what could not be measured."""
-        lines = ["| metric | before | after | change | of |", "| --- | --- | --- | --- | --- |"]
-        for name, result in self.results.items():
-            figures = (str(each) if each else DASH for each in (result.before, result.after, result.change))
-            lines.append(f"| {name} | {' | '.join(figures)} | {result.count} {result.unit} |")
-        lines += ["", f"In brackets, the interval of {self.confidence} confidence (bootstrap)."]
+        rows = [
+            [name, *map(estimate_cell, (result.before, result.after, result.change)), f"{result.count} {result.unit}"]
+            for name, result in self.results.items()
+        ]
+        table = markdown_table(["metric", "before", "after", "change", "measured on"], rows)
+        lines = [table, "", f"In brackets: the {self.confidence} confidence interval (bootstrap)."]
         lines += [f"Not measured: {', '.join(names)}: {why}." for why, names in self.missing_by_reason().items()]
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 
@@ -234,7 +235,7 @@ def _finite(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def _result(name: str, data: Any) -> Result:
+def _result(name: str, data: Any) -> MetricResult:
     def estimate(part: str) -> Estimate | None:
         found = data[part]
         return None if found is None else Estimate(*(float(found[each]) for each in Estimate._fields))
@@ -244,7 +245,7 @@ def _result(name: str, data: Any) -> Result:
         if after is None:
             raise ValueError("it has no figure after the edit")
         count, unit = int(data["count"]), str(data["unit"])
-        return Result(str(data["meaning"]), after, estimate("before"), estimate("change"), count, unit)
+        return MetricResult(str(data["meaning"]), after, estimate("before"), estimate("change"), count, unit)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"results.{name}: expected a metric's result: {error}") from error
 

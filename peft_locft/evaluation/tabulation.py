@@ -12,7 +12,7 @@ from ..data.edits import Edit
 from .edit_questions import Item, Reply
 from .intervals import Array, Bootstrap, Estimate
 from .metrics import EDIT_SCORE, EDIT_SCORE_PARTS, KINDS, METRICS, Metric, meaning_of, why_missing
-from .report import Result
+from .report import MetricResult
 from .scoring import harmonic_mean
 
 Scores = list[float | None]
@@ -126,7 +126,7 @@ class ScoredReplies:
         return rows
 
 
-def results(columns: dict[str, Column], num_resamples: int, confidence: float, seed: int) -> dict[str, Result]:
+def results(columns: dict[str, Column], num_resamples: int, confidence: float, seed: int) -> dict[str, MetricResult]:
     """Return the mean of every column, and of its change, with the interval of a bootstrap over units.
 
     Args:
@@ -154,13 +154,13 @@ def results(columns: dict[str, Column], num_resamples: int, confidence: float, s
             before = bootstrap.mean(place[name, "before"])
             change = bootstrap.difference(place[name, "after"], place[name, "before"])
         count = int((~np.isnan(column.after)).sum())
-        found[name] = Result(column.meaning, after, before, change, count, column.unit)
+        found[name] = MetricResult(column.meaning, after, before, change, count, column.unit)
         if name == EDIT_SCORE_PARTS[-1] and all(part in columns for part in EDIT_SCORE_PARTS):
             found[EDIT_SCORE] = _edit_score(bootstrap, place, count)
     return found
 
 
-def _edit_score(bootstrap: Bootstrap, place: dict[tuple[str, str], int], count: int) -> Result:
+def _edit_score(bootstrap: Bootstrap, place: dict[tuple[str, str], int], count: int) -> MetricResult:
     def at(when: str) -> list[int]:
         return [place[part, when] for part in EDIT_SCORE_PARTS]
 
@@ -173,4 +173,4 @@ def _edit_score(bootstrap: Bootstrap, place: dict[tuple[str, str], int], count: 
             lambda means: harmonic_mean(means[..., at("after")]) - harmonic_mean(means[..., at("before")])
         )
     assert after is not None
-    return Result("harmonic mean of ES, PS and NS", after, before, change, count)
+    return MetricResult("harmonic mean of ES, PS and NS", after, before, change, count)

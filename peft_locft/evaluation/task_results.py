@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from ..io.files import write_atomically
-from .intervals import Estimate, shown
-from .report import DASH, Result
+from .intervals import Estimate
+from .report import MetricResult
+from .tables import DASH, error_cell, markdown_table
 
 Number = float | None
 
@@ -53,6 +54,20 @@ class TaskRow:
     num_fewshot: int | None
     higher_is_better: bool | None
 
+    def cells(self) -> list[str]:
+        """Return the row of a table: task, metric, before, after, change, documents."""
+        notes = [self.filter] if self.filter != "none" else []
+        notes += ["lower is better"] if self.higher_is_better is False else []
+        metric = f"{self.metric} ({', '.join(notes)})" if notes else self.metric
+        return [
+            self.task,
+            metric,
+            error_cell(self.before, self.before_stderr),
+            error_cell(self.after, self.after_stderr),
+            error_cell(self.change, self.change_stderr),
+            DASH if self.count is None else str(self.count),
+        ]
+
 
 @dataclass(frozen=True)
 class TaskResults:
@@ -71,22 +86,18 @@ class TaskResults:
 
     def to_markdown(self) -> str:
         """Return the rows as one Markdown table."""
-        lines = ["| task | metric | before | after | change | of |", "| --- | --- | --- | --- | --- | --- |"]
-        for row in self.rows:
-            notes = [row.filter] if row.filter != "none" else []
-            notes += ["lower is better"] if row.higher_is_better is False else []
-            name = f"{row.metric} ({', '.join(notes)})" if notes else row.metric
-            pairs = (row.before, row.before_stderr), (row.after, row.after_stderr), (row.change, row.change_stderr)
-            figures = " | ".join(_with_error(*pair) for pair in pairs)
-            lines.append(f"| {row.task} | {name} | {figures} | {DASH if row.count is None else row.count} |")
-        lines += ["", "After ±, the standard error: by the harness, and of the change by the documents' differences."]
-        return "\n".join(lines)
+        names = ["task", "metric", "before", "after", "change", "documents"]
+        table = markdown_table(names, [row.cells() for row in self.rows])
+        return (
+            f"{table}\n\nAfter ±: the standard error, as the harness computes it; for a change, from the differences "
+            "document by document."
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as plain data, for JSON."""
         return {"format": 1, "settings": self.settings, "rows": [asdict(row) for row in self.rows]}
 
-    def results(self, confidence: float) -> dict[str, Result]:
+    def results(self, confidence: float) -> dict[str, MetricResult]:
         """Return the rows as an evaluation report has them, with normal intervals in place of standard errors.
 
         Args:
@@ -106,7 +117,7 @@ class TaskResults:
                 before, change = estimate(row.before, row.before_stderr), estimate(row.change, row.change_stderr)
                 name = f"{row.task} {row.metric}" + ("" if row.filter == "none" else f" ({row.filter})")
                 meaning = f"{row.metric} of the task {row.task} of lm-evaluation-harness"
-                found[name] = Result(meaning, after, before, change, row.count or 0, "documents")
+                found[name] = MetricResult(meaning, after, before, change, row.count or 0, "documents")
         return found
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -174,9 +185,3 @@ def _by_document(found: Any, task: str, metric: str, name_of_filter: str) -> dic
     # the harness does not say which of its figures are means, the only ones to have a mean's standard error
     is_mean = numbers and figure is not None and math.isclose(float(np.mean(list(numbers.values()))), figure)
     return numbers if is_mean and len(numbers) == len(values) else None
-
-
-def _with_error(value: Number, error: Number) -> str:
-    if value is None:
-        return DASH
-    return shown(value) if error is None else f"{shown(value)} ± {shown(error)}"

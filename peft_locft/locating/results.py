@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.intervals import Estimate
-from ..evaluation.report import Result
+from ..evaluation.report import MetricResult
+from ..evaluation.tables import estimate_cell, markdown_table
 from ..io.files import write_atomically
 from .plan import Candidate
 from .preset import LocationPreset
@@ -127,17 +127,16 @@ class LocationSearchResult:
         """Return the ranking as a table, the base first, and what it is ranked by."""
         ranking = self.ranking
         names = [name for name in IN_TABLE if any(name in trial.figures for trial in ranking)]
-        lines = ["| location | edits | score | " + " | ".join(names) + " |", "| --- " * (len(names) + 3) + "|"]
-        before = [_cell(self.best.before.get(name)) for name in names]
-        lines.append(f"| base | {self.best.num_edits} | | " + " | ".join(before) + " |")
+        rows = [["base", self.best.num_edits, "", *(estimate_cell(self.best.before.get(name)) for name in names)]]
         for trial in ranking:
             score = "diverged" if trial.failed else f"{trial.score:.3f}"
-            figures = [_cell(trial.figures.get(name)) for name in names]
-            lines.append(f"| {trial.candidate} | {trial.num_edits} | {score} | " + " | ".join(figures) + " |")
+            cells = (estimate_cell(trial.figures.get(name)) for name in names)
+            rows.append([trial.candidate, trial.num_edits, score, *cells])
+        table = markdown_table(["location", "edits", "score", *names], rows)
         weights = self.setting["score"].items()
         named = ", ".join(name if weight == 1 else f"{weight:g} x {name}" for name, weight in weights)
-        lines += ["", f"Score: weighted harmonic mean of {named}. {len(self.trials)} trials, {self.seconds:.0f} s."]
-        return "\n".join(lines)
+        trials = f"{len(self.trials)} trials, {self.seconds:.0f} s"
+        return f"{table}\n\nScore: weighted harmonic mean of {named}. {trials}."
 
     def first_rung(self) -> list[LocationTrial]:
         """The trials of the first rung, in which every location was tried in the same way: what can be compared."""
@@ -152,7 +151,7 @@ class LocationSearchResult:
         self.preset.save(folder / FILES[-1])
 
 
-def plain_figures(results: dict[str, Result], when: str) -> dict[str, dict[str, float]]:
+def plain_figures(results: dict[str, MetricResult], when: str) -> dict[str, dict[str, float]]:
     """Return estimates of results as plain data, those that are finite. `when`: `"after"` or `"before"`."""
     found = {name: getattr(result, when) for name, result in results.items()}
     finite = {name: each for name, each in found.items() if each is not None and all(map(math.isfinite, each))}
@@ -163,7 +162,3 @@ def read_trial(row: dict[str, Any]) -> LocationTrial:
     """Return a trial from JSON."""
     names = ("target_modules", "target_parameters")
     return LocationTrial(**(row | {name: tuple(row[name]) for name in names}))
-
-
-def _cell(estimate: dict[str, float] | None) -> str:
-    return "-" if estimate is None else str(Estimate(**estimate))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..evaluation.intervals import Estimate
+from ..evaluation.tables import estimate_cell, markdown_table
 
 FIGURES = (
     "reliability_exact_match",
@@ -40,23 +40,16 @@ class Baseline:
         return f"{self.method}, {self.edit_order.replace('_', '-')}, batches of {self.batch_size}{averaging}"
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
+def baselines_to_markdown(rows: Sequence[dict[str, Any]]) -> str:
     """Return the results of `compare_baselines` as one Markdown table, the base first."""
     names = [name for name in FIGURES if any(name in row["figures"] for row in rows)]
-    lines = [
-        "| method | order | batch | averaging | " + " | ".join(names) + " | training, s |",
-        "| " + " | ".join(["---"] * (len(names) + 5)) + " |",
+    cells: list[list[str]] = [
+        ["base", "", "", "", *(estimate_cell(rows[0]["before"].get(name)) for name in names), ""]
     ]
-    before = [_cell(rows[0]["before"].get(name)) for name in names]
-    lines.append("| base | | | | " + " | ".join(before) + " | |")
     for row in rows:
         baseline = Baseline(**row["baseline"])
-        what = (baseline.method, baseline.edit_order.replace("_", "-"), str(baseline.batch_size))
-        averaging = "" if baseline.batch_size == 1 else baseline.loss_averaging
-        figures = [_cell(row["figures"].get(name)) for name in names]
-        lines.append("| " + " | ".join([*what, averaging, *figures, f"{row['seconds']:.0f}"]) + " |")
-    return "\n".join(lines)
-
-
-def _cell(estimate: dict[str, float] | None) -> str:
-    return "-" if estimate is None else str(Estimate(**estimate))
+        order, averaging = baseline.edit_order.replace("_", "-"), baseline.loss_averaging
+        setting = [baseline.method, order, str(baseline.batch_size), "" if baseline.batch_size == 1 else averaging]
+        metrics = [estimate_cell(row["figures"].get(name)) for name in names]
+        cells.append([*setting, *metrics, f"{row['seconds']:.0f}"])
+    return markdown_table(["method", "order", "batch", "averaging", *names, "training, s"], cells)

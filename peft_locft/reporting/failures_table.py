@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from ..evaluation.intervals import shown
-from ..evaluation.report import DASH, EvaluationReport, deciding_score
+from ..evaluation.intervals import format_number
+from ..evaluation.report import EvaluationReport, deciding_score
+from ..evaluation.tables import DASH
 from .html_elements import Html, element, scrolling, together
 
 MAX_FAILURES = 200
@@ -61,7 +62,7 @@ def _row(row: dict[str, Any]) -> Html:
     after = _text_cell(row.get("answer_after"))
     if row.get("answer_after") is None and deciding:
         # no answer was asked for, but what it failed by has a score
-        after = element("td", f"{_in_words(deciding[0])} {shown(deciding[1])}", class_="muted")
+        after = element("td", f"{_in_words(deciding[0])} {format_number(deciding[1])}", class_="muted")
     return element(
         "tr",
         element("td", row["edit"], element("small", row.get("source") or "")),

@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..evaluation.intervals import Estimate, shown
-from ..evaluation.report import Result
+from ..evaluation.intervals import Estimate, format_number
+from ..evaluation.report import MetricResult
 from .baseline_table import Baseline
 from .words import GROUPS, group_of, label_of, short_name
 
@@ -45,7 +45,7 @@ ROW, TITLE, SCALE, GAP = 0.46, 0.3, 0.24, 0.14
 
 SIZE = 9  # of text, in points
 
-Panel = Mapping[str, Result]  # metrics on one axis
+Panel = Mapping[str, MetricResult]  # metrics on one axis
 
 
 def metrics_figure(groups: Mapping[str, Panel], has_before: bool, titled: bool) -> Figure:
@@ -113,14 +113,14 @@ def _draw_panel(axes: Axes, panel: Panel, are_shares: bool) -> None:
 
 def _draw_bar(axes: Axes, place: float, estimate: Estimate, when: str) -> None:
     if not all(map(math.isfinite, estimate)):
-        axes.text(0, place, f" {shown(estimate.value)}", va="center", fontsize=8)
+        axes.text(0, place, f" {format_number(estimate.value)}", va="center", fontsize=8)
         return
     value, low, high = estimate
     reach = [[max(0.0, value - low)], [max(0.0, high - value)]]
     error = {"ecolor": COLOURS["ink"][0], "elinewidth": 1, "capsize": 2.5, "capthick": 1}
     axes.barh(place, value, height=0.34, color=COLOURS[when][0], xerr=reach, error_kw=error)
     end = (max(value, high, 0.0), place)
-    axes.annotate(shown(value), end, (5, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.annotate(format_number(value), end, (5, 0), textcoords="offset points", va="center", fontsize=8)
 
 
 def curves_figure(curves: Sequence[Mapping[str, float]]) -> Figure:

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from ..evaluation.intervals import Estimate, shown
-from ..evaluation.report import DASH, EvaluationReport, Result
+from ..evaluation.intervals import Estimate, format_number
+from ..evaluation.report import EvaluationReport, MetricResult
+from ..evaluation.tables import DASH
 from ..io.files import write_atomically
 from .failures_table import failures_section
 from .figures import COLOURS, curve_lines
@@ -130,11 +131,11 @@ def _cards(report: EvaluationReport) -> Html:
     return element("section", *cards, class_="cards", aria_label="The main figures")
 
 
-def _card(key: str, name: str, result: Result) -> Html:
+def _card(key: str, name: str, result: MetricResult) -> Html:
     group = GROUPS[key]
 
     def figure(value: float) -> str:
-        return f"{value:.1%}" if group.are_shares and math.isfinite(value) else shown(value)
+        return f"{value:.1%}" if group.are_shares and math.isfinite(value) else format_number(value)
 
     after = result.after
     interval = f"{figure(after.low)} to {figure(after.high)}"
@@ -172,7 +173,7 @@ def _metrics(report: EvaluationReport) -> Html:
     )
 
 
-def _metric_row(name: str, result: Result) -> Html:
+def _metric_row(name: str, result: MetricResult) -> Html:
     words = words_of(name)
     about = [element("div", label_of(name), " ", element("code", name, class_="muted"))]
     about += [element("p", words)] if words else []
@@ -191,7 +192,7 @@ def _figure_cell(label: str, estimate: Estimate | None, sign: str = "", colour: 
     """Return a figure over its interval, with its column's name for where a narrow page has no columns."""
     if estimate is None:
         return element("td", DASH, class_="number muted", data_label=label)
-    value, low, high = (f"{sign if each > 0 else ''}{shown(each)}" for each in estimate)
+    value, low, high = (f"{sign if each > 0 else ''}{format_number(each)}" for each in estimate)
     figure, interval = element("span", value, class_=colour), element("small", f"{low} to {high}")
     return element("td", figure, interval, class_="number", data_label=label)
 
@@ -273,7 +274,7 @@ def _curves(report: EvaluationReport) -> Iterable[Html]:
     rows = []
     for epoch in epochs:
         values = (points.get(epoch) for points in by_name.values())
-        cells = [element("td", DASH if value is None else shown(value), class_="number") for value in values]
+        cells = [element("td", DASH if value is None else format_number(value), class_="number") for value in values]
         rows.append(element("tr", element("th", f"{epoch:g}", scope="row"), *cells))
     head = element("thead", element("tr", element("th", "Epoch", scope="col"), *names))
     table = scrolling(element("table", head, element("tbody", *rows)), "Figures by epoch")

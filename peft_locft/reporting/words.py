@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..evaluation.report import Result
+from ..evaluation.metrics import LOWER_IS_BETTER
+from ..evaluation.report import MetricResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,6 @@ GROUPS = {
     "other": Group("Other figures", "What else was measured.", are_shares=False),
 }
 GENERAL = ("perplexity", "kl_from_base", "fluency_n_gram_entropy")
-LOWER_IS_BETTER = ("perplexity", "kl_from_base", "loss")
 
 LABELS = {
     "edit_score": "edit score",
@@ -99,13 +99,13 @@ def higher_is_better(name: str) -> bool | None:
     return None if group_of(name) == "other" else True
 
 
-def grouped(results: Mapping[str, Result]) -> dict[str, dict[str, Result]]:
+def grouped(results: Mapping[str, MetricResult]) -> dict[str, dict[str, MetricResult]]:
     """Return the metrics by group, in the order of `GROUPS`; only groups that have some."""
     found = {key: {name: result for name, result in results.items() if group_of(name) == key} for key in GROUPS}
     return {key: members for key, members in found.items() if members}
 
 
-def headline(key: str, members: Mapping[str, Result]) -> str | None:
+def headline(key: str, members: Mapping[str, MetricResult]) -> str | None:
     """Return the name of the metric that says the most about a group; `None` if none of those was measured."""
     names = [f"{key}_{short}" for short in HEADLINES.get(key, ())] + list(HEADLINES.get(key, ()))
     return next((name for name in names if name in members), None)

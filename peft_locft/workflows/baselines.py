@@ -21,7 +21,7 @@ from ..engine.loading import load_model
 from ..evaluation.config import EvaluationConfig
 from ..evaluation.evaluator import EditEvaluator, EditSource
 from ..io.files import write_atomically
-from ..reporting.baseline_table import FIGURES, Baseline, markdown
+from ..reporting.baseline_table import FIGURES, Baseline, baselines_to_markdown
 from ..reporting.plots import can_draw, draw_baselines
 from ..training.config import BreadthFirstConfig
 from ..tuner import LocFTConfig
@@ -131,7 +131,7 @@ def compare_baselines(
             row = cell | _measure(model, tokenizer, edits, baseline, args, location, evaluator)
             write_atomically(path, json.dumps(row, indent=1) + "\n")
         rows.append(row)
-    write_atomically(folder / "baselines.md", markdown(rows) + "\n")
+    write_atomically(folder / "baselines.md", baselines_to_markdown(rows) + "\n")
     if can_draw():
         draw_baselines(rows, folder / "baselines.png")
     return rows
