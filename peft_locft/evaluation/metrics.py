@@ -78,38 +78,38 @@ METRICS: dict[str, Metric] = {
     "exact_match": Metric(
         "generation",
         KINDS,
-        "the greedy answer, up to the first full stop or line break, is the right one",
+        "the greedy answer, cut at the first full stop or line break, equals the right answer",
         _exact_match,
     ),
-    "contains": Metric("generation", KINDS, "the right answer is in the greedy one, as whole words", _contains),
+    "contains": Metric("generation", KINDS, "the greedy answer contains the right answer as whole words", _contains),
     "token_accuracy": Metric(
         "token_accuracy",
         KINDS,
-        "share of the right answer's tokens that greedy decoding would say, each after the right ones before it",
+        "share of the right answer's tokens that the model predicts, each given the right tokens before it",
         _token_accuracy,
         alias=(("reliability", "rewrite_acc"), ("generalization", "rephrase_acc"), ("portability", "portability_acc")),
     ),
     "more_probable": Metric(
         "probability",
         ("reliability", "generalization", "locality"),
-        "the right answer is more probable than the one it stands against, by mean log p of its tokens",
+        "the right answer is more probable than the one it is compared with, by the mean log p of its tokens",
         _more_probable,
         alias=(("reliability", "ES"), ("generalization", "PS"), ("locality", "NS")),
     ),
     "unchanged": Metric(
-        "generation", ("locality",), "the greedy answer is the one before the edit", _unchanged, needs_base=True
+        "generation", ("locality",), "the greedy answer equals the base model's", _unchanged, needs_base=True
     ),
     "first_word_unchanged": Metric(
         "generation",
         ("locality",),
-        "its first word is the one before the edit",
+        "the greedy answer begins with the same word as the base model's",
         _first_word_unchanged,
         needs_base=True,
     ),
     "tokens_unchanged": Metric(
         "token_accuracy",
         ("locality",),
-        "share of the right answer's positions at which greedy decoding would say the same token as before the edit",
+        "share of the right answer's positions where the model predicts the same token as the base model",
         _tokens_unchanged,
         needs_base=True,
         alias=(("locality", "EasyEdit's locality"),),
