@@ -20,8 +20,7 @@ from ..evaluation.intervals import Estimate, format_number
 from ..evaluation.report import EvaluationReport, MetricResult, deciding_score
 from ..evaluation.tables import DASH
 from ..io.files import write_atomically
-from .figures import COLOURS, curve_lines
-from .plots import curves_picture, metric_pictures
+from .plots import COLOURS, curve_lines, curves_picture, metric_pictures
 from .words import GROUPS, grouped, headline, higher_is_better, label_of, words_of
 
 logger = logging.getLogger(__name__)
