@@ -75,7 +75,7 @@ def test_the_trunk_runs_once_a_rung_and_the_base_is_asked_once(
 ) -> None:
     asked: list[int] = []
     run: list[list[int]] = []
-    ask_base, run_trunk = EditEvaluator._ask_base, cache._run_trunk
+    ask_base, run_trunk = EditEvaluator._base_answers, cache._run_trunk
 
     def asking(evaluator: EditEvaluator, *arguments: Any) -> Any:
         asked.append(len(evaluator.edits))
@@ -85,7 +85,7 @@ def test_the_trunk_runs_once_a_rung_and_the_base_is_asked_once(
         run.append([arguments[1].tail.first, *arguments[5]])
         return run_trunk(*arguments)
 
-    monkeypatch.setattr(EditEvaluator, "_ask_base", asking)
+    monkeypatch.setattr(EditEvaluator, "_base_answers", asking)
     monkeypatch.setattr(cache, "_run_trunk", running)
     caplog.set_level(logging.INFO, "peft_locft")
     model = base_model(sharp=True)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..data.edits import Edit
-from .edit_questions import Item, Reply
 from .intervals import Array, Bootstrap, Estimate
+from .items import EvalItem, Reply
 from .metrics import EDIT_SCORE, EDIT_SCORE_PARTS, KINDS, METRICS, Metric, meaning_of, why_missing
 from .report import MetricResult
 from .scoring import harmonic_mean
@@ -20,13 +20,13 @@ Scores = list[float | None]
 
 @dataclass(frozen=True)
 class Column:
-    """A metric's value for each unit, (units,), NaN where it has none.
+    """A metric's values, one for each unit, (units,); NaN for a unit without one.
 
     Args:
-        meaning: what the metric tells.
+        meaning: what the metric measures.
         after: of the edited model.
-        before: of its base, if there is one that has such values.
-        unit: what is counted.
+        before: of its base; `None` without a base, or if the metric compares with the base.
+        unit: what a value belongs to: `"edits"`, `"prompts"`.
     """
 
     meaning: str
@@ -40,7 +40,7 @@ class PairedReplies:
     """The replies of an edited model and, if there is one, of its base to the items of some edits."""
 
     edits: Sequence[Edit]
-    items: Sequence[Item]
+    items: Sequence[EvalItem]
     after: Sequence[Reply]
     before: Sequence[Reply] | None
 
@@ -127,47 +127,47 @@ class ScoredReplies:
 
 
 def results(columns: dict[str, Column], num_resamples: int, confidence: float, seed: int) -> dict[str, MetricResult]:
-    """Return the mean of every column, and of its change, with the interval of a bootstrap over units.
+    """Return the mean of every column and of its change, each with the interval of a bootstrap over units.
 
     Args:
-        columns: all of the same units; where the three of CounterFact's edit score are among them, it is added.
-        num_resamples: of the bootstrap.
-        confidence: such as 0.95.
-        seed: the same one gives the same intervals.
+        columns: all with the same units. CounterFact's edit score is added if its three parts are among them.
+        num_resamples: resamples of the bootstrap.
+        confidence: of the intervals, such as 0.95.
+        seed: the same seed gives the same intervals.
     """
     if not columns:
         return {}
     arrays: list[Array] = []
-    place: dict[tuple[str, str], int] = {}
+    index: dict[tuple[str, str], int] = {}
     for name, column in columns.items():
         for when, values in (("after", column.after), ("before", column.before)):
             if values is not None:
-                place[name, when] = len(arrays)
+                index[name, when] = len(arrays)
                 arrays.append(values)
     bootstrap = Bootstrap(np.stack(arrays, axis=1), num_resamples, confidence, seed)
-    found = {}
+    metrics = {}
     for name, column in columns.items():
-        after = bootstrap.mean(place[name, "after"])
-        assert after is not None  # a column without values is none
+        after = bootstrap.mean(index[name, "after"])
+        assert after is not None  # every column has a value
         before = change = None
         if column.before is not None:
-            before = bootstrap.mean(place[name, "before"])
-            change = bootstrap.difference(place[name, "after"], place[name, "before"])
+            before = bootstrap.mean(index[name, "before"])
+            change = bootstrap.difference(index[name, "after"], index[name, "before"])
         count = int((~np.isnan(column.after)).sum())
-        found[name] = MetricResult(column.meaning, after, before, change, count, column.unit)
+        metrics[name] = MetricResult(column.meaning, after, before, change, count, column.unit)
         if name == EDIT_SCORE_PARTS[-1] and all(part in columns for part in EDIT_SCORE_PARTS):
-            found[EDIT_SCORE] = _edit_score(bootstrap, place, count)
-    return found
+            metrics[EDIT_SCORE] = _edit_score(bootstrap, index, count)
+    return metrics
 
 
-def _edit_score(bootstrap: Bootstrap, place: dict[tuple[str, str], int], count: int) -> MetricResult:
+def _edit_score(bootstrap: Bootstrap, index: dict[tuple[str, str], int], count: int) -> MetricResult:
     def at(when: str) -> list[int]:
-        return [place[part, when] for part in EDIT_SCORE_PARTS]
+        return [index[part, when] for part in EDIT_SCORE_PARTS]
 
     after = bootstrap.statistic(lambda means: harmonic_mean(means[..., at("after")]))
     before: Estimate | None = None
     change: Estimate | None = None
-    if (EDIT_SCORE_PARTS[0], "before") in place:
+    if (EDIT_SCORE_PARTS[0], "before") in index:
         before = bootstrap.statistic(lambda means: harmonic_mean(means[..., at("before")]))
         change = bootstrap.statistic(
             lambda means: harmonic_mean(means[..., at("after")]) - harmonic_mean(means[..., at("before")])

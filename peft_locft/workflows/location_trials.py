@@ -218,7 +218,7 @@ class LocationTrials:
                 self.model, self.tokenizer, self._edits(rung), config, text=self.text, progress=False
             )
             if evaluator.windows is not None and self._fits(evaluator.windows.numel()):
-                evaluator.kept_logits = []
+                evaluator.base_logits = []
             self._evaluators[rung] = evaluator
         return self._evaluators[rung]
 
