@@ -49,8 +49,8 @@ def test_it_says_what_must_be_asked() -> None:
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({}, "score: found no metric; expected some of reliability_exact_match"),
-        ({"locality": 1.0}, "score: found locality; expected some of"),
+        ({}, "score: found no metric; expected one or more of reliability_exact_match"),
+        ({"locality": 1.0}, "score: found locality; expected one or more of"),
         ({"perplexity": 0.0}, r"score: found perplexity=0.0; expected a weight above 0"),
         ({"perplexity": math.nan}, "score: found perplexity=nan"),
     ],

@@ -87,7 +87,7 @@ def locate(argv: list[str]) -> None:
 
 def baselines(argv: list[str]) -> None:
     """Compare fine-tuning baselines on the same edits."""
-    from ..reporting.baseline_table import baselines_to_markdown
+    from ..reporting.baselines import baselines_to_markdown
     from ..workflows.baselines import run_baselines
     from .arguments import parse_baselines
 

@@ -26,7 +26,7 @@ def _cell(content: object) -> str:
 
 
 def estimate_cell(estimate: Estimate | Mapping[str, float] | None) -> str:
-    """Return the text of an estimate, or of its `_asdict`; a dash for `None`."""
+    """Return the text of an estimate, given as such or as its `_asdict`; a dash for `None`."""
     if estimate is None:
         return DASH
     return str(estimate if isinstance(estimate, Estimate) else Estimate(**estimate))

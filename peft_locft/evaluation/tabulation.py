@@ -47,7 +47,7 @@ class PairedReplies:
     def scored(self, protocols: Sequence[str]) -> ScoredReplies:
         """Score every item once by each metric of the protocols that applies to its kind."""
         metrics = {name: metric for name, metric in METRICS.items() if metric.protocol in protocols}
-        before = self.before or [None] * len(self.items)
+        before: Sequence[Reply | None] = self.before or [None] * len(self.items)
         after_scores: dict[str, Scores] = {name: [] for name in metrics}
         before_scores: dict[str, Scores] = {name: [] for name, metric in metrics.items() if not metric.needs_base}
         for item, reply, base in zip(self.items, self.after, before, strict=True):

@@ -1,4 +1,4 @@
-"""The kinds of modules that a location can be in any decoder layer, told by their shapes."""
+"""The kinds of modules that a location can be, recognised in any decoder layer by their shapes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ..tuner.config import ENTIRE_LAYER, LocFTConfig
 from ..tuner.presets import Location, entire_layers, find_decoder_layers
 
 ATTENTION, MLP, UP, DOWN = "attention", "mlp", "up", "down"
-# the five of arXiv 2509.22072, from fine to coarse
+# the five kinds of arXiv 2509.22072, from fine to coarse
 KINDS = (DOWN, UP, ATTENTION, MLP, ENTIRE_LAYER)
 
 
 @dataclass(frozen=True)
 class _Matrix:
-    """A parameter that takes `inputs` features and gives `outputs`, in one or more experts."""
+    """A parameter that maps `inputs` features to `outputs` features, of one or more experts."""
 
     module: str
     key: str
@@ -34,20 +34,20 @@ def location_of(model: nn.Module, kind: str, layer: int) -> Location:
     """Return the weights of one kind in one decoder layer.
 
     - `"attention"`: every matrix of the attention.
-    - `"mlp"`: every other matrix of the layer; of a mixture of experts, the router's too.
-    - `"down"`: of these, the last that writes into the residual stream.
-    - `"up"`: the last before it that reads the residual stream and makes what it takes (in gated MLPs the one beside
-      the gate; where both are one tensor, that).
-    - `"entire-layer"`: everything with a weight, norms too.
+    - `"mlp"`: every other matrix of the layer, including a router.
+    - `"down"`: the last of these that writes into the residual stream.
+    - `"up"`: the last of these that reads the residual stream and feeds `"down"`; in a gated MLP, the matrix beside
+      the gate, or the tensor that holds both.
+    - `"entire-layer"`: every parameter of the layer, including norms.
     - anything else: the modules of the layer with this name, or whose name ends with it, such as `"o_proj"`.
 
     Args:
         model: a decoder-only language model.
-        kind: one of these.
-        layer: counted from 0.
+        kind: one of the above.
+        layer: index of the decoder layer, from 0.
 
     Raises:
-        ValueError: if the decoder layers cannot be found, there is no such layer, or nothing of that kind in it.
+        ValueError: if the decoder layers cannot be found, the layer does not exist, or it has nothing of that kind.
 
     Example:
         >>> location_of(model, "up", 5).target_modules
@@ -56,21 +56,21 @@ def location_of(model: nn.Module, kind: str, layer: int) -> Location:
     stack_name, stack = find_decoder_layers(model)
     if not 0 <= layer < len(stack):
         raise ValueError(
-            f"layer {layer}: the model has {len(stack)} decoder layers ({stack_name}), counted from 0. Expected "
-            f"numbers up to {len(stack) - 1}."
+            f"layer {layer}: the model has {len(stack)} decoder layers ({stack_name}); expected an index from 0 to "
+            f"{len(stack) - 1}."
         )
     if kind == ENTIRE_LAYER:
         return entire_layers(model, [layer])
-    found = _of_kind(_matrices(stack[layer]), kind)
-    if not found:
+    matching = _of_kind(_matrices(stack[layer]), kind)
+    if not matching:
         names = ", ".join(dict.fromkeys(matrix.module for matrix in _matrices(stack[layer])))
         raise ValueError(
-            f"modules: found {kind!r}, and nothing of that kind or name in {stack_name}.{layer}, which has {names}. "
-            f"Expected some of {', '.join(KINDS)}, or names of these."
+            f"modules: found {kind!r}, but {stack_name}.{layer} has no module of that kind or name. Expected one of "
+            f"{', '.join(KINDS)}, or one of its modules: {names}."
         )
     prefix = f"{stack_name}.{layer}"
-    modules = [f"{prefix}.{matrix.module}" for matrix in found if matrix.key == "weight"]
-    parameters = [f"{prefix}.{matrix.module}.{matrix.key}" for matrix in found if matrix.key != "weight"]
+    modules = [f"{prefix}.{matrix.module}" for matrix in matching if matrix.key == "weight"]
+    parameters = [f"{prefix}.{matrix.module}.{matrix.key}" for matrix in matching if matrix.key != "weight"]
     return Location(tuple(dict.fromkeys(modules)), tuple(parameters))
 
 
@@ -97,10 +97,10 @@ def _of_kind(matrices: Sequence[_Matrix], kind: str) -> list[_Matrix]:
 
 
 def _up_and_down(mlp: Sequence[_Matrix]) -> tuple[_Matrix, _Matrix] | None:
-    """Return the last two matrices of which the second takes what the first makes, and gives what the first takes."""
+    """Return the last two matrices of which the second maps the first's outputs back to the first's inputs."""
     for index, down in reversed(list(enumerate(mlp))):
         for up in reversed(mlp[:index]):
-            # a gate fused with it makes twice as much
+            # with a fused gate, up has twice as many outputs
             if up.inputs == down.outputs and up.outputs % down.inputs == 0:
                 return up, down
     return None
@@ -116,5 +116,5 @@ def _matrices(layer: nn.Module) -> list[_Matrix]:
 
 
 def _features(module: nn.Module, shape: Sequence[int]) -> tuple[int, int]:
-    """Return how many features a matrix takes and gives: (…, out, in), but (in, out) in a Conv1D."""
+    """Return the input and output features of a weight: (…, out, in), but (in, out) in a Conv1D."""
     return (shape[-2], shape[-1]) if isinstance(module, Conv1D) else (shape[-1], shape[-2])

@@ -8,7 +8,6 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -117,7 +116,7 @@ def page_templates() -> jinja2.Environment:
         "in_words": _in_words,
         "kind_of_row": lambda row: KINDS.get(row["kind"], (row["kind"],))[0],
         "listed": lambda value: ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value),
-        "number": lambda value, sign="": f"{sign if value > 0 else ''}{format_number(value)}",
+        "number": _number,
         "score_of_row": _score_of_row,
     }
     environment.globals |= {
@@ -138,6 +137,10 @@ def _setting(report: EvaluationReport, name: str) -> Any:
 
 def _title(num_edits: Any, model: Any) -> str:
     return f"What {num_edits} {'edit' if num_edits == 1 else 'edits'} did to {PurePath(str(model)).name}"
+
+
+def _number(value: float, sign: str = "") -> str:
+    return f"{sign if value > 0 else ''}{format_number(value)}"
 
 
 def _in_words(name: Any) -> str:
@@ -227,7 +230,7 @@ class _Failures:
     """
 
     counts: list[str]
-    rows: list[Mapping[str, Any]]
+    rows: list[dict[str, Any]]
     num_rows: int
     compares_with_base: bool
 

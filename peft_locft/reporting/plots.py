@@ -22,8 +22,8 @@ from ..evaluation.intervals import Estimate, format_number
 from ..evaluation.report import EvaluationReport, MetricResult
 from ..evaluation.tables import DASH
 from ..io.files import write_atomically
-from ..locating.results import IN_TABLE, LocationSearchResult, LocationTrial
-from .baseline_table import Baseline
+from ..locating.results import TABLE_METRICS, LocationSearchResult, LocationTrial
+from .baselines import BaselineResult
 from .words import GROUPS, group_of, grouped, higher_is_better, label_of, short_name
 
 if TYPE_CHECKING:
@@ -131,11 +131,11 @@ def draw_curves(curves: Sequence[Mapping[str, float]], path: str | os.PathLike[s
         _save(curves_figure(curves), Path(path))
 
 
-def draw_baselines(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+def draw_baselines(results: Sequence[BaselineResult], path: str | os.PathLike[str]) -> None:
     """Draw the baselines' metrics with their intervals: depth-first in another colour, the base as a dashed line.
 
     Args:
-        rows: what `compare_baselines` returned, at least one.
+        results: what `compare_baselines` returned, at least one.
         path: as in [`draw_metrics`].
 
     Raises:
@@ -143,7 +143,7 @@ def draw_baselines(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
         ValueError: if matplotlib does not know the file's ending.
     """
     with _drawing():
-        _save(baselines_figure(rows), Path(path))
+        _save(baselines_figure(results), Path(path))
 
 
 def draw_locations(search: LocationSearchResult, path: str | os.PathLike[str]) -> None:
@@ -342,33 +342,33 @@ def _draw_lines(axes: Axes, lines: Mapping[str, list[tuple[float, float]]], are_
 # ---------------------------------------------------------------------- baselines
 
 
-def baselines_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+def baselines_figure(results: Sequence[BaselineResult]) -> Figure:
     """Return the baselines' metrics with their intervals: a row for each baseline, a panel for each metric.
 
     Args:
-        rows: what `compare_baselines` returned.
+        results: what `compare_baselines` returned.
     """
     from matplotlib.figure import Figure
 
-    names = [name for name in BASELINE_METRICS if any(name in row["figures"] for row in rows)]
-    labels = [str(Baseline(**row["baseline"])) for row in rows]
-    figure = Figure(figsize=(2.4 + 1.8 * len(names), 0.7 + 0.24 * len(rows)), layout="constrained")
+    names = [name for name in BASELINE_METRICS if any(name in result.metrics for result in results)]
+    labels = [str(result.baseline) for result in results]
+    figure = Figure(figsize=(2.4 + 1.8 * len(names), 0.7 + 0.24 * len(results)), layout="constrained")
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
-        for place, row in enumerate(rows):
-            estimate = row["figures"].get(name)
+        for place, result in enumerate(results):
+            estimate = result.metrics.get(name)
             if estimate is None:
                 continue
-            colour = COLOURS["generalization" if row["baseline"]["edit_order"] == "depth_first" else "after"][0]
-            reach = [[estimate["value"] - estimate["low"]], [estimate["high"] - estimate["value"]]]
-            axes.errorbar(estimate["value"], place, xerr=reach, fmt="o", markersize=4, capsize=2, color=colour)
-        before = rows[0]["before"].get(name)
+            colour = COLOURS["generalization" if result.baseline.edit_order == "depth_first" else "after"][0]
+            reach = [[estimate.value - estimate.low], [estimate.high - estimate.value]]
+            axes.errorbar(estimate.value, place, xerr=reach, fmt="o", markersize=4, capsize=2, color=colour)
+        before = results[0].before.get(name)
         if before is not None:
-            axes.axvline(before["value"], color=COLOURS["before"][0], linestyle="--", linewidth=1)
+            axes.axvline(before.value, color=COLOURS["before"][0], linestyle="--", linewidth=1)
         axes.set(
             xlim=(-0.03, 1.03),
             title=name.replace("_", ":\n", 1).replace("_", " "),
-            yticks=range(len(rows)),
+            yticks=range(len(results)),
             yticklabels=labels,
         )
         axes.grid(axis="x")
@@ -387,7 +387,7 @@ def locations_figure(search: LocationSearchResult) -> Figure:
     from matplotlib.figure import Figure
 
     trials = search.first_rung()
-    names = [SCORE, *(name for name in IN_TABLE if any(name in trial.figures for trial in trials))]
+    names = [SCORE, *(name for name in TABLE_METRICS if any(name in trial.metrics for trial in trials))]
     modules = list(dict.fromkeys(trial.module for trial in trials))
     layers = sorted({trial.layer for trial in trials})
     columns = 2 if len(layers) <= MAX_COLUMNS_BESIDE else 1
@@ -451,7 +451,7 @@ def _write_numbers(axes: Axes, table: Sequence[Sequence[float]], norm: object, l
 def _map_value(name: str, trial: LocationTrial) -> float:
     if name == SCORE:
         return trial.score
-    estimate = trial.figures.get(name)
+    estimate = trial.metrics.get(name)
     return math.nan if estimate is None else estimate["value"]
 
 
