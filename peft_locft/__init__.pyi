@@ -24,6 +24,7 @@ from .merging import MergeSummary as MergeSummary
 from .merging import detach as detach
 from .merging import merge_checkpoint as merge_checkpoint
 from .merging import merge_in_place as merge_in_place
+from .reporting import BaselineResult as BaselineResult
 from .reporting import save_report as save_report
 from .training import BreadthFirstConfig as BreadthFirstConfig
 from .training import BreadthFirstTrainer as BreadthFirstTrainer
@@ -31,6 +32,7 @@ from .training import EvaluationCallback as EvaluationCallback
 from .tuner import LocFTConfig as LocFTConfig
 from .tuner import LocFTModel as LocFTModel
 from .tuner import balanced_config as balanced_config
+from .workflows import SearchPlan as SearchPlan
 from .workflows import UpdateSummary as UpdateSummary
 from .workflows import compare_baselines as compare_baselines
 from .workflows import evaluate_model as evaluate_model

@@ -276,7 +276,7 @@ def test_little_is_recorded_of_a_report_that_came_from_elsewhere() -> None:
 
 def test_every_metric_of_ours_has_plain_words() -> None:
     every: tuple[Protocol, ...] = ("generation", "token_accuracy", "probability", "fluency")
-    of_text = TextMeasurement(losses=np.ones((3, 2)), divergences=np.ones(3)).results(10, 0.9, 0)
+    of_text = TextMeasurement(losses=np.ones((3, 2)), divergences=np.ones(3)).metric_results(10, 0.9, 0)
     names = [*metric_names(every), EDIT_SCORE, "fluency_n_gram_entropy", *of_text]
     assert [name for name in names if words_of(name) is None] == []
     assert [name for name in names if group_of(name) == "other"] == []

@@ -85,7 +85,7 @@ def test_a_fresh_adapter_changes_no_bit(dtype: torch.dtype) -> None:
     assert found.losses[:, 0].tolist() == found.losses[:, 1].tolist()
     assert found.divergences is not None
     assert found.divergences.tolist() == [0.0] * 5
-    results = found.results(100, 0.95, 0)
+    results = found.metric_results(100, 0.95, 0)
     assert results["perplexity"].after == results["perplexity"].before
     assert tuple(results["perplexity"].change or ()) == tuple(results["kl_from_base"].after) == (0.0, 0.0, 0.0)
 
@@ -127,14 +127,14 @@ def test_without_a_base_there_is_no_before() -> None:
     found = measure_text(model, WINDOWS)
     assert found.losses == pytest.approx(np.array([plain_losses(model)]).T, rel=1e-5)
     assert found.divergences is None
-    results = found.results(100, 0.95, 0)
+    results = found.metric_results(100, 0.95, 0)
     assert list(results) == ["perplexity"]
     assert (results["perplexity"].before, results["perplexity"].change) == (None, None)
 
 
 def test_perplexity_is_over_all_windows_and_its_change_is_paired() -> None:
     losses = np.array([[1.0, 2.0], [3.0, 3.0], [2.0, 2.0], [2.0, 1.0]])
-    results = TextMeasurement(losses, np.array([0.1, 0.2, 0.3, 0.4])).results(500, 0.9, 3)
+    results = TextMeasurement(losses, np.array([0.1, 0.2, 0.3, 0.4])).metric_results(500, 0.9, 3)
     perplexity = results["perplexity"]
     assert perplexity.before is not None and perplexity.change is not None
     assert (perplexity.after.value, perplexity.before.value) == pytest.approx((math.exp(2.0), math.exp(2.0)))
@@ -146,7 +146,7 @@ def test_perplexity_is_over_all_windows_and_its_change_is_paired() -> None:
 
 
 def test_a_loss_beyond_what_exp_holds_is_a_large_perplexity() -> None:
-    results = TextMeasurement(np.array([[5000.0, 2.0]] * 3), np.zeros(3)).results(10, 0.95, 0)
+    results = TextMeasurement(np.array([[5000.0, 2.0]] * 3), np.zeros(3)).metric_results(10, 0.95, 0)
     assert results["perplexity"].after.value == math.exp(LARGEST_LOSS)
     assert results["perplexity"].change is not None
     assert math.isfinite(results["perplexity"].change.high)

@@ -3,6 +3,7 @@ from .evaluator import EditEvaluator as EditEvaluator
 from .evaluator import evaluate_edits as evaluate_edits
 from .harness import evaluate_on_tasks as evaluate_on_tasks
 from .intervals import Estimate as Estimate
+from .perplexity import TextMeasurement as TextMeasurement
 from .perplexity import measure_text as measure_text
 from .report import EvaluationReport as EvaluationReport
 from .report import MetricResult as MetricResult
@@ -10,3 +11,4 @@ from .scoring import contains as contains
 from .scoring import cut_answer as cut_answer
 from .scoring import exact_match as exact_match
 from .task_results import TaskResults as TaskResults
+from .task_results import TaskRow as TaskRow

@@ -30,7 +30,7 @@ from .items import ItemEncoder, Reply, eval_items
 from .perplexity import measure_text
 from .report import EvaluationReport
 from .scoring import n_gram_entropy
-from .tabulation import Column, PairedReplies, results
+from .tabulation import Column, PairedReplies, metric_results
 
 EditSource: TypeAlias = Sequence[Edit] | datasets.Dataset | str | os.PathLike[str]
 
@@ -101,7 +101,7 @@ def check_base(model: nn.Module, allow_other_base: bool) -> None:
         )
 
 
-def base_of(
+def find_base(
     model: nn.Module, base_model: nn.Module | None
 ) -> tuple[nn.Module, Callable[[], AbstractContextManager[Any]] | None]:
     """Return the base of an edited model, and a function that returns a context in which it answers as the base.
@@ -117,6 +117,16 @@ def base_of(
     if base_model is None or any(module is base_model for module in model.modules()):
         return model, disabling(model)
     return base_model, nullcontext
+
+
+def model_settings(model: nn.Module) -> dict[str, Any]:
+    """Return what a report records of a model: its name, dtype and active adapters."""
+    adapters = getattr(model, "active_adapters", None)
+    return {
+        "model": getattr(getattr(model, "config", None), "name_or_path", None) or type(model).__name__,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "adapters": list(adapters) if isinstance(adapters, list) else None,
+    }
 
 
 class EditEvaluator:
@@ -181,17 +191,17 @@ class EditEvaluator:
         bootstrap = (args.num_resamples, args.confidence, args.seed)
         scored = self._paired_replies().scored(args.protocols)
         columns, missing = scored.columns()
-        metrics = results(columns, *bootstrap)
+        metrics = metric_results(columns, *bootstrap)
         if "fluency" in args.protocols:
-            metrics |= results({FLUENCY: self._fluency()}, *bootstrap)
+            metrics |= metric_results({FLUENCY: self._fluency()}, *bootstrap)
         if self.windows is not None:
             measured = measure_text(self.model, self.windows, self.base, self.as_base, self.progress, self.base_logits)
-            metrics |= measured.results(*bootstrap)
+            metrics |= measured.metric_results(*bootstrap)
         return EvaluationReport(metrics, missing, scored.rows(), self._settings(), list(self._notes()))
 
     def _take(self, model: nn.Module) -> None:
         self.model = model
-        self.base, self.as_base = base_of(model, self.base_model)
+        self.base, self.as_base = find_base(model, self.base_model)
 
     def _paired_replies(self) -> PairedReplies:
         """Return the replies of the edited model and of its base, which answers only the first time."""
@@ -236,12 +246,8 @@ class EditEvaluator:
         return np.array([n_gram_entropy(text) or 0.0 for text in texts])
 
     def _settings(self) -> dict[str, Any]:
-        config = getattr(self.model, "config", None)
-        adapters = getattr(self.model, "active_adapters", None)
         return {
-            "model": getattr(config, "name_or_path", None) or type(self.model).__name__,
-            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
-            "adapters": list(adapters) if isinstance(adapters, list) else None,
+            **model_settings(self.model),
             "edits": self._identity,
             **asdict(self.args),
             "versions": package_versions(),

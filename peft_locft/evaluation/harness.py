@@ -20,7 +20,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokeniz
 
 from .._version import package_versions
 from ..engine.model_state import check_vocabulary, evaluating
-from .evaluator import base_of, check_base
+from .evaluator import check_base, find_base, model_settings
+from .perplexity import finite_logits
 from .task_results import Number, TaskResults, task_rows
 
 
@@ -79,16 +80,13 @@ def evaluate_on_tasks(
 
     arguments = dict(tasks=names, task_manager=manager, limit=limit, num_fewshot=num_fewshot, **options)
     before = None
-    base, as_base = base_of(model, base_model)
+    base, as_base = find_base(model, base_model)
     if as_base is not None:
         with as_base():
             before = _run(base, tokenizer, batch_size, arguments)
     after = _run(model, tokenizer, batch_size, arguments)
-    adapters = getattr(model, "active_adapters", None)
     settings = {
-        "model": getattr(getattr(model, "config", None), "name_or_path", None) or type(model).__name__,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "adapters": list(adapters) if isinstance(adapters, list) else None,
+        **model_settings(model),
         "tasks": names,
         "limit": limit,
         "num_fewshot": num_fewshot,
@@ -163,12 +161,12 @@ def _harness_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_s
 
     class ChecksLogits(LogitsProcessor):
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            return _finite(scores)
+            return finite_logits(scores, "a task")
 
     class Checked(HFLM):
         def _model_call(self, inps: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
             check_vocabulary(model, inps)
-            return _finite(super()._model_call(inps, *arguments, **keywords))
+            return finite_logits(super()._model_call(inps, *arguments, **keywords), "a task")
 
         def _model_generate(self, context: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
             check_vocabulary(model, context)
@@ -184,15 +182,6 @@ def _harness_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_s
         return Checked(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
     finally:
         logger.setLevel(level)
-
-
-def _finite(logits: torch.Tensor) -> torch.Tensor:
-    if not bool(logits.amax(dim=-1).isfinite().all()):
-        raise FloatingPointError(
-            "The model's logits are NaN or infinite on a task, so it has no answer. Load the model in float32 or "
-            "bfloat16, and check that its weights and the adapter's are finite."
-        )
-    return logits
 
 
 @contextmanager

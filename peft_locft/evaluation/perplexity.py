@@ -33,7 +33,7 @@ class TextMeasurement:
     losses: Array
     divergences: Array | None
 
-    def results(self, num_resamples: int, confidence: float, seed: int) -> dict[str, MetricResult]:
+    def metric_results(self, num_resamples: int, confidence: float, seed: int) -> dict[str, MetricResult]:
         """Return perplexity and KL, each with the interval of a bootstrap over windows."""
 
         def perplexity(loss: Array) -> Array:
@@ -100,10 +100,23 @@ def _logits(model: Any, window: torch.Tensor) -> torch.Tensor:
     with evaluating(model):
         device = model.get_input_embeddings().weight.device
         logits: torch.Tensor = model(input_ids=window[None].to(device), use_cache=False).logits[0, :-1]
+    return finite_logits(logits, "the text")
+
+
+def finite_logits(logits: torch.Tensor, source: str) -> torch.Tensor:
+    """Return logits, (…, V), after a check that all are finite.
+
+    Args:
+        logits: the logits.
+        source: what the model read, for the error.
+
+    Raises:
+        FloatingPointError: if a logit is NaN or infinite.
+    """
     if not bool(logits.amax(dim=-1).isfinite().all()):
         raise FloatingPointError(
-            "The model's logits on the text are NaN or infinite, so its perplexity is undefined. Load the model in "
-            "float32 or bfloat16, and check that its weights and the adapter's are finite."
+            f"The model's logits on {source} are NaN or infinite. Load the model in float32 or bfloat16, and check "
+            "that its weights and the adapter's are finite."
         )
     return logits
 

@@ -126,7 +126,9 @@ class ScoredReplies:
         return rows
 
 
-def results(columns: dict[str, Column], num_resamples: int, confidence: float, seed: int) -> dict[str, MetricResult]:
+def metric_results(
+    columns: dict[str, Column], num_resamples: int, confidence: float, seed: int
+) -> dict[str, MetricResult]:
     """Return the mean of every column and of its change, each with the interval of a bootstrap over units.
 
     Args:

@@ -97,7 +97,7 @@ class TaskResults:
         """Return everything as plain data for JSON."""
         return {"format": 1, "settings": self.settings, "rows": [asdict(row) for row in self.rows]}
 
-    def results(self, confidence: float) -> dict[str, MetricResult]:
+    def metric_results(self, confidence: float) -> dict[str, MetricResult]:
         """Return the rows as metrics of an evaluation report, with normal intervals from the standard errors.
 
         Args:

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 MAX_FAILURES = 200
 MAX_CHARACTERS = 300  # of a text in the table of failures
 # one, many
-KINDS = {
+KIND_NAMES = {
     "reliability": ("edit", "edits"),
     "generalization": ("rephrasing", "rephrasings"),
     "locality": ("locality probe", "locality probes"),
@@ -114,7 +114,7 @@ def page_templates() -> jinja2.Environment:
     environment.filters |= {
         "as_json": lambda value: json.dumps(value, ensure_ascii=False),
         "in_words": _in_words,
-        "kind_of_row": lambda row: KINDS.get(row["kind"], (row["kind"],))[0],
+        "kind_of_row": lambda row: KIND_NAMES.get(row["kind"], (row["kind"],))[0],
         "listed": lambda value: ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value),
         "number": _number,
         "score_of_row": _score_of_row,
@@ -241,7 +241,7 @@ def _failures(report: EvaluationReport) -> _Failures:
     rows = list(report.failures())
     num_failed = Counter(row["kind"] for row in rows)
     counts = [
-        f"{num_failed[kind]} of {count} {KINDS.get(kind, (kind, kind))[count != 1]} (by {_in_words(measure)})"
+        f"{num_failed[kind]} of {count} {KIND_NAMES.get(kind, (kind, kind))[count != 1]} (by {_in_words(measure)})"
         for (kind, measure), count in num_scored.items()
     ]
     return _Failures(counts, rows[:MAX_FAILURES], len(rows), ("locality", "unchanged") in num_scored)

@@ -100,7 +100,7 @@ def evaluate_model(
             num_fewshot=num_fewshot,
             allow_other_base=evaluator.args.allow_other_base,
         )
-        task_metrics = task_results.results(evaluator.args.confidence)
+        task_metrics = task_results.metric_results(evaluator.args.confidence)
     report = evaluator.evaluate()
     settings = report.settings | {"adapter": _text(adapter), "tasks": list(tasks)}
     report = replace(report, results=report.results | task_metrics, curves=_curves(provenance), settings=settings)
