@@ -25,6 +25,7 @@ from .merging import MergeSummary as MergeSummary
 from .merging import detach as detach
 from .merging import merge_checkpoint as merge_checkpoint
 from .merging import merge_in_place as merge_in_place
+from .reporting import BaselineResult as BaselineResult
 from .reporting import save_report as save_report
 from .training import BreadthFirstConfig as BreadthFirstConfig
 from .training import BreadthFirstTrainer as BreadthFirstTrainer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from peft_locft.evaluation.intervals import Estimate
-from peft_locft.evaluation.report import EvaluationReport, Result
+from peft_locft.evaluation.report import EvaluationReport, MetricResult
 
 
 def row(edit: int, kind: str, prompt: str = "The capital of France is", **fields: Any) -> dict[str, Any]:
@@ -25,15 +25,15 @@ def row(edit: int, kind: str, prompt: str = "The capital of France is", **fields
     return empty | fields
 
 
-def result(after: float, before: float | None = None, unit: str = "edits") -> Result:
+def result(after: float, before: float | None = None, unit: str = "edits") -> MetricResult:
     """Return a result with an interval of 0.1 on both sides."""
 
     def around(value: float) -> Estimate:
         return Estimate(value, value - 0.1, value + 0.1)
 
     if before is None:
-        return Result("what it tells", around(after), None, None, 2, unit)
-    return Result("what it tells", around(after), around(before), around(after - before), 2, unit)
+        return MetricResult("what it tells", around(after), None, None, 2, unit)
+    return MetricResult("what it tells", around(after), around(before), around(after - before), 2, unit)
 
 
 def example_report(**changes: Any) -> EvaluationReport:

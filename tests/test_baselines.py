@@ -14,7 +14,7 @@ from tokenizers_for_tests import make_tokenizer
 
 import peft_locft.workflows.baselines as module
 from peft_locft import BreadthFirstConfig, EvaluationConfig, LocFTConfig, Probe
-from peft_locft.reporting.baseline_table import Baseline, markdown
+from peft_locft.reporting.baselines import BaselineResult, baselines_to_markdown
 from peft_locft.workflows import trials
 from peft_locft.workflows.baselines import METHODS, baselines, compare_baselines, run_baselines
 
@@ -61,8 +61,8 @@ def test_all_start_from_the_same_base_and_leave_it_as_it_was(tmp_path: Path, mon
     assert [entry[1] for entry in recipes[4::4]] == [False, True, True]
     assert {entry[0] for entry in recipes[4:]} == {"target_new"}
     assert recipes[-1][5:] == ("lora_A", "lora_B")
-    assert len({json.dumps(row["before"]) for row in rows}) == 1
-    assert len({json.dumps(row["figures"]) for row in rows}) > 1
+    assert len({json.dumps(row.before) for row in rows}) == 1
+    assert len({json.dumps(row.metrics) for row in rows}) > 1
 
 
 def test_results_that_are_there_are_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,10 +97,11 @@ def test_the_table_begins_with_the_base() -> None:
     row = {
         "baseline": {"method": "FT-M", "edit_order": "breadth_first", "batch_size": 20, "loss_averaging": "token"},
         "before": {"reliability_exact_match": estimate},
-        "figures": {"reliability_exact_match": estimate, "locality_unchanged": estimate},
-        "seconds": 12.3,
+        "metrics": {"reliability_exact_match": estimate, "locality_unchanged": estimate},
+        "final_loss": 0.25,
+        "training_seconds": 12.3,
     }
-    assert markdown([row]).splitlines() == [
+    assert baselines_to_markdown([BaselineResult.from_dict(row)]).splitlines() == [
         "| method | order | batch | averaging | reliability_exact_match | locality_unchanged | training, s |",
         "| --- | --- | --- | --- | --- | --- | --- |",
         "| base | | | | 0.500 [0.250, 0.750] | - | |",
@@ -110,7 +111,7 @@ def test_the_table_begins_with_the_base() -> None:
 
 @pytest.mark.parametrize("arguments", [(1,), (20, ["ROME"])])
 def test_what_is_no_baseline_is_refused(arguments: Any) -> None:
-    with pytest.raises(ValueError, match="expected methods out of FT-L, FT-M, LocFT, LoRA, and mini-batches of 2"):
+    with pytest.raises(ValueError, match="expected methods among FT-L, FT-M, LocFT, LoRA, and a batch size of 2"):
         baselines(*arguments)
 
 
@@ -121,5 +122,5 @@ def test_baselines_are_run_from_a_models_name(tmp_path: Path) -> None:
     rows = run_baselines(
         tmp_path / "base", PROBED, recipe(tmp_path / "out"), location=location, methods=["LoRA"], num_edits=4
     )
-    assert [Baseline(**row["baseline"]).method for row in rows] == ["LoRA"] * 4
+    assert [row.baseline.method for row in rows] == ["LoRA"] * 4
     assert location.task_type is None

@@ -22,7 +22,7 @@ from peft_locft.adapters.provenance import base_facts, evaluation_record, proven
 from peft_locft.evaluation.config import EvaluationConfig
 from peft_locft.evaluation.evaluator import evaluate_edits
 from peft_locft.evaluation.intervals import Estimate
-from peft_locft.evaluation.report import EvaluationReport, Result
+from peft_locft.evaluation.report import EvaluationReport, MetricResult
 
 LOCATION = ["model.layers.22.mlp.down_proj.weight"]
 
@@ -45,7 +45,9 @@ def make_base(folder: Path, card: str | None = None) -> Path:
 
 
 def report() -> EvaluationReport:
-    results = {"reliability_exact_match": Result("said", Estimate(0.9, 0.8, 1.0), Estimate(0.0, 0.0, 0.1), None, 10)}
+    results = {
+        "reliability_exact_match": MetricResult("said", Estimate(0.9, 0.8, 1.0), Estimate(0.0, 0.0, 0.1), None, 10)
+    }
     return EvaluationReport(results, {"fluency": "not asked for"}, [{"prompt": "secret"}], {"confidence": 0.95})
 
 

@@ -86,8 +86,8 @@ def refused(command: str, words: list[str], capsys: pytest.CaptureFixture[str]) 
     [
         (["--score", "perplexity=much"], "--score: found 'perplexity=much'; expected NAME=NUMBER."),
         (["--learning_rates", "mlp"], "--learning_rates: found 'mlp'; expected NAME=NUMBER."),
-        (["--score", "locality"], "score: found locality; expected some of"),
-        (["--modules", "middle"], "modules: found 'middle', and nothing of that kind or name"),
+        (["--score", "locality"], "score: found locality; expected one or more of"),
+        (["--modules", "middle"], "has no module of that kind or name"),
     ],
 )
 def test_mistakes_in_a_search(
@@ -119,7 +119,7 @@ def test_a_location_for_another_model_is_refused(
 ) -> None:
     preset_for(base_model("qwen2")).save(tmp_path / "best.json")
     words = [*call, "--output_dir", str(tmp_path / "out"), "--location", str(tmp_path / "best.json")]
-    assert "it is for qwen2 of 3 layers of width 32; found llama of 3 layers" in refused("train", words, capsys)
+    assert "expected a qwen2 model with 3 layers of width 32; found a llama model" in refused("train", words, capsys)
     assert not (tmp_path / "out").exists()
     words[-1] = str(tmp_path / "nowhere.json")
-    assert "nowhere.json: it cannot be read as a location" in refused("train", words, capsys)
+    assert "nowhere.json: cannot read a location" in refused("train", words, capsys)

@@ -260,14 +260,14 @@ def test_groups_and_patterns_are_tasks_too(tasks: Path) -> None:
 def test_nan_is_no_answer(task: str, tasks: Path) -> None:
     model = edited_model().train()
     next(parameter for parameter in model.parameters() if parameter.requires_grad).data.fill_(math.nan)
-    with pytest.raises(FloatingPointError, match=r"logits are NaN or infinite on a task.*Load it in float32"):
+    with pytest.raises(FloatingPointError, match=r"logits on a task are NaN or infinite.*Load the model in float32"):
         run(model, tasks, task)
     assert model.training
     assert not any(layer.disable_adapters for layer in model.modules() if hasattr(layer, "locft_delta"))
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
-    "no tasks": ({"tasks": []}, "tasks: found none; expected the names of some"),
+    "no tasks": ({"tasks": []}, "tasks: found none; expected at least one name"),
     "unknown": ({"tasks": ["facts", "fact"]}, r"'fact' is not one of .*, nor in .*: did you mean facts\?.*valid YAML"),
     "nothing like it": ({"tasks": "zzzzzzz"}, "'zzzzzzz' is not one of .*: `lm-eval ls tasks` lists them"),
     "no match": ({"tasks": "zz*"}, r"'zz\*' is not one of"),

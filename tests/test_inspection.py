@@ -13,7 +13,7 @@ from tiny_training import EDITS, make_trainer
 from peft_locft import LocFTConfig, describe_adapter, inspect_adapter, save_adapter
 from peft_locft.adapters.inspection import size
 from peft_locft.evaluation.intervals import Estimate
-from peft_locft.evaluation.report import EvaluationReport, Result
+from peft_locft.evaluation.report import EvaluationReport, MetricResult
 
 
 def test_inspecting_says_what_the_folder_holds(tmp_path: Path) -> None:
@@ -68,8 +68,8 @@ def test_the_facts_of_the_card_are_printed(tmp_path: Path) -> None:
     (tmp_path / "base" / "README.md").write_text("---\nlicense: other\nlicense_name: own\n---\n")
     config = LocFTConfig(scale=0.5, revision="v2")
     results = {
-        "reliability_contains": Result("said", Estimate(1, 1, 1), Estimate(0, 0, 0), None, 3),
-        "perplexity": Result("of text", Estimate(20.0, 19.0, 21.0), None, None, 3, "windows"),
+        "reliability_contains": MetricResult("said", Estimate(1, 1, 1), Estimate(0, 0, 0), None, 3),
+        "perplexity": MetricResult("of text", Estimate(20.0, 19.0, 21.0), None, None, 3, "windows"),
     }
     report = EvaluationReport(results, {}, [], {"confidence": 0.95})
     model = get_peft_model(build("llama"), config)

@@ -69,9 +69,9 @@ def test_what_is_known_of_a_location_is_the_mean_of_its_trials() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((10, 25, 10, 1), "keep=1: one in so many goes on; expected 2 or more"),
+        ((10, 25, 10, 1), "keep=1: expected 2 or more; one in `keep` locations"),
         ((10, 25, 10, 2, 0), "num_rungs=0: expected 1 or more"),
-        ((4, 25, 10, 3, 5), "num_rungs=5: expected 1 or more, and 4 edits have not so many sizes"),
+        ((4, 25, 10, 3, 5), "num_rungs=5: 4 edits are too few for as many rungs"),
     ],
 )
 def test_rungs_that_cannot_be(arguments: tuple[int, ...], message: str) -> None:

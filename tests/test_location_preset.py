@@ -41,14 +41,14 @@ def test_training_takes_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "found"),
     [
-        (build("qwen2"), "qwen2 of 3 layers of width 32"),
-        (build("llama", num_hidden_layers=4), "llama of 4 layers of width 32"),
+        (build("qwen2"), "a qwen2 model with 3 layers of width 32"),
+        (build("llama", num_hidden_layers=4), "a llama model with 4 layers of width 32"),
     ],
 )
 def test_another_model_is_refused(model: Any, found: str, tmp_path: Path) -> None:
     preset = preset_for(build("llama"))
     with pytest.raises(
-        ValueError, match=f"location: it is for llama of 3 layers of width 32; found {found}. Run `locft"
+        ValueError, match=f"location: expected a llama model with 3 layers of width 32; found {found}. Run `locft"
     ):
         preset.config_for(model.config)
     model.save_pretrained(tmp_path)
@@ -58,7 +58,7 @@ def test_another_model_is_refused(model: Any, found: str, tmp_path: Path) -> Non
 
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "best.json"
-    with pytest.raises(ValueError, match=r"best.json: it cannot be read as a location: .*No such file"):
+    with pytest.raises(ValueError, match=r"best.json: cannot read a location: .*No such file"):
         LocationPreset.load(path)
     preset_for(build("llama")).save(path)
     whole = json.loads(path.read_text())
@@ -80,5 +80,5 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
         ):
             LocationPreset.load(path)
     path.write_text("{")
-    with pytest.raises(ValueError, match="it cannot be read as a location"):
+    with pytest.raises(ValueError, match="cannot read a location"):
         LocationPreset.load(path)

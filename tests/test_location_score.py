@@ -7,11 +7,11 @@ import math
 import pytest
 from example_reports import result
 
-from peft_locft.evaluation.report import EvaluationReport, Result
+from peft_locft.evaluation.report import EvaluationReport, MetricResult
 from peft_locft.locating.score import LocationScore
 
 
-def report(**figures: Result) -> EvaluationReport:
+def report(**figures: MetricResult) -> EvaluationReport:
     return EvaluationReport(figures, {"locality_unchanged": "no edit has locality probes"}, [], {"confidence": 0.95})
 
 
@@ -49,8 +49,8 @@ def test_it_says_what_must_be_asked() -> None:
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({}, "score: found no metric; expected some of reliability_exact_match"),
-        ({"locality": 1.0}, "score: found locality; expected some of"),
+        ({}, "score: found no metric; expected one or more of reliability_exact_match"),
+        ({"locality": 1.0}, "score: found locality; expected one or more of"),
         ({"perplexity": 0.0}, r"score: found perplexity=0.0; expected a weight above 0"),
         ({"perplexity": math.nan}, "score: found perplexity=nan"),
     ],

@@ -87,7 +87,10 @@ def test_kinds_are_the_same_beneath_an_adapter(kind: str) -> None:
 def test_modules_can_be_named() -> None:
     model = build("llama")
     assert location_of(model, "o_proj", 0).target_modules == ("model.layers.0.self_attn.o_proj",)
-    with pytest.raises(ValueError, match=r"found 'proj', and nothing of that kind or name in model.layers.0, which"):
+    with pytest.raises(
+        ValueError,
+        match=r"found 'proj', but model.layers.0 has no module of that.*its modules: self",
+    ):
         location_of(model, "proj", 0)
 
 

@@ -19,9 +19,20 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from peft_locft.evaluation.intervals import Estimate
-from peft_locft.evaluation.report import Result
-from peft_locft.reporting.figures import COLOURS, curve_lines, curves_figure, metrics_figure
-from peft_locft.reporting.plots import curves_picture, draw_curves, draw_metrics, metric_pictures
+from peft_locft.evaluation.report import MetricResult
+from peft_locft.locating.results import LocationSearchResult, LocationTrial
+from peft_locft.reporting.plots import (
+    COLOURS,
+    curve_lines,
+    curves_figure,
+    curves_picture,
+    draw_curves,
+    draw_locations,
+    draw_metrics,
+    locations_figure,
+    metric_pictures,
+    metrics_figure,
+)
 from peft_locft.reporting.words import grouped
 
 
@@ -38,7 +49,7 @@ def bars(figure: Figure) -> list[tuple[float, str]]:
     return [(patch.get_width(), matplotlib.colors.to_hex(patch.get_facecolor())) for patch in found]  # type: ignore[attr-defined]
 
 
-def drawn(results: dict[str, Result], titled: bool = False) -> Figure:
+def drawn(results: dict[str, MetricResult], titled: bool = False) -> Figure:
     has_before = any(each.before is not None for each in results.values())
     return metrics_figure(grouped(results), has_before, titled=titled)
 
@@ -54,7 +65,7 @@ def test_bars_are_as_long_as_the_figures() -> None:
 
 
 def test_intervals_are_drawn() -> None:
-    (axes,) = drawn({"reliability_contains": Result("", Estimate(0.5, 0.25, 0.625), None, None, 8)}).axes
+    (axes,) = drawn({"reliability_contains": MetricResult("", Estimate(0.5, 0.25, 0.625), None, None, 8)}).axes
     (interval,) = axes.collections
     assert interval.get_paths()[0].vertices[:, 0].tolist() == [0.25, 0.625]  # type: ignore[index,union-attr]
 
@@ -68,7 +79,7 @@ def test_what_is_no_share_has_an_axis_of_its_own() -> None:
 
 
 def test_a_figure_that_is_not_finite_is_written_and_not_drawn() -> None:
-    figure = drawn({"perplexity": Result("", Estimate(math.inf, 2, math.inf), None, None, 1)})
+    figure = drawn({"perplexity": MetricResult("", Estimate(math.inf, 2, math.inf), None, None, 1)})
     assert bars(figure) == []
     assert [text.get_text() for text in figure.axes[0].texts] == [" inf"]
 
@@ -110,9 +121,9 @@ def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="found no metric to draw"):
         draw_metrics(example_report(results={}), tmp_path / "metrics.png")
     for curves in ([], [{"epoch": 1.0}]):
-        with pytest.raises(ValueError, match="curves: found no figure of any epoch"):
+        with pytest.raises(ValueError, match="curves: found no values; expected values by epoch"):
             draw_curves(curves, tmp_path / "curves.png")
-    with pytest.raises(ValueError, match=r"curves\[1\]: found loss; expected an epoch, too"):
+    with pytest.raises(ValueError, match=r"curves\[1\]: found loss; expected `epoch` as well"):
         draw_curves([{"epoch": 1}, {"loss": 2}], tmp_path / "curves.png")
     assert not list(tmp_path.iterdir())
 
@@ -222,3 +233,64 @@ def test_without_matplotlib_the_error_says_what_to_install(tmp_path: Path, monke
         with pytest.raises(ImportError, match=r"Pictures need matplotlib: pip install 'peft-locft\[plot\]'"):
             draw()
     assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------- the heatmaps of a search
+
+
+def trial(module: str, layer: int, rung: int, score: float, **figures: float) -> LocationTrial:
+    estimates = {name: {"value": value, "low": value, "high": value} for name, value in figures.items()}
+    return LocationTrial(module, layer, rung, 3 + rung, 1e-3, score, estimates, {}, None, 1, ("a",), (), 1.0, 1.0)
+
+
+def example() -> LocationSearchResult:
+    trials = [
+        trial("down", 1, 0, 0.5, reliability_token_accuracy=1.0, kl_from_base=0.5),
+        trial("down", 7, 0, 0.25, reliability_token_accuracy=0.75, kl_from_base=0.125),
+        trial("up", 1, 0, 0.75, reliability_token_accuracy=0.5, kl_from_base=0.25),
+        trial("up", 1, 1, 0.125, reliability_token_accuracy=0.25, perplexity=9.0),
+    ]
+    return LocationSearchResult(trials, {"score": {}}, {})
+
+
+def panels(search: LocationSearchResult) -> dict[str, Any]:
+    return {axes.get_title(loc="left").partition(" (")[0]: axes for axes in locations_figure(search).axes}
+
+
+def test_a_cell_is_a_location_of_the_first_rung() -> None:
+    found = panels(example())
+    assert list(found) == ["score by layer, 3 edits", "reliability: token accuracy", "KL from the base"]
+    score = found["score by layer, 3 edits"]
+    np.testing.assert_array_equal(score.images[0].get_array().filled(-1), [[0.5, 0.25], [0.75, -1]])
+    assert [label.get_text() for label in score.get_xticklabels()] == ["1", "7"]
+    assert [label.get_text() for label in score.get_yticklabels()] == ["down", "up"]
+    assert sorted(text.get_text() for text in score.texts) == ["-", "0.25", "0.5", "0.75"]
+
+
+def test_the_best_is_framed_and_better_is_darker() -> None:
+    found = panels(example())
+    for axes in found.values():
+        [frame] = axes.patches
+        assert frame.get_xy() == (-0.5, 0.5)  # the first layer, the second module
+
+    def darkness(name: str, value: float) -> float:
+        image = found[name].images[0]
+        return -sum(image.cmap(image.norm(value))[:3])
+
+    assert darkness("reliability: token accuracy", 1.0) > darkness("reliability: token accuracy", 0.5)
+    assert darkness("KL from the base", 0.125) > darkness("KL from the base", 0.5)
+
+
+def test_it_is_written(tmp_path: Path) -> None:
+    draw_locations(example(), tmp_path / "locations.png")
+    assert (tmp_path / "locations.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"found the ending '\.txt'"):
+        draw_locations(example(), tmp_path / "locations.txt")
+
+
+def test_many_layers_have_a_row_of_their_own() -> None:
+    few = LocationSearchResult([trial("up", layer, 0, 0.5, perplexity=2.0) for layer in range(3)], {}, {})
+    many = LocationSearchResult([trial("up", layer, 0, 0.5, perplexity=2.0) for layer in range(30)], {}, {})
+    tops = [[axes.get_position().y0 for axes in locations_figure(search).axes] for search in (few, many)]
+    assert len(set(tops[0])) == 1 and len(set(tops[1])) == 2
+    assert not locations_figure(many).axes[0].texts

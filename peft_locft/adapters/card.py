@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 from peft import PeftConfig
 
 from ..evaluation.intervals import Estimate
-from ..evaluation.report import EvaluationReport, Result
+from ..evaluation.report import EvaluationReport, MetricResult
 from .provenance import LICENCE_FIELDS, provenance
 
 TAGS = ("knowledge-editing", "model-editing", "peft", "transformers")
@@ -169,7 +169,7 @@ def evaluation_report(facts: Mapping[str, Any]) -> EvaluationReport | None:
     if record is None:
         return None
     results = {
-        name: Result(**result | {kind: _estimate(result[kind]) for kind in ("before", "after", "change")})
+        name: MetricResult(**result | {kind: _estimate(result[kind]) for kind in ("before", "after", "change")})
         for name, result in record["results"].items()
     }
     return EvaluationReport(results, record["missing"], [], record["settings"], record["notes"])

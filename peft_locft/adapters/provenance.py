@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,10 +12,10 @@ from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig
 from transformers.utils.hub import extract_commit_hash
 
+from .._version import package_versions
 from ..data.leaks import trained_prompts_record
 from ..evaluation.report import EvaluationReport
 
-PACKAGES = ("peft-locft", "peft", "transformers", "torch")
 LICENCE_FIELDS = ("license", "license_name", "license_link")
 MAX_CARD_BYTES = 1_000_000
 
@@ -54,7 +53,7 @@ def provenance(config: PeftConfig, record: dict[str, Any] | None) -> dict[str, A
         "base_model": {"name_or_path": base, "revision": revision} | base_facts(base, revision),
         "base_sha256": getattr(config, "base_sha256", None) or {},
         **(record or {}),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": package_versions(),
     }
 
 

@@ -112,9 +112,10 @@ def baselines(argv: list[str]) -> None:
     from .arguments import parse_baselines
 
     arguments = parse_baselines(argv)
-    from ..workflows.baselines import markdown, run_baselines
+    from ..reporting.baselines import baselines_to_markdown
+    from ..workflows.baselines import run_baselines
 
-    print(markdown(run_baselines(**arguments)))
+    print(baselines_to_markdown(run_baselines(**arguments)))
 
 
 def merge(argv: list[str]) -> None:

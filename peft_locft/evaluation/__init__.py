@@ -1,4 +1,4 @@
-"""A number: what is asked about edits, how it is scored, with which interval, and the report of it."""
+"""A number: metrics of an edit, their intervals, and the report."""
 
 import lazy_loader
 

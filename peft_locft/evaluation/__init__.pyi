@@ -6,7 +6,7 @@ from .intervals import Estimate as Estimate
 from .perplexity import TextMeasurement as TextMeasurement
 from .perplexity import measure_text as measure_text
 from .report import EvaluationReport as EvaluationReport
-from .report import Result as Result
+from .report import MetricResult as MetricResult
 from .scoring import contains as contains
 from .scoring import cut_answer as cut_answer
 from .scoring import exact_match as exact_match

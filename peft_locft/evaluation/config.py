@@ -8,7 +8,7 @@ from typing import get_args
 from ..data.leaks import OnLeak
 from .metrics import Protocol
 
-LEAST = {
+MINIMUM = {
     "max_new_tokens": 1,
     "max_text_tokens": 2,
     "text_window": 2,
@@ -20,54 +20,56 @@ LEAST = {
 
 @dataclass
 class EvaluationConfig:
-    """What [`evaluate_edits`] asks, and how.
+    """What [`evaluate_edits`] measures, and how.
 
     Args:
         protocols (`list[str]`, defaults to `["generation", "token_accuracy", "probability"]`):
-            What is asked: `"generation"`, greedy answers, by the evaluation released with arXiv 2509.22072;
-            `"token_accuracy"`, teacher-forced, EasyEdit's; `"probability"`, CounterFact's ES, PS and NS; `"fluency"`,
-            the n-gram entropy of 100 tokens, top-5 sampled, after the prompts of some edits.
-        max_new_tokens (`int`, defaults to 32): in a greedy answer at most.
+            `"generation"`: greedy answers, as in the evaluation released with arXiv 2509.22072. `"token_accuracy"`:
+            teacher-forced, as in EasyEdit. `"probability"`: CounterFact's ES, PS and NS. `"fluency"`: n-gram entropy
+            of 100 sampled tokens (top 5) after the prompts of some edits.
+        max_new_tokens (`int`, defaults to 32): longest greedy answer.
         chat_template (`bool`, defaults to `False`):
-            Ask with the tokenizer's chat template, for edits that were trained so. What ends the answer's turn is
-            then a token of the answer in `"token_accuracy"` and `"probability"`.
-        max_text_tokens (`int`, defaults to 16384): of the text for perplexity and KL at most.
+            Put prompts into the tokenizer's chat template, for edits trained that way. The token that ends the
+            answer's turn then counts in `"token_accuracy"` and `"probability"`.
+        max_text_tokens (`int`, defaults to 16384): tokens of the text used for perplexity and KL.
         text_window (`int`, defaults to 512): tokens in a window of that text; windows do not overlap.
-        max_fluency_edits (`int`, defaults to 100): edits that are asked for 100 tokens.
-        num_resamples (`int`, defaults to 1000): of the bootstrap over edits.
-        confidence (`float`, defaults to 0.95): of the intervals, between 0 and 1.
-        seed (`int`, defaults to 0): of the bootstrap, and of the sampling for fluency.
+        max_fluency_edits (`int`, defaults to 100): edits used for fluency.
+        num_resamples (`int`, defaults to 1000): resamples of the bootstrap over edits.
+        confidence (`float`, defaults to 0.95): confidence of the intervals, between 0 and 1.
+        seed (`int`, defaults to 0): seed of the bootstrap and of the sampling for fluency.
         max_tokens_per_forward (`int`, *optional*):
-            Changes nothing but speed and memory; `None`: chosen by the device.
+            Tokens in one forward pass; changes only speed and memory. `None` chooses by the device.
         allow_other_base (`bool`, defaults to `False`): evaluate an adapter on a base that it was not trained on.
         on_leak (`str`, defaults to `"error"`):
-            What to do with rephrasings and probes that the adapter was trained on: `"error"`, or `"drop"` to leave
+            What to do with rephrasings and probes that the adapter was trained on: `"error"` refuses, `"drop"` leaves
             them out.
 
     Raises:
-        ValueError: if a field does not have one of the values named here.
+        ValueError: if a field has none of the values named here.
     """
 
     protocols: list[str] = field(
         default_factory=lambda: ["generation", "token_accuracy", "probability"],
-        metadata={"help": f"What is asked: some of {', '.join(get_args(Protocol))}."},
+        metadata={"help": f"What to measure: one or more of {', '.join(get_args(Protocol))}."},
     )
-    max_new_tokens: int = field(default=32, metadata={"help": "Tokens in a greedy answer, at most."})
-    chat_template: bool = field(default=False, metadata={"help": "Ask with the tokenizer's chat template."})
-    max_text_tokens: int = field(default=16384, metadata={"help": "Tokens of the text for perplexity, at most."})
-    text_window: int = field(default=512, metadata={"help": "Tokens in a window of that text."})
-    max_fluency_edits: int = field(default=100, metadata={"help": "Edits that are asked for 100 tokens."})
+    max_new_tokens: int = field(default=32, metadata={"help": "Maximum number of tokens in a greedy answer."})
+    chat_template: bool = field(default=False, metadata={"help": "Put prompts into the tokenizer's chat template."})
+    max_text_tokens: int = field(
+        default=16384, metadata={"help": "Maximum number of tokens of the text for perplexity."}
+    )
+    text_window: int = field(default=512, metadata={"help": "Tokens in one window of that text."})
+    max_fluency_edits: int = field(default=100, metadata={"help": "Maximum number of edits used for fluency."})
     num_resamples: int = field(default=1000, metadata={"help": "Resamples of the bootstrap over edits."})
-    confidence: float = field(default=0.95, metadata={"help": "Of the intervals, between 0 and 1."})
-    seed: int = field(default=0, metadata={"help": "Of the bootstrap, and of the sampling for fluency."})
+    confidence: float = field(default=0.95, metadata={"help": "Confidence of the intervals, between 0 and 1."})
+    seed: int = field(default=0, metadata={"help": "Seed of the bootstrap and of the sampling for fluency."})
     max_tokens_per_forward: int | None = field(
-        default=None, metadata={"help": "Tokens in one forward; changes nothing but speed and memory."}
+        default=None, metadata={"help": "Maximum number of tokens in one forward pass; changes only speed and memory."}
     )
     allow_other_base: bool = field(
         default=False, metadata={"help": "Evaluate an adapter on a base that it was not trained on."}
     )
     on_leak: OnLeak = field(
-        default="error", metadata={"help": "For questions that the adapter was trained on: refuse, or leave them out."}
+        default="error", metadata={"help": "What to do with prompts that the adapter was trained on: error or drop."}
     )
 
     def __post_init__(self) -> None:
@@ -75,13 +77,13 @@ class EvaluationConfig:
         wrong = [name for name in self.protocols if name not in known]
         if wrong or not self.protocols:
             found = ", ".join(map(repr, wrong)) or "none"
-            raise ValueError(f"EvaluationConfig.protocols: found {found}; expected some of {', '.join(known)}.")
+            raise ValueError(f"EvaluationConfig.protocols: found {found}; expected one or more of {', '.join(known)}.")
         if self.on_leak not in get_args(OnLeak):
             expected = ", ".join(get_args(OnLeak))
             raise ValueError(f"EvaluationConfig.on_leak={self.on_leak!r}: expected one of {expected}.")
-        for name, least in LEAST.items():
+        for name, minimum in MINIMUM.items():
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"EvaluationConfig.{name}={value}: expected {least} or more.")
+            if value is not None and value < minimum:
+                raise ValueError(f"EvaluationConfig.{name}={value}: expected {minimum} or more.")
         if not 0 < self.confidence < 1:
             raise ValueError(f"EvaluationConfig.confidence={self.confidence}: expected a number between 0 and 1.")

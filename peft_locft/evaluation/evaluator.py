@@ -1,8 +1,7 @@
-"""Measure what an edit did: reliability, generalization, locality, portability, fluency, general ability."""
+"""Evaluate edits: reliability, generalization, locality, portability, fluency, general ability."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from .._version import package_versions
 from ..data.edits import Edit, edits_sha256, read_edits
 from ..data.encoding import encode_prompts
 from ..data.leaks import trained_prompts, without_leaks
@@ -25,14 +25,13 @@ from ..engine.model_state import disabling
 from ..engine.questions import STOPS, Answer, Choice, Question, TopK, greedy
 from ..tuner.model import differing_from_base
 from .config import EvaluationConfig
-from .edit_questions import ItemEncoder, Reply, items_of
 from .intervals import Array
+from .items import ItemEncoder, Reply, eval_items
 from .perplexity import measure_text
 from .report import EvaluationReport
 from .scoring import n_gram_entropy
-from .tabulation import Column, PairedReplies, results
+from .tabulation import Column, PairedReplies, metric_results
 
-PACKAGES = ("peft-locft", "peft", "transformers", "torch")
 EditSource: TypeAlias = Sequence[Edit] | datasets.Dataset | str | os.PathLike[str]
 
 FLUENCY = "fluency_n_gram_entropy"
@@ -50,28 +49,28 @@ def evaluate_edits(
     text: TextSource | None = None,
     progress: bool = True,
 ) -> EvaluationReport:
-    """Measure what an edit did to a model, whoever made it.
+    """Evaluate an edited model, before and after the edit. Any editing method can have made it.
 
-    Every figure stands beside its before. The base is `base_model`; a model with an adapter has its base in it, and is
-    asked once more with the adapter disabled. Without either there is no before, and what compares with it is missing.
+    The base, for the values before the edit, is `base_model`, or the model itself with its adapter disabled. Without
+    either, the report has no values from before, and metrics that compare with the base are missing.
 
     Args:
-        model: the edited model; left as it is.
-        tokenizer: its tokenizer, a fast one; left as it is.
-        edits: whatever `read_edits` reads: the edits, with their rephrasings and probes.
-        args: what is asked, and how.
-        base_model: the model before it was edited, where `model` has no adapter to disable.
-        text: any text, for perplexity and KL: a UTF-8 file, a dataset with the column `text` (or its name on the Hub),
-            or texts, which are joined by blank lines.
+        model: the edited model; not changed.
+        tokenizer: its fast tokenizer; not changed.
+        edits: anything `read_edits` reads: edits with their rephrasings and probes.
+        args: what to measure, and how.
+        base_model: the model before the edit, if `model` has no adapter to disable.
+        text: text for perplexity and KL: a UTF-8 file, a dataset with the column `text` (or its name on the Hub), or
+            strings, which are joined by blank lines.
         progress: show a progress bar.
 
     Returns:
         The metrics with confidence intervals, and every answer.
 
     Raises:
-        ValueError: there are no edits, they cannot be read or encoded, the adapter was trained on another base
-            (unless `args.allow_other_base`), the model is known to have been trained on a rephrasing or probe (unless
-            `args.on_leak` says to leave it out), or the text is too short.
+        ValueError: there are no edits; they cannot be read or encoded; the adapter was trained on another base (unless
+            `args.allow_other_base`); the model was trained on a rephrasing or probe (unless `args.on_leak` is
+            `"drop"`); or the text is too short.
         FloatingPointError: the model's logits are NaN or infinite.
 
     Example:
@@ -85,40 +84,53 @@ def evaluate_edits(
 
 def _checked_edits(edits: Any) -> list[Edit]:
     if isinstance(edits, Sequence) and not isinstance(edits, str) and not edits:
-        raise ValueError("edits: found none; expected at least one to evaluate. Is the slice of them empty?")
+        raise ValueError("edits: found none; expected at least one to evaluate. Is your slice empty?")
     return read_edits(edits)
 
 
 def check_base(model: nn.Module, allow_other_base: bool) -> None:
-    """Raise a ValueError if a LocFT adapter on a model was trained on another base, unless that is allowed."""
+    """Raise a ValueError if a LocFT adapter of the model was trained on another base, unless that is allowed."""
     configs = {} if allow_other_base else getattr(model, "peft_config", None) or {}
     differing = [tensor for name, config in configs.items() for tensor in differing_from_base(model, name, config)]
     if differing:
         raise ValueError(
             f"The adapter was trained on another base: {', '.join(differing[:3])} "
-            f"{'and others ' if len(differing) > 3 else ''}differ from the weights that its deltas belong to, so that "
-            "the figures would be of neither model. Load it onto its own base, at the revision and dtype that it was "
-            "trained on, or pass allow_other_base=True."
+            f"{'and others ' if len(differing) > 3 else ''}differ from the weights that its deltas belong to, so the "
+            "metrics would describe neither model. Load the adapter onto its own base, with the revision and dtype "
+            "that it was trained with, or pass allow_other_base=True."
         )
 
 
-def base_of(
+def find_base(
     model: nn.Module, base_model: nn.Module | None
 ) -> tuple[nn.Module, Callable[[], AbstractContextManager[Any]] | None]:
-    """Return the model that answers as a model's base, and what makes it do so; `None` for that: there is no base.
+    """Return the base of an edited model, and a function that returns a context in which it answers as the base.
 
     Args:
         model: the edited model.
-        base_model: the model before it was edited, if it is at hand.
+        base_model: the model before the edit, if there is one.
+
+    Returns:
+        The second is `None` if there is no base.
     """
-    # PEFT puts an adapter into the base that it is given: with the adapter disabled it is that again
+    # PEFT puts an adapter into the base that it is given, so that object is the base only with the adapter disabled
     if base_model is None or any(module is base_model for module in model.modules()):
         return model, disabling(model)
     return base_model, nullcontext
 
 
+def model_settings(model: nn.Module) -> dict[str, Any]:
+    """Return what a report records of a model: its name, dtype and active adapters."""
+    adapters = getattr(model, "active_adapters", None)
+    return {
+        "model": getattr(getattr(model, "config", None), "name_or_path", None) or type(model).__name__,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "adapters": list(adapters) if isinstance(adapters, list) else None,
+    }
+
+
 class EditEvaluator:
-    """Evaluates the same edits more than once, and asks the base only the first time; arguments as `evaluate_edits`.
+    """Evaluates the same edits several times; the base answers only once. Arguments as in `evaluate_edits`.
 
     Example:
         >>> evaluator = EditEvaluator(peft_model, tokenizer, edits)
@@ -147,69 +159,67 @@ class EditEvaluator:
         self.windows = None
         if text is not None:
             self.windows = text_windows(text, tokenizer, self.args.text_window, self.args.max_text_tokens, model)
-        asked = set(self.args.protocols)
-        self.items = [] if asked == {"fluency"} else items_of(self.edits)
+        protocols = set(self.args.protocols)
+        self.items = [] if protocols == {"fluency"} else eval_items(self.edits)
         self.encoder = ItemEncoder(
             self.items,
             tokenizer,
             chat_template=self.args.chat_template,
-            generate="generation" in asked,
-            score="token_accuracy" in asked,
-            compare="probability" in asked,
+            generate="generation" in protocols,
+            score="token_accuracy" in protocols,
+            compare="probability" in protocols,
             max_new_tokens=self.args.max_new_tokens,
         )
         if self.items:
             check_fits(model, self.encoder.questions(), tokenizer)
         self._before: list[Reply] | None = None
-        # a list here has the base read the text once, too, at the price of its logits' memory
-        self.kept_logits: list[torch.Tensor] | None = None
+        # set it to [] to run the base on the text only once, at the price of the logits' memory
+        self.base_logits: list[torch.Tensor] | None = None
 
     def evaluate(self, model: nn.Module | None = None) -> EvaluationReport:
-        """Measure a model.
+        """Return the report of a model.
 
         Args:
-            model: another than the one that was given, of the same base.
+            model: another model with the same base; `None` for the one given to the constructor.
 
         Raises:
-            FloatingPointError: the logits of the model, or of its base, are NaN or infinite.
+            FloatingPointError: the logits of the model or of its base are NaN or infinite.
         """
         if model is not None:
             self._take(model)
         args = self.args
         bootstrap = (args.num_resamples, args.confidence, args.seed)
-        asked = self._ask_all()
-        columns, missing = asked.columns(args.protocols)
-        found = results(columns, *bootstrap)
+        scored = self._paired_replies().scored(args.protocols)
+        columns, missing = scored.columns()
+        metrics = metric_results(columns, *bootstrap)
         if "fluency" in args.protocols:
-            found |= results({FLUENCY: self._fluency()}, *bootstrap)
+            metrics |= metric_results({FLUENCY: self._fluency()}, *bootstrap)
         if self.windows is not None:
-            measured = measure_text(
-                self.model, self.windows, self.base, self.disabled, self.progress, self.kept_logits
-            )
-            found |= measured.results(*bootstrap)
-        return EvaluationReport(found, missing, asked.rows(args.protocols), self._settings(), list(self._notes()))
+            measured = measure_text(self.model, self.windows, self.base, self.as_base, self.progress, self.base_logits)
+            metrics |= measured.metric_results(*bootstrap)
+        return EvaluationReport(metrics, missing, scored.rows(), self._settings(), list(self._notes()))
 
     def _take(self, model: nn.Module) -> None:
         self.model = model
-        self.base, self.disabled = base_of(model, self.base_model)
+        self.base, self.as_base = find_base(model, self.base_model)
 
-    def _ask_all(self) -> PairedReplies:
-        """Ask the base, if it has not been, and the edited model all that the edits say."""
-        if self._before is None and (answers := self._ask_base(self.encoder.questions())) is not None:
+    def _paired_replies(self) -> PairedReplies:
+        """Return the replies of the edited model and of its base, which answers only the first time."""
+        if self._before is None and (answers := self._base_answers(self.encoder.questions())) is not None:
             self._before = self.encoder.replies(answers)
-        answers = self._ask_edited(self.encoder.questions(self._before))
+        answers = self._edited_answers(self.encoder.questions(self._before))
         return PairedReplies(self.edits, self.items, self.encoder.replies(answers), self._before)
 
-    def _ask_base(self, questions: Sequence[Question], choose: Choice = greedy) -> list[Answer] | None:
-        if self.disabled is None:
+    def _base_answers(self, questions: Sequence[Question], choose: Choice = greedy) -> list[Answer] | None:
+        if self.as_base is None:
             return None
-        with self.disabled():
-            return self._ask(self.base, questions, "the base", choose)
+        with self.as_base():
+            return self._answers(self.base, questions, "the base", choose)
 
-    def _ask_edited(self, questions: Sequence[Question], choose: Choice = greedy) -> list[Answer]:
-        return self._ask(self.model, questions, "the edited model", choose)
+    def _edited_answers(self, questions: Sequence[Question], choose: Choice = greedy) -> list[Answer]:
+        return self._answers(self.model, questions, "the edited model", choose)
 
-    def _ask(self, model: nn.Module, questions: Sequence[Question], whose: str, choose: Choice) -> list[Answer]:
+    def _answers(self, model: nn.Module, questions: Sequence[Question], whose: str, choose: Choice) -> list[Answer]:
         return generate_and_score(
             model,
             self.tokenizer,
@@ -221,30 +231,26 @@ class EditEvaluator:
         )
 
     def _fluency(self) -> Column:
-        """Let both models go on after the edits' prompts, past any EOS, as ROME's evaluation does."""
+        """Return the entropy of long continuations of the edits' prompts, past any EOS, as in ROME's evaluation."""
         prompts = list(dict.fromkeys(edit.prompt for edit in self.edits[: self.args.max_fluency_edits]))
         encoded = encode_prompts(prompts, self.tokenizer, chat_template=self.args.chat_template)
         questions = [Question(tuple(ids), num_stops=0, max_new_tokens=FLUENCY_TOKENS) for ids in encoded]
         choose = TopK(FLUENCY_TOP_K, self.args.seed)
-        before, after = self._ask_base(questions, choose), self._ask_edited(questions, choose)
-        meaning = "weighted entropy, in bits, of the 2-grams and 3-grams of 100 tokens after the prompt, top-5 sampled"
+        before, after = self._base_answers(questions, choose), self._edited_answers(questions, choose)
+        meaning = "weighted entropy, in bits, of the 2-grams and 3-grams of 100 sampled tokens (top 5)"
         return Column(meaning, self._entropies(after), None if before is None else self._entropies(before), "prompts")
 
     def _entropies(self, answers: Sequence[Answer]) -> Array:
         texts = [self.tokenizer.decode(answer.token_ids, skip_special_tokens=True) for answer in answers]
-        # a text of too few words for 3-grams is one that says nothing
+        # a text without a 3-gram is as empty as one that repeats itself
         return np.array([n_gram_entropy(text) or 0.0 for text in texts])
 
     def _settings(self) -> dict[str, Any]:
-        config = getattr(self.model, "config", None)
-        adapters = getattr(self.model, "active_adapters", None)
         return {
-            "model": getattr(config, "name_or_path", None) or type(self.model).__name__,
-            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
-            "adapters": list(adapters) if isinstance(adapters, list) else None,
+            **model_settings(self.model),
             "edits": self._identity,
             **asdict(self.args),
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "versions": package_versions(),
         }
 
     def _notes(self) -> Iterator[str]:
@@ -252,14 +258,14 @@ class EditEvaluator:
         with_stops = sum(any(stop in edit.target for stop in STOPS) for edit in edits)
         if with_stops and "generation" in self.args.protocols:
             yield (
-                f"{with_stops} of {len(edits)} targets have a full stop or line break in them. exact_match cuts "
-                "answers there, as its published protocol does, so that these can never match; contains reads on."
+                f"{with_stops} of {len(edits)} targets contain a full stop or line break. exact_match cuts answers "
+                "there, as the published protocol does, so these targets can never match; contains reads on."
             )
         prompts = Counter(edit.prompt for edit in edits)
         repeated = sum(count - 1 for count in prompts.values())
         if repeated:
-            yield f"{repeated} of {len(edits)} edits repeat a prompt with another target: no model can give both."
+            yield f"{repeated} of {len(edits)} edits repeat a prompt with another target: no model can answer both."
         if self._num_leaks:
             yield f"{self._num_leaks} rephrasings and probes were left out: the adapter was trained on them."
-        if self.disabled is None:
-            yield "There is no base beside this model, so that no figure has a before."
+        if self.as_base is None:
+            yield "There is no base model to compare with, so no metric has a value from before the edit."

@@ -1,10 +1,9 @@
-"""A model beside its base on the tasks of EleutherAI's lm-evaluation-harness."""
+"""Tasks of EleutherAI's lm-evaluation-harness on a model and its base."""
 
 from __future__ import annotations
 
 import copy
 import difflib
-import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -19,8 +18,10 @@ import torch
 from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
+from .._version import package_versions
 from ..engine.model_state import check_vocabulary, evaluating
-from .evaluator import PACKAGES, base_of, check_base
+from .evaluator import check_base, find_base, model_settings
+from .perplexity import finite_logits
 from .task_results import Number, TaskResults, task_rows
 
 
@@ -39,32 +40,31 @@ def evaluate_on_tasks(
 ) -> TaskResults:
     """Run tasks of lm-evaluation-harness on a model and on its base.
 
-    The harness' own argument `peft` loads an adapter by itself, which fails with `KeyError: 'LOCFT'` where
-    `peft_locft` was not imported, and resizes the model's vocabulary to the tokenizer's. Here it is given the model as
-    it is, twice: with the adapter disabled, and with the adapter. For one process; needs the extra `eval`.
+    The model runs twice, with the adapter disabled and enabled. The harness' own argument `peft` would resize the
+    vocabulary to the tokenizer's, and fails with `KeyError: 'LOCFT'` unless `peft_locft` was imported. Runs in one
+    process; needs the extra `eval`.
 
     Args:
-        model: the edited model; left as it is, with its adapter active while the harness asks it.
-        tokenizer: its tokenizer; left as it is.
+        model: the edited model; not changed. Its adapter is active while the harness runs it.
+        tokenizer: its tokenizer; not changed.
         tasks: names of tasks, groups or tags (`lm-eval ls tasks` lists them), or patterns such as `"arc_*"`.
-        base_model: the model before it was edited, where `model` has no adapter to disable. Without either there is
-            no before.
-        limit: documents of each task at most, or below 1 a share of them.
-        num_fewshot: examples in a prompt; `None`: what each task says.
-        batch_size: prompts in a forward, padded; `"auto"` lets the harness try what fits.
-        include_path: a folder of task files of your own.
+        base_model: the model before the edit, if `model` has no adapter to disable. Without either, the results have
+            no values from before.
+        limit: maximum number of documents per task; below 1, a share of them.
+        num_fewshot: examples in a prompt; `None` for the task's own number.
+        batch_size: prompts in a padded forward pass; `"auto"` lets the harness try what fits.
+        include_path: a folder of your own task files.
         allow_other_base: evaluate an adapter on a base that it was not trained on.
-        options: whatever else `lm_eval.simple_evaluate` takes, such as `apply_chat_template`, `gen_kwargs`,
+        options: other arguments of `lm_eval.simple_evaluate`, such as `apply_chat_template`, `gen_kwargs`,
             `bootstrap_iters` or `confirm_run_unsafe_code`.
 
     Returns:
-        A row for each figure: before, after and change, with standard errors.
+        A row for each metric: before, after and change, with standard errors.
 
     Raises:
         ImportError: lm-evaluation-harness is not installed.
-        ValueError: there are no tasks, or one is unknown; a number is out of its range; the adapter was trained on
-            another base (unless `allow_other_base`); the tokenizer has tokens that the model has not; the process is
-            one of several.
+        ValueError: there are no tasks, or one is unknown; a number is out of range; the adapter was trained on another
+            base (unless `allow_other_base`); the tokenizer has tokens that the model lacks; or several processes run.
         FloatingPointError: the model's logits are NaN or infinite.
 
     Example:
@@ -80,22 +80,19 @@ def evaluate_on_tasks(
 
     arguments = dict(tasks=names, task_manager=manager, limit=limit, num_fewshot=num_fewshot, **options)
     before = None
-    base, disabled = base_of(model, base_model)
-    if disabled is not None:
-        with disabled():
+    base, as_base = find_base(model, base_model)
+    if as_base is not None:
+        with as_base():
             before = _run(base, tokenizer, batch_size, arguments)
     after = _run(model, tokenizer, batch_size, arguments)
-    adapters = getattr(model, "active_adapters", None)
     settings = {
-        "model": getattr(getattr(model, "config", None), "name_or_path", None) or type(model).__name__,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "adapters": list(adapters) if isinstance(adapters, list) else None,
+        **model_settings(model),
         "tasks": names,
         "limit": limit,
         "num_fewshot": num_fewshot,
         "batch_size": batch_size,
         "options": options,
-        "versions": {name: importlib.metadata.version(name) for name in (*PACKAGES, "lm-eval")},
+        "versions": package_versions("lm-eval"),
     }
     return TaskResults(list(task_rows(before, after)), settings)
 
@@ -104,7 +101,7 @@ def _check(names: Sequence[str], limit: Number, num_fewshot: int | None, batch_s
     if importlib.util.find_spec("lm_eval") is None:
         raise ImportError("lm-evaluation-harness is not installed: pip install 'peft-locft[eval]'")
     if not names:
-        raise ValueError("tasks: found none; expected the names of some, such as 'piqa' (`lm-eval ls tasks`).")
+        raise ValueError("tasks: found none; expected at least one name, such as 'piqa'; see `lm-eval ls tasks`.")
     if limit is not None and limit <= 0:
         raise ValueError(f"limit={limit}: expected a number of documents, or a share of them between 0 and 1.")
     if num_fewshot is not None and num_fewshot < 0:
@@ -117,8 +114,8 @@ def _check(names: Sequence[str], limit: Number, num_fewshot: int | None, batch_s
         raise ValueError(f"include_path={os.fspath(folder)!r}: expected a folder of task files.")
     if os.environ.get("LOCAL_RANK", "0") != "0":
         raise ValueError(
-            f"LOCAL_RANK={os.environ['LOCAL_RANK']}: the harness has one process ask a model that is already loaded. "
-            "Start this without torchrun or accelerate launch, or call it in the first process alone."
+            f"LOCAL_RANK={os.environ['LOCAL_RANK']}: the harness runs a loaded model in one process only. Start this "
+            "without torchrun or accelerate launch, or call it in the first process only."
         )
 
 
@@ -127,23 +124,23 @@ def _task_manager(names: Sequence[str], include_path: str | os.PathLike[str] | N
 
     if include_path is not None:
         own = TaskManager(include_path=Path(include_path), include_defaults=False)
-        # a task needs no other; to look through the harness' 14,000 takes ten seconds
+        # indexing the harness' own 14,000 tasks takes ten seconds
         if set(names) <= set(own.all_subtasks):
             return own
     return TaskManager(include_path=None if include_path is None else Path(include_path))
 
 
 def _known(names: Sequence[str], manager: Any, include_path: str | os.PathLike[str] | None) -> list[str]:
-    """Return the names that names and patterns stand for, each once."""
+    """Return the names of the tasks that names and patterns match, each once."""
     known: dict[str, None] = {}
     for name in names:
         matching = manager.match_tasks([name])
         if not matching:
             close = difflib.get_close_matches(name, manager.all_tasks, n=5)
-            wanted = f"did you mean {', '.join(close)}?" if close else "`lm-eval ls tasks` lists them."
-            passed_over = " The harness passes over files in it that are not valid YAML." if include_path else ""
+            advice = f"did you mean {', '.join(close)}?" if close else "`lm-eval ls tasks` lists them."
+            skipped = " The harness skips files there that are not valid YAML." if include_path else ""
             where = f", nor in {os.fspath(include_path)}" if include_path else ""
-            raise ValueError(f"tasks: {name!r} is not one of lm-evaluation-harness{where}: {wanted}{passed_over}")
+            raise ValueError(f"tasks: {name!r} is not one of lm-evaluation-harness{where}: {advice}{skipped}")
         known |= dict.fromkeys(matching)
     return list(known)
 
@@ -154,22 +151,22 @@ def _run(
     from lm_eval import simple_evaluate
 
     with evaluating(model), _random_states_unchanged():
-        found: dict[str, Any] = simple_evaluate(_harness_model(model, tokenizer, batch_size), **arguments)
-    return found
+        results: dict[str, Any] = simple_evaluate(_harness_model(model, tokenizer, batch_size), **arguments)
+    return results
 
 
 def _harness_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int | str) -> Any:
-    """Return the harness' own model, which says so where logits are no numbers: argmax would make answers of them."""
+    """Return the harness' model, with a check for NaN and infinite logits, which argmax would turn into answers."""
     from lm_eval.models.huggingface import HFLM
 
     class ChecksLogits(LogitsProcessor):
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            return _finite(scores)
+            return finite_logits(scores, "a task")
 
     class Checked(HFLM):
         def _model_call(self, inps: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
             check_vocabulary(model, inps)
-            return _finite(super()._model_call(inps, *arguments, **keywords))
+            return finite_logits(super()._model_call(inps, *arguments, **keywords), "a task")
 
         def _model_generate(self, context: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
             check_vocabulary(model, context)
@@ -179,26 +176,17 @@ def _harness_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_s
 
     logger = logging.getLogger(HFLM.__module__)
     level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns of a model that is an object already, whose device is its own
+    logger.setLevel(logging.ERROR)  # it warns that a model given as an object keeps its device
     try:
-        # it may give the tokenizer a padding token
+        # it may add a padding token to the tokenizer
         return Checked(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
     finally:
         logger.setLevel(level)
 
 
-def _finite(logits: torch.Tensor) -> torch.Tensor:
-    if not bool(logits.amax(dim=-1).isfinite().all()):
-        raise FloatingPointError(
-            "The model's logits are NaN or infinite on a task, so that it has no answer. Load it in float32 or "
-            "bfloat16, and check that its weights, and the adapter's, are finite."
-        )
-    return logits
-
-
 @contextmanager
 def _random_states_unchanged() -> Iterator[None]:
-    """Put the random states back, which the harness seeds."""
+    """Restore the random states, which the harness seeds."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):

@@ -1,4 +1,4 @@
-"""Confidence intervals: the bootstrap over edits, and what stands in for it where every edit says the same."""
+"""Confidence intervals: the bootstrap over edits, and an exact interval where all edits have the same value."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-CELLS = 2**24  # counts held at a time
+MAX_COUNTS = 2**24  # in memory at a time
 
 
 class Estimate(NamedTuple):
-    """A figure with its confidence interval."""
+    """A value with its confidence interval."""
 
     value: float
     low: float
     high: float
 
     def __str__(self) -> str:
-        return f"{shown(self.value)} [{shown(self.low)}, {shown(self.high)}]"
+        return f"{format_number(self.value)} [{format_number(self.low)}, {format_number(self.high)}]"
 
 
-def shown(value: float) -> str:
-    """Return a number with three decimals, or four digits where it is large."""
+def format_number(value: float) -> str:
+    """Return a number with three decimals, or four significant digits if it is large."""
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"
 
 
 class Bootstrap:
-    """Resamples units (edits, windows of text) and gives the percentile interval of any statistic of column means.
+    """Percentile intervals of column means, and of functions of them, by resampling the units (edits, windows).
 
     Args:
-        table: (units, columns), NaN where a column has no value for a unit; a column's mean is over those it has.
-        num_resamples: how many.
-        confidence: such as 0.95.
-        seed: the same one gives the same intervals.
+        table: (units, columns); NaN where a column has no value for a unit, which its mean ignores.
+        num_resamples: number of resamples.
+        confidence: of the intervals, such as 0.95.
+        seed: the same seed gives the same intervals.
 
     Raises:
         ValueError: if `num_resamples` is below 1 or `confidence` is not between 0 and 1.
@@ -55,10 +55,10 @@ class Bootstrap:
         random = np.random.default_rng(seed)
         num_units = len(table)
         means = []
-        for begin in range(0, num_resamples, step := max(1, CELLS // num_units)):
+        for begin in range(0, num_resamples, step := max(1, MAX_COUNTS // num_units)):
             size = min(step, num_resamples - begin)
             drawn = random.multinomial(num_units, np.full(num_units, 1 / num_units), size=size).astype(np.float64)
-            with np.errstate(invalid="ignore"):  # 0 / 0: a resample that has none of a column's units
+            with np.errstate(invalid="ignore"):  # 0 / 0: a resample without any value of a column
                 means.append(drawn @ filled / (drawn @ has_value.astype(np.float64)))
         self.means: Array = np.concatenate(means)
         with np.errstate(invalid="ignore"):
@@ -69,7 +69,7 @@ class Bootstrap:
         return self.statistic(lambda means: means[..., column], column)
 
     def difference(self, column: int, other: int) -> Estimate | None:
-        """Estimate by how much the mean of a column is above that of another, paired by unit."""
+        """Estimate the mean of a column minus that of another, paired by unit."""
         return self.statistic(lambda means: means[..., column] - means[..., other])
 
     def statistic(self, of_means: Callable[[Array], Array], share: int | None = None) -> Estimate | None:
@@ -77,7 +77,7 @@ class Bootstrap:
 
         Args:
             of_means: (…, columns) to (…).
-            share: the column, where the function is its mean and its values may be shares.
+            share: index of the column, if the function is that column's mean and its values may be shares.
         """
         value = float(of_means(self.observed))
         if np.isnan(value):
@@ -89,7 +89,7 @@ class Bootstrap:
         return Estimate(value, min(float(low), value), max(float(high), value))
 
     def _exact(self, column: int, value: float, low: float, high: float) -> tuple[float, float]:
-        """Give a share of 0 or 1 the bound of Clopper and Pearson: no resample of equal units differs from them."""
+        """Return the interval of Clopper and Pearson for a share of 0 or 1, where all resamples are equal."""
         values = self.table[:, column]
         count = int((~np.isnan(values)).sum())
         width = ((1 - self.confidence) / 2) ** (1 / count)

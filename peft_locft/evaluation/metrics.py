@@ -1,4 +1,4 @@
-"""The metrics by name, `{what}_{protocol}`: how each is taken from a model's replies, and from its base's."""
+"""The metrics by name, `{kind}_{metric}`: how each scores a model's reply, and its base's."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal, get_args
 
-from .edit_questions import Item, Kind, Reply
+from .items import EvalItem, Kind, Reply
 from .scoring import contains, exact_match, is_more_probable, same_first_word, token_accuracy
 
 Protocol = Literal["generation", "token_accuracy", "probability", "fluency"]
-# of an item, a model's reply and, where there is a base, the base's: a score from 0 to 1, `None` where it has none
-Scoring = Callable[[Item, Reply, Reply | None], float | None]
+# (item, the model's reply, the base's reply or `None`) to a score from 0 to 1, or `None` if it cannot be scored
+Scoring = Callable[[EvalItem, Reply, Reply | None], float | None]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """How a metric is taken.
+    """A metric.
 
     Args:
-        protocol: what must have been asked for.
-        kinds: what it is a metric of.
+        protocol: the protocol that produces the replies it needs.
+        kinds: the kinds of items it applies to.
         meaning: in words, for a report.
-        score: of one item.
-        needs_base: it compares with the base, which has no score of its own.
-        alias: the names that others give it, by kind.
+        score: scores one item.
+        needs_base: it compares with the base's reply, so the base has no score of its own.
+        alias: its name in the literature, by kind.
     """
 
     protocol: Protocol
@@ -38,37 +38,37 @@ class Metric:
     alias: tuple[tuple[Kind, str], ...] = ()
 
 
-def _exact_match(item: Item, reply: Reply, base: Reply | None) -> float | None:
+def _exact_match(item: EvalItem, reply: Reply, base: Reply | None) -> float | None:
     known = item.expected is not None and reply.text is not None
     return float(exact_match(reply.text or "", item.expected or "")) if known else None
 
 
-def _contains(item: Item, reply: Reply, base: Reply | None) -> float | None:
+def _contains(item: EvalItem, reply: Reply, base: Reply | None) -> float | None:
     known = item.expected is not None and reply.long_text is not None
     return float(contains(reply.long_text or "", item.expected or "")) if known else None
 
 
-def _token_accuracy(item: Item, reply: Reply, base: Reply | None) -> float | None:
+def _token_accuracy(item: EvalItem, reply: Reply, base: Reply | None) -> float | None:
     return None if reply.expected is None else token_accuracy(reply.expected.predicted, reply.expected_ids)
 
 
-def _more_probable(item: Item, reply: Reply, base: Reply | None) -> float | None:
+def _more_probable(item: EvalItem, reply: Reply, base: Reply | None) -> float | None:
     if reply.expected is None or reply.other is None or item.expected == item.other:
         return None
     return float(is_more_probable(reply.expected.log_probs, reply.other.log_probs))
 
 
-def _unchanged(item: Item, reply: Reply, base: Reply | None) -> float | None:
+def _unchanged(item: EvalItem, reply: Reply, base: Reply | None) -> float | None:
     known = base is not None and base.text is not None and reply.text is not None
     return float(exact_match(reply.text or "", base.text or "")) if known and base else None
 
 
-def _first_word_unchanged(item: Item, reply: Reply, base: Reply | None) -> float | None:
+def _first_word_unchanged(item: EvalItem, reply: Reply, base: Reply | None) -> float | None:
     known = base is not None and base.text is not None and reply.text is not None
     return float(same_first_word(reply.text or "", base.text or "")) if known and base else None
 
 
-def _tokens_unchanged(item: Item, reply: Reply, base: Reply | None) -> float | None:
+def _tokens_unchanged(item: EvalItem, reply: Reply, base: Reply | None) -> float | None:
     if base is None or base.expected is None or reply.expected is None:
         return None
     return token_accuracy(reply.expected.predicted, base.expected.predicted)
@@ -78,47 +78,48 @@ METRICS: dict[str, Metric] = {
     "exact_match": Metric(
         "generation",
         KINDS,
-        "the greedy answer, up to the first full stop or line break, is the right one",
+        "the greedy answer, cut at the first full stop or line break, equals the right answer",
         _exact_match,
     ),
-    "contains": Metric("generation", KINDS, "the right answer is in the greedy one, as whole words", _contains),
+    "contains": Metric("generation", KINDS, "the greedy answer contains the right answer as whole words", _contains),
     "token_accuracy": Metric(
         "token_accuracy",
         KINDS,
-        "share of the right answer's tokens that greedy decoding would say, each after the right ones before it",
+        "share of the right answer's tokens that the model predicts, each given the right tokens before it",
         _token_accuracy,
         alias=(("reliability", "rewrite_acc"), ("generalization", "rephrase_acc"), ("portability", "portability_acc")),
     ),
     "more_probable": Metric(
         "probability",
         ("reliability", "generalization", "locality"),
-        "the right answer is more probable than the one it stands against, by mean log p of its tokens",
+        "the right answer is more probable than the one it is compared with, by the mean log p of its tokens",
         _more_probable,
         alias=(("reliability", "ES"), ("generalization", "PS"), ("locality", "NS")),
     ),
     "unchanged": Metric(
-        "generation", ("locality",), "the greedy answer is the one before the edit", _unchanged, needs_base=True
+        "generation", ("locality",), "the greedy answer equals the base model's", _unchanged, needs_base=True
     ),
     "first_word_unchanged": Metric(
         "generation",
         ("locality",),
-        "its first word is the one before the edit",
+        "the greedy answer begins with the same word as the base model's",
         _first_word_unchanged,
         needs_base=True,
     ),
     "tokens_unchanged": Metric(
         "token_accuracy",
         ("locality",),
-        "share of the right answer's positions at which greedy decoding would say the same token as before the edit",
+        "share of the right answer's positions where the model predicts the same token as the base model",
         _tokens_unchanged,
         needs_base=True,
         alias=(("locality", "EasyEdit's locality"),),
     ),
 }
 EDIT_SCORE = "edit_score"
+LOWER_IS_BETTER = ("perplexity", "kl_from_base", "loss")
 EDIT_SCORE_PARTS = ("reliability_more_probable", "generalization_more_probable", "locality_more_probable")
 
-WHAT_IS_MISSING = {
+NO_ITEMS = {
     "generalization": "no edit has rephrasings",
     "locality": "no edit has locality probes",
     "portability": "no edit has portability probes",
@@ -135,18 +136,18 @@ def metric_names(protocols: Sequence[str]) -> dict[str, tuple[Kind, Metric]]:
 
 
 def meaning_of(name: str) -> str:
-    """Return what a metric of [`metric_names`] tells, with the names that others give it."""
+    """Return what a metric of [`metric_names`] measures, with its name in the literature."""
     kind, metric = metric_names(get_args(Protocol))[name]
     alias = dict(metric.alias).get(kind)
     return f"{metric.meaning} ({alias})" if alias else metric.meaning
 
 
-def why_missing(metric: Metric, kind: Kind, items: Sequence[Item], has_base: bool) -> str:
+def why_missing(metric: Metric, kind: Kind, items: Sequence[EvalItem], has_base: bool) -> str:
     """Return why a metric has no value for any item."""
     if not any(item.kind == kind for item in items):
-        return WHAT_IS_MISSING[kind]
+        return NO_ITEMS[kind]
     if metric.needs_base and not has_base:
-        return "there is no base to compare with: pass a PEFT model, or base_model"
+        return "there is no base model to compare with: pass a PEFT model, or base_model"
     if metric.protocol == "probability":
         return (
             "no edit has a ground_truth other than its target"

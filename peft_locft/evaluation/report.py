@@ -1,4 +1,4 @@
-"""What an evaluation found: every figure beside its before, with its interval, and every answer behind it."""
+"""The report of an evaluation: every metric before and after, with its interval, and every answer."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from typing import Any
 
 from ..io.files import check_folder, write_atomically
 from .intervals import Estimate
+from .tables import estimate_cell, markdown_table
 
-DASH = "-"
 FORMAT = 1
 FIGURES_NAME = "evaluation.json"
 PARTS = {"settings": dict, "results": dict, "missing": dict, "notes": list, "curves": list, "rows": list}
-# a row failed if the first of these that it has is below 1; of a probe, what changed matters more than what is right
+# a row failed if the first of these that it has is below 1; for locality, what changed counts first
 DECIDING = ("exact_match", "token_accuracy", "more_probable")
 DECIDING_OF_LOCALITY = ("unchanged", "tokens_unchanged", *DECIDING)
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class MetricResult:
     """One metric.
 
     Attributes:
-        meaning: what it tells, in words.
+        meaning: what it measures, in words.
         after: of the edited model.
-        before: of the base; `None` where it has none, or where there is no base.
-        change: `after` less `before`, its interval from the same resamples of both.
-        count: how many edits, or windows of text, it is the mean of.
-        unit: what is counted.
+        before: of the base; `None` without a base, or if the metric compares with the base.
+        change: `after - before`, with an interval from the same resamples of both.
+        count: number of units that it is the mean of.
+        unit: such as edits, or windows of text.
     """
 
     meaning: str
@@ -50,12 +50,13 @@ class EvaluationReport:
     """What [`evaluate_edits`] returns.
 
     Attributes:
-        results: by the metric's name.
-        missing: metrics that could not be measured, each with the reason. None of them is a zero.
-        rows: a dictionary a prompt: edit, source, kind, prompt, expected answer, answers and scores before and after.
+        results: the metrics, by name.
+        missing: why a metric could not be measured, by name; such a metric is not 0.
+        rows: a dictionary for each prompt: edit, source, kind, prompt, expected answer, answers and scores before and
+            after.
         settings: what was measured, and how.
-        notes: what a reader of the figures should know.
-        curves: figures by epoch, each with an `epoch`, where the training run has left any.
+        notes: what a reader of the metrics should know.
+        curves: values by epoch, each with an `epoch`, if the training run recorded any.
 
     Example:
         >>> report = evaluate_edits(peft_model, tokenizer, edits)
@@ -64,15 +65,15 @@ class EvaluationReport:
         >>> report.save("evaluation")
     """
 
-    results: dict[str, Result]
+    results: dict[str, MetricResult]
     missing: dict[str, str]
     rows: list[dict[str, Any]]
     settings: dict[str, Any]
     notes: list[str] = field(default_factory=list)
     curves: list[dict[str, float]] = field(default_factory=list)
 
-    def __getitem__(self, name: str) -> Result:
-        """Return one metric's result.
+    def __getitem__(self, name: str) -> MetricResult:
+        """Return one metric.
 
         Raises:
             KeyError: if it was not measured; the message says why.
@@ -95,15 +96,14 @@ class EvaluationReport:
         return f"{100 * self.settings['confidence']:g}%"
 
     def failures(self) -> Iterator[dict[str, Any]]:
-        """Yield the rows of edits not learned, rephrasings and portability probes not answered, and locality probes
-        that changed (without a base: that are not right)."""
+        """Yield the rows that failed: a wrong answer or, for a locality probe with a base, a changed one."""
         for row in self.rows:
             deciding = deciding_score(row)
             if deciding is not None and deciding[1] < 1:
                 yield row
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all of it as plain data for JSON, which has no infinity and no NaN: they are "inf" and "nan"."""
+        """Return everything as plain data for JSON; infinity and NaN, which JSON lacks, are "inf" and "nan"."""
 
         def plain(estimate: Estimate | None) -> dict[str, float | str] | None:
             return None if estimate is None else {name: _finite(each) for name, each in estimate._asdict().items()}
@@ -176,27 +176,28 @@ class EvaluationReport:
             raise ValueError(f"{path}: {error}") from error
 
     def to_markdown(self) -> str:
-        """Return the metrics as one Markdown table, and what could not be measured."""
-        lines = ["| metric | before | after | change | of |", "| --- | --- | --- | --- | --- |"]
-        for name, result in self.results.items():
-            figures = (str(each) if each else DASH for each in (result.before, result.after, result.change))
-            lines.append(f"| {name} | {' | '.join(figures)} | {result.count} {result.unit} |")
-        lines += ["", f"In brackets, the interval of {self.confidence} confidence (bootstrap)."]
+        """Return the metrics as a Markdown table, then what could not be measured, and the notes."""
+        rows = [
+            [name, *map(estimate_cell, (result.before, result.after, result.change)), f"{result.count} {result.unit}"]
+            for name, result in self.results.items()
+        ]
+        table = markdown_table(["metric", "before", "after", "change", "measured on"], rows)
+        lines = [table, "", f"In brackets: the {self.confidence} confidence interval (bootstrap)."]
         lines += [f"Not measured: {', '.join(names)}: {why}." for why, names in self.missing_by_reason().items()]
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 
     def missing_by_reason(self) -> dict[str, list[str]]:
-        """Return the names of `missing` by their reason."""
+        """Return the names in `missing` by reason."""
         reasons: dict[str, list[str]] = {}
         for name, why in self.missing.items():
             reasons.setdefault(why, []).append(name)
         return reasons
 
     def to_csv(self) -> str:
-        """Return the rows as CSV; what is not known is empty."""
+        """Return the rows as CSV; an unknown value is empty."""
         text = io.StringIO()
         if self.rows:
-            # with "\n" alone as its line end, csv leaves a "\r" in an answer unquoted, and readers end the row there
+            # with "\n" as line end, csv does not quote a "\r" in an answer, and readers end the row there
             names = dict.fromkeys(name for row in self.rows for name in row)
             writer = csv.DictWriter(text, list(names), lineterminator="\r\n")
             writer.writeheader()
@@ -204,15 +205,15 @@ class EvaluationReport:
         return text.getvalue()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write `evaluation.json`, `evaluation.md` and `answers.csv`, each whole or not at all.
+        """Write `evaluation.json`, `evaluation.md` and `answers.csv`, each atomically.
 
-        `peft_locft.save_report` writes a page with pictures, too.
+        `peft_locft.save_report` also writes a page with pictures.
 
         Args:
-            folder: made if it is not there.
+            folder: created if it does not exist.
 
         Raises:
-            NotADirectoryError: if it or one above it is a file.
+            NotADirectoryError: if the folder, or one above it, is a file.
         """
         folder = Path(folder)
         check_folder(folder, "an evaluation")
@@ -224,7 +225,7 @@ class EvaluationReport:
 
 
 def deciding_score(row: dict[str, Any]) -> tuple[str, float] | None:
-    """Return by what a row is judged, and its score after the edit; `None` if it has none."""
+    """Return the name and value of the score that decides whether a row failed; `None` if it has none."""
     names = DECIDING_OF_LOCALITY if row["kind"] == "locality" else DECIDING
     scores = ((name, row.get(f"{name}_after")) for name in names)
     return next(((name, score) for name, score in scores if score is not None), None)
@@ -234,7 +235,7 @@ def _finite(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def _result(name: str, data: Any) -> Result:
+def _result(name: str, data: Any) -> MetricResult:
     def estimate(part: str) -> Estimate | None:
         found = data[part]
         return None if found is None else Estimate(*(float(found[each]) for each in Estimate._fields))
@@ -244,7 +245,7 @@ def _result(name: str, data: Any) -> Result:
         if after is None:
             raise ValueError("it has no figure after the edit")
         count, unit = int(data["count"]), str(data["unit"])
-        return Result(str(data["meaning"]), after, estimate("before"), estimate("change"), count, unit)
+        return MetricResult(str(data["meaning"]), after, estimate("before"), estimate("change"), count, unit)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"results.{name}: expected a metric's result: {error}") from error
 

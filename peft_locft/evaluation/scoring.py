@@ -1,4 +1,4 @@
-"""How an answer is scored: pure functions of texts and tokens, each the protocol that its source publishes."""
+"""Scores of an answer: pure functions of texts and tokens, each as its source publishes it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def cut_answer(text: str, num_stops: int = 1, stops: Sequence[str] = STOPS) -> str:
-    """Cut what a model has generated at a stop, which is left out.
+    """Return generated text up to a stop, without the stop.
 
     The released evaluation of LocFT-BF (arXiv 2509.22072, `eval_edit_metric.py`) generates at most 32 tokens greedily
     and ends at the first `"."`, line break or EOS; an answer that begins with a line break is empty.
 
     Args:
         text: generated text, without special tokens.
-        num_stops: cut at the first, the second, … stop; at the text's end if there are fewer.
+        num_stops: number of the stop to cut at, from 1; a text with fewer stops is not cut.
         stops: single characters.
     """
     places = [place for place, letter in enumerate(text) if letter in stops]
@@ -36,7 +36,7 @@ def cut_answer(text: str, num_stops: int = 1, stops: Sequence[str] = STOPS) -> s
 def normalise(text: str) -> str:
     """Normalise a text as SQuAD's evaluation does: lower case, no ASCII punctuation, no articles, single spaces.
 
-    A text of which that leaves nothing ("The") is taken as it is, in lower case: an empty answer is not equal to it.
+    If nothing is left ("The"), the text is only lower-cased, so that an empty answer does not equal it.
 
     Example:
         >>> normalise(" The Beatles!")
@@ -46,44 +46,44 @@ def normalise(text: str) -> str:
 
 
 def exact_match(answer: str, expected: str) -> bool:
-    """Whether two texts are equal when normalised."""
+    """Return whether two texts are equal after normalisation."""
     return normalise(answer) == normalise(expected)
 
 
 def contains(answer: str, expected: str) -> bool:
-    """Whether the normalised answer is the normalised expected text, or has it in it as whole words."""
+    """Return whether the normalised answer contains the normalised expected text as whole words."""
     return f" {normalise(expected)} " in f" {normalise(answer)} "
 
 
 def same_first_word(answer: str, other: str) -> bool:
-    """Whether two texts begin with the same normalised word, or are both empty."""
+    """Return whether two texts begin with the same normalised word, or are both empty."""
     return normalise(answer).split()[:1] == normalise(other).split()[:1]
 
 
 def token_accuracy(predicted: Sequence[int], expected: Sequence[int]) -> float:
-    """Return the share of tokens that greedy decoding would say, each given the right ones before it.
+    """Return the share of tokens that the model predicts, each given the right tokens before it.
 
     EasyEdit's `rewrite_acc`, `rephrase_acc` and `portability_acc`.
 
     Args:
         predicted: the most probable token at each position.
-        expected: as many.
+        expected: the right token at each position.
     """
     return sum(one == other for one, other in zip(predicted, expected, strict=True)) / len(expected)
 
 
-def is_more_probable(wanted: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether a continuation is more probable than another, by the mean log p of its tokens (Meng et al. 2022).
+def is_more_probable(expected: Sequence[float], other: Sequence[float]) -> bool:
+    """Return whether a text is more probable than another, by the mean log p of its tokens (Meng et al. 2022).
 
     Args:
-        wanted: log p of each of its tokens.
-        other: log p of each of the other's.
+        expected: log p of each of its tokens.
+        other: log p of each token of the other text.
     """
-    return sum(wanted) / len(wanted) > sum(other) / len(other)
+    return sum(expected) / len(expected) > sum(other) / len(other)
 
 
 def harmonic_mean(shares: Array) -> Array:
-    """Return the harmonic mean over the last axis, 0 where a share is 0; of ES, PS and NS it is the edit score.
+    """Return the harmonic mean over the last axis; 0 if a share is 0. The edit score is that of ES, PS and NS.
 
     Args:
         shares: (…, n), from 0 to 1.
@@ -98,11 +98,11 @@ def harmonic_mean(shares: Array) -> Array:
 def n_gram_entropy(text: str) -> float | None:
     """Return the fluency of a text: the weighted entropy of its words' 2-grams and 3-grams, in bits.
 
-    2/3 · H(2-grams) / 2 + 4/3 · H(3-grams) / 2 (Meng et al. 2022, "generation entropy"): a text that repeats itself
-    has little of it. Words are runs of letters and digits, and single marks.
+    2/3 · H(2-grams) / 2 + 4/3 · H(3-grams) / 2 (Meng et al. 2022, "generation entropy"); low for a text that repeats
+    itself. A word is a run of letters and digits, or a single other character.
 
     Returns:
-        `None` for fewer than 3 words, which have no 3-gram.
+        `None` for a text of fewer than 3 words.
     """
     words = WORDS.findall(text)
     if len(words) < 3:

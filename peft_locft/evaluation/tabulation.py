@@ -1,4 +1,4 @@
-"""From replies to figures: a value a metric and an edit, the interval of their mean, and a row a prompt."""
+"""From replies to metrics: a value for each metric and edit, the interval of their mean, and a row for each prompt."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ from typing import Any
 import numpy as np
 
 from ..data.edits import Edit
-from .edit_questions import Item, Kind, Reply
 from .intervals import Array, Bootstrap, Estimate
-from .metrics import EDIT_SCORE, EDIT_SCORE_PARTS, METRICS, Metric, meaning_of, metric_names, why_missing
-from .report import Result
+from .items import EvalItem, Reply
+from .metrics import EDIT_SCORE, EDIT_SCORE_PARTS, KINDS, METRICS, Metric, meaning_of, why_missing
+from .report import MetricResult
 from .scoring import harmonic_mean
+
+Scores = list[float | None]
 
 
 @dataclass(frozen=True)
 class Column:
-    """A metric's value for each unit, (units,), NaN where it has none.
+    """A metric's values, one for each unit, (units,); NaN for a unit without one.
 
     Args:
-        meaning: what the metric tells.
+        meaning: what the metric measures.
         after: of the edited model.
-        before: of its base, if there is one that has such values.
-        unit: what is counted.
+        before: of its base; `None` without a base, or if the metric compares with the base.
+        unit: what a value belongs to: `"edits"`, `"prompts"`.
     """
 
     meaning: str
@@ -35,105 +37,142 @@ class Column:
 
 @dataclass(frozen=True)
 class PairedReplies:
-    """What a model and, if there is one, its base reply to the items of some edits."""
+    """The replies of an edited model and, if there is one, of its base to the items of some edits."""
 
     edits: Sequence[Edit]
-    items: Sequence[Item]
+    items: Sequence[EvalItem]
     after: Sequence[Reply]
     before: Sequence[Reply] | None
 
-    def columns(self, protocols: Sequence[str]) -> tuple[dict[str, Column], dict[str, str]]:
+    def scored(self, protocols: Sequence[str]) -> ScoredReplies:
+        """Score every item once by each metric of the protocols that applies to its kind."""
+        metrics = {name: metric for name, metric in METRICS.items() if metric.protocol in protocols}
+        before: Sequence[Reply | None] = self.before or [None] * len(self.items)
+        after_scores: dict[str, Scores] = {name: [] for name in metrics}
+        before_scores: dict[str, Scores] = {name: [] for name, metric in metrics.items() if not metric.needs_base}
+        for item, reply, base in zip(self.items, self.after, before, strict=True):
+            for name, metric in metrics.items():
+                applies = item.kind in metric.kinds
+                after_scores[name].append(metric.score(item, reply, base) if applies else None)
+                if name in before_scores:
+                    before_scores[name].append(metric.score(item, base, base) if applies and base else None)
+        return ScoredReplies(self, metrics, after_scores, before_scores)
+
+
+@dataclass(frozen=True)
+class ScoredReplies:
+    """Replies with a score for each item and metric.
+
+    Args:
+        replies: what was scored.
+        metrics: by name, without the kind: `"exact_match"`.
+        after: the edited model's scores by metric, one for each item, from 0 to 1; `None` where there is none.
+        before: the base's, without the metrics that compare with the base.
+    """
+
+    replies: PairedReplies
+    metrics: dict[str, Metric]
+    after: dict[str, Scores]
+    before: dict[str, Scores]
+
+    def columns(self) -> tuple[dict[str, Column], dict[str, str]]:
         """Return the metrics that have a value, by name, and why each of the others has none."""
+        has_base = self.replies.before is not None
         columns, missing = {}, {}
-        for name, (kind, metric) in metric_names(protocols).items():
-            after = self._by_edit(kind, metric, self.after)
-            before = None if self.before is None or metric.needs_base else self._by_edit(kind, metric, self.before)
-            if np.isnan(after).all():
-                missing[name] = why_missing(metric, kind, self.items, self.before is not None)
-            else:
-                columns[name] = Column(meaning_of(name), after, before)
+        for kind in KINDS:
+            numbers = [number for number, item in enumerate(self.replies.items) if item.kind == kind]
+            for short, metric in self.metrics.items():
+                if kind not in metric.kinds:
+                    continue
+                name = f"{kind}_{short}"
+                after = self._by_edit(numbers, self.after[short])
+                before = self._by_edit(numbers, self.before[short]) if has_base and short in self.before else None
+                if np.isnan(after).all():
+                    missing[name] = why_missing(metric, kind, self.replies.items, has_base)
+                else:
+                    columns[name] = Column(meaning_of(name), after, before)
         return columns, missing
 
-    def _by_edit(self, kind: Kind, metric: Metric, replies: Sequence[Reply]) -> Array:
-        """Return the mean of an edit's items for each edit."""
-        sums, counts = np.zeros(len(self.edits)), np.zeros(len(self.edits))
-        for number, (item, reply) in enumerate(zip(self.items, replies, strict=True)):
-            value = metric.score(item, reply, self.before[number] if self.before else None)
-            if item.kind == kind and value is not None:
-                sums[item.edit] += value
-                counts[item.edit] += 1
+    def _by_edit(self, numbers: Sequence[int], scores: Scores) -> Array:
+        """Return the mean score of each edit's items, (edits,); NaN for an edit without one."""
+        num_edits = len(self.replies.edits)
+        pairs = [
+            (self.replies.items[number].edit, score) for number in numbers if (score := scores[number]) is not None
+        ]
+        edits = np.array([edit for edit, _ in pairs], dtype=np.int64)
+        sums = np.bincount(edits, [score for _, score in pairs], num_edits)
         with np.errstate(invalid="ignore"):
-            return sums / counts
+            means: Array = sums / np.bincount(edits, minlength=num_edits)
+        return means
 
-    def rows(self, protocols: Sequence[str]) -> list[dict[str, Any]]:
-        """Return a dictionary an item: where it is from, what was expected, and what each model said and scored."""
-        suffixes = {suffix: metric for suffix, metric in METRICS.items() if metric.protocol in protocols}
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a dictionary for each item: its source, the expected answer, and each model's answer and scores."""
         rows = []
-        for number, (item, reply) in enumerate(zip(self.items, self.after, strict=True)):
-            base = self.before[number] if self.before else None
+        for number, (item, reply) in enumerate(zip(self.replies.items, self.replies.after, strict=True)):
             row = {
                 "edit": item.edit,
-                "source": self.edits[item.edit].source,
+                "source": self.replies.edits[item.edit].source,
                 "kind": item.kind,
                 "prompt": item.prompt,
                 "expected": item.expected,
-                "answer_before": base.text if base else None,
+                "answer_before": self.replies.before[number].text if self.replies.before else None,
                 "answer_after": reply.text,
             }
-            for suffix, metric in suffixes.items():
-                applies = item.kind in metric.kinds
-                if not metric.needs_base:
-                    row[f"{suffix}_before"] = metric.score(item, base, base) if applies and base else None
-                row[f"{suffix}_after"] = metric.score(item, reply, base) if applies else None
+            for name in self.metrics:
+                if name in self.before:
+                    row[f"{name}_before"] = self.before[name][number]
+                row[f"{name}_after"] = self.after[name][number]
             rows.append(row)
         return rows
 
 
-def results(columns: dict[str, Column], num_resamples: int, confidence: float, seed: int) -> dict[str, Result]:
-    """Return the mean of every column, and of its change, with the interval of a bootstrap over units.
+def metric_results(
+    columns: dict[str, Column], num_resamples: int, confidence: float, seed: int
+) -> dict[str, MetricResult]:
+    """Return the mean of every column and of its change, each with the interval of a bootstrap over units.
 
     Args:
-        columns: all of the same units; where the three of CounterFact's edit score are among them, it is added.
-        num_resamples: of the bootstrap.
-        confidence: such as 0.95.
-        seed: the same one gives the same intervals.
+        columns: all with the same units. CounterFact's edit score is added if its three parts are among them.
+        num_resamples: resamples of the bootstrap.
+        confidence: of the intervals, such as 0.95.
+        seed: the same seed gives the same intervals.
     """
     if not columns:
         return {}
     arrays: list[Array] = []
-    place: dict[tuple[str, str], int] = {}
+    index: dict[tuple[str, str], int] = {}
     for name, column in columns.items():
         for when, values in (("after", column.after), ("before", column.before)):
             if values is not None:
-                place[name, when] = len(arrays)
+                index[name, when] = len(arrays)
                 arrays.append(values)
     bootstrap = Bootstrap(np.stack(arrays, axis=1), num_resamples, confidence, seed)
-    found = {}
+    metrics = {}
     for name, column in columns.items():
-        after = bootstrap.mean(place[name, "after"])
-        assert after is not None  # a column without values is none
+        after = bootstrap.mean(index[name, "after"])
+        assert after is not None  # every column has a value
         before = change = None
         if column.before is not None:
-            before = bootstrap.mean(place[name, "before"])
-            change = bootstrap.difference(place[name, "after"], place[name, "before"])
+            before = bootstrap.mean(index[name, "before"])
+            change = bootstrap.difference(index[name, "after"], index[name, "before"])
         count = int((~np.isnan(column.after)).sum())
-        found[name] = Result(column.meaning, after, before, change, count, column.unit)
+        metrics[name] = MetricResult(column.meaning, after, before, change, count, column.unit)
         if name == EDIT_SCORE_PARTS[-1] and all(part in columns for part in EDIT_SCORE_PARTS):
-            found[EDIT_SCORE] = _edit_score(bootstrap, place, count)
-    return found
+            metrics[EDIT_SCORE] = _edit_score(bootstrap, index, count)
+    return metrics
 
 
-def _edit_score(bootstrap: Bootstrap, place: dict[tuple[str, str], int], count: int) -> Result:
+def _edit_score(bootstrap: Bootstrap, index: dict[tuple[str, str], int], count: int) -> MetricResult:
     def at(when: str) -> list[int]:
-        return [place[part, when] for part in EDIT_SCORE_PARTS]
+        return [index[part, when] for part in EDIT_SCORE_PARTS]
 
     after = bootstrap.statistic(lambda means: harmonic_mean(means[..., at("after")]))
     before: Estimate | None = None
     change: Estimate | None = None
-    if (EDIT_SCORE_PARTS[0], "before") in place:
+    if (EDIT_SCORE_PARTS[0], "before") in index:
         before = bootstrap.statistic(lambda means: harmonic_mean(means[..., at("before")]))
         change = bootstrap.statistic(
             lambda means: harmonic_mean(means[..., at("after")]) - harmonic_mean(means[..., at("before")])
         )
     assert after is not None
-    return Result("harmonic mean of ES, PS and NS", after, before, change, count)
+    return MetricResult("harmonic mean of ES, PS and NS", after, before, change, count)

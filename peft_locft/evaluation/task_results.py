@@ -1,4 +1,4 @@
-"""What lm-evaluation-harness found of a model and its base, each figure beside its before."""
+"""The results of lm-evaluation-harness for a model and its base, side by side."""
 
 from __future__ import annotations
 
@@ -14,30 +14,31 @@ from typing import Any
 import numpy as np
 
 from ..io.files import write_atomically
-from .intervals import Estimate, shown
-from .report import DASH, Result
+from .intervals import Estimate
+from .report import MetricResult
+from .tables import DASH, error_cell, markdown_table
 
 Number = float | None
 
 
 @dataclass(frozen=True)
 class TaskRow:
-    """One figure of one task.
+    """One metric of one task.
 
     Attributes:
-        task: the harness' name for it, or for a group of tasks.
-        metric: the harness' name for it.
-        filter: what the harness does to an answer before it is scored; `"none"` for nothing.
-        before: the base's figure; `None` without a base.
-        before_stderr: its standard error by the harness, which has none for some metrics.
-        after: the edited model's figure.
+        task: the harness' name of the task or group of tasks.
+        metric: the harness' name of the metric.
+        filter: what the harness applies to an answer before scoring; `"none"` for nothing.
+        before: the base's value; `None` without a base.
+        before_stderr: its standard error, from the harness; `None` for some metrics.
+        after: the edited model's value.
         after_stderr: its standard error.
-        change: `after` less `before`.
-        change_stderr: its standard error, of the differences by document, where the figure is a mean over documents.
-            Most documents are answered as before, so that it is usually smaller than either of the others.
-        count: documents.
+        change: `after - before`.
+        change_stderr: its standard error, from the differences document by document; `None` if the value is not a mean
+            over documents. Usually smaller than the other two, since most answers do not change.
+        count: number of documents.
         num_fewshot: examples in the prompt.
-        higher_is_better: by the harness; `None` where it does not say.
+        higher_is_better: according to the harness; `None` if it does not say.
     """
 
     task: str
@@ -53,13 +54,27 @@ class TaskRow:
     num_fewshot: int | None
     higher_is_better: bool | None
 
+    def cells(self) -> list[str]:
+        """Return the row of a table: task, metric, before, after, change, documents."""
+        notes = [self.filter] if self.filter != "none" else []
+        notes += ["lower is better"] if self.higher_is_better is False else []
+        metric = f"{self.metric} ({', '.join(notes)})" if notes else self.metric
+        return [
+            self.task,
+            metric,
+            error_cell(self.before, self.before_stderr),
+            error_cell(self.after, self.after_stderr),
+            error_cell(self.change, self.change_stderr),
+            DASH if self.count is None else str(self.count),
+        ]
+
 
 @dataclass(frozen=True)
 class TaskResults:
     """What [`evaluate_on_tasks`] returns.
 
     Attributes:
-        rows: a row a task, metric and filter.
+        rows: one for each task, metric and filter.
         settings: what was measured, and how.
     """
 
@@ -71,23 +86,19 @@ class TaskResults:
 
     def to_markdown(self) -> str:
         """Return the rows as one Markdown table."""
-        lines = ["| task | metric | before | after | change | of |", "| --- | --- | --- | --- | --- | --- |"]
-        for row in self.rows:
-            notes = [row.filter] if row.filter != "none" else []
-            notes += ["lower is better"] if row.higher_is_better is False else []
-            name = f"{row.metric} ({', '.join(notes)})" if notes else row.metric
-            pairs = (row.before, row.before_stderr), (row.after, row.after_stderr), (row.change, row.change_stderr)
-            figures = " | ".join(_with_error(*pair) for pair in pairs)
-            lines.append(f"| {row.task} | {name} | {figures} | {DASH if row.count is None else row.count} |")
-        lines += ["", "After ±, the standard error: by the harness, and of the change by the documents' differences."]
-        return "\n".join(lines)
+        names = ["task", "metric", "before", "after", "change", "documents"]
+        table = markdown_table(names, [row.cells() for row in self.rows])
+        return (
+            f"{table}\n\nAfter ±: the standard error, as the harness computes it; for a change, from the differences "
+            "document by document."
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all of it as plain data, for JSON."""
+        """Return everything as plain data for JSON."""
         return {"format": 1, "settings": self.settings, "rows": [asdict(row) for row in self.rows]}
 
-    def results(self, confidence: float) -> dict[str, Result]:
-        """Return the rows as an evaluation report has them, with normal intervals in place of standard errors.
+    def metric_results(self, confidence: float) -> dict[str, MetricResult]:
+        """Return the rows as metrics of an evaluation report, with normal intervals from the standard errors.
 
         Args:
             confidence: of the intervals, between 0 and 1.
@@ -99,21 +110,21 @@ class TaskResults:
                 return None
             return Estimate(value, value - width * (error or 0.0), value + width * (error or 0.0))
 
-        found = {}
+        metrics = {}
         for row in self.rows:
             after = estimate(row.after, row.after_stderr)
             if after is not None:
                 before, change = estimate(row.before, row.before_stderr), estimate(row.change, row.change_stderr)
                 name = f"{row.task} {row.metric}" + ("" if row.filter == "none" else f" ({row.filter})")
-                meaning = f"{row.metric} of the task {row.task} of lm-evaluation-harness"
-                found[name] = Result(meaning, after, before, change, row.count or 0, "documents")
-        return found
+                meaning = f"{row.metric} of task {row.task} in lm-evaluation-harness"
+                metrics[name] = MetricResult(meaning, after, before, change, row.count or 0, "documents")
+        return metrics
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write `tasks.md` and `tasks.json`, each whole or not at all.
+        """Write `tasks.md` and `tasks.json`, each atomically.
 
         Args:
-            folder: made if it is not there.
+            folder: created if it does not exist.
 
         Raises:
             FileExistsError: if it is a file.
@@ -127,56 +138,50 @@ class TaskResults:
 
 
 def task_rows(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> Iterator[TaskRow]:
-    """Yield the figures of two runs of `lm_eval.simple_evaluate`, the base's and the edited model's."""
-    for task, figures in after["results"].items():
-        for key, value in figures.items():
-            metric, _, name_of_filter = key.partition(",")
-            error = f"{metric}_stderr,{name_of_filter}"
-            if not name_of_filter or metric.endswith("_stderr"):
+    """Yield the rows of two results of `lm_eval.simple_evaluate`, of the base and of the edited model."""
+    for task, metrics in after["results"].items():
+        for key, value in metrics.items():
+            metric, _, filter_name = key.partition(",")
+            error = f"{metric}_stderr,{filter_name}"
+            if not filter_name or metric.endswith("_stderr"):
                 continue
             old = {} if before is None else before["results"][task]
             was, now = _number(old.get(key)), _number(value)
             yield TaskRow(
                 task=task,
                 metric=metric,
-                filter=name_of_filter,
+                filter=filter_name,
                 before=was,
                 before_stderr=_number(old.get(error)),
                 after=now,
-                after_stderr=_number(figures.get(error)),
+                after_stderr=_number(metrics.get(error)),
                 change=None if was is None or now is None else now - was,
-                change_stderr=None if before is None else _paired_stderr(before, after, task, metric, name_of_filter),
-                count=figures.get("sample_len"),
+                change_stderr=None if before is None else _paired_stderr(before, after, task, metric, filter_name),
+                count=metrics.get("sample_len"),
                 num_fewshot=after["n-shot"].get(task),
                 higher_is_better=after["higher_is_better"].get(task, {}).get(metric),
             )
 
 
 def _number(value: Any) -> Number:
-    """Return a number as one, and `None` for whatever else the harness has in its place."""
+    """Return a finite number as a float, and `None` for anything else, such as the harness' "N/A"."""
     return float(value) if isinstance(value, (int, float, np.number)) and math.isfinite(value) else None
 
 
-def _paired_stderr(before: Any, after: Any, task: str, metric: str, name_of_filter: str) -> Number:
-    old, new = (_by_document(found, task, metric, name_of_filter) for found in (before, after))
+def _paired_stderr(before: Any, after: Any, task: str, metric: str, filter_name: str) -> Number:
+    old, new = (_by_document(run, task, metric, filter_name) for run in (before, after))
     if old is None or new is None or old.keys() != new.keys() or len(new) < 2:
         return None
     differences = [new[document] - old[document] for document in new]
     return float(np.std(differences, ddof=1) / math.sqrt(len(differences)))
 
 
-def _by_document(found: Any, task: str, metric: str, name_of_filter: str) -> dict[int, float] | None:
-    """Return a figure by document; `None` if it is not the mean of these."""
-    documents = [each for each in found["samples"].get(task, []) if each["filter"] == name_of_filter]
+def _by_document(run: Any, task: str, metric: str, filter_name: str) -> dict[int, float] | None:
+    """Return a metric's value for each document; `None` if the metric is not their mean."""
+    documents = [each for each in run["samples"].get(task, []) if each["filter"] == filter_name]
     values = {each["doc_id"]: _number(each.get(metric)) for each in documents}
     numbers = {document: value for document, value in values.items() if value is not None}
-    figure = _number(found["results"][task][f"{metric},{name_of_filter}"])
-    # the harness does not say which of its figures are means, the only ones to have a mean's standard error
-    is_mean = numbers and figure is not None and math.isclose(float(np.mean(list(numbers.values()))), figure)
+    value = _number(run["results"][task][f"{metric},{filter_name}"])
+    # the harness does not say which of its metrics are means of documents
+    is_mean = numbers and value is not None and math.isclose(float(np.mean(list(numbers.values()))), value)
     return numbers if is_mean and len(numbers) == len(values) else None
-
-
-def _with_error(value: Number, error: Number) -> str:
-    if value is None:
-        return DASH
-    return shown(value) if error is None else f"{shown(value)} ± {shown(error)}"

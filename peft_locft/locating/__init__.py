@@ -1,4 +1,4 @@
-"""The pure parts of a search for a location: what is tried, how it is ranked, what is found."""
+"""The parts of a location search that train nothing: its plan, score, results and preset."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""The kinds of modules that a location can be in any decoder layer, told by their shapes."""
+"""The kinds of modules that a location can be, recognised in any decoder layer by their shapes."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def location_of(model: nn.Module, kind: str, layer: int) -> Location:
     """Return the weights of one kind in one decoder layer.
 
     - `"attention"`: every matrix of the attention.
-    - `"mlp"`: every other matrix of the layer; of a mixture of experts, the router's too.
-    - `"down"`: of these, the last that writes into the residual stream.
-    - `"up"`: the last before it that reads the residual stream and makes what it takes (in gated MLPs the one beside
-      the gate; where both are one tensor, that).
-    - `"entire-layer"`: everything with a weight, norms too.
+    - `"mlp"`: every other matrix of the layer, including a router.
+    - `"down"`: the last of these that writes into the residual stream.
+    - `"up"`: the last of these that reads the residual stream and feeds `"down"`; in a gated MLP, the matrix beside
+      the gate, or the tensor that holds both.
+    - `"entire-layer"`: every parameter of the layer, including norms.
     - anything else: the modules of the layer with this name, or whose name ends with it, such as `"o_proj"`.
 
     Args:
         model: a decoder-only language model.
-        kind: one of these.
-        layer: counted from 0.
+        kind: one of the above.
+        layer: index of the decoder layer, from 0.
 
     Raises:
-        ValueError: if the decoder layers cannot be found, there is no such layer, or nothing of that kind in it.
+        ValueError: if the decoder layers cannot be found, the layer does not exist, or it has nothing of that kind.
 
     Example:
         >>> location_of(model, "up", 5).target_modules
@@ -48,8 +48,8 @@ def location_of(model: nn.Module, kind: str, layer: int) -> Location:
     stack_name, stack = find_decoder_layers(model)
     if not 0 <= layer < len(stack):
         raise ValueError(
-            f"layer {layer}: the model has {len(stack)} decoder layers ({stack_name}), counted from 0. Expected "
-            f"numbers up to {len(stack) - 1}."
+            f"layer {layer}: the model has {len(stack)} decoder layers ({stack_name}); expected an index from 0 to "
+            f"{len(stack) - 1}."
         )
     if kind == ENTIRE_LAYER:
         return entire_layers(model, [layer])
@@ -58,8 +58,8 @@ def location_of(model: nn.Module, kind: str, layer: int) -> Location:
     if not found:
         names = ", ".join(dict.fromkeys(matrix.module for matrix in matrices))
         raise ValueError(
-            f"modules: found {kind!r}, and nothing of that kind or name in {stack_name}.{layer}, which has {names}. "
-            f"Expected some of {', '.join(KINDS)}, or names of these."
+            f"modules: found {kind!r}, but {stack_name}.{layer} has no module of that kind or name. Expected one of "
+            f"{', '.join(KINDS)}, or one of its modules: {names}."
         )
     return location_in_layers([(f"{stack_name}.{layer}", matrix) for matrix in found])
 

@@ -1,4 +1,4 @@
-"""Which locations a search tries, for how long, and which of them go on: pure functions."""
+"""Which locations a search tries, on how many edits, and which go on to the next rung: pure functions."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-FEWEST_EDITS = 8  # of the first rung
-FINALISTS = 2  # at least so many are tried on all edits: few edits tell near ones apart by chance
+MIN_EDITS = 8  # of the first rung
+MIN_FINALISTS = 2  # tried on all edits: on few edits, the order of similar locations is chance
 
 
 @dataclass(frozen=True, order=True)
 class Candidate:
-    """A location that is tried: a kind of module (see `location_of`) in a decoder layer, counted from 0."""
+    """A location to try: a kind of module (see `location_of`) in a decoder layer, from 0."""
 
     module: str
     layer: int
@@ -27,55 +27,57 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Rung:
-    """How locations are tried: on how many edits, in batches of how many."""
+    """One round of trials: the number of edits and the batch size."""
 
     num_edits: int
     batch_size: int
 
 
 def rungs(num_edits: int, batch_size: int, num_candidates: int, keep: int, num_rungs: int | None = None) -> list[Rung]:
-    """Return how candidates are tried at first, and how those that are left are tried then.
+    """Return the rungs of successive halving.
 
-    The last rung is the recipe on all edits. Each before it has one in `keep` of the edits of the next, in batches
-    that are smaller by as much: every trial takes the steps of the whole recipe, as a location that learns slowly
-    needs them, and what a step computes is less. A rung costs a candidate up to `keep` times as much as the one
-    before, and has one in `keep` of its candidates, `FINALISTS` at least.
+    The last rung is the recipe on all edits. Each rung before has one in `keep` of the next one's edits, in batches
+    smaller by the same factor: every trial takes as many steps as the whole recipe, since some locations learn slowly,
+    but a step computes less. A trial costs up to `keep` times as much as in the rung before; one in `keep` candidates
+    goes on, at least `MIN_FINALISTS`.
 
     Args:
-        num_edits: of the sample.
+        num_edits: size of the sample.
         batch_size: of the recipe.
-        num_candidates: that begin.
-        keep: one in so many goes on to the next rung.
-        num_rungs: how many; 1 tries every candidate on all edits. `None`: as many as leave `FINALISTS` for the last,
-            while the first has `FEWEST_EDITS` edits or more, and no more than half of those of the next.
+        num_candidates: candidates in the first rung.
+        keep: one in `keep` candidates goes on to the next rung.
+        num_rungs: 1 tries every candidate on all edits. `None` chooses the number that leaves `MIN_FINALISTS` for the
+            last rung, if the first then has at least `MIN_EDITS` edits and at most half of the next one's.
 
     Raises:
-        ValueError: if `keep` is below 2, `num_rungs` is below 1, or the edits are too few for so many.
+        ValueError: if `keep` is below 2, `num_rungs` is below 1, or there are too few edits for `num_rungs`.
 
     Example:
         >>> [(rung.num_edits, rung.batch_size) for rung in rungs(100, 20, num_candidates=160, keep=5)]
         [(8, 2), (20, 4), (100, 20)]
     """
     if keep < 2:
-        raise ValueError(f"keep={keep}: one in so many goes on; expected 2 or more.")
+        raise ValueError(f"keep={keep}: expected 2 or more; one in `keep` locations goes on to the next rung.")
     if num_rungs is None:
-        sizes, wanted = [num_edits], 1 + math.ceil(math.log(max(1, num_candidates / FINALISTS), keep) - 1e-9)
-        while len(sizes) < wanted and sizes[0] >= 2 * FEWEST_EDITS:
-            sizes.insert(0, max(FEWEST_EDITS, math.ceil(sizes[0] / keep)))
+        sizes, wanted = [num_edits], 1 + math.ceil(math.log(max(1, num_candidates / MIN_FINALISTS), keep) - 1e-9)
+        while len(sizes) < wanted and sizes[0] >= 2 * MIN_EDITS:
+            sizes.insert(0, max(MIN_EDITS, math.ceil(sizes[0] / keep)))
     else:
         sizes = [math.ceil(num_edits / keep**power) for power in reversed(range(num_rungs))]
-        if num_rungs < 1 or len(set(sizes)) < len(sizes):
+        if num_rungs < 1:
+            raise ValueError(f"num_rungs={num_rungs}: expected 1 or more.")
+        if len(set(sizes)) < len(sizes):
             raise ValueError(
-                f"num_rungs={num_rungs}: expected 1 or more, and {num_edits} edits have not so many sizes."
+                f"num_rungs={num_rungs}: {num_edits} edits are too few for as many rungs. Use fewer rungs."
             )
     whole = min(batch_size, num_edits)
     return [Rung(size, math.ceil(size * whole / num_edits)) for size in sizes]
 
 
 def edits_of(ladder: Sequence[Rung], rung: int, num_edits: int) -> slice:
-    """Return which edits of the sample a rung has: others than those before it, as long as there are enough.
+    """Return the edits of a rung, as a slice of the sample: other edits than in the rungs before, while there are any.
 
-    What chance has made of a location on some edits it will hardly make of it on others.
+    A location that was lucky on some edits is unlikely to be lucky on others.
     """
     begin = sum(before.num_edits for before in ladder[:rung])
     end = begin + ladder[rung].num_edits
@@ -83,21 +85,21 @@ def edits_of(ladder: Sequence[Rung], rung: int, num_edits: int) -> slice:
 
 
 def survivors(scores: dict[Candidate, float], keep: int) -> list[Candidate]:
-    """Return the best one in `keep`, the best first; of equal ones, those that were tried first."""
+    """Return the candidates that go on, the best first; of equal ones, the first tried."""
     ranking = sorted(scores, key=lambda candidate: -scores[candidate])
     return ranking[: num_survivors(len(ranking), keep)]
 
 
 def num_survivors(num_candidates: int, keep: int) -> int:
-    """Return how many go on: one in `keep`, but `FINALISTS` at least where there are as many."""
-    return max(min(FINALISTS, num_candidates), num_candidates // keep)
+    """Return how many candidates go on: one in `keep`, at least `MIN_FINALISTS` if there are as many."""
+    return max(min(MIN_FINALISTS, num_candidates), num_candidates // keep)
 
 
 def coarse_layers(layers: Sequence[int], stride: int) -> list[int]:
-    """Return every `stride`-th of some layers, the last of them included.
+    """Return every `stride`-th of some layers, including the last.
 
     Raises:
-        ValueError: if `stride` is below 1 or there are fewer layers.
+        ValueError: if `stride` is below 1 or above the number of layers.
     """
     if not 1 <= stride <= len(layers):
         raise ValueError(f"stride={stride}: expected 1 to {len(layers)}, the number of layers to try.")
@@ -105,7 +107,7 @@ def coarse_layers(layers: Sequence[int], stride: int) -> list[int]:
 
 
 def neighbours(best: Iterable[Candidate], layers: Sequence[int], step: int) -> list[Candidate]:
-    """Return the candidates that are `step` places before and behind others among the layers, each once."""
+    """Return the candidates `step` places before and after the best ones in `layers`, each once."""
     place = {layer: index for index, layer in enumerate(layers)}
     return list(
         dict.fromkeys(
@@ -118,7 +120,7 @@ def neighbours(best: Iterable[Candidate], layers: Sequence[int], step: int) -> l
 
 
 def num_trained(ladder: Sequence[Rung], num_candidates: int, keep: int) -> int:
-    """Return on how many edits a search without a stride trains, all its trials together."""
+    """Return the number of edits that all trials of a search without a stride train on."""
     total, count = 0, num_candidates
     for rung in ladder:
         total += count * rung.num_edits

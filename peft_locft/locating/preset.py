@@ -1,4 +1,4 @@
-"""The location that a search has found, as a file that training reads."""
+"""The best location of a search, as a file that training reads."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ SHAPE = ("model_type", "num_hidden_layers", "hidden_size")
 
 @dataclass(frozen=True)
 class LocationPreset:
-    """A location, and the learning rate that it was tried with, for models of one shape.
+    """A location with its learning rate, for models of one architecture and size.
 
     Args:
         module: the kind of module, see `location_of`.
-        layer: counted from 0.
-        target_modules: full names.
-        target_parameters: full names, of what is not a module's weight.
+        layer: index of the decoder layer, from 0.
+        target_modules: full names of modules.
+        target_parameters: full names of parameters that are not a module's weight.
         learning_rate: of the trial.
-        model: what a model must have in its configuration: `model_type`, `num_hidden_layers`, `hidden_size`.
-        found: how it was found: base, edits, score and figures; for a reader.
+        model: `model_type`, `num_hidden_layers` and `hidden_size` that a model's configuration must have.
+        found: information for readers: base, edits, score and metrics of the search.
 
     Example:
         >>> preset = LocationPreset.load("search/best.json")
@@ -48,25 +48,25 @@ class LocationPreset:
     found: dict[str, Any] = field(default_factory=dict)
 
     def config_for(self, config: PretrainedConfig, where: str = "location") -> LocFTConfig:
-        """Return what trains this location in a model.
+        """Return the configuration that trains this location in a model.
 
         Args:
-            config: the model's.
-            where: what is named in the error.
+            config: the model's configuration.
+            where: name of the argument or file, for the error.
 
         Raises:
-            ValueError: if the location is for a model of another type or shape.
+            ValueError: if the location is for another architecture or size.
         """
         shape = model_shape(config)
         if shape != self.model:
             raise ValueError(
-                f"{where}: it is for {_words(self.model)}; found {_words(shape)}. Run `locft locate` on this "
+                f"{where}: expected {_describe(self.model)}; found {_describe(shape)}. Run `locft locate` on this "
                 "model, or name the location with target_modules and layers_to_transform."
             )
         return config_of(Location(self.target_modules, self.target_parameters))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as JSON, whole or not at all."""
+        """Write it as JSON, atomically."""
         content = {"format": FORMAT, "version": VERSION} | asdict(self)
         write_atomically(Path(path), json.dumps(content, indent=1) + "\n")
 
@@ -75,12 +75,12 @@ class LocationPreset:
         """Read what [`LocationPreset.save`] wrote.
 
         Raises:
-            ValueError: if the file cannot be read, or is not a location's.
+            ValueError: if the file cannot be read, or does not hold a location.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: it cannot be read as a location: {error}") from None
+            raise ValueError(f"{path}: cannot read a location: {error}") from None
         try:
             if content.pop("format") != FORMAT or content.pop("version") != VERSION:
                 raise ValueError("another format or version")
@@ -99,7 +99,7 @@ class LocationPreset:
 
 
 def model_shape(config: PretrainedConfig) -> dict[str, Any]:
-    """Return what a model must have in common with another for the same names to be the same location."""
+    """Return the fields that must agree for the same names to be the same location in two models."""
     text_config: Any = config.get_text_config()
     return {name: getattr(text_config, name, None) for name in SHAPE}
 
@@ -110,5 +110,5 @@ def _texts(values: Any) -> tuple[str, ...]:
     return tuple(values)
 
 
-def _words(shape: dict[str, Any]) -> str:
-    return "{} of {} layers of width {}".format(*(shape.get(name) for name in SHAPE))
+def _describe(shape: dict[str, Any]) -> str:
+    return "a {} model with {} layers of width {}".format(*(shape.get(name) for name in SHAPE))

@@ -1,4 +1,4 @@
-"""What a search for a location has found: its trials, their ranking, a table, a preset."""
+"""The results of a location search: trials, their ranking, a table, a preset."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.intervals import Estimate
-from ..evaluation.report import Result
+from ..evaluation.report import MetricResult
+from ..evaluation.tables import estimate_cell, markdown_table
 from ..io.files import write_atomically
 from .plan import Candidate
 from .preset import LocationPreset
 
-IN_TABLE = (
+TABLE_METRICS = (
     "reliability_exact_match",
     "reliability_token_accuracy",
     "generalization_exact_match",
@@ -33,19 +33,19 @@ class LocationTrial:
 
     Args:
         module: the kind of module.
-        layer: counted from 0.
-        rung: counted from 0; what reaches a later one is tried again, on more edits.
-        num_edits: that were trained and asked.
-        learning_rate: constant.
-        score: from 0 to 1; 0 if it failed.
-        figures: value, low and high by the metric's name, after the edit.
-        before: the same of the base.
-        failed: why there are no figures: the training diverged.
-        epochs: that were trained.
-        target_modules: full names.
-        target_parameters: full names.
-        training_seconds: how long it trained.
-        evaluation_seconds: how long it was asked.
+        layer: index of the decoder layer, from 0.
+        rung: index of the rung, from 0; a location that goes on is tried again on more edits.
+        num_edits: edits that were trained and evaluated.
+        learning_rate: of the trial, constant.
+        score: from 0 to 1; 0 if the trial failed.
+        metrics: value, low and high after the edit, by the metric's name.
+        before: the same for the base.
+        failed: why the trial failed (training diverged); `None` if it did not.
+        epochs: epochs that were trained.
+        target_modules: full names of modules.
+        target_parameters: full names of parameters that are not a module's weight.
+        training_seconds: duration of training.
+        evaluation_seconds: duration of evaluation.
     """
 
     module: str
@@ -54,7 +54,7 @@ class LocationTrial:
     num_edits: int
     learning_rate: float
     score: float
-    figures: dict[str, dict[str, float]]
+    metrics: dict[str, dict[str, float]]
     before: dict[str, dict[str, float]]
     failed: str | None
     epochs: int
@@ -73,13 +73,13 @@ class LocationSearchResult:
     """What [`search_locations`] returns.
 
     Attributes:
-        trials: all of them, rung by rung; a location that went on is there once a rung.
+        trials: all trials, rung by rung.
         setting: what was searched, and how: edits, model, recipe, score, rungs.
-        model: what a model must have for the preset to fit, see `LocationPreset`.
+        model: what a model's configuration must have for the preset, see `LocationPreset`.
 
     Example:
-        >>> found = search_locations(model, tokenizer, edits, args)
-        >>> print(found.best.candidate)
+        >>> search = search_locations(model, tokenizer, edits, args)
+        >>> print(search.best.candidate)
         mlp, layer 5
     """
 
@@ -89,7 +89,7 @@ class LocationSearchResult:
 
     @property
     def ranking(self) -> list[LocationTrial]:
-        """The last trial of each location, the best first: those that came further go before those cut off."""
+        """The last trial of each location, the best first; a later rung ranks above an earlier one."""
         last: dict[Candidate, LocationTrial] = {}
         for trial in self.trials:
             last[trial.candidate] = trial
@@ -101,10 +101,10 @@ class LocationSearchResult:
 
     @property
     def preset(self) -> LocationPreset:
-        """The best location as training reads it."""
+        """The best location, in the form that training reads."""
         best = self.best
         found = {name: self.setting[name] for name in ("model", "edits", "score")}
-        figures = {name: estimate["value"] for name, estimate in best.figures.items()}
+        metrics = {name: estimate["value"] for name, estimate in best.metrics.items()}
         return LocationPreset(
             best.module,
             best.layer,
@@ -112,39 +112,38 @@ class LocationSearchResult:
             best.target_parameters,
             best.learning_rate,
             self.model,
-            found | {"num_edits": best.num_edits, "score_value": best.score, "figures": figures},
+            found | {"num_edits": best.num_edits, "score_value": best.score, "metrics": metrics},
         )
 
     @property
     def seconds(self) -> float:
-        """What the trials took together."""
+        """Duration of all trials together."""
         return sum(trial.training_seconds + trial.evaluation_seconds for trial in self.trials)
 
     def __str__(self) -> str:
         return self.to_markdown()
 
     def to_markdown(self) -> str:
-        """Return the ranking as a table, the base first, and what it is ranked by."""
+        """Return the ranking as a Markdown table, the base first, and the score."""
         ranking = self.ranking
-        names = [name for name in IN_TABLE if any(name in trial.figures for trial in ranking)]
-        lines = ["| location | edits | score | " + " | ".join(names) + " |", "| --- " * (len(names) + 3) + "|"]
-        before = [_cell(self.best.before.get(name)) for name in names]
-        lines.append(f"| base | {self.best.num_edits} | | " + " | ".join(before) + " |")
+        names = [name for name in TABLE_METRICS if any(name in trial.metrics for trial in ranking)]
+        rows = [["base", self.best.num_edits, "", *(estimate_cell(self.best.before.get(name)) for name in names)]]
         for trial in ranking:
             score = "diverged" if trial.failed else f"{trial.score:.3f}"
-            figures = [_cell(trial.figures.get(name)) for name in names]
-            lines.append(f"| {trial.candidate} | {trial.num_edits} | {score} | " + " | ".join(figures) + " |")
+            cells = (estimate_cell(trial.metrics.get(name)) for name in names)
+            rows.append([trial.candidate, trial.num_edits, score, *cells])
+        table = markdown_table(["location", "edits", "score", *names], rows)
         weights = self.setting["score"].items()
         named = ", ".join(name if weight == 1 else f"{weight:g} x {name}" for name, weight in weights)
-        lines += ["", f"Score: weighted harmonic mean of {named}. {len(self.trials)} trials, {self.seconds:.0f} s."]
-        return "\n".join(lines)
+        trials = f"{len(self.trials)} trials, {self.seconds:.0f} s"
+        return f"{table}\n\nScore: weighted harmonic mean of {named}. {trials}."
 
     def first_rung(self) -> list[LocationTrial]:
-        """The trials of the first rung, in which every location was tried in the same way: what can be compared."""
+        """Return the trials of the first rung, which can be compared: every location was tried in the same way."""
         return [trial for trial in self.trials if trial.rung == 0]
 
     def save(self, folder: Path) -> None:
-        """Write `locations.json`, `locations.md` and `best.json`, each whole or not at all."""
+        """Write `locations.json`, `locations.md` and `best.json`, each atomically."""
         content = {"setting": self.setting, "trials": [asdict(trial) for trial in self.trials]}
         texts = (json.dumps(content, indent=1), self.to_markdown())
         for name, text in zip(FILES, texts, strict=False):
@@ -152,18 +151,17 @@ class LocationSearchResult:
         self.preset.save(folder / FILES[-1])
 
 
-def plain_figures(results: dict[str, Result], when: str) -> dict[str, dict[str, float]]:
-    """Return estimates of results as plain data, those that are finite. `when`: `"after"` or `"before"`."""
-    found = {name: getattr(result, when) for name, result in results.items()}
-    finite = {name: each for name, each in found.items() if each is not None and all(map(math.isfinite, each))}
-    return {name: estimate._asdict() for name, estimate in finite.items()}
+def finite_estimates(results: dict[str, MetricResult], when: str) -> dict[str, dict[str, float]]:
+    """Return the finite estimates as plain data, by name. `when`: `"after"` or `"before"`."""
+    estimates = {name: getattr(result, when) for name, result in results.items()}
+    return {
+        name: estimate._asdict()
+        for name, estimate in estimates.items()
+        if estimate is not None and all(map(math.isfinite, estimate))
+    }
 
 
 def read_trial(row: dict[str, Any]) -> LocationTrial:
-    """Return a trial from JSON."""
+    """Return the trial that was read from JSON."""
     names = ("target_modules", "target_parameters")
     return LocationTrial(**(row | {name: tuple(row[name]) for name in names}))
-
-
-def _cell(estimate: dict[str, float] | None) -> str:
-    return "-" if estimate is None else str(Estimate(**estimate))

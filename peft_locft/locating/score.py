@@ -1,4 +1,4 @@
-"""By what locations are ranked: one number from the metrics of an evaluation."""
+"""The score that ranks locations: one number from the metrics of an evaluation."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from ..evaluation.metrics import EDIT_SCORE, METRICS, Protocol, metric_names
 from ..evaluation.report import EvaluationReport
 
 PERPLEXITY, KL = "perplexity", "kl_from_base"
-LEAST = 0.01
+MIN_SHARE = 0.01
 DEFAULT = ("reliability_token_accuracy", "generalization_token_accuracy", "locality_tokens_unchanged")
 
 
 @dataclass(frozen=True)
 class LocationScore:
-    """The weighted harmonic mean of some metrics: high only where none of them is low.
+    """The weighted harmonic mean of some metrics: high only if none of them is low.
 
-    Shares count as they are; perplexity as its before over its after, 1 at most; KL as exp(-KL). Each counts as 0.01
-    at least, so that a 0 of one does not hide the others.
+    Shares count as they are, perplexity as min(1, before / after), KL as exp(-KL). Each counts as at least 0.01, so
+    that one 0 does not hide the other metrics.
 
     Args:
-        weights: of the metrics, by name.
+        weights: weight of each metric, by name.
 
     Raises:
-        ValueError: if there is no weight, one is not a positive number, or a metric is unknown.
+        ValueError: if there is no weight, a weight is not a positive number, or a metric is unknown.
 
     Example:
         >>> LocationScore({"reliability_token_accuracy": 1, "locality_tokens_unchanged": 2})
@@ -38,29 +38,30 @@ class LocationScore:
         known = [*metric_names(get_args(Protocol)), EDIT_SCORE, PERPLEXITY, KL]
         unknown = sorted(set(self.weights) - set(known))
         if unknown or not self.weights:
-            raise ValueError(f"score: found {', '.join(unknown) or 'no metric'}; expected some of {', '.join(known)}.")
+            raise ValueError(
+                f"score: found {', '.join(unknown) or 'no metric'}; expected one or more of {', '.join(known)}."
+            )
         for name, weight in self.weights.items():
             if not (math.isfinite(weight) and weight > 0):
                 raise ValueError(f"score: found {name}={weight}; expected a weight above 0.")
 
     @classmethod
     def default(cls, kinds: Sequence[str], has_text: bool) -> LocationScore:
-        """Return the one that is used unless a user says otherwise.
+        """Return the default score: reliability, generalization, locality by tokens and, with a text, KL.
 
-        Reliability, generalization and locality token by token, those of them that the edits can tell, and, where
-        there is a text, KL. By tokens, since a few edits have many of them, and since whole answers change so often
-        under the published recipe that a sample has the same share, 0, nearly everywhere.
+        By tokens, since even few edits have many of them. Under the published recipe, whole answers to locality probes
+        change so often that a small sample has a share of 0 nearly everywhere.
 
         Args:
-            kinds: what the edits can tell: "reliability", "generalization", "locality".
-            has_text: there is a text, for KL.
+            kinds: the kinds that the edits can measure: "reliability", "generalization", "locality".
+            has_text: there is a text for KL.
         """
         names = [name for name in DEFAULT if name.partition("_")[0] in kinds]
         return cls(dict.fromkeys([*names, *([KL] if has_text else [])], 1.0))
 
     @property
     def protocols(self) -> list[str]:
-        """What must be asked for it; `"token_accuracy"`, which is the cheapest, if nothing must."""
+        """The protocols that its metrics need; `"token_accuracy"`, the cheapest, if they need none."""
         names = metric_names(get_args(Protocol))
         needed = {names[name][1].protocol for name in self.weights if name in names}
         if EDIT_SCORE in self.weights:
@@ -72,16 +73,16 @@ class LocationScore:
         return bool({PERPLEXITY, KL} & set(self.weights))
 
     def of(self, report: EvaluationReport) -> float:
-        """Return the score, from 0 to 1, of those of its metrics that the report has.
+        """Return the score, from 0 to 1, over those of its metrics that the report has.
 
         Raises:
-            ValueError: if it has none.
+            ValueError: if the report has none of them.
         """
         shares = {name: _share(name, report) for name in self.weights if name in report.results}
         if not shares:
             raise ValueError(f"score: none of {', '.join(self.weights)} could be measured: {report.missing}")
         weight = sum(self.weights[name] for name in shares)
-        return weight / sum(self.weights[name] / max(share, LEAST) for name, share in shares.items())
+        return weight / sum(self.weights[name] / max(share, MIN_SHARE) for name, share in shares.items())
 
     def __str__(self) -> str:
         parts = [name if weight == 1 else f"{weight:g} x {name}" for name, weight in self.weights.items()]

@@ -1,5 +1,6 @@
-from .baseline_table import Baseline as Baseline
-from .baseline_table import markdown as markdown
+from .baselines import Baseline as Baseline
+from .baselines import BaselineResult as BaselineResult
+from .baselines import baselines_to_markdown as baselines_to_markdown
 from .page import render_report as render_report
 from .page import save_report as save_report
 from .plots import draw_baselines as draw_baselines

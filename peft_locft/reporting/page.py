@@ -1,4 +1,4 @@
-"""An evaluation as one HTML page that needs nothing else, for people who do not know the field, too."""
+"""An evaluation as one self-contained HTML page, for readers who do not know the field too."""
 
 from __future__ import annotations
 
@@ -7,82 +7,127 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from ..evaluation.intervals import Estimate, shown
-from ..evaluation.report import DASH, EvaluationReport, Result
+import jinja2
+from markupsafe import Markup
+
+from ..evaluation.intervals import Estimate, format_number
+from ..evaluation.report import EvaluationReport, MetricResult, deciding_score
+from ..evaluation.tables import DASH
 from ..io.files import write_atomically
-from .failures_table import failures_section
-from .figures import COLOURS, curve_lines
-from .html_elements import Html, element, scrolling, together
-from .plots import curves_picture, metric_pictures
-from .style import style_sheet
+from .plots import COLOURS, curve_lines, curves_picture, metric_pictures
 from .words import GROUPS, grouped, headline, higher_is_better, label_of, words_of
 
 logger = logging.getLogger(__name__)
 
+MAX_FAILURES = 200
+MAX_CHARACTERS = 300  # of a text in the table of failures
+# one, many
+KIND_NAMES = {
+    "reliability": ("edit", "edits"),
+    "generalization": ("rephrasing", "rephrasings"),
+    "locality": ("locality probe", "locality probes"),
+    "portability": ("portability probe", "portability probes"),
+}
+# beside those of the pictures: on a light page, on a dark one
+PAGE_COLOURS = {
+    "page": ("#f7f8fa", "#14191f"),
+    "panel": ("#ffffff", "#1c232b"),
+    "good": ("#1c7a54", "#55c797"),
+    "bad": ("#b3432b", "#f08a70"),
+}
+
 
 def save_report(report: EvaluationReport, folder: str | os.PathLike[str]) -> None:
-    """Save a report: its data, see [`EvaluationReport.save`], and `evaluation.html`, one page with pictures.
+    """Save a report's data (see [`EvaluationReport.save`]) and `evaluation.html`, one page with pictures.
 
-    Without matplotlib (the extra `plot`) the page has no pictures, and says so.
+    Without matplotlib (the extra `plot`) the page has no pictures and says how to get them.
 
     Args:
-        report: what was measured.
-        folder: made if it is not there.
+        report: the report to save.
+        folder: created if it does not exist.
 
     Raises:
-        NotADirectoryError: if it or one above it is a file.
+        NotADirectoryError: if the folder, or one above it, is a file.
 
     Example:
         >>> save_report(evaluate_edits(peft_model, tokenizer, edits), "evaluation")
     """
     report.save(folder)
-    # the last, so that where it is the others are, too, and drawing never costs the figures
+    # last: if the page exists, so does the data, and a failure to draw loses no data
     write_atomically(Path(folder) / "evaluation.html", render_report(report))
 
 
 def render_report(report: EvaluationReport) -> str:
-    """Return a report as one HTML file: its figures and pictures, what was not measured, and what failed.
+    """Return a report as one HTML file: metrics, pictures, what was not measured, and failures.
 
-    Nothing is loaded from elsewhere and no script runs; prompts and answers are escaped. Without matplotlib there are
-    no pictures, and the page says how to get them.
+    The page loads nothing and runs no script; prompts and answers are escaped. Without matplotlib (the extra `plot`)
+    the page has no pictures and says how to get them.
 
     Args:
-        report: what was measured.
+        report: the report to show.
 
     Example:
         >>> Path("evaluation.html").write_text(render_report(report), encoding="utf-8")
     """
-    parts = [
-        _head(report),
-        _cards(report),
-        *(element("p", note, class_="note") for note in report.notes),
-        _metrics(report),
-        *_pictures(report),
-        *_missing(report),
-        *_curves(report),
-        *failures_section(report),
-        _settings(report),
-    ]
-    head = together(
-        Html('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
-        # whatever is in the report, a browser runs and fetches nothing
-        Html(
-            "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        ),
-        element("title", _title(report)),
-        element("style", Html(style_sheet(COLOURS))),
+    groups = grouped(report.results)
+    edits = report.settings.get("edits")
+    edits = edits if isinstance(edits, dict) else {}
+    colours = {**PAGE_COLOURS, **COLOURS}
+    return (
+        page_templates()
+        .get_template("report.html.jinja")
+        .render(
+            report=report,
+            title=_title(edits.get("count"), _setting(report, "model")),
+            setting=functools.partial(_setting, report),
+            edits=edits,
+            colours=[(name.replace("_", "-"), pair) for name, pair in colours.items()],
+            groups=groups,
+            cards=[
+                _card(key, name, members[name])
+                for key, members in groups.items()
+                if (name := headline(key, members)) is not None
+            ],
+            pictures=_metric_pictures(report),
+            curves=_curves(report),
+            failures=_failures(report),
+        )
     )
-    body = element("body", element("main", *(together("\n", part) for part in parts)))
-    return "<!DOCTYPE html>\n" + element("html", element("head", head), "\n", body, lang="en") + "\n"
 
 
-def _title(report: EvaluationReport) -> str:
-    count = _edits(report).get("count")
-    return f"What {count} {'edit' if count == 1 else 'edits'} did to {PurePath(str(_setting(report, 'model'))).name}"
+@functools.cache
+def page_templates() -> jinja2.Environment:
+    """Return the templates of the page, which escape every value and refuse an unknown name."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("peft_locft.reporting"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "as_json": lambda value: json.dumps(value, ensure_ascii=False),
+        "in_words": _in_words,
+        "kind_of_row": lambda row: KIND_NAMES.get(row["kind"], (row["kind"],))[0],
+        "listed": lambda value: ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value),
+        "number": _number,
+        "score_of_row": _score_of_row,
+    }
+    environment.globals |= {
+        "DASH": DASH,
+        "GROUPS": GROUPS,
+        "MAX_CHARACTERS": MAX_CHARACTERS,
+        "judgement": judgement,
+        "label_of": label_of,
+        "words_of": words_of,
+    }
+    return environment
 
 
 def _setting(report: EvaluationReport, name: str) -> Any:
@@ -90,199 +135,119 @@ def _setting(report: EvaluationReport, name: str) -> Any:
     return "not recorded" if value is None else value
 
 
-def _edits(report: EvaluationReport) -> Mapping[str, Any]:
-    edits = report.settings.get("edits")
-    return edits if isinstance(edits, dict) else {}
+def _title(num_edits: Any, model: Any) -> str:
+    return f"What {num_edits} {'edit' if num_edits == 1 else 'edits'} did to {PurePath(str(model)).name}"
 
 
-def _listed(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+def _number(value: float, sign: str = "") -> str:
+    return f"{sign if value > 0 else ''}{format_number(value)}"
 
 
-def _head(report: EvaluationReport) -> Html:
-    edits, versions = _edits(report), report.settings.get("versions") or {}
-    facts = {
-        "Model": element("code", _setting(report, "model")),
-        "Adapter": _listed(report.settings.get("adapters") or "none"),
-        "Edits": together(f"{edits.get('count')}, sha256 ", element("code", str(edits.get("sha256"))[:16], "…")),
-        "Asked by": _listed(_setting(report, "protocols")).replace("_", " "),
-        "Numbers in": _setting(report, "dtype"),
-        "Intervals": f"{report.confidence} confidence, by bootstrap of {_setting(report, 'num_resamples')} resamples",
-        "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-    }
-    compared = (
-        "Before is the model without the edits, after is the same model with them."
-        if report.has_before
-        else "There is no model without the edits to compare with, so that nothing here has a before."
-    )
-    pairs = [together(element("dt", name), element("dd", value)) for name, value in facts.items()]
-    return element(
-        "header", element("h1", _title(report)), element("p", compared, class_="muted"), element("dl", *pairs)
-    )
+def _in_words(name: Any) -> str:
+    return str(name).replace("_", " ")
 
 
-def _cards(report: EvaluationReport) -> Html:
-    cards = []
-    for key, members in grouped(report.results).items():
-        name = headline(key, members)
-        if name is not None:
-            cards.append(_card(key, name, members[name]))
-    return element("section", *cards, class_="cards", aria_label="The main figures")
-
-
-def _card(key: str, name: str, result: Result) -> Html:
+def _card(key: str, name: str, result: MetricResult) -> dict[str, str]:
+    """Return the texts of the card that shows the headline metric of a group."""
     group = GROUPS[key]
 
-    def figure(value: float) -> str:
-        return f"{value:.1%}" if group.are_shares and math.isfinite(value) else shown(value)
+    def text(value: float) -> str:
+        return f"{value:.1%}" if group.are_shares and math.isfinite(value) else format_number(value)
 
-    after = result.after
-    interval = f"{figure(after.low)} to {figure(after.high)}"
-    before = f"before {figure(result.before.value)}, " if result.before else ""
     lower = " (lower is better)" if higher_is_better(name) is False else ""
-    return element(
-        "div",
-        element("h3", group.title),
-        element("p", figure(after.value), class_="figure"),
-        element("p", group.question),
-        element("p", f"{label_of(name)}{lower}: {before}interval {interval}", class_="small"),
-        class_="card",
-    )
+    before = f"before {text(result.before.value)}, " if result.before else ""
+    interval = f"interval {text(result.after.low)} to {text(result.after.high)}"
+    return {
+        "title": group.title,
+        "value": text(result.after.value),
+        "question": group.question,
+        "details": f"{label_of(name)}{lower}: {before}{interval}",
+    }
 
 
-def _metrics(report: EvaluationReport) -> Html:
-    numbers = [element("th", name, scope="col", class_="number") for name in ("Before", "After", "Change", "Of")]
-    head = element("thead", element("tr", element("th", "Metric", scope="col"), *numbers))
-    bodies = []
-    for key, members in grouped(report.results).items():
-        group = GROUPS[key]
-        title = element("th", element("b", group.title), element("small", group.question), class_="group", colspan="5")
-        rows = [_metric_row(name, result) for name, result in members.items()]
-        bodies.append(element("tbody", element("tr", title), *rows))
-    return element(
-        "section",
-        element("h2", "Figures"),
-        element(
-            "p",
-            f"Below each figure is its interval of {report.confidence} confidence: how far it may be "
-            "off because these edits, and not others of the same sort, were measured. A change is coloured, as better "
-            "or worse, where its interval leaves out 0. Shares are from 0 to 1, and more is better.",
-        ),
-        scrolling(element("table", head, *bodies, class_="metrics"), "Figures"),
-    )
-
-
-def _metric_row(name: str, result: Result) -> Html:
-    words = words_of(name)
-    about = [element("div", label_of(name), " ", element("code", name, class_="muted"))]
-    about += [element("p", words)] if words else []
-    about += [element("p", result.meaning, class_="small")]
-    return element(
-        "tr",
-        element("th", *about, scope="row"),
-        _figure_cell("Before", result.before),
-        _figure_cell("After", result.after),
-        _figure_cell("Change", result.change, sign="+", colour=_judged(name, result.change)),
-        element("td", result.count, " ", element("small", result.unit), class_="number count", data_label="Of "),
-    )
-
-
-def _figure_cell(label: str, estimate: Estimate | None, sign: str = "", colour: str | None = None) -> Html:
-    """Return a figure over its interval, with its column's name for where a narrow page has no columns."""
-    if estimate is None:
-        return element("td", DASH, class_="number muted", data_label=label)
-    value, low, high = (f"{sign if each > 0 else ''}{shown(each)}" for each in estimate)
-    figure, interval = element("span", value, class_=colour), element("small", f"{low} to {high}")
-    return element("td", figure, interval, class_="number", data_label=label)
-
-
-def _judged(name: str, change: Estimate | None) -> str | None:
-    """Say whether a change is good or bad; `None` where it may be chance, or that is not known."""
+def judgement(name: str, change: Estimate | None) -> str | None:
+    """Return whether a metric's change is `"good"` or `"bad"`; `None` if it may be chance or is not known."""
     better = higher_is_better(name)
     if change is None or better is None or change.low <= 0 <= change.high:
         return None
     return "good" if (change.value > 0) == better else "bad"
 
 
-def _pictures(report: EvaluationReport) -> Iterable[Html]:
+# ---------------------------------------------------------------------- pictures
+
+
+def _metric_pictures(report: EvaluationReport) -> dict[str, Markup] | None:
+    """Return a picture for each group of metrics; `None` without matplotlib."""
     if not report.results:
-        return
-    yield element("h2", "Before and after")
+        return {}
     try:
-        pictures = metric_pictures(report)
+        return {key: Markup(picture) for key, picture in metric_pictures(report).items()}
     except ImportError as error:
         _warn_once(str(error))
-        yield element(
-            "p",
-            "There are no pictures here, for matplotlib was not installed. To have them without evaluating again: ",
-            element("code", "pip install 'peft-locft[plot]'"),
-            ", then in Python ",
-            element("code", "save_report(EvaluationReport.load(folder), folder)"),
-            ".",
-        )
-        return
-    if report.has_before:
-        names = [element("span", f"{when} the edit", class_=when) for when in ("before", "after")]
-        yield element("div", *names, class_="legend")
-    figures = [_picture(picture, GROUPS[key].title, GROUPS[key].question) for key, picture in pictures.items()]
-    yield element("div", *figures, class_="pictures")
-
-
-def _picture(picture: str, title: str, words: str) -> Html:
-    caption = element("figcaption", element("h3", title), element("span", words, class_="small"))
-    # the figures are in the table
-    drawn = element("div", Html(picture), role="img", aria_label=f"{title}: the figures of the table, drawn")
-    return element("figure", caption, drawn)
+        return None
 
 
 @functools.cache
 def _warn_once(why: str) -> None:
-    logger.warning("The page of the evaluation has no pictures. %s", why)
+    logger.warning("The evaluation page has no pictures. %s", why)
 
 
-def _missing(report: EvaluationReport) -> Iterable[Html]:
-    if report.missing:
-        yield element("h2", "Not measured")
-        yield element("p", "None of these is a zero: there was nothing to measure.", class_="muted")
-        reasons = [
-            element("li", f"{why[:1].upper()}{why[1:]}: ", element("span", ", ".join(names), class_="muted"))
-            for why, names in report.missing_by_reason().items()
-        ]
-        yield element("ul", *reasons)
+@dataclass(frozen=True)
+class _Curves:
+    """Metrics by epoch: a picture, and the rows of a table, each an epoch and its values, `None` where unknown."""
+
+    names: list[str]
+    rows: list[tuple[float, list[float | None]]]
+    picture: Markup | None
 
 
-def _curves(report: EvaluationReport) -> Iterable[Html]:
-    lines = curve_lines(report.curves)
+def _curves(report: EvaluationReport) -> _Curves | None:
+    lines = {name: dict(points) for name, points in curve_lines(report.curves).items()}
     if not lines:
-        return
-    yield element("h2", "From epoch to epoch")
-    yield element(
-        "p",
-        "How training went: the share of edits learned (reliability), of those known in other words "
-        "(generalization), and of other answers still as they were (locality).",
-        class_="muted",
-    )
+        return None
     try:
-        picture = curves_picture(report.curves)
-        yield element("figure", element("div", Html(picture), role="img", aria_label="the figures by epoch, drawn"))
+        picture = Markup(curves_picture(report.curves))
     except ImportError as error:
         _warn_once(str(error))
-    by_name = {name: dict(points) for name, points in lines.items()}
-    epochs = sorted({epoch for points in by_name.values() for epoch in points})
-    names = [element("th", name.replace("_", " "), scope="col", class_="number") for name in lines]
-    rows = []
-    for epoch in epochs:
-        values = (points.get(epoch) for points in by_name.values())
-        cells = [element("td", DASH if value is None else shown(value), class_="number") for value in values]
-        rows.append(element("tr", element("th", f"{epoch:g}", scope="row"), *cells))
-    head = element("thead", element("tr", element("th", "Epoch", scope="col"), *names))
-    table = scrolling(element("table", head, element("tbody", *rows)), "Figures by epoch")
-    yield element("details", element("summary", "The same in figures"), table)
+        picture = None
+    epochs = sorted({epoch for points in lines.values() for epoch in points})
+    rows = [(epoch, [points.get(epoch) for points in lines.values()]) for epoch in epochs]
+    return _Curves(list(lines), rows, picture)
 
 
-def _settings(report: EvaluationReport) -> Html:
-    pairs = [
-        together(element("dt", name), element("dd", element("code", json.dumps(value, ensure_ascii=False))))
-        for name, value in report.settings.items()
+# ---------------------------------------------------------------------- failures
+
+
+@dataclass(frozen=True)
+class _Failures:
+    """Edits, rephrasings and probes that failed.
+
+    Args:
+        counts: how many of each kind failed, in words; empty if no row has a score.
+        rows: the first of them, as in the report.
+        num_rows: how many failed.
+        compares_with_base: locality probes are compared with the base's answers.
+    """
+
+    counts: list[str]
+    rows: list[dict[str, Any]]
+    num_rows: int
+    compares_with_base: bool
+
+
+def _failures(report: EvaluationReport) -> _Failures:
+    scores = [(row["kind"], deciding[0]) for row in report.rows if (deciding := deciding_score(row)) is not None]
+    num_scored = Counter(scores)
+    rows = list(report.failures())
+    num_failed = Counter(row["kind"] for row in rows)
+    counts = [
+        f"{num_failed[kind]} of {count} {KIND_NAMES.get(kind, (kind, kind))[count != 1]} (by {_in_words(measure)})"
+        for (kind, measure), count in num_scored.items()
     ]
-    return element("details", element("summary", "All settings"), element("dl", *pairs))
+    return _Failures(counts, rows[:MAX_FAILURES], len(rows), ("locality", "unchanged") in num_scored)
+
+
+def _score_of_row(row: dict[str, Any]) -> str:
+    """Return in words the score by which a row without an answer failed."""
+    deciding = deciding_score(row)
+    return f"{_in_words(deciding[0])} {format_number(deciding[1])}" if deciding else DASH

@@ -1,21 +1,22 @@
-"""What the metrics are called, and what they tell somebody who does not know the field."""
+"""The metrics in words for readers who do not know the field."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..evaluation.report import Result
+from ..evaluation.metrics import LOWER_IS_BETTER
+from ..evaluation.report import MetricResult
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Metrics that measure the same.
+    """Metrics that answer the same question.
 
     Args:
-        title: what it is called.
-        question: what it answers.
-        are_shares: its metrics are from 0 to 1, and more is better.
+        title: the group's name.
+        question: what its metrics answer.
+        are_shares: its metrics are from 0 to 1, and higher is better.
     """
 
     title: str
@@ -25,37 +26,36 @@ class Group:
 
 GROUPS = {
     "reliability": Group("Reliability", "Does the model answer the edited prompts as the edits say?"),
-    "generalization": Group("Generalization", "Does it also, when the same is asked in other words?"),
-    "locality": Group("Locality", "Are its answers to other questions left alone?"),
+    "generalization": Group("Generalization", "Does it also give the new answer when the question is reworded?"),
+    "locality": Group("Locality", "Does it still answer other questions as before?"),
     "portability": Group("Portability", "Does it answer questions that follow from the edits?"),
-    "edit_score": Group("Edit score", "How well does it do at the first three together?"),
-    "general": Group("General ability", "Has the model as a whole been harmed?", are_shares=False),
-    "other": Group("Other figures", "What else was measured.", are_shares=False),
+    "edit_score": Group("Edit score", "How good are reliability, generalization and locality together?"),
+    "general": Group("General ability", "Did the edits harm the model as a whole?", are_shares=False),
+    "other": Group("Other metrics", "What else was measured.", are_shares=False),
 }
 GENERAL = ("perplexity", "kl_from_base", "fluency_n_gram_entropy")
-LOWER_IS_BETTER = ("perplexity", "kl_from_base", "loss")
 
 LABELS = {
     "edit_score": "edit score",
     "fluency_n_gram_entropy": "fluency (n-gram entropy)",
     "kl_from_base": "KL from the base",
 }
-# by the whole name, or by what follows the group's
+# by the full name, or by the name without its group
 WORDS = {
-    "exact_match": "Asked, the model says just the right answer.",
-    "contains": "Asked, it says the right answer, perhaps with other words around it.",
-    "token_accuracy": "How much of the right answer it would say, piece by piece, each time shown the pieces before.",
-    "more_probable": "It finds the new answer likelier than the old one.",
-    "locality_more_probable": "It finds the right answer likelier than what the edit says.",
-    "unchanged": "It says just what it said before the edit, right or wrong.",
-    "first_word_unchanged": "Its answer begins with the same word as before the edit.",
-    "tokens_unchanged": "How many pieces of an answer it would choose as before the edit.",
-    "edit_score": "High only if edits are learned, in other words too, and other answers are left alone.",
-    "perplexity": "How much ordinary text surprises it: lower is better, and a rise is harm.",
-    "kl_from_base": "How far it has moved from the base in guessing the next word of ordinary text: 0 is not at all.",
-    "fluency_n_gram_entropy": "How varied the words of its longer texts are: a fall means that it repeats itself.",
+    "exact_match": "The answer is exactly the right one.",
+    "contains": "The answer contains the right one, perhaps among other words.",
+    "token_accuracy": "Share of the right answer's tokens (words or parts of words) that the model predicts.",
+    "more_probable": "The model finds the new answer more probable than the old one.",
+    "locality_more_probable": "The model finds the right answer more probable than the answer of the edit.",
+    "unchanged": "The answer is the same as before the edit, right or wrong.",
+    "first_word_unchanged": "The answer begins with the same word as before the edit.",
+    "tokens_unchanged": "Share of an answer's tokens (words or parts of words) predicted as before the edit.",
+    "edit_score": "High only if the edits are learned, hold in other words, and leave other answers unchanged.",
+    "perplexity": "How badly the model predicts ordinary text. Lower is better; a rise means harm.",
+    "kl_from_base": "How far its predictions on ordinary text have moved from the base model's. 0 means not at all.",
+    "fluency_n_gram_entropy": "How varied the model's longer answers are. A fall means that it repeats itself.",
 }
-# the first of these that was measured says the most about its group
+# the first of these that was measured represents its group
 HEADLINES = {
     "reliability": ("exact_match", "token_accuracy", "more_probable"),
     "generalization": ("exact_match", "token_accuracy", "more_probable"),
@@ -77,35 +77,35 @@ def group_of(name: str) -> str:
 
 
 def short_name(name: str) -> str:
-    """Return the name without its group's."""
+    """Return a metric's name without its group."""
     return name.removeprefix(f"{group_of(name)}_")
 
 
 def label_of(name: str) -> str:
-    """Return a metric's name in words, without its group's."""
+    """Return a metric's name in words, without its group."""
     return LABELS.get(name) or short_name(name).replace("_", " ")
 
 
 def words_of(name: str) -> str | None:
-    """Return in plain words what a metric tells; `None` for one that is not ours."""
+    """Return what a metric measures in plain words; `None` for a metric that is not ours."""
     short = None if group_of(name) == "other" else WORDS.get(short_name(name))
     return WORDS.get(name, short)
 
 
 def higher_is_better(name: str) -> bool | None:
-    """Say whether more of it is better; `None` where that is not known."""
+    """Return whether a higher value is better; `None` if that is not known."""
     if name in LOWER_IS_BETTER:
         return False
     return None if group_of(name) == "other" else True
 
 
-def grouped(results: Mapping[str, Result]) -> dict[str, dict[str, Result]]:
-    """Return the metrics by group, in the order of `GROUPS`; only groups that have some."""
-    found = {key: {name: result for name, result in results.items() if group_of(name) == key} for key in GROUPS}
-    return {key: members for key, members in found.items() if members}
+def grouped(results: Mapping[str, MetricResult]) -> dict[str, dict[str, MetricResult]]:
+    """Return the metrics by group, in the order of `GROUPS`, without empty groups."""
+    groups = {key: {name: result for name, result in results.items() if group_of(name) == key} for key in GROUPS}
+    return {key: members for key, members in groups.items() if members}
 
 
-def headline(key: str, members: Mapping[str, Result]) -> str | None:
-    """Return the name of the metric that says the most about a group; `None` if none of those was measured."""
+def headline(key: str, members: Mapping[str, MetricResult]) -> str | None:
+    """Return the name of the metric that represents a group; `None` if no candidate was measured."""
     names = [f"{key}_{short}" for short in HEADLINES.get(key, ())] + list(HEADLINES.get(key, ()))
     return next((name for name in names if name in members), None)

@@ -19,13 +19,13 @@ from ..data.edits import Edit
 from ..data.texts import TextSource
 from ..evaluation.config import EvaluationConfig
 from ..evaluation.evaluator import EditEvaluator
+from ..evaluation.metrics import LOWER_IS_BETTER
 from ..evaluation.report import EvaluationReport
 from ..io.files import write_atomically
 from .callbacks import CURVES_KEY, STATE_KEY
 
 logger = logging.getLogger(__name__)
 
-LOWER_IS_BETTER = ("perplexity", "kl_from_base")
 BEST_NAME = "best_epoch.safetensors"
 CURVES_NAME = "evaluation_curves"
 

@@ -1,4 +1,4 @@
-"""The field's fine-tuning baselines on the same edits: what the order, the batches and the averaging do."""
+"""Compare fine-tuning baselines on the same edits: the effect of order, batch size and averaging."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..engine.loading import load_model
 from ..evaluation.config import EvaluationConfig
 from ..evaluation.evaluator import EditEvaluator, EditSource
 from ..io.files import write_atomically
-from ..reporting.baseline_table import FIGURES, Baseline, markdown
+from ..reporting.baselines import TABLE_METRICS, Baseline, BaselineResult, baselines_to_markdown
 from ..reporting.plots import can_draw, draw_baselines
 from ..training.config import BreadthFirstConfig
 from ..tuner import LocFTConfig
@@ -29,25 +29,25 @@ from .trials import known_result, try_adapter
 
 logger = logging.getLogger(__name__)
 
-# what is scored, and whether the target ends with EOS; EasyEdit's FT-L and FT-M have none
+# the objective, and whether the target ends with EOS; EasyEdit's FT-L and FT-M have no EOS
 METHODS: dict[str, dict[str, Any]] = {
     "FT-L": {"objective": "prompt_last", "append_eos": False},
     "FT-M": {"objective": "target_new", "append_eos": False},
     "LocFT": {"objective": "target_new", "append_eos": True},
     "LoRA": {"objective": "target_new", "append_eos": True},
 }
-RANK = 32  # of LoRA, with alpha twice as large (arXiv 2402.11078)
+LORA_RANK = 32  # alpha is twice as large (arXiv 2402.11078)
 
 
 def baselines(batch_size: int, methods: Sequence[str] = tuple(METHODS)) -> list[Baseline]:
-    """Return each method depth-first and breadth-first one edit a step, and breadth-first in mini-batches.
+    """Return four baselines for each method: depth-first and breadth-first, one edit per step and in mini-batches.
 
-    One edit a step, only the order differs: the controlled experiment of arXiv 2509.22072. LocFT breadth-first in
-    mini-batches, averaged by edit, is the published LocFT-BF.
+    With one edit per step, only the order differs: the controlled experiment of arXiv 2509.22072. LocFT breadth-first
+    in mini-batches, averaged by edit, is the published LocFT-BF.
 
     Args:
-        batch_size: of the mini-batches.
-        methods: some of `METHODS`.
+        batch_size: size of the mini-batches.
+        methods: keys of `METHODS`.
 
     Raises:
         ValueError: if a method is unknown, or `batch_size` is below 2.
@@ -55,8 +55,8 @@ def baselines(batch_size: int, methods: Sequence[str] = tuple(METHODS)) -> list[
     unknown = sorted(set(methods) - set(METHODS))
     if unknown or batch_size < 2:
         raise ValueError(
-            f"methods={list(methods)}, batch_size={batch_size}: expected methods out of {', '.join(METHODS)}, and "
-            "mini-batches of 2 or more."
+            f"methods={list(methods)}, batch_size={batch_size}: expected methods among {', '.join(METHODS)}, and a "
+            "batch size of 2 or more."
         )
     return [
         baseline
@@ -80,32 +80,33 @@ def compare_baselines(
     methods: Sequence[str] = tuple(METHODS),
     evaluation: EvaluationConfig | None = None,
     text: TextSource | None = None,
-) -> list[dict[str, Any]]:
+) -> list[BaselineResult]:
     """Train and evaluate every baseline on the same edits, at the same location, from the same base.
 
-    Each result is written to `args.output_dir` when it is there, and taken from there by a later call with the same
-    arguments; so are, in the end, `baselines.md` and, with matplotlib, `baselines.png`.
+    Each result is written to `args.output_dir` at once, and a later call with the same arguments reads it from there.
+    The end writes `baselines.md` and, with matplotlib, `baselines.png`.
 
     Args:
-        model: the base; every adapter is taken off it again.
+        model: the base; not changed: every adapter is removed again.
         tokenizer: its fast tokenizer.
-        edits: whatever `read_edits` reads.
-        args: epochs, learning rate, batch size of the mini-batches, and where results go; order, objective, averaging
-            and EOS are each baseline's own.
-        location: what is trained; `None` is `LocFTConfig()`. LoRA takes the same modules.
-        methods: some of `METHODS`.
-        evaluation: how each is evaluated.
-        text: for perplexity, see `evaluate_edits`.
+        edits: anything `read_edits` reads.
+        args: epochs, learning rate, size of the mini-batches, and output folder. Order, objective, averaging and EOS
+            are set by each baseline.
+        location: what to train; `None` is `LocFTConfig()`. LoRA trains the same modules.
+        methods: keys of `METHODS`.
+        evaluation: how to evaluate.
+        text: text for perplexity, see `evaluate_edits`.
 
     Returns:
-        For each baseline a dictionary: what it is, its figures with their intervals, and the seconds it trained.
+        A result for each baseline.
 
     Raises:
         ValueError: if edits, methods or recipe cannot be used; nothing is trained then.
 
     Example:
         >>> args = BreadthFirstConfig(output_dir="baselines", per_device_train_batch_size=20, learning_rate=2e-3)
-        >>> rows = compare_baselines(model, tokenizer, "zsre.json", args)
+        >>> results = compare_baselines(model, tokenizer, "zsre.json", args)
+        >>> print(baselines_to_markdown(results))
     """
     chosen = baselines(args.per_device_train_batch_size, methods)
     edits = read_edits(edits)
@@ -122,7 +123,7 @@ def compare_baselines(
         "loss_floor": args.loss_floor,
         "seed": args.seed,
     }
-    rows = []
+    results = []
     for baseline in tqdm(chosen, desc="baselines", disable=bool(args.disable_tqdm)):
         cell = setting | {"baseline": asdict(baseline)}
         path = folder / f"{str(baseline).replace(', ', '_').replace(' ', '-')}.json"
@@ -130,11 +131,11 @@ def compare_baselines(
         if row is None:
             row = cell | _measure(model, tokenizer, edits, baseline, args, location, evaluator)
             write_atomically(path, json.dumps(row, indent=1) + "\n")
-        rows.append(row)
-    write_atomically(folder / "baselines.md", markdown(rows) + "\n")
+        results.append(BaselineResult.from_dict(row))
+    write_atomically(folder / "baselines.md", baselines_to_markdown(results) + "\n")
     if can_draw():
-        draw_baselines(rows, folder / "baselines.png")
-    return rows
+        draw_baselines(results, folder / "baselines.png")
+    return results
 
 
 def _measure(
@@ -152,13 +153,13 @@ def _measure(
         "loss_averaging": baseline.loss_averaging,
         "save_strategy": "no",
     }
-    tried = try_adapter(model, tokenizer, edits, _peft_config(baseline, location), replace(args, **recipe), evaluator)
-    figures = {name: result for name, result in tried.report.results.items() if name in FIGURES}
+    trial = try_adapter(model, tokenizer, edits, _peft_config(baseline, location), replace(args, **recipe), evaluator)
+    metrics = {name: result for name, result in trial.report.results.items() if name in TABLE_METRICS}
     return {
-        "seconds": tried.training_seconds,
-        "epoch_losses": tried.epoch_losses[-1:],
-        "figures": {name: result.after._asdict() for name, result in figures.items()},
-        "before": {name: result.before._asdict() for name, result in figures.items() if result.before},
+        "training_seconds": trial.training_seconds,
+        "final_loss": trial.epoch_losses[-1] if trial.epoch_losses else None,
+        "metrics": {name: result.after._asdict() for name, result in metrics.items()},
+        "before": {name: result.before._asdict() for name, result in metrics.items() if result.before},
     }
 
 
@@ -168,8 +169,8 @@ def _peft_config(baseline: Baseline, location: LocFTConfig) -> PeftConfig:
     if baseline.method != "LoRA":
         return config
     return LoraConfig(
-        r=RANK,
-        lora_alpha=2 * RANK,
+        r=LORA_RANK,
+        lora_alpha=2 * LORA_RANK,
         target_modules=config.target_modules,
         layers_to_transform=config.layers_to_transform,
         layers_pattern=config.layers_pattern,
@@ -191,16 +192,16 @@ def run_baselines(
     revision: str | None = None,
     dtype: str = "auto",
     trust_remote_code: bool = False,
-) -> list[dict[str, Any]]:
-    """Load a model and compare baselines on it; what `locft baselines` does. Arguments as of `compare_baselines`.
+) -> list[BaselineResult]:
+    """Load a model and compare baselines on it, as `locft baselines` does; further arguments as `compare_baselines`.
 
     Args:
         model_name_or_path: the base: a folder or a name on the Hub.
-        num_edits: take so many from the beginning; `None`: all.
-        max_text_tokens: of `text` at most.
+        num_edits: use only the first `num_edits` edits; `None` for all.
+        max_text_tokens: maximum number of tokens of `text`.
         revision: branch, tag or commit of the base on the Hub.
-        dtype: `"auto"` (as the checkpoint says), `"float32"`, `"bfloat16"` or `"float16"`.
-        trust_remote_code: run the code that comes with the base.
+        dtype: `"auto"` (the checkpoint's), `"float32"`, `"bfloat16"` or `"float16"`.
+        trust_remote_code: run code that comes with the base.
     """
     read = first_edits(edits, num_edits)
     model, tokenizer = load_model(model_name_or_path, dtype, revision=revision, trust_remote_code=trust_remote_code)

@@ -1,4 +1,4 @@
-"""One call from a model's name to an evaluation report: what `locft evaluate` does."""
+"""From a model's name to an evaluation report in one call."""
 
 from __future__ import annotations
 
@@ -42,34 +42,33 @@ def evaluate_model(
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> EvaluationReport:
-    """Load a model, with an adapter or without, and measure what an edit did to it.
+    """Load a model, with or without an adapter, and evaluate it, as `locft evaluate` does.
 
     Args:
-        model_name_or_path: a folder or a name on the Hub: the base of `adapter`, or a model that somebody has edited.
-            `None`: the base that the adapter names.
-        edits: whatever `read_edits` reads.
-        args: what is asked, and how.
-        adapter: a PEFT adapter on it, of any method.
-        base_model_name_or_path: the model before it was edited, where there is no adapter to take off.
-        text: for perplexity and KL, see `evaluate_edits`.
-        tasks: of lm-evaluation-harness, see `evaluate_on_tasks`; needs the extra `eval`.
-        limit: documents of each task at most, or below 1 a share of them.
-        num_fewshot: examples in a task's prompt; `None`: what each task says.
-        num_edits: take so many from the beginning; `None`: all.
-        output_dir: where the report is saved; `None`: nowhere.
+        model_name_or_path: a folder or a name on the Hub: the base of `adapter`, or an edited model. `None` for the
+            base that the adapter names.
+        edits: anything `read_edits` reads.
+        args: what to measure, and how.
+        adapter: a PEFT adapter of any method.
+        base_model_name_or_path: the model before the edit, if there is no adapter to disable.
+        text: text for perplexity and KL, see `evaluate_edits`.
+        tasks: tasks of lm-evaluation-harness, see `evaluate_on_tasks`; need the extra `eval`.
+        limit: maximum number of documents per task; below 1, a share of them.
+        num_fewshot: examples in a task's prompt; `None` for the task's own number.
+        num_edits: use only the first `num_edits` edits; `None` for all.
+        output_dir: folder for the report; `None` does not save it.
         revision: branch, tag or commit of the model on the Hub.
-        dtype: `"auto"` (as the checkpoint says), `"float32"`, `"bfloat16"` or `"float16"`.
-        trust_remote_code: run the code that comes with the model; leave it off unless you have read that code.
+        dtype: `"auto"` (the checkpoint's), `"float32"`, `"bfloat16"` or `"float16"`.
+        trust_remote_code: run code that comes with the model; leave it off unless you have read that code.
 
     Returns:
-        See `evaluate_edits`. Where the adapter says how its loss went, that is in `curves`.
+        See `evaluate_edits`. `curves` holds what the adapter's provenance records of its training.
 
     Raises:
-        ValueError: no model is named; edits or text cannot be used; the adapter does not fit the model, was trained
-            on another base, or on a question that is asked here (see `EvaluationConfig.on_leak`); `num_edits` is below
-            1.
+        ValueError: no model is named; edits or text cannot be used; the adapter does not fit the model, or was trained
+            on another base or on a prompt of the evaluation (see `EvaluationConfig.on_leak`); `num_edits` is below 1.
         OSError: model, tokenizer or adapter cannot be loaded.
-        ImportError: tasks are asked for, and lm-evaluation-harness is not installed.
+        ImportError: there are tasks, and lm-evaluation-harness is not installed.
         FloatingPointError: a model's logits are NaN or infinite.
 
     Example:
@@ -78,21 +77,21 @@ def evaluate_model(
     """
     read = first_edits(edits, num_edits)
     if output_dir is not None:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)  # should not fail after an hour
+        Path(output_dir).mkdir(parents=True, exist_ok=True)  # fail now, not after an hour
     name = model_name_or_path or _base_of(adapter)
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     model, tokenizer = load_model(name, dtype, **source)
     edited = model if adapter is None else _with_adapter(model, adapter)
-    facts = _facts(adapter)
-    if "trained_prompts" in facts.get("augmentation", {}):
-        mark_trained(edited, facts["augmentation"]["trained_prompts"])
+    provenance = _read_provenance(adapter)
+    if "trained_prompts" in provenance.get("augmentation", {}):
+        mark_trained(edited, provenance["augmentation"]["trained_prompts"])
     base = None
     if base_model_name_or_path is not None:
         base, _ = load_model(base_model_name_or_path, dtype, trust_remote_code=trust_remote_code)
     evaluator = EditEvaluator(edited, tokenizer, read, args, base_model=base, text=text)
-    of_tasks = {}
-    if tasks:  # first, since a task may be unknown
-        found = evaluate_on_tasks(
+    task_metrics = {}
+    if tasks:  # first, since a name may be unknown
+        task_results = evaluate_on_tasks(
             edited,
             tokenizer,
             tasks,
@@ -101,10 +100,10 @@ def evaluate_model(
             num_fewshot=num_fewshot,
             allow_other_base=evaluator.args.allow_other_base,
         )
-        of_tasks = found.results(evaluator.args.confidence)
+        task_metrics = task_results.metric_results(evaluator.args.confidence)
     report = evaluator.evaluate()
     settings = report.settings | {"adapter": _text(adapter), "tasks": list(tasks)}
-    report = replace(report, results=report.results | of_tasks, curves=_curves(facts), settings=settings)
+    report = replace(report, results=report.results | task_metrics, curves=_curves(provenance), settings=settings)
     if output_dir is not None:
         save_report(report, output_dir)
     return report
@@ -116,10 +115,10 @@ def _text(path: str | os.PathLike[str] | None) -> str | None:
 
 def _base_of(adapter: str | os.PathLike[str] | None) -> str:
     if adapter is None:
-        raise ValueError("Found neither a model nor an adapter to evaluate; give model_name_or_path, or adapter.")
+        raise ValueError("Found neither a model nor an adapter to evaluate; pass model_name_or_path or adapter.")
     name = PeftConfig.from_pretrained(os.fspath(adapter)).base_model_name_or_path
     if not name:
-        raise ValueError(f"{adapter}: it does not say which base model it belongs to; give model_name_or_path.")
+        raise ValueError(f"{adapter}: the adapter does not name its base model; pass model_name_or_path.")
     return str(name)
 
 
@@ -130,28 +129,28 @@ def _with_adapter(model: nn.Module, adapter: str | os.PathLike[str]) -> PeftMode
             return PeftModel.from_pretrained(model, os.fspath(adapter))
     except RuntimeError as error:
         raise ValueError(
-            f"{adapter}: the adapter does not fit {getattr(model, 'name_or_path', 'this model')}: {error}. Give the "
+            f"{adapter}: the adapter does not fit {getattr(model, 'name_or_path', 'this model')}: {error}. Pass the "
             "base that it was trained on."
         ) from None
     except ValueError as error:
-        raise ValueError(f"{adapter}: the adapter cannot be put on this model: {error}") from None
+        raise ValueError(f"{adapter}: cannot load the adapter onto this model: {error}") from None
 
 
-def _facts(adapter: str | os.PathLike[str] | None) -> dict[str, Any]:
-    """Return what is recorded of a local adapter."""
+def _read_provenance(adapter: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """Return the provenance of a local adapter; empty if there is none."""
     file = Path(adapter, PROVENANCE_NAME) if adapter is not None else None
     if file is None or not file.is_file():
         return {}
-    facts = json.loads(file.read_text(encoding="utf-8"))
-    check_facts(facts, file)
-    return dict(facts)
+    provenance = json.loads(file.read_text(encoding="utf-8"))
+    check_facts(provenance, file)
+    return dict(provenance)
 
 
-def _curves(facts: dict[str, Any]) -> list[dict[str, float]]:
-    """Return what a training run of ours has left of its epochs."""
-    training = facts.get("training", {})
+def _curves(provenance: dict[str, Any]) -> list[dict[str, float]]:
+    """Return the values by epoch that our training run recorded."""
+    training = provenance.get("training", {})
     if training.get("curves"):
         return list(training["curves"])
-    if facts.get("recipe", {}).get("edit_order") == "depth_first":
-        return []  # its losses are of edits, not of epochs
+    if provenance.get("recipe", {}).get("edit_order") == "depth_first":
+        return []  # its losses are per edit, not per epoch
     return [{"epoch": n, "loss": loss} for n, loss in enumerate(training.get("epoch_losses", []), start=1)]

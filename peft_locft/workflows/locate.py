@@ -1,4 +1,4 @@
-"""Try locations on a sample of the edits, cut off those that are clearly worse, and rank the rest."""
+"""Search the best location: try all on a sample of the edits, drop the clearly worse ones, rank the rest."""
 
 from __future__ import annotations
 
@@ -37,15 +37,16 @@ STATES = "states"
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """Which locations are tried, and how many of them go on.
+    """Which locations to try, and how many go on to the next rung.
 
     Args:
-        modules: kinds of modules, or names, see `location_of`.
-        layers: decoder layers, counted from 0; `None`: all.
-        stride: begin with every so many-th of the layers, and come closer to the best: half as far each time.
-        keep: one in so many goes on to the next rung, two at least; a trial costs up to so many times as much there.
-        num_rungs: 1 tries all of them on all edits; `None`: see `rungs`.
-        learning_rates: of some modules, where it is not the recipe's: coarse ones want a lower one.
+        modules: kinds of modules or their names, see `location_of`.
+        layers: indices of decoder layers, from 0; `None` for all.
+        stride: start with every `stride`-th layer, then halve the distance around the best ones.
+        keep: one in `keep` locations goes on to the next rung, at least two; a trial there costs up to `keep` times as
+            much.
+        num_rungs: 1 tries every location on all edits; `None` chooses, see `rungs`.
+        learning_rates: by module, if not the recipe's; coarse modules need a lower one.
     """
 
     modules: Sequence[str] = KINDS
@@ -69,43 +70,43 @@ def search_locations(
     text: TextSource | None = None,
     show_progress: bool | None = None,
 ) -> LocationSearchResult:
-    """Find out where edits are best written into a model.
+    """Find the location of a model where edits work best.
 
-    Successive halving: all locations are trained on a few edits in small batches, one in `plan.keep` of them on others
-    and more, and so on by the mean of their scores; the last two or more on all edits. The layers before a location
-    are run once for all locations of a rung, and the base is asked once.
+    Successive halving: every location is trained on a few edits in small batches; one in `plan.keep` goes on to more
+    and other edits, and so on by the mean of the scores; at least the last two are trained on all edits. The layers
+    before a location run once for all locations of a rung, and the base is evaluated once.
 
-    Every result is written to `args.output_dir` when it is there, so that a search that was killed goes on where it
-    was, and several processes with the same arguments share the work. In the end so are `locations.json`,
-    `locations.md`, `best.json` (what `locft train --location` reads) and, with matplotlib, `locations.png`.
+    Every result is written to `args.output_dir` at once: a killed search continues where it stopped, and several
+    processes with the same arguments share the work. The end writes `locations.json`, `locations.md`, `best.json` (for
+    `locft train --location`) and, with matplotlib, `locations.png`.
 
     Args:
-        model: the base; every adapter is taken off it again.
+        model: the base; not changed: every adapter is removed again.
         tokenizer: its fast tokenizer.
-        edits: whatever `read_edits` reads, with rephrasings and locality probes.
-        args: the recipe of every trial, and where results go.
-        plan: which locations; `None` is all kinds of modules in all layers.
-        num_edits: the sample, drawn by `args.seed`; `None`: all, in their order.
-        score: weights of metrics, see `LocationScore`; `None`: its default.
-        evaluation: how the last rung is evaluated; earlier ones are asked only what the score needs, of a share of the
+        edits: anything `read_edits` reads, with rephrasings and locality probes.
+        args: recipe of every trial, and output folder.
+        plan: which locations to try; `None` for all kinds of modules in all layers.
+        num_edits: size of the sample, drawn with `args.seed`; `None` for all edits in their order.
+        score: weights of metrics, see `LocationScore`; `None` for its default.
+        evaluation: how to evaluate the last rung; earlier rungs measure only what the score needs, on a share of the
             text. `None`: greedy answers and token accuracy, 2,048 tokens of text in windows of 256.
-        text: for perplexity and KL, see `evaluate_edits`.
-        show_progress: `None`: unless `args.disable_tqdm`.
+        text: text for perplexity and KL, see `evaluate_edits`.
+        show_progress: show a progress bar; `None` follows `args.disable_tqdm`.
 
     Raises:
-        ValueError: edits, plan, score or text cannot be used, the folder holds a search of another configuration, the
-            processes are a group (see `leave_group`), or training diverges everywhere.
+        ValueError: edits, plan, score or text cannot be used; the folder holds a search with other settings; the
+            processes form a group (see `leave_group`); or training diverges at every location.
 
     Example:
         >>> args = BreadthFirstConfig(output_dir="search", learning_rate=5e-3, per_device_train_batch_size=20)
-        >>> found = search_locations(model, tokenizer, "zsre.json", args, plan=SearchPlan(stride=4))
-        >>> found.preset.save("best.json")
+        >>> search = search_locations(model, tokenizer, "zsre.json", args, plan=SearchPlan(stride=4))
+        >>> search.preset.save("best.json")
     """
     if args.world_size > 1:
         raise ValueError(
-            f"search_locations found a group of {args.world_size} processes, which would train every location "
-            "together. Call peft_locft.engine.distributed.leave_group() before making a BreadthFirstConfig, as "
-            "`locft locate` does."
+            f"search_locations: found a group of {args.world_size} processes, which would train every location "
+            "together; expected independent ones. Call peft_locft.engine.distributed.leave_group() before you create "
+            "the BreadthFirstConfig, as `locft locate` does."
         )
     plan = plan or SearchPlan()
     sample = _sample(read_edits(edits), num_edits, args.seed)
@@ -136,24 +137,27 @@ def search_locations(
 
 def _sample(edits: Sequence[Edit], num_edits: int | None, seed: int) -> list[Edit]:
     if num_edits is not None and num_edits < 1:
-        raise ValueError(f"num_edits={num_edits}: expected 1 or more; None is all of them")
+        raise ValueError(f"num_edits={num_edits}: expected 1 or more, or None for all")
     if num_edits is None:
         return list(edits)
     return random.Random(seed).sample(list(edits), min(num_edits, len(edits)))
 
 
 def _check_plan(plan: SearchPlan, model: PreTrainedModel) -> list[int]:
-    """Return the layers, after looking at every location."""
+    """Return the layers to try, after a check that every location exists."""
     num_layers = len(find_decoder_layers(model)[1])
     layers = list(range(num_layers)) if plan.layers is None else sorted(set(plan.layers))
     if not layers or not plan.modules or len(set(plan.modules)) < len(plan.modules):
-        raise ValueError(f"plan: found modules={list(plan.modules)} and layers={layers}; expected some, each once.")
+        raise ValueError(
+            f"plan: found modules={list(plan.modules)} and layers={layers}; expected one or more of each, no repeats."
+        )
     rates = plan.learning_rates or {}
     unknown = sorted(set(rates) - set(plan.modules))
     wrong = [f"{name}={rate}" for name, rate in rates.items() if not 0 < rate < float("inf")]
     if unknown or wrong:
         raise ValueError(
-            f"learning_rates: found {', '.join(unknown + wrong)}; expected rates above 0 of {', '.join(plan.modules)}."
+            f"learning_rates: found {', '.join(unknown + wrong)}; expected rates above 0 for modules among "
+            f"{', '.join(plan.modules)}."
         )
     for module in plan.modules:
         for layer in layers:
@@ -162,20 +166,20 @@ def _check_plan(plan: SearchPlan, model: PreTrainedModel) -> list[int]:
 
 
 def _score(weights: Mapping[str, float] | None, edits: Sequence[Edit], has_text: bool) -> LocationScore:
-    told = {
+    measurable = {
         "reliability": True,
         "generalization": any(edit.rephrasings for edit in edits),
         "locality": any(edit.locality for edit in edits),
         "portability": any(edit.portability for edit in edits),
     }
     if weights is None:
-        return LocationScore.default([kind for kind, is_told in told.items() if is_told], has_text)
+        return LocationScore.default([kind for kind, is_measurable in measurable.items() if is_measurable], has_text)
     score = LocationScore(weights)
-    untold = [name for name in weights if not told.get(name.partition("_")[0], True)]
-    if untold or (score.needs_text and not has_text):
+    impossible = [name for name in weights if not measurable.get(name.partition("_")[0], True)]
+    if impossible or (score.needs_text and not has_text):
         raise ValueError(
-            f"score: {', '.join(untold) or 'perplexity and KL'} cannot be measured: no edit of the sample has what is "
-            "asked for it, or there is no text. Leave it out of the score, or give that."
+            f"score: {', '.join(impossible) or 'perplexity and KL'} cannot be measured: no edit of the sample has the "
+            "rephrasings or probes for it, or there is no text. Add them, or remove the metric from the score."
         )
     return score
 
@@ -190,7 +194,7 @@ def _setting(
     score: LocationScore,
     trials: LocationTrials,
 ) -> dict[str, Any]:
-    """Return what the results depend on, as plain data."""
+    """Return everything that the results depend on, as plain data."""
     recipe = {name: getattr(args, name) for name in (*RECIPE_FIELDS, "skip_learned_epochs")}
     return {
         "model": getattr(model.config, "name_or_path", ""),
@@ -220,21 +224,21 @@ def run_location_search(
     trust_remote_code: bool = False,
     **arguments: Any,
 ) -> LocationSearchResult:
-    """Load a model and search its locations; what `locft locate` does.
+    """Load a model and search its locations, as `locft locate` does.
 
     Args:
         model_name_or_path: the base: a folder or a name on the Hub.
         edits: as in `search_locations`.
-        args: as there.
+        args: as in `search_locations`.
         revision: branch, tag or commit of the base on the Hub.
-        dtype: `"auto"` (as the checkpoint says), `"float32"`, `"bfloat16"` or `"float16"`.
-        trust_remote_code: run the code that comes with the base.
-        **arguments: what else `search_locations` takes.
+        dtype: `"auto"` (the checkpoint's), `"float32"`, `"bfloat16"` or `"float16"`.
+        trust_remote_code: run code that comes with the base.
+        **arguments: further arguments of `search_locations`.
 
     Raises:
         ValueError: as `search_locations`.
         OSError: if the model cannot be loaded.
     """
-    read = read_edits(edits)  # a mistake in them should not wait for a large model to load
+    read = read_edits(edits)  # find mistakes in them before a large model loads
     model, tokenizer = load_model(model_name_or_path, dtype, revision=revision, trust_remote_code=trust_remote_code)
     return search_locations(model, tokenizer, read, args, **arguments)

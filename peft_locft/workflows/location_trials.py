@@ -1,4 +1,4 @@
-"""The trials of a search for a location: each once, by whichever process comes first, and never half-written."""
+"""The trials of a location search: each is made once, by the first process to reach it, and written atomically."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..io.copies import locked
 from ..io.files import write_atomically
 from ..locating.module_kinds import config_of, location_of
 from ..locating.plan import Candidate, Rung, edits_of, neighbours, num_trained, survivors
-from ..locating.results import LocationTrial, plain_figures, read_trial
+from ..locating.results import LocationTrial, finite_estimates, read_trial
 from ..locating.score import LocationScore
 from ..training.config import BreadthFirstConfig
 from ..tuner.arithmetic import tensor_sha256
@@ -33,12 +33,12 @@ from .trials import known_result, try_adapter
 logger = logging.getLogger(__name__)
 
 SETTING, TRIALS = "search.json", "trials"
-PATIENCE = 1.0  # seconds between looks at what other processes have done
+POLL_SECONDS = 1.0  # between looks at the results of other processes
 
 
 @dataclass
 class LocationTrials:
-    """Trains and evaluates locations; arguments as `search_locations`, checked by it.
+    """Trains and evaluates locations. `search_locations` has checked the arguments.
 
     Args:
         model: the base.
@@ -46,10 +46,10 @@ class LocationTrials:
         edits: the sample; see `edits_of`.
         args: the recipe.
         ladder: the rungs.
-        score: of a trial.
-        evaluation: of the last rung.
+        score: ranks the trials.
+        evaluation: how the last rung is evaluated.
         text: for perplexity and KL.
-        learning_rates: by module, where it is not the recipe's.
+        learning_rates: by module, if not the recipe's.
     """
 
     model: PreTrainedModel
@@ -66,15 +66,15 @@ class LocationTrials:
 
     @property
     def text_sha256(self) -> str | None:
-        """The hash of the text's tokens, as far as the last rung reads it."""
+        """The hash of the tokens of the text that the last rung uses."""
         windows = self._evaluator(len(self.ladder) - 1).windows
         return None if windows is None else tensor_sha256(windows)
 
     def begin(self, folder: Path, setting: dict[str, Any]) -> None:
-        """Make the folder a search's, or go on with the one in it.
+        """Start a search in a folder, or continue the one in it.
 
         Raises:
-            ValueError: if that is a search of another setting.
+            ValueError: if the folder holds a search with other settings.
         """
         self._folder = folder / TRIALS
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -86,9 +86,9 @@ class LocationTrials:
             if differing:
                 first = differing[0]
                 raise ValueError(
-                    f"{folder}: it holds a search with other {', '.join(differing)}: found {first}="
-                    f"{before.get(first)!r}, and this one has {now.get(first)!r}. Give another output_dir, or the "
-                    "same arguments as before."
+                    f"{folder}: holds a search with other settings ({', '.join(differing)}): found {first}="
+                    f"{before.get(first)!r}, expected {now.get(first)!r}. Use another output_dir, or the arguments "
+                    "of that search."
                 )
         write_atomically(path, json.dumps(setting, indent=1) + "\n")
 
@@ -101,50 +101,50 @@ class LocationTrials:
         keep: int,
         progress: bool,
     ) -> list[LocationTrial]:
-        """Try locations rung by rung, and return all trials.
+        """Try locations rung by rung; return all trials.
 
         Raises:
             ValueError: if training diverges at every location.
         """
-        begin = [Candidate(module, layer) for module in modules for layer in coarse]
+        first = [Candidate(module, layer) for module in modules for layer in coarse]
         with tqdm(
-            total=num_trained(self.ladder, len(begin), keep), desc="locating", unit="edit", disable=not progress
+            total=num_trained(self.ladder, len(first), keep), desc="locating", unit="edit", disable=not progress
         ) as bar:
-            found = self._try(0, begin, bar)
+            rung_trials = self._rung(0, first, bar)
             while stride > 1:
                 stride = (stride + 1) // 2 if stride > 2 else 1
-                closer = neighbours(survivors(mean_scores(found.values(), found), keep), layers, stride)
-                new = [candidate for candidate in closer if candidate not in found]
+                closer = neighbours(survivors(mean_scores(rung_trials.values(), rung_trials), keep), layers, stride)
+                new = [candidate for candidate in closer if candidate not in rung_trials]
                 bar.total += len(new) * self.ladder[0].num_edits
-                found |= self._try(0, new, bar)
-            if all(trial.failed for trial in found.values()):
-                reasons = "; ".join(sorted({str(trial.failed) for trial in found.values()})[:2])
+                rung_trials |= self._rung(0, new, bar)
+            if all(trial.failed for trial in rung_trials.values()):
+                reasons = "; ".join(sorted({str(trial.failed) for trial in rung_trials.values()})[:2])
                 raise ValueError(f"Training diverged at every location ({reasons}). Lower the learning rate.")
-            trials = list(found.values())
+            trials = list(rung_trials.values())
             for rung in range(1, len(self.ladder)):
-                found = self._try(rung, survivors(mean_scores(trials, found), keep), bar)
-                trials += found.values()
+                rung_trials = self._rung(rung, survivors(mean_scores(trials, rung_trials), keep), bar)
+                trials += rung_trials.values()
         return trials
 
-    def _try(self, rung: int, candidates: Sequence[Candidate], bar: tqdm[Any]) -> dict[Candidate, LocationTrial]:
-        """Return the trials of a rung: those that are not there are made here, or by other processes meanwhile."""
-        # the last layer first, on the way to which the states before all others are kept
+    def _rung(self, rung: int, candidates: Sequence[Candidate], bar: tqdm[Any]) -> dict[Candidate, LocationTrial]:
+        """Return the trials of a rung; missing ones are made here, or by other processes meanwhile."""
+        # the last layer first: its trunk passes, and stores, the states before all other layers
         waiting = sorted(candidates, key=lambda candidate: -candidate.layer)
-        found: dict[Candidate, LocationTrial] = {}
+        trials: dict[Candidate, LocationTrial] = {}
         while waiting:
             before = len(waiting)
             for candidate in list(waiting):
-                trial = self._one(rung, candidate, bar)
+                trial = self._trial(rung, candidate, bar)
                 if trial is not None:
-                    found[candidate] = trial
+                    trials[candidate] = trial
                     waiting.remove(candidate)
-                    best = max(found.values(), key=lambda trial: trial.score)
+                    best = max(trials.values(), key=lambda trial: trial.score)
                     bar.set_postfix_str(f"rung {rung + 1} of {len(self.ladder)}, best: {best.candidate}")
             if len(waiting) == before:
-                time.sleep(PATIENCE)
-        return {candidate: found[candidate] for candidate in candidates}
+                time.sleep(POLL_SECONDS)
+        return {candidate: trials[candidate] for candidate in candidates}
 
-    def _one(self, rung: int, candidate: Candidate, bar: tqdm[Any]) -> LocationTrial | None:
+    def _trial(self, rung: int, candidate: Candidate, bar: tqdm[Any]) -> LocationTrial | None:
         """Return a trial; `None` while another process makes it."""
         path = self._folder / f"{rung}-{candidate.file_name}.json"
         cell = asdict(candidate) | {"rung": rung, "num_edits": self.ladder[rung].num_edits}
@@ -155,14 +155,14 @@ class LocationTrials:
             with locked(place) as is_ours:
                 if not is_ours:
                     return None
-                row = known_result(path, cell)  # by another process, between the look and the lock
+                row = known_result(path, cell)  # another process may have made it before we got the lock
                 if row is None:
                     trial = self._measure(rung, candidate, place)
                     write_atomically(path, json.dumps(asdict(trial), indent=1) + "\n")
                     bar.update(self.ladder[rung].num_edits)
                     shutil.rmtree(place, ignore_errors=True)
                     return trial
-        # no time was spent on it here, and none should be expected for the rest because of it
+        # it took no time here, so it must not count in the estimate of the time left
         bar.total -= self.ladder[rung].num_edits
         return read_trial(row)
 
@@ -171,10 +171,10 @@ class LocationTrials:
         step = self.ladder[rung]
         edits = self._edits(rung)
         rate = float(self.learning_rates.get(candidate.module) or self.args.learning_rate or 0)
-        own: dict[str, Any] = {"output_dir": str(place), "per_device_train_batch_size": step.batch_size}
-        own |= {"learning_rate": rate, "report_to": "none", "disable_tqdm": True}
-        own |= dict.fromkeys(("save_strategy", "logging_strategy"), "no")
-        args = replace(self.args, **own)
+        overrides: dict[str, Any] = {"output_dir": str(place), "per_device_train_batch_size": step.batch_size}
+        overrides |= {"learning_rate": rate, "report_to": "none", "disable_tqdm": True}
+        overrides |= dict.fromkeys(("save_strategy", "logging_strategy"), "no")
+        args = replace(self.args, **overrides)
         known = {
             **asdict(candidate),
             "rung": rung,
@@ -185,27 +185,27 @@ class LocationTrials:
         }
         begun = time.perf_counter()
         try:
-            tried = try_adapter(self.model, self.tokenizer, edits, config_of(location), args, self._evaluator(rung))
+            trial = try_adapter(self.model, self.tokenizer, edits, config_of(location), args, self._evaluator(rung))
         except (TrainingDivergedError, FloatingPointError) as error:
             logger.warning("%s: %s", candidate, error)
-            nothing: dict[str, Any] = {"score": 0.0, "figures": {}, "before": {}, "epochs": 0, "evaluation_seconds": 0}
+            nothing: dict[str, Any] = {"score": 0.0, "metrics": {}, "before": {}, "epochs": 0, "evaluation_seconds": 0}
             return LocationTrial(**known, **nothing, failed=str(error), training_seconds=time.perf_counter() - begun)
         return LocationTrial(
             **known,
-            score=self.score.of(tried.report),
-            figures=plain_figures(tried.report.results, "after"),
-            before=plain_figures(tried.report.results, "before"),
+            score=self.score.of(trial.report),
+            metrics=finite_estimates(trial.report.results, "after"),
+            before=finite_estimates(trial.report.results, "before"),
             failed=None,
-            epochs=len(tried.epoch_losses),
-            training_seconds=tried.training_seconds,
-            evaluation_seconds=tried.evaluation_seconds,
+            epochs=len(trial.epoch_losses),
+            training_seconds=trial.training_seconds,
+            evaluation_seconds=trial.evaluation_seconds,
         )
 
     def _edits(self, rung: int) -> Sequence[Edit]:
         return self.edits[edits_of(self.ladder, rung, len(self.edits))]
 
     def _evaluator(self, rung: int) -> EditEvaluator:
-        """Return the evaluator of a rung, which asks the base once."""
+        """Return the evaluator of a rung, shared by its trials: the base answers only once."""
         if rung not in self._evaluators:
             config, needed = self.evaluation, self.score.protocols
             if rung < len(self.ladder) - 1:
@@ -218,18 +218,18 @@ class LocationTrials:
                 self.model, self.tokenizer, self._edits(rung), config, text=self.text, progress=False
             )
             if evaluator.windows is not None and self._fits(evaluator.windows.numel()):
-                evaluator.kept_logits = []
+                evaluator.base_logits = []
             self._evaluators[rung] = evaluator
         return self._evaluators[rung]
 
     def _fits(self, num_tokens: int) -> bool:
-        """Whether the logits of so many tokens take less than a quarter of the memory that is free."""
+        """Return whether the logits of that many tokens take less than a quarter of the free memory."""
         head = self.model.get_output_embeddings().weight
         return num_tokens * head.shape[0] * head.itemsize < free_memory(head.device) / 4
 
 
 def mean_scores(trials: Collection[LocationTrial], candidates: Iterable[Candidate]) -> dict[Candidate, float]:
-    """Return the mean score of each candidate in all its trials, by the edits of these; 0 if one has diverged."""
+    """Return the mean score of each candidate over its trials, weighted by their edits; 0 if a trial diverged."""
     scores = {}
     for candidate in candidates:
         own = [trial for trial in trials if trial.candidate == candidate]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from peft_locft import EvaluationConfig, encode_prompts, evaluate_edits, read_edits
-from peft_locft.evaluation.edit_questions import items_of
+from peft_locft.evaluation.items import eval_items
 from peft_locft.evaluation.scoring import cut_answer
 
 from .common import in_own_process, load, machine, markdown_table, parser_for, write_json
@@ -54,7 +54,7 @@ def measure(
         answers = [row["answer_after"] for row in report.rows]
     else:
         stop = {"stop_strings": [".", "\n"], "tokenizer": tokenizer} if "stop" in variant else {}
-        answers = looped(model, tokenizer, [item.prompt for item in items_of(read)], batch_size, stop)
+        answers = looped(model, tokenizer, [item.prompt for item in eval_items(read)], batch_size, stop)
     return {"seconds": time.perf_counter() - begun, "answers": answers}
 
 

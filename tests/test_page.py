@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 from example_reports import example_report, result, row
+from jinja2 import UndefinedError
+from markupsafe import Markup
 
 from peft_locft.evaluation.intervals import Estimate
 from peft_locft.evaluation.metrics import EDIT_SCORE, Protocol, metric_names
 from peft_locft.evaluation.perplexity import TextMeasurement
-from peft_locft.evaluation.report import EvaluationReport, Result
+from peft_locft.evaluation.report import EvaluationReport, MetricResult
 from peft_locft.reporting import page as report_page
-from peft_locft.reporting.failures_table import MAX_FAILURES, MAX_LETTERS
-from peft_locft.reporting.html_elements import Html, element, together
-from peft_locft.reporting.page import render_report
+from peft_locft.reporting.page import MAX_CHARACTERS, MAX_FAILURES, page_templates, render_report
 from peft_locft.reporting.words import GROUPS, group_of, headline, higher_is_better, label_of, words_of
 
 VOID = {"meta"}
@@ -80,14 +80,14 @@ def seen(report: EvaluationReport) -> str:
 
 def test_it_says_what_was_measured() -> None:
     text = seen(example_report())
-    assert text.startswith("What 2 edits did to tiny Before is the model without the edits")
+    assert text.startswith("What 2 edits did to tiny Before: the model without the edits")
     for fact in (
         "Model models/tiny",
         "Adapter default",
         "Edits 2, sha256 0123456789abcdef…",
-        "Asked by generation",
-        "Numbers in bfloat16",
-        "Intervals 95% confidence, by bootstrap of 1000 resamples",
+        "Protocols generation",
+        "Data type bfloat16",
+        "Intervals 95% confidence, bootstrap with 1000 resamples",
         "Versions peft-locft 0.1.0",
     ):
         assert fact in text
@@ -96,21 +96,22 @@ def test_it_says_what_was_measured() -> None:
 def test_it_has_every_metric_with_its_meaning_and_intervals() -> None:
     text = seen(example_report())
     assert (
-        "exact match reliability_exact_match Asked, the model says just the right answer. what it tells "
+        "exact match reliability_exact_match The answer is exactly the right one. what it tells "
         "0.125 0.025 to 0.225 0.875 0.775 to 0.975 +0.750 +0.650 to +0.850 2 edits"
     ) in text
-    assert "unchanged locality_unchanged It says just what it said before the edit, right or wrong." in text
+    assert "unchanged locality_unchanged The answer is the same as before the edit, right or wrong." in text
     assert "- 0.375 0.275 to 0.475 - 2 edits" in text
     assert "Reliability 87.5% Does the model answer" in text
     assert "Locality 37.5%" in text
     assert (
-        "General ability 31.5 Has the model as a whole been harmed? perplexity (lower is better): before 20.25" in text
+        "General ability 31.5 Did the edits harm the model as a whole? perplexity (lower is better): before 20.25"
+        in text
     )
 
 
 def test_a_change_is_judged_only_where_it_is_no_chance() -> None:
     def colours(name: str, change: Estimate) -> list[str]:
-        report = example_report(results={name: Result("", result(0.5).after, result(0.5).after, change, 2)})
+        report = example_report(results={name: MetricResult("", result(0.5).after, result(0.5).after, change, 2)})
         return re.findall(r'class="(good|bad)"', render_report(report))
 
     up, down, unclear = Estimate(0.2, 0.1, 0.3), Estimate(-0.2, -0.3, -0.1), Estimate(0.2, 0.0, 0.4)
@@ -124,7 +125,7 @@ def test_a_change_is_judged_only_where_it_is_no_chance() -> None:
 
 def test_it_has_what_is_missing_the_notes_and_all_settings() -> None:
     text = seen(example_report())
-    assert "Not measured None of these is a zero: there was nothing to measure." in text
+    assert "Not measured These metrics have no value. That is not a value of 0." in text
     assert "No edit has portability probes: portability_exact_match" in text
     assert "1 edits have the prompt of another." in text
     assert 'All settings model "models/tiny" dtype "bfloat16"' in text
@@ -158,7 +159,7 @@ def test_hostile_texts_stay_texts() -> None:
     report = example_report(
         results={
             attack: result(0.5),
-            "reliability_exact_match": Result(attack, result(0.5).after, None, None, 2, attack),
+            "reliability_exact_match": MetricResult(attack, result(0.5).after, None, None, 2, attack),
         },
         missing={attack: attack},
         rows=[row(0, attack, attack, source=attack, **failed)],
@@ -183,9 +184,9 @@ def test_failures_are_counted_and_shown() -> None:
     text = seen(example_report())
     assert (
         "0 of 2 edits (by exact match), 1 of 2 rephrasings (by exact match), 1 of 2 locality probes (by unchanged). "
-        "All of these 2 are here; answers.csv has every answer"
+        "This table lists all 2 failures; answers.csv lists every answer"
     ) in text
-    assert "should be the one before, right or wrong" in text
+    assert "fails if its answer changed, whether or not the answer before was right" in text
     assert "1 edits.json:2 rephrasing France's capital? Lyon Paris Paris" in text
     assert "1 edits.json:2 locality probe The Seine is in Paris Paris Lyon" in text
     assert "The capital of Spain is" not in text
@@ -196,7 +197,7 @@ def test_no_more_than_the_first_failures_are_shown() -> None:
         row(number, "reliability", f"prompt {number}.", exact_match_after=0.0) for number in range(MAX_FAILURES + 5)
     ]
     text = seen(example_report(rows=rows))
-    assert "205 of 205 edits (by exact match). The first 200 of these 205 are here; answers.csv" in text
+    assert "205 of 205 edits (by exact match). This table lists the first 200 of 205 failures; answers.csv" in text
     assert "prompt 199." in text and "prompt 200." not in text
     assert "locality probe" not in text
 
@@ -209,10 +210,10 @@ def test_no_failure_and_no_rows() -> None:
 def test_a_long_answer_is_cut_and_an_empty_one_is_seen() -> None:
     rows = [row(0, "reliability", "p" * 1000, answer_before=" \n", answer_after="q" * 400, exact_match_after=0.0)]
     text = seen(example_report(rows=rows))
-    assert f"{'p' * MAX_LETTERS} … and 700 letters more" in text
-    assert f"{'q' * MAX_LETTERS} … and 100 letters more" in text
-    assert "p" * (MAX_LETTERS + 1) not in text
-    assert "(nothing)" in text
+    assert f"{'p' * MAX_CHARACTERS} … 700 more characters" in text
+    assert f"{'q' * MAX_CHARACTERS} … 100 more characters" in text
+    assert "p" * (MAX_CHARACTERS + 1) not in text
+    assert "(empty)" in text
 
 
 def test_a_failure_without_an_answer_has_its_score() -> None:
@@ -230,7 +231,7 @@ def test_a_failure_without_an_answer_has_its_score() -> None:
 def test_without_a_base_there_is_no_before() -> None:
     report = example_report(results={"reliability_exact_match": result(0.875)}, curves=[])
     text = seen(report)
-    assert "There is no model without the edits to compare with" in text
+    assert "There was no model without the edits to compare with" in text
     assert "before the edit" not in text.partition("Before and after")[2]
     assert "Generalization" not in text
     assert Reader(render_report(report)).tags.count("svg") == 1
@@ -239,12 +240,12 @@ def test_without_a_base_there_is_no_before() -> None:
 def test_without_any_figure_there_is_still_a_page() -> None:
     text = seen(example_report(results={}, rows=[], curves=[], missing={"fluency": "no prompts"}))
     assert "No prompts: fluency" in text
-    assert "Before and after" not in text and "From epoch to epoch" not in text
+    assert "Before and after" not in text and "Training, epoch by epoch" not in text
 
 
 @pytest.mark.parametrize("curves", [[], [{"epoch": 1.0}]])
 def test_without_curves_there_is_nothing_of_epochs(curves: list[dict[str, float]]) -> None:
-    assert "From epoch to epoch" not in seen(example_report(curves=curves))
+    assert "Training, epoch by epoch" not in seen(example_report(curves=curves))
 
 
 def test_curves_are_figures_too() -> None:
@@ -264,7 +265,7 @@ def test_without_matplotlib_the_page_says_how_to_get_pictures(caplog: pytest.Log
     )
     assert "Epoch reliability exact match" in reader.text()
     assert [record.getMessage() for record in caplog.records] == [
-        "The page of the evaluation has no pictures. Pictures need matplotlib: pip install 'peft-locft[plot]'"
+        "The evaluation page has no pictures. Pictures need matplotlib: pip install 'peft-locft[plot]'"
     ]
 
 
@@ -275,7 +276,7 @@ def test_little_is_recorded_of_a_report_that_came_from_elsewhere() -> None:
 
 def test_every_metric_of_ours_has_plain_words() -> None:
     every: tuple[Protocol, ...] = ("generation", "token_accuracy", "probability", "fluency")
-    of_text = TextMeasurement(losses=np.ones((3, 2)), divergences=np.ones(3)).results(10, 0.9, 0)
+    of_text = TextMeasurement(losses=np.ones((3, 2)), divergences=np.ones(3)).metric_results(10, 0.9, 0)
     names = [*metric_names(every), EDIT_SCORE, "fluency_n_gram_entropy", *of_text]
     assert [name for name in names if words_of(name) is None] == []
     assert [name for name in names if group_of(name) == "other"] == []
@@ -294,10 +295,10 @@ def test_words_for_what_is_not_ours_are_not_made_up() -> None:
     assert headline("other", {"arc_exact_match": result(0.5)}) is None
 
 
-def test_elements_escape_all_that_is_not_html() -> None:
-    assert element("p", "1 < 2 ", element("b", "&"), class_='a"b', id=None) == (
-        '<p class="a&quot;b">1 &lt; 2 <b>&amp;</b></p>'
+def test_templates_escape_what_is_not_html_and_refuse_unknown_names() -> None:
+    page = page_templates().from_string('<p class="{{ name }}">{{ text }}{{ html }}</p>')
+    assert page.render(name='a"b', text="1 < 2 &", html=Markup("<b>&amp;</b>")) == (
+        '<p class="a&#34;b">1 &lt; 2 &amp;<b>&amp;</b></p>'
     )
-    assert together("<", Html("<i>"), 1) == "&lt;<i>1"
-    # what is made of HTML by a string's own methods is text again
-    assert element("p", Html("<i>") + "<b>") == "<p>&lt;i&gt;&lt;b&gt;</p>"
+    with pytest.raises(UndefinedError, match="'html' is undefined"):
+        page.render(name="a", text="b")

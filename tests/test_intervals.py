@@ -58,7 +58,7 @@ def test_the_same_seed_gives_the_same_interval_and_another_does_not() -> None:
 def test_many_units_are_resampled_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     table = np.random.default_rng(0).random((30, 1))
     whole = Bootstrap(table, num_resamples=100)
-    monkeypatch.setattr("peft_locft.evaluation.intervals.CELLS", 70)
+    monkeypatch.setattr("peft_locft.evaluation.intervals.MAX_COUNTS", 70)
     pieces = Bootstrap(table, num_resamples=100)
     assert np.allclose(whole.means, pieces.means, rtol=1e-12)
 

@@ -47,7 +47,7 @@ def test_halving_has_the_winner_of_the_full_search(halved: tuple[Path, LocationS
     assert [trial.num_edits for trial in found.ranking] == [8, 8, 3, 3, 3, 3]
     # the last rung is the full search's trial of the same location, bit for bit
     [same] = [trial for trial in full.trials if trial.candidate == found.best.candidate]
-    assert (found.best.figures, found.best.epochs) == (same.figures, same.epochs)
+    assert (found.best.metrics, found.best.epochs) == (same.metrics, same.epochs)
     assert found.best.score > max(trial.score for trial in full.trials if trial.module != "mlp")
 
 
@@ -75,7 +75,7 @@ def test_the_trunk_runs_once_a_rung_and_the_base_is_asked_once(
 ) -> None:
     asked: list[int] = []
     run: list[list[int]] = []
-    ask_base, run_trunk = EditEvaluator._ask_base, cache._run_trunk
+    ask_base, run_trunk = EditEvaluator._base_answers, cache._run_trunk
 
     def asking(evaluator: EditEvaluator, *arguments: Any) -> Any:
         asked.append(len(evaluator.edits))
@@ -85,7 +85,7 @@ def test_the_trunk_runs_once_a_rung_and_the_base_is_asked_once(
         run.append([arguments[1].tail.first, *arguments[5]])
         return run_trunk(*arguments)
 
-    monkeypatch.setattr(EditEvaluator, "_ask_base", asking)
+    monkeypatch.setattr(EditEvaluator, "_base_answers", asking)
     monkeypatch.setattr(cache, "_run_trunk", running)
     caplog.set_level(logging.INFO, "peft_locft")
     model = base_model(sharp=True)
@@ -95,7 +95,7 @@ def test_the_trunk_runs_once_a_rung_and_the_base_is_asked_once(
     assert run == [[2, 1], [2, 1]]
     assert caplog.text.count("are taken from") == len(found.trials) - 2
     assert not (tmp_path / "states").exists()
-    assert {"perplexity", "kl_from_base"} <= found.best.figures.keys()
+    assert {"perplexity", "kl_from_base"} <= found.best.metrics.keys()
 
 
 def test_shared_states_are_those_that_a_run_of_its_own_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,10 +170,10 @@ def test_another_configuration_in_the_same_folder_is_refused(halved: tuple[Path,
     folder, _ = halved
     written = (folder / "best.json").read_bytes()
     with pytest.raises(
-        ValueError, match=r"it holds a search with other recipe: found recipe=.* Give another output_dir"
+        ValueError, match=r"holds a search with other settings \(recipe\): found recipe=.* Use another output_dir"
     ):
         search(folder, recipe={"learning_rate": 1e-3})
-    with pytest.raises(ValueError, match="other keep, rungs, score: found keep=3, and this one has 2"):
+    with pytest.raises(ValueError, match=r"other settings \(keep, rungs, score\): found keep=3, expected 2"):
         search(folder, plan=replace(PLAN, keep=2, num_rungs=2), score={"locality_tokens_unchanged": 1.0})
     assert (folder / "best.json").read_bytes() == written
 
@@ -182,7 +182,7 @@ def test_a_location_that_diverges_is_the_last(tmp_path: Path, caplog: pytest.Log
     rates = {"mlp": 1e30}
     found = search(tmp_path, plan=SearchPlan(modules=["mlp", "down"], layers=[1], num_rungs=1, learning_rates=rates))
     worst = found.ranking[-1]
-    assert (found.best.module, worst.module, worst.score, worst.figures) == ("down", "mlp", 0, {})
+    assert (found.best.module, worst.module, worst.score, worst.metrics) == ("down", "mlp", 0, {})
     assert worst.failed and "at step 2" in worst.failed and f"mlp, layer 1: {worst.failed}" in caplog.text
     assert "| mlp, layer 1 | 8 | diverged | - |" in str(found)
 
@@ -219,16 +219,19 @@ def test_a_sample_is_drawn_by_the_seed(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"plan": SearchPlan(modules=["middle"])}, "modules: found 'middle', and nothing of that kind or name"),
+        (
+            {"plan": SearchPlan(modules=["middle"])},
+            "modules: found 'middle', but model.layers.0 has no module of that kind",
+        ),
         ({"plan": SearchPlan(layers=[3])}, "layer 3: the model has 3 decoder layers"),
-        ({"plan": SearchPlan(layers=[])}, r"plan: found .*layers=\[\]; expected some, each once"),
+        ({"plan": SearchPlan(layers=[])}, r"plan: found .*layers=\[\]; expected one or more of each"),
         ({"plan": SearchPlan(modules=["up", "up"])}, r"plan: found modules=\['up', 'up'\]"),
         ({"plan": SearchPlan(stride=4)}, "stride=4: expected 1 to 3"),
         (
             {"plan": SearchPlan(learning_rates={"updown": 1e-3})},
             "learning_rates: found updown; expected rates above 0",
         ),
-        ({"plan": SearchPlan(learning_rates={"up": 0.0})}, "learning_rates: found up=0.0; expected rates above 0 of"),
+        ({"plan": SearchPlan(learning_rates={"up": 0.0})}, "learning_rates: found up=0.0; expected rates above 0 for"),
         ({"score": {"portability_exact_match": 1.0}}, "score: portability_exact_match cannot be measured"),
         ({"score": {"kl_from_base": 1.0}}, "score: perplexity and KL cannot be measured.* there is no text"),
         ({"num_edits": 0}, "num_edits=0: expected 1 or more"),

@@ -73,7 +73,7 @@ def test_losses_and_divergences_are_those_of_full_logits(dtype: torch.dtype) -> 
 def test_how_many_logits_are_compared_at_a_time_changes_nothing(cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = edited_model()
     expected = measure(model)
-    monkeypatch.setattr(general_ability, "CELLS", cells)
+    monkeypatch.setattr(general_ability, "MAX_LOGITS", cells)
     found = measure(model)
     assert found.losses == pytest.approx(expected.losses, rel=1e-6)
     assert found.divergences == pytest.approx(expected.divergences, rel=1e-5)
@@ -85,7 +85,7 @@ def test_a_fresh_adapter_changes_no_bit(dtype: torch.dtype) -> None:
     assert found.losses[:, 0].tolist() == found.losses[:, 1].tolist()
     assert found.divergences is not None
     assert found.divergences.tolist() == [0.0] * 5
-    results = found.results(100, 0.95, 0)
+    results = found.metric_results(100, 0.95, 0)
     assert results["perplexity"].after == results["perplexity"].before
     assert tuple(results["perplexity"].change or ()) == tuple(results["kl_from_base"].after) == (0.0, 0.0, 0.0)
 
@@ -111,13 +111,13 @@ def test_the_base_reads_a_text_once_for_several_models() -> None:
     one.get_base_model().lm_head.register_forward_hook(count)
     for whole, base_reads in zip(expected[:2], (5, 0), strict=True):
         reads = 0
-        found = measure_text(one, WINDOWS, one, one.disable_adapter, kept=kept)
+        found = measure_text(one, WINDOWS, one, one.disable_adapter, base_logits=kept)
         assert reads == 5 + base_reads and len(kept) == 5
         assert found.losses.tolist() == whole.losses.tolist()
         assert found.divergences is not None and whole.divergences is not None
         assert found.divergences.tolist() == whole.divergences.tolist()
     # what is kept is what another model is compared with
-    beside = measure_text(other, WINDOWS, other, other.disable_adapter, kept=kept)
+    beside = measure_text(other, WINDOWS, other, other.disable_adapter, base_logits=kept)
     assert beside.losses[:, 1].tolist() == expected[0].losses[:, 1].tolist()
     assert beside.losses[:, 0].tolist() == expected[2].losses[:, 0].tolist()
 
@@ -127,14 +127,14 @@ def test_without_a_base_there_is_no_before() -> None:
     found = measure_text(model, WINDOWS)
     assert found.losses == pytest.approx(np.array([plain_losses(model)]).T, rel=1e-5)
     assert found.divergences is None
-    results = found.results(100, 0.95, 0)
+    results = found.metric_results(100, 0.95, 0)
     assert list(results) == ["perplexity"]
     assert (results["perplexity"].before, results["perplexity"].change) == (None, None)
 
 
 def test_perplexity_is_over_all_windows_and_its_change_is_paired() -> None:
     losses = np.array([[1.0, 2.0], [3.0, 3.0], [2.0, 2.0], [2.0, 1.0]])
-    results = TextMeasurement(losses, np.array([0.1, 0.2, 0.3, 0.4])).results(500, 0.9, 3)
+    results = TextMeasurement(losses, np.array([0.1, 0.2, 0.3, 0.4])).metric_results(500, 0.9, 3)
     perplexity = results["perplexity"]
     assert perplexity.before is not None and perplexity.change is not None
     assert (perplexity.after.value, perplexity.before.value) == pytest.approx((math.exp(2.0), math.exp(2.0)))
@@ -146,7 +146,7 @@ def test_perplexity_is_over_all_windows_and_its_change_is_paired() -> None:
 
 
 def test_a_loss_beyond_what_exp_holds_is_a_large_perplexity() -> None:
-    results = TextMeasurement(np.array([[5000.0, 2.0]] * 3), np.zeros(3)).results(10, 0.95, 0)
+    results = TextMeasurement(np.array([[5000.0, 2.0]] * 3), np.zeros(3)).metric_results(10, 0.95, 0)
     assert results["perplexity"].after.value == math.exp(LARGEST_LOSS)
     assert results["perplexity"].change is not None
     assert math.isfinite(results["perplexity"].change.high)
@@ -167,16 +167,16 @@ def test_a_model_that_gives_no_numbers_has_no_perplexity(value: float) -> None:
     model = edited_model()
     with torch.no_grad():
         model.get_output_embeddings().weight[3] = value
-    with pytest.raises(FloatingPointError, match=r"logits are NaN or infinite on the text.*Load it in float32"):
+    with pytest.raises(FloatingPointError, match=r"logits on the text are NaN or infinite.*Load the model in float32"):
         measure(model)
     delta = edited_model()
     next(parameter for parameter in delta.parameters() if parameter.requires_grad).data.fill_(math.nan)
-    with pytest.raises(FloatingPointError, match="and the adapter's, are finite"):
+    with pytest.raises(FloatingPointError, match="and the adapter's are finite"):
         measure(delta)
 
 
 class LargeTensors(TorchDispatchMode):
-    """Notes the elements of each tensor with more of them than `CELLS` that an operation allocates."""
+    """Notes the elements of each tensor with more of them than `MAX_LOGITS` that an operation allocates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class LargeTensors(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {each.untyped_storage().data_ptr() for each in args if isinstance(each, torch.Tensor)}
         result = func(*args, **(kwargs or {}))
-        is_large = isinstance(result, torch.Tensor) and result.numel() > general_ability.CELLS
+        is_large = isinstance(result, torch.Tensor) and result.numel() > general_ability.MAX_LOGITS
         if is_large and result.untyped_storage().data_ptr() not in given:
             self.found.append(result.numel())
         return result

@@ -14,7 +14,7 @@ from example_reports import example_report, result, row
 
 from peft_locft import save_report
 from peft_locft.evaluation.intervals import Estimate
-from peft_locft.evaluation.report import EvaluationReport, Result, deciding_score
+from peft_locft.evaluation.report import EvaluationReport, MetricResult, deciding_score
 from peft_locft.reporting import page as report_page
 
 FILES = ["answers.csv", "evaluation.html", "evaluation.json", "evaluation.md"]
@@ -35,10 +35,10 @@ def test_a_metric_that_was_not_measured_says_why() -> None:
 def test_the_table_has_every_metric_what_is_missing_and_the_notes() -> None:
     text = str(example_report())
     lines = text.splitlines()
-    assert lines[0] == "| metric | before | after | change | of |"
+    assert lines[0] == "| metric | before | after | change | measured on |"
     assert "| locality_unchanged | - | 0.375 [0.275, 0.475] | - | 2 edits |" in lines
     assert "| perplexity | 20.25 [20.15, 20.35] | 31.5 [31.4, 31.6] | 11.25 [11.15, 11.35] | 2 windows |" in lines
-    assert "In brackets, the interval of 95% confidence (bootstrap)." in lines
+    assert "In brackets: the 95% confidence interval (bootstrap)." in lines
     assert "Not measured: portability_exact_match: no edit has portability probes." in lines
     assert lines[-1] == "Note: 1 edits have the prompt of another."
 
@@ -102,7 +102,9 @@ def test_a_saved_report_comes_back(tmp_path: Path) -> None:
 
 
 def test_what_is_not_finite_comes_back_from_json_that_others_can_read(tmp_path: Path) -> None:
-    broken = Result("p", Estimate(math.inf, 3.0, math.inf), result(2.0).after, Estimate(math.nan, 1, 2), 3, "windows")
+    broken = MetricResult(
+        "p", Estimate(math.inf, 3.0, math.inf), result(2.0).after, Estimate(math.nan, 1, 2), 3, "windows"
+    )
     report = example_report(results={"perplexity": broken}, curves=[{"epoch": 1, "loss": math.nan}])
     save_report(report, tmp_path)
 

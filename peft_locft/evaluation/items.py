@@ -1,4 +1,4 @@
-"""What a model is asked about its edits, and what it replies."""
+"""The prompts that evaluate edits, and a model's replies to them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from ..engine.questions import STOPS, Answer, Continuation, Question, Score
 from .scoring import cut_answer
 
 Kind = Literal["reliability", "generalization", "locality", "portability"]
-GUESSED = 8  # tokens of an earlier answer that the next is guessed to begin with
+NUM_GUESSED_TOKENS = 8  # of an earlier answer, as a guess at how the next one begins
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """One prompt that is asked because of one edit.
+class EvalItem:
+    """One prompt that evaluates one edit.
 
     Args:
-        edit: the number of the edit.
-        kind: what the reply tells.
-        prompt: what is asked.
-        expected: the right answer: the edit's target, or a probe's own answer; `None` where none is known.
-        other: what must be less probable than `expected`: the answer before the edit; for locality, the edit's target.
+        edit: index of the edit.
+        kind: what the reply measures.
+        prompt: the text given to the model.
+        expected: the right answer: the edit's target, or the probe's own answer; `None` if none is known.
+        other: an answer that must be less probable than `expected`: the one before the edit; for locality, the edit's
+            target.
     """
 
     edit: int
@@ -38,21 +39,21 @@ class Item:
 
     @property
     def num_stops(self) -> int:
-        """Stops that an answer with all of `expected` in it ends behind."""
+        """Number of stops after which an answer that contains all of `expected` ends."""
         return 1 + sum(letter in STOPS for letter in self.expected or "")
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a model says to an item.
+    """A model's reply to an item.
 
     Args:
-        text: its greedy answer, up to the first stop; `None` if it was not asked for.
-        long_text: the same, up to the stop behind an expected answer that has stops in it.
-        token_ids: the answer as generated.
-        expected: how probable the expected answer's tokens are to it.
-        expected_ids: these tokens.
-        other: the same of the other answer.
+        text: greedy answer, cut at the first stop; `None` if nothing was generated.
+        long_text: greedy answer, cut at stop number `num_stops` of the item.
+        token_ids: greedy answer as generated.
+        expected: score of the expected answer's tokens; `None` if it was not scored.
+        expected_ids: the expected answer's tokens.
+        other: score of the other answer's tokens; `None` if it was not scored.
     """
 
     text: str | None = None
@@ -63,37 +64,37 @@ class Reply:
     other: Score | None = None
 
 
-def items_of(edits: Sequence[Edit]) -> list[Item]:
-    """Return all that edits say how to ask, edit by edit."""
-    return [item for number, edit in enumerate(edits) for item in _items(number, edit)]
+def eval_items(edits: Sequence[Edit]) -> list[EvalItem]:
+    """Return the items of all edits, edit by edit: the prompt, rephrasings, locality and portability probes."""
+    return [item for number, edit in enumerate(edits) for item in _items_of_edit(number, edit)]
 
 
-def _items(number: int, edit: Edit) -> Iterator[Item]:
-    yield Item(number, "reliability", edit.prompt, edit.target, edit.ground_truth)
+def _items_of_edit(number: int, edit: Edit) -> Iterator[EvalItem]:
+    yield EvalItem(number, "reliability", edit.prompt, edit.target, edit.ground_truth)
     for rephrasing in edit.rephrasings:
-        yield Item(number, "generalization", rephrasing, edit.target, edit.ground_truth)
+        yield EvalItem(number, "generalization", rephrasing, edit.target, edit.ground_truth)
     for probe in edit.locality:
-        yield Item(number, "locality", probe.prompt, probe.answer, edit.target)
+        yield EvalItem(number, "locality", probe.prompt, probe.answer, edit.target)
     for probe in edit.portability:
-        yield Item(number, "portability", probe.prompt, probe.answer, None)
+        yield EvalItem(number, "portability", probe.prompt, probe.answer, None)
 
 
 class ItemEncoder:
-    """Turns items into questions, and answers into replies.
+    """Encodes items as questions to a model, and decodes its answers to replies.
 
     Args:
-        items: what is asked.
-        tokenizer: the model's; left as it is.
+        items: the items.
+        tokenizer: the model's tokenizer; not changed.
         chat_template: as in `encode_edits`.
-        generate: ask for answers.
-        score: ask how probable `expected` is.
-        compare: ask how probable `other` is, too.
-        max_new_tokens: in an answer at most.
+        generate: generate answers.
+        score: score `expected`.
+        compare: score `expected` and `other`.
+        max_new_tokens: longest answer.
     """
 
     def __init__(
         self,
-        items: Sequence[Item],
+        items: Sequence[EvalItem],
         tokenizer: PreTrainedTokenizerBase,
         *,
         chat_template: bool = False,
@@ -119,7 +120,7 @@ class ItemEncoder:
             return {}
         edits = [Edit(prompt=prompt, target=text, source=repr(prompt)) for prompt, text in pairs]
         with warnings.catch_warnings():
-            # a token that prompt and target share is scored, here as in training, where it is warned of
+            # as in training, a token that prompt and target share is scored; training warns of it
             warnings.filterwarnings("ignore", message=".*share, as .* edits have")
             encoded = encode_edits(edits, self.tokenizer, append_eos=False, chat_template=chat_template)
         rows = (encoded[number] for number in range(len(encoded)))
@@ -132,7 +133,7 @@ class ItemEncoder:
         """Return a question for each distinct prompt.
 
         Args:
-            earlier: replies of another model, of which those to locality probes are guessed to be copies.
+            earlier: another model's replies; those to locality probes are used as guesses, which only saves time.
         """
         return [
             Question(
@@ -152,21 +153,21 @@ class ItemEncoder:
         if not self._generate:
             return ()
         if item.kind == "locality" and earlier is not None:
-            return earlier[number].token_ids[:GUESSED]
+            return earlier[number].token_ids[:NUM_GUESSED_TOKENS]
         if item.expected is None:
             return ()
         expected = self._continuations[item.prompt, item.expected].token_ids
         return expected[len(prompt) :] if expected[: len(prompt)] == prompt else ()
 
     def _scored(self, prompt: str) -> list[str]:
-        """Return the texts whose probability is asked for after a prompt, each once."""
+        """Return the texts to score after a prompt, each once."""
         items = [self.items[number] for number in self._by_prompt[prompt]]
-        wanted = [item.expected for item in items if self._score or self._compare]
-        wanted += [item.other for item in items if self._compare]
-        return list(dict.fromkeys(text for text in wanted if text))
+        texts = [item.expected for item in items if self._score or self._compare]
+        texts += [item.other for item in items if self._compare]
+        return list(dict.fromkeys(text for text in texts if text))
 
     def replies(self, answers: Sequence[Answer]) -> list[Reply]:
-        """Read the answers to `questions`; return a reply to each item."""
+        """Return a reply to each item, from the answers to `questions`."""
         by_prompt = dict(zip(self._by_prompt, answers, strict=True))
         scores = {
             (prompt, text): score
@@ -175,7 +176,7 @@ class ItemEncoder:
         }
         return [self._reply(item, by_prompt[item.prompt], scores) for item in self.items]
 
-    def _reply(self, item: Item, answer: Answer, scores: dict[tuple[str, str], Score]) -> Reply:
+    def _reply(self, item: EvalItem, answer: Answer, scores: dict[tuple[str, str], Score]) -> Reply:
         text = long_text = None
         if self._generate:
             generated = self.tokenizer.decode(answer.token_ids, skip_special_tokens=True)

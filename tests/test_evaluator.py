@@ -161,7 +161,7 @@ def test_rows_hold_every_answer(report: EvaluationReport) -> None:
 
 
 def test_targets_that_the_protocol_cannot_match_are_said(report: EvaluationReport) -> None:
-    assert any(note.startswith("1 of 2 targets have a full stop") for note in report.notes)
+    assert any(note.startswith("1 of 2 targets contain a full stop") for note in report.notes)
 
 
 def test_prompts_with_two_targets_are_said(tokenizer: Any) -> None:
@@ -226,7 +226,7 @@ def test_an_edit_without_rephrasings_does_not_count_in_generalization(report: Ev
 
 
 def test_no_edits_are_an_error(tokenizer: Any) -> None:
-    with pytest.raises(ValueError, match=r"found none; expected at least one to evaluate\. Is the slice"):
+    with pytest.raises(ValueError, match=r"found none; expected at least one to evaluate\. Is your slice"):
         evaluate_edits(ScriptedModel(EDITED, tokenizer), tokenizer, [SPAIN][1:])
 
 
@@ -242,7 +242,7 @@ def test_nan_says_which_model_and_which_prompt(tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"protocols": ["greedy"]}, "protocols: found 'greedy'; expected some of generation, token_accuracy"),
+        ({"protocols": ["greedy"]}, "protocols: found 'greedy'; expected one or more of generation, token_accuracy"),
         ({"protocols": []}, "protocols: found none"),
         ({"max_new_tokens": 0}, "max_new_tokens=0: expected 1 or more"),
         ({"text_window": 1}, "text_window=1: expected 2 or more"),
@@ -261,7 +261,7 @@ def test_an_adapter_on_another_base_is_refused_unless_allowed(tmp_path: Path) ->
     with pytest.warns(UserWarning, match="was trained on another base"):
         model = PeftModel.from_pretrained(base_model(seed=5), tmp_path)
     tokenizer = make_tokenizer("llama2")
-    with pytest.raises(ValueError, match=r"trained on another base: model\.layers.* of neither model"):
+    with pytest.raises(ValueError, match=r"trained on another base: model\.layers.* describe neither model"):
         evaluate_edits(model, tokenizer, EDITS)
     report = evaluate_edits(model, tokenizer, EDITS, EvaluationConfig(allow_other_base=True))
     assert report.has_before
@@ -331,13 +331,13 @@ def test_an_adapter_in_transformers_own_integration_has_a_base(tmp_path: Path) -
 def test_the_base_is_asked_once_for_several_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
     model = peft_model()
     asked: list[str] = []
-    ask = EditEvaluator._ask
+    ask = EditEvaluator._answers
 
     def recorded(evaluator: EditEvaluator, *arguments: Any) -> Any:
         asked.append(arguments[2])
         return ask(evaluator, *arguments)
 
-    monkeypatch.setattr(EditEvaluator, "_ask", recorded)
+    monkeypatch.setattr(EditEvaluator, "_answers", recorded)
     evaluator = EditEvaluator(model, make_tokenizer("llama2"), probed(EDITS))
     first = evaluator.evaluate()
     randomize(model, std=1.0)

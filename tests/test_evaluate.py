@@ -74,7 +74,7 @@ def test_nothing_to_evaluate_is_said(tmp_path: Path) -> None:
     model = peft_model()
     model.peft_config["default"].base_model_name_or_path = None
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="does not say which base model it belongs to; give model_name_or_path"):
+    with pytest.raises(ValueError, match="does not name its base model; pass model_name_or_path"):
         evaluate_model(None, PROBED, adapter=tmp_path)
 
 
@@ -99,7 +99,7 @@ def test_an_adapter_of_another_architecture_is_refused_in_words(base: Path, tmp_
     model.save_pretrained(tmp_path)
     content = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(content | {"target_modules": ["c_proj"]}))
-    with pytest.raises(ValueError, match=r"the adapter cannot be put on this model: .*c_proj"):
+    with pytest.raises(ValueError, match=r"cannot load the adapter onto this model: .*c_proj"):
         evaluate_model(base, PROBED, adapter=tmp_path)
 
 
