@@ -239,7 +239,7 @@ def test_memory_that_runs_out_halves_the_forwards(
     model.register_forward_pre_hook(runs_out, with_kwargs=True)
     found = generate_and_score(model, Words(), questions, max_tokens=200)
     assert [answer.token_ids for answer in found] == [answer.token_ids for answer in expected]
-    assert "Memory ran out: max_tokens_per_forward is 100" in caplog.text
+    assert "Out of memory: max_tokens_per_forward is 100" in caplog.text
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
@@ -16,17 +14,16 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from ..tuner.presets import find_decoder_layers
 from .activation_cache import Replay, find_packing
-from .memory import MOST_TOKENS
+from .memory import MOST_TOKENS, run_halving
 from .model_state import check_vocabulary, evaluating, max_length
 from .packed_decoding import PackedDecoder, num_tokens
 from .prefix_tree import PrefixTree
 from .questions import Answer, Choice, Question, Score, StopCounter, greedy
 from .tail import Tail, logits_at
 
-logger = logging.getLogger(__name__)
-
 MOST_TOKENS_ON_CPU = 512
 MOST_LOGITS = 2**29  # of one forward: 2 GiB in float32
+FEWEST_WITH_PROGRESS = 100  # questions
 
 
 def generate_and_score(
@@ -67,19 +64,13 @@ def generate_and_score(
     most = MOST_TOKENS_ON_CPU if embedding.device.type == "cpu" else MOST_TOKENS
     max_tokens = max_tokens or max(1, min(most, MOST_LOGITS // embedding.shape[0]))
     ends = StopCounter(tokenizer, whose=whose)
-    while True:
-        bar = tqdm(
-            total=len(distinct), desc=f"asking {whose}", leave=False, disable=not progress or len(distinct) < 100
-        )
-        try:
-            with bar, evaluating(model):
-                answers = _answer(model, distinct, embedding.device, max_tokens, ends, choose, bar)
-            break
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error) or max_tokens == 1:
-                raise
-        max_tokens = max_tokens // 2
-        logger.warning("Memory ran out: max_tokens_per_forward is %d from here on.", max_tokens)
+
+    def answer_all(max_tokens: int) -> list[Answer]:
+        hidden = not progress or len(distinct) < FEWEST_WITH_PROGRESS
+        with tqdm(total=len(distinct), desc=f"asking {whose}", leave=False, disable=hidden) as bar, evaluating(model):
+            return _answer(model, distinct, embedding.device, max_tokens, ends, choose, bar)
+
+    answers, _ = run_halving(answer_all, max_tokens, smallest=1, option="max_tokens_per_forward")
     by_question = dict(zip(distinct, answers, strict=True))
     return [by_question.get(question) or Answer() for question in questions]
 

@@ -57,16 +57,19 @@ def fitting_tokens(tail: Tail, head: nn.Module | None, share_scored: float, devi
 
 
 def run_halving(run: Callable[[int], Result], max_tokens: int, *, smallest: int, option: str) -> tuple[Result, int]:
-    """Call `run` with a number of tokens, and with half of it each time that memory runs out.
+    """Call `run` with a number of tokens; call it again with half of them whenever memory runs out.
+
+    accelerate's `find_executable_batch_size` does the same, but collects garbage at the start of every call (0.15 s
+    each, and every training step is a call), and retries while the failed call's tensors are still referenced.
 
     Args:
-        run: what to do, given the most tokens of one forward; it starts anew at every call.
-        max_tokens: the number to begin with.
-        smallest: the number that is not halved any further; an error there is raised.
+        run: takes the largest number of tokens in one forward; each call starts from the beginning.
+        max_tokens: the first number to try.
+        smallest: the smallest number to try; running out of memory there is an error.
         option: the name of the number, for the warning.
 
     Returns:
-        The result, and the number of tokens that memory had room for.
+        The result, and the number of tokens that fitted.
     """
     while True:
         try:
