@@ -159,6 +159,6 @@ def test_a_metric_that_is_not_measured_is_refused_before_training(tmp_path: Path
 
 def test_a_trunk_that_is_off_the_device_is_refused(tmp_path: Path) -> None:
     callback = EvaluationCallback(PROBED, 1)
-    trainer = make_trainer(tmp_path, model=peft_model(), trunk_residency="layerwise", callbacks=[callback])
-    with pytest.raises(ValueError, match="Leave trunk_residency on 'full', or evaluate after training"):
+    trainer = make_trainer(tmp_path, model=peft_model(), offload_trunk=True, callbacks=[callback])
+    with pytest.raises(ValueError, match="Set offload_trunk=False, or evaluate after training"):
         trainer.train()

@@ -76,13 +76,13 @@ def test_they_are_not_taken_for_another_run(tmp_path: Path, caplog: pytest.LogCa
         assert len(files(tmp_path)) == number, other
 
 
-def test_a_parked_trunk_is_known_by_its_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_offloaded_trunk_is_known_by_its_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train(tmp_path, layer=2)
-    train(tmp_path, layer=2, trunk_residency="layerwise")
+    train(tmp_path, layer=2, offload_trunk=True)
     assert is_reused(caplog)
     model = peft_model("llama", LocFTConfig(task_type="CAUSAL_LM", layers_to_transform=[2]))
     model.get_base_model().model.layers[1].mlp.up_proj.weight.data[0, 0] += 1
-    train(tmp_path, model, trunk_residency="layerwise")
+    train(tmp_path, model, offload_trunk=True)
     assert not is_reused(caplog)
 
 

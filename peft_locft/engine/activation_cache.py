@@ -146,7 +146,7 @@ def cache_trunk(
 ) -> Replay:
     """Run the trunk over all the edits and keep the states that leave it.
 
-    A trunk that is parked (`residency`) runs layer by layer, each of them over all the edits.
+    An offloaded trunk runs layer by layer, each over all edits.
 
     Args:
         model: the model, in evaluation mode.
@@ -192,10 +192,10 @@ def _run_trunk(
     path: Path | None,
     others: Mapping[int, Path],
 ) -> torch.Tensor:
-    """Return what leaves the trunk; on the way write what enters other layers, too, unless the trunk is parked."""
+    """Return what leaves the trunk; on the way write what enters other layers, too, unless the trunk is offloaded."""
     layers, last = replay.tail.layers, replay.tail.first
-    parked = [layer for layer in replay.tail.trunk if isinstance(layer, OffloadedLayer)]
-    stops = range(1, last + 1) if parked else [last]
+    offloaded = [layer for layer in replay.tail.trunk if isinstance(layer, OffloadedLayer)]
+    stops = range(1, last + 1) if offloaded else [last]
     part = replace(replay, tail=Tail(layers, 0))
     with ExitStack() as stack:
         progress = stack.enter_context(
@@ -214,9 +214,9 @@ def _run_trunk(
 
         for stop in stops:
             entry_layers = {stop: partial(room, path if stop == last else None)}
-            if not parked:
+            if not offloaded:
                 entry_layers |= {layer: partial(room, file) for layer, file in others.items()}
-            with parked[stop - 1].resident() if parked else nullcontext():
+            with offloaded[stop - 1].resident() if offloaded else nullcontext():
                 states = _states_before(model, part, entry_layers, batches, progress)
             part = replace(part, tail=Tail(layers, stop), states=states)
     return states

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..tuner.arithmetic import tensor_sha256
-from .offload import OffloadedLayer
+from .offload import whole_layer
 from .prefix_tree import PrefixTree
 from .shared_states import shared_states
 from .tail import Tail
@@ -65,7 +65,7 @@ def fingerprint(model: nn.Module, tail: Tail, tree: PrefixTree, device: torch.de
     tensors += [(name, tensor) for name, tensor in model.named_parameters() if id(tensor) not in in_stack]
     shared = shared_states()
     for index, layer in enumerate(tail.trunk):
-        whole = layer.parked[0] if isinstance(layer, OffloadedLayer) else layer
+        whole = whole_layer(layer)
         own = chain(whole.named_parameters(), whole.named_buffers())
         tensors += [(f"{index} {name}", tensor) for name, tensor in own]
     for name, tensor in tensors:

@@ -225,13 +225,11 @@ class PreservationArguments:
 
 EditOrder = Literal["breadth_first", "depth_first"]
 CachePlace = Literal["auto", "memory", "disk", "off"]
-TrunkResidency = Literal["full", "layerwise"]
 CHOICES = (
     ("objective", Objective),
     ("loss_averaging", LossAveraging),
     ("edit_order", EditOrder),
     ("activation_cache", CachePlace),
-    ("trunk_residency", TrunkResidency),
 )
 
 
@@ -276,10 +274,10 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
             where keeping them would be wrong it does without, and says why.
         activation_cache_dir (`str`, *optional*):
             A folder where the states are kept in a file, for later runs with the same edits, model and location.
-        trunk_residency (`str`, defaults to `"full"`):
-            `"layerwise"` keeps the layers before the first trained one off the training device: each of them is there
-            once, alone, while the states are made. Afterwards everything is back where it was. Load the model on the
-            CPU for this.
+        offload_trunk (`bool`, defaults to `False`):
+            Keep the layers before the first trained one (the trunk) on the CPU: each of them is on the training device
+            once, alone, while the states are computed. After training all weights are back where they were. Load the
+            model on the CPU.
         max_tokens_per_micro_batch (`int`, *optional*):
             A batch is computed in pieces of at most so many tokens, which changes nothing but speed and memory.
             `None`: chosen by the device and its free memory. Either way it is halved when memory runs out.
@@ -327,8 +325,8 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
     activation_cache_dir: str | None = field(
         default=None, metadata={"help": "A folder where those states are kept for later runs on the same edits."}
     )
-    trunk_residency: TrunkResidency = field(
-        default="full", metadata={"help": "Whether the frozen layers before the location stay on the device."}
+    offload_trunk: bool = field(
+        default=False, metadata={"help": "Keep the frozen layers before the location on the CPU; saves device memory."}
     )
     max_tokens_per_micro_batch: int | None = field(
         default=None,
@@ -369,7 +367,7 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
                 f"{self.world_size}. Leave it out."
             )
         if self.activation_cache == "off":
-            for name, value in (("activation_cache_dir", None), ("trunk_residency", "full")):
+            for name, value in (("activation_cache_dir", None), ("offload_trunk", False)):
                 if getattr(self, name) != value:
                     raise ValueError(
                         f"BreadthFirstConfig.{name}={getattr(self, name)!r} needs the activation cache, and "

@@ -116,10 +116,10 @@ class EditRunner:
             )
             self.replay = cache_trunk(model, self.replay, pieces, trial, storage)
         except CacheUnusableError as reason:
-            if args.activation_cache != "auto" or args.activation_cache_dir or args.trunk_residency != "full":
+            if args.activation_cache != "auto" or args.activation_cache_dir or args.offload_trunk:
                 raise ValueError(
                     f"The activation cache cannot be used with this model and location: {reason}. Leave "
-                    "activation_cache on 'auto', activation_cache_dir unset and trunk_residency on 'full'."
+                    "activation_cache on 'auto', activation_cache_dir unset and offload_trunk=False."
                 ) from None
             logger.warning("Every epoch runs the whole model: %s.", reason)
             if self.replay is not None and not self.replay.packed:

@@ -50,7 +50,7 @@ class EvaluationCallback(TrainerCallback):
 
     Raises:
         ValueError: if `every` or `patience` is below 1; when training begins, if `best_metric` is not among what is
-            measured, the model is not whole on its device (`trunk_residency="layerwise"`), or a rephrasing or probe is
+            measured, the trunk is offloaded (`offload_trunk=True`), or a rephrasing or probe is
             trained on (see `EvaluationConfig.on_leak`).
 
     Example:
@@ -92,10 +92,10 @@ class EvaluationCallback(TrainerCallback):
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
-        if getattr(args, "trunk_residency", "full") != "full":
+        if getattr(args, "offload_trunk", False):
             raise ValueError(
-                "EvaluationCallback asks the whole model, and trunk_residency='layerwise' keeps a part of it off the "
-                "device. Leave trunk_residency on 'full', or evaluate after training."
+                "EvaluationCallback runs the whole model, and offload_trunk=True keeps a part of it off the device. Set "
+                "offload_trunk=False, or evaluate after training."
             )
         self._evaluator = EditEvaluator(
             model, processing_class, self.edits, self.args, text=self.text, progress=not args.disable_tqdm

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ..engine.model_state import check_vocabulary, disabling, evaluating
-from ..engine.offload import OffloadedLayer
+from ..engine.offload import whole_layer
 from ..engine.tail import logits_at, passed_over
 from ..io.files import atomic_file
 from ..tuner.arithmetic import tensor_sha256
@@ -76,7 +76,7 @@ def cache_keys(model: nn.Module, locations: Sequence[str], text: Sequence[torch.
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors of a module without those of an adapter."""
-    whole = module.parked[0] if isinstance(module, OffloadedLayer) else module
+    whole = whole_layer(module)
     for name, tensor in chain(whole.named_parameters(), whole.named_buffers()):
         if "locft_" not in name and "lora_" not in name:
             yield clean_name(name), tensor

@@ -101,7 +101,7 @@ class BreadthFirstTrainer(Trainer):
         check_not_sharded(
             self.accelerator,
             activation_cache_dir=args.activation_cache_dir,
-            trunk_residency=args.trunk_residency == "layerwise",
+            offload_trunk=args.offload_trunk,
             preserve_energy_share=args.preserve_energy_share,
             preserve_soft_strength=args.preserve_soft_strength,
             retained_loss=args.has_retained and args.retained_loss == "kl",
@@ -129,9 +129,8 @@ class BreadthFirstTrainer(Trainer):
             check_same_edits(checkpoint, edits_sha256(self.edits))
             resume_from_checkpoint = str(checkpoint)
         self.runner.is_prepared = False  # the trunk may have changed since an earlier call
-        layerwise = self.args.trunk_residency == "layerwise"
-        off_device = trunk_offloaded(self.model, self.args.device) if layerwise else nullcontext()
-        with configuration_unchanged(self.model), off_device:
+        offloaded = trunk_offloaded(self.model, self.args.device) if self.args.offload_trunk else nullcontext()
+        with configuration_unchanged(self.model), offloaded:
             self.preservation.preserver = prepare_preserver(
                 self.model, self.data.preserved, self.data.preserved_weights, self.args
             )
@@ -139,7 +138,7 @@ class BreadthFirstTrainer(Trainer):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        if self.args.trunk_residency == "full":
+        if not self.args.offload_trunk:
             super()._move_model_to_device(model, device)
 
     # ------------------------------------------------------------------ data
