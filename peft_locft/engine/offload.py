@@ -1,8 +1,7 @@
-"""Keep the trunk on the CPU: a layer is on the training device only while it runs, and outside of the model until then.
+"""Keep the trunk on the CPU, outside of the model; a layer is on the training device only while it runs.
 
-accelerate's hooks leave the layer inside of the model, where they fail: `Accelerator.prepare` calls `model.to(device)`,
-which puts a whole trunk with `cpu_offload_with_hook` onto the device, and raises on the meta tensors that
-`AlignDevicesHook` leaves (which also makes new parameters on every forward).
+accelerate's hooks leave a layer inside of the model, and `Accelerator.prepare` calls `model.to(device)`: this moves the
+whole trunk to the device with `cpu_offload_with_hook`, and raises on the meta tensors of `AlignDevicesHook`.
 """
 
 from __future__ import annotations
@@ -73,8 +72,8 @@ def trunk_offloaded(model: nn.Module, device: torch.device) -> Iterator[None]:
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1 or torch.device("meta") in devices:
         raise ValueError(
-            f"offload_trunk=True: found the model on {', '.join(sorted(map(str, devices)))}, expected one device. Load "
-            "the model without device_map, or set offload_trunk=False and let device_map offload it."
+            f"offload_trunk=True: found the model on {', '.join(sorted(map(str, devices)))}, expected one device. "
+            "Load the model without device_map, or set offload_trunk=False and let device_map offload it."
         )
     try:
         tail = find_tail(model)
