@@ -1,7 +1,7 @@
 """Keep the trunk on the CPU, outside of the model; a layer is on the training device only while it runs.
 
-accelerate's hooks leave a layer inside of the model, and `Accelerator.prepare` calls `model.to(device)`: this puts the whole
-trunk on the device with `cpu_offload_with_hook`, and raises on the meta tensors of `AlignDevicesHook`.
+accelerate's hooks leave a layer inside of the model, and `Accelerator.prepare` calls `model.to(device)`. This puts the
+whole trunk on the device with `cpu_offload_with_hook`, and raises on the meta tensors of `AlignDevicesHook`.
 """
 
 from __future__ import annotations
