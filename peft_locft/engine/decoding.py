@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from ..tuner.presets import find_decoder_layers
-from .activation_cache import Replay, find_packing
+from .forward_plan import ForwardPlan, find_packing
 from .memory import MOST_TOKENS, run_halving
 from .model_state import check_vocabulary, evaluating, max_length
 from .packed_decoding import PackedDecoder, num_tokens
@@ -124,7 +124,7 @@ def _packable_layers(model: nn.Module, questions: Sequence[Question], device: to
     offsets = torch.tensor([0, *map(len, trial)]).cumsum(0)
     numbers = torch.arange(len(trial))
     tree = PrefixTree.of(tokens, offsets, numbers)
-    found = find_packing(model, Replay(Tail(layers, 0), tree, device), numbers, narrow=False)
+    found = find_packing(model, ForwardPlan(Tail(layers, 0), tree, device), numbers, narrow=False)
     return layers if found.packed else None
 
 

@@ -79,9 +79,9 @@ def trunk_offloaded(model: nn.Module, device: torch.device) -> Iterator[None]:
         tail = find_tail(model)
     except CacheUnusableError as reason:
         tail = Tail(nn.ModuleList(), 0, str(reason))
-    if tail.why_whole is not None:
+    if tail.why_no_trunk is not None:
         raise ValueError(
-            f"offload_trunk=True: found no trunk to offload, since {tail.why_whole}. Set offload_trunk=False, or "
+            f"offload_trunk=True: found no trunk to offload, since {tail.why_no_trunk}. Set offload_trunk=False, or "
             "choose a location in a later layer."
         )
     before, layers = devices.pop(), tail.trunk

@@ -139,7 +139,7 @@ class Step:
 
 @dataclass
 class PackedDecoder:
-    """Answers questions with a model that `activation_cache.find_packing` has found to take packed tokens.
+    """Answers questions with a model that `find_packing` has found to take packed tokens.
 
     Args:
         model: in evaluation mode.

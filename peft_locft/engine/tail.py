@@ -26,12 +26,12 @@ class Tail:
     """Where a model is cut: the decoder layers before `first` are the trunk, everything after them is the tail.
 
     Args:
-        why_whole: where `first` is 0, the reason.
+        why_no_trunk: where `first` is 0, the reason.
     """
 
     layers: nn.ModuleList
     first: int
-    why_whole: str | None = None
+    why_no_trunk: str | None = None
 
     @property
     def trunk(self) -> list[nn.Module]:
@@ -86,7 +86,7 @@ def entering(layer: nn.Module, change: Callable[[torch.Tensor], torch.Tensor | N
 
 
 @contextmanager
-def passed_over(layers: list[nn.Module]) -> Iterator[None]:
+def skipped(layers: list[nn.Module]) -> Iterator[None]:
     """Let layers hand their input on unchanged. An instance's `forward` is found before its class's."""
     before = [vars(layer).get("forward") for layer in layers]
     for layer in layers:

@@ -14,8 +14,10 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from ..data.encoding import EncodedEdits, collate
-from ..engine.activation_cache import Replay, Storage, cache_trunk, find_packing
+from ..engine.activation_cache import cache_trunk
+from ..engine.activation_storage import StateStorage
 from ..engine.distributed import SHARDED, missing_pieces
+from ..engine.forward_plan import ForwardPlan, find_packing
 from ..engine.memory import FEWEST_TOKENS_ON_CPU, MOST_TOKENS, fitting_tokens
 from ..engine.prefix_tree import PrefixTree
 from ..engine.tail import CacheUnusableError, find_tail
@@ -68,7 +70,7 @@ class EditRunner:
         self.max_tokens = max_tokens or (FEWEST_TOKENS_ON_CPU if device.type == "cpu" else MOST_TOKENS)
         self._choose_tokens = max_tokens is None
         self.device = device
-        self.replay: Replay | None = None
+        self.replay: ForwardPlan | None = None
         self.is_prepared = False
         self._running: MicroBatch | None = None
 
@@ -108,11 +110,11 @@ class EditRunner:
             if args.activation_cache == "off":
                 return
             tree, trial = PrefixTree.of(self.edits.token_ids, self.edits.offsets, self.own), self._trial()
-            self.replay = find_packing(model, Replay(tail, tree, self.device), trial, narrow=not is_sharded)
+            self.replay = find_packing(model, ForwardPlan(tail, tree, self.device), trial, narrow=not is_sharded)
             pieces = self.pieces(self.own)
             pieces += pieces[:1] * missing_pieces(len(pieces), accelerator)
-            storage = Storage(
-                args.activation_cache, args.output_dir, args.activation_cache_dir, quiet=bool(args.disable_tqdm)
+            storage = StateStorage(
+                args.activation_cache, args.output_dir, args.activation_cache_dir, progress=not args.disable_tqdm
             )
             self.replay = cache_trunk(model, self.replay, pieces, trial, storage)
         except CacheUnusableError as reason:
@@ -165,8 +167,8 @@ class EditRunner:
             ready: AbstractContextManager[None] = nullcontext()
         else:
             pack = self.replay.tree.pack(indices)
-            where = self.replay.where(pack, *where)
-            inputs, ready = self.replay.inputs(pack), self.replay.replayed(pack, where[1])
+            where = self.replay.output_places(pack, *where)
+            inputs, ready = self.replay.inputs(pack), self.replay.applied(pack, where[1])
         self._running = MicroBatch(labels, scored, inputs, where)
         try:
             with ready:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -22,16 +18,13 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from ..engine.fingerprint import layer_digests, sha256_of
 from ..engine.model_state import check_vocabulary, disabling, evaluating
-from ..engine.offload import whole_layer
-from ..engine.tail import logits_at, passed_over
+from ..engine.tail import logits_at, skipped
 from ..io.files import atomic_file
 from ..tuner.arithmetic import tensor_sha256
 from ..tuner.base_weights import clean_name
 from ..tuner.presets import find_decoder_layers
-
-# of a model's configuration: where it lies, and what only generation reads
-WITHOUT_EFFECT = ("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype")
 
 
 def layer_numbers(model: nn.Module, locations: Sequence[str]) -> tuple[nn.ModuleList | None, dict[str, int | None]]:
@@ -47,9 +40,9 @@ def layer_numbers(model: nn.Module, locations: Sequence[str]) -> tuple[nn.Module
 
 
 def cache_keys(model: nn.Module, locations: Sequence[str], text: Sequence[torch.Tensor]) -> dict[str, str]:
-    """Return a sha256 for each location, of its name, the text, and the base model as far as the location's layer.
+    """Return a sha256 for each location: of its name, the text, and the base model up to the location's layer.
 
-    An adapter is no part of it, so that runs on one base share what they keep.
+    Adapters are left out, so that all runs on one base share their files.
 
     Args:
         model: with or without an adapter.
@@ -57,52 +50,16 @@ def cache_keys(model: nn.Module, locations: Sequence[str], text: Sequence[torch.
         text: rows of token ids, and of weights.
 
     Raises:
-        ValueError: if a weight is not there to be read.
+        ValueError: if a weight is on the meta device.
     """
     layers, numbers = layer_numbers(model, locations)
     stack = list(layers or [])
-    inside = {id(tensor) for layer in stack for _, tensor in _tensors(layer)}
-    outside = [(name, tensor) for name, tensor in _tensors(model) if id(tensor) not in inside]
-    digest = _sha256(transformers.__version__, _configuration(model), *_described(outside))
-    by_layer = {}
-    for number in range(1 + max((len(stack) - 1 if n is None else n for n in numbers.values()), default=-1)):
-        digest = _sha256(digest, *_described(_tensors(stack[number])))
-        by_layer[number] = digest
+    # a module in no layer may come after all of them
+    ends = {name: len(stack) if number is None else number + 1 for name, number in numbers.items()}
+    digests = layer_digests(model, stack, max(ends.values(), default=0), "preserve_cache_dir")
     lengths = torch.tensor([len(row) for row in text])
-    read = [tensor_sha256(lengths), *(tensor_sha256(row) for row in text)]
-    # what lies in no layer may come after all of them
-    return {name: _sha256(name, digest if n is None else by_layer[n], *read) for name, n in numbers.items()}
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of a module without those of an adapter."""
-    whole = whole_layer(module)
-    for name, tensor in chain(whole.named_parameters(), whole.named_buffers()):
-        if "locft_" not in name and "lora_" not in name:
-            yield clean_name(name), tensor
-
-
-def _described(tensors: Sequence[tuple[str, torch.Tensor]] | Iterator[tuple[str, torch.Tensor]]) -> Iterator[str]:
-    for name, tensor in tensors:
-        if tensor.is_meta:
-            raise ValueError(
-                f"Statistics are kept by the weights that they depend on, and {name} is offloaded. Leave the cache "
-                "folder out, or load the model without offloading."
-            )
-        yield f"{name} {tensor.dtype} {tensor_sha256(tensor)}"
-
-
-def _configuration(model: nn.Module) -> str:
-    config: Any = getattr(model, "config", None)
-    settings = config.to_dict() if hasattr(config, "to_dict") else {}
-    kept = {
-        key: value for key, value in settings.items() if key not in WITHOUT_EFFECT and not key.endswith("_token_id")
-    }
-    return json.dumps(kept, sort_keys=True, default=str)
-
-
-def _sha256(*parts: str) -> str:
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    text_sha256 = [tensor_sha256(lengths), *(tensor_sha256(row) for row in text)]
+    return {name: sha256_of(name, digests[end], *text_sha256) for name, end in ends.items()}
 
 
 logger = logging.getLogger(__name__)
@@ -338,7 +295,7 @@ def _no_further_than(model: nn.Module, locations: list[str]) -> Iterator[Any]:
         return
     last = max(number for number in numbers.values() if number is not None)
     one = torch.zeros(1, dtype=torch.int64)
-    with passed_over(list(layers[last + 1 :])):
+    with skipped(list(layers[last + 1 :])):
         yield lambda inputs: logits_at(model, one, one, inputs)
 
 
