@@ -2,7 +2,8 @@
 
     python killed_search_process.py FOLDER KILLS
 
-KILLS is JSON: for every child the number, from 1, of the comparison with the whole model at which it is killed, or null.
+KILLS is JSON: for every child the number, from 1, of the comparison with the whole model at which it is killed; or
+null.
 Each goes on where the one before was killed, and writes what it has found to FOLDER/found.json. With `"together"` in
 its place, two children start at once, as a launcher starts them, and call `locft locate`.
 """

@@ -57,8 +57,8 @@ def layer_digests(
                 continue
             if tensor.is_meta:
                 raise ValueError(
-                    f"{option}: the file is named by the sha256 of the model's weights, and {name} is offloaded (on the "
-                    f"meta device). Unset {option}, or load the model without offloading."
+                    f"{option}: the file is named by the sha256 of the model's weights, and {name} is offloaded (on "
+                    f"the meta device). Unset {option}, or load the model without offloading."
                 )
             described.append(f"{name} {tensor.dtype} {sha256(tensor)}")
         digest = sha256_of(digest, *described)

@@ -28,10 +28,9 @@ class ForwardPlan:
         tail: where the model is cut.
         tree: the prefixes of the edits.
         device: where forwards run.
-        states: (nodes, hidden), the states that enter the tail, one row for each distinct prefix; `None`: every forward
-            runs the trunk.
-        packed: compute every distinct prefix once, (1, N, hidden); else edits are padded on the right,
-            (B, T, hidden).
+        states: (nodes, hidden), the states that enter the tail, one row for each distinct prefix. `None`: every
+            forward runs the trunk.
+        packed: compute every distinct prefix once, (1, N, hidden). Else edits are padded on the right, (B, T, hidden).
         narrow: modules of the last layer that are computed for the scored tokens only, if packed.
     """
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -86,25 +86,6 @@ def check_finite(loss: float, step: int, max_steps: int, learning_rate: float) -
     )
 
 
-def disabling(model: nn.Module) -> Callable[[], AbstractContextManager[Any]] | None:
-    """Return what makes a model answer as its base for a while; `None` for a model without an adapter."""
-    if isinstance(model, PeftModel):
-        return model.disable_adapter
-    if not getattr(model, "_hf_peft_config_loaded", False):
-        return None
-
-    @contextmanager
-    def disabled() -> Iterator[None]:
-        # transformers' own integration of PEFT
-        model.disable_adapters()  # type: ignore[operator]
-        try:
-            yield
-        finally:
-            model.enable_adapters()  # type: ignore[operator]
-
-    return disabled
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode for a while, without gradients, its configuration restored afterwards."""
@@ -119,8 +100,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def has_adapter(model: nn.Module) -> bool:
+    """Whether a model has an adapter that PEFT, or transformers' own integration of PEFT, can disable."""
+    return isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False)
+
+
 @contextmanager
 def as_base(model: nn.Module) -> Iterator[None]:
-    """Let a model answer as its base for a while, if it has an adapter to disable."""
-    with (disabling(model) or nullcontext)():
+    """Disable a model's adapters for a while, so that it answers as its base."""
+    if isinstance(model, PeftModel):
+        with model.disable_adapter():
+            yield
+    elif has_adapter(model):
+        model.disable_adapters()  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            model.enable_adapters()  # type: ignore[operator]
+    else:
         yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ..engine.fingerprint import layer_digests, sha256_of
-from ..engine.model_state import check_vocabulary, disabling, evaluating
+from ..engine.model_state import as_base, check_vocabulary, evaluating
 from ..engine.tail import logits_at, skipped
 from ..io.files import atomic_file
 from ..tuner.arithmetic import tensor_sha256
@@ -264,7 +264,7 @@ def _measure(
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     bar = tqdm(batches, desc="reading text to preserve", leave=False, disable=not progress or len(batches) < 4)
     with ExitStack() as stack:
-        stack.enter_context((disabling(model) or nullcontext)())
+        stack.enter_context(as_base(model))
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.autocast(device.type, enabled=False))
         run = stack.enter_context(_no_further_than(model, list(modules)))
