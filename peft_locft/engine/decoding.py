@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
@@ -17,6 +16,7 @@ from .forward_plan import ForwardPlan, find_packing
 from .memory import MOST_TOKENS, run_halving
 from .model_state import check_vocabulary, evaluating, max_length
 from .packed_decoding import PackedDecoder, num_tokens
+from .padding import batches_by_length, pad_right
 from .prefix_tree import PrefixTree
 from .questions import Answer, Choice, Question, Score, StopCounter, greedy
 from .tail import Tail, logits_at
@@ -141,7 +141,7 @@ def _answer_padded(
     progress: tqdm[Any],
 ) -> list[Answer]:
     answers = [Answer() for _ in questions]
-    for batch in _by_length(questions, max_tokens):
+    for batch in batches_by_length([num_tokens(question) for question in questions], max_tokens):
         for number in batch:
             answers[number].scores = _scores(model, questions[number], device, ends)
         answering = [number for number in batch if questions[number].max_new_tokens]
@@ -151,25 +151,12 @@ def _answer_padded(
     return answers
 
 
-def _by_length(questions: Sequence[Question], max_tokens: int) -> Iterator[list[int]]:
-    order = sorted(range(len(questions)), key=lambda number: num_tokens(questions[number]))
-    batch: list[int] = []
-    for number in order:
-        if batch and (len(batch) + 1) * num_tokens(questions[number]) > max_tokens:
-            yield batch
-            batch = []
-        batch.append(number)
-    if batch:
-        yield batch
-
-
 def _scores(model: nn.Module, question: Question, device: torch.device, ends: StopCounter) -> list[Score]:
     """Score the continuations of one question in one forward, padded on the right."""
     if not question.scored:
         return []
     rows = [torch.tensor(scored.token_ids) for scored in question.scored]
-    input_ids = pad_sequence(rows, batch_first=True).to(device)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device)
+    input_ids, mask = pad_right(rows, device)
     where = [(r, t) for r, scored in enumerate(question.scored) for t in range(scored.start, len(scored.token_ids))]
     row, column = torch.tensor(where, device=device).unbind(dim=1)
     inputs = {"input_ids": input_ids, "attention_mask": mask, "use_cache": False}
