@@ -268,7 +268,7 @@ def test_samples_have_the_probabilities_of_the_model() -> None:
 def test_stops_are_counted_by_text_and_eos_ends_any_answer() -> None:
     ends = StopCounter(Words())
     question = Question((3,), num_stops=2, max_new_tokens=4)
-    assert [ends.is_whole(question, row) for row in ([9, STOP], [STOP, STOP], [2], [9, 9, 9, 9])] == [
+    assert [ends.is_finished(question, row) for row in ([9, STOP], [STOP, STOP], [2], [9, 9, 9, 9])] == [
         False,
         True,
         True,

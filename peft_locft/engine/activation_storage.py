@@ -77,7 +77,9 @@ def state_files(
     """
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     inputs = [str(autocast), *(tensor_sha256(tensor) for tensor in (tree.token_ids, tree.positions, tree.nodes))]
-    digests = layer_digests(model, tail.layers, tail.first, "activation_cache_dir", with_adapters=True, sha256=sha256)
+    digests = layer_digests(
+        model, list(tail.layers), tail.first, "activation_cache_dir", with_adapters=True, sha256=sha256
+    )
     return [Path(folder, f"{sha256_of(digest, *inputs)}.safetensors") for digest in digests]
 
 

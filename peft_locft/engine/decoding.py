@@ -1,4 +1,4 @@
-"""Ask a model many questions: what it answers, and how probable it finds given continuations."""
+"""Generate answers to many questions, and score given continuations."""
 
 from __future__ import annotations
 
@@ -36,26 +36,27 @@ def generate_and_score(
     whose: str = "the model",
     progress: bool = True,
 ) -> list[Answer]:
-    """Score and answer questions.
+    """Return an answer to each question: generated tokens, and scores of continuations.
 
-    Prompts are packed, not padded; beginnings that they share are computed once; answers that have come to their end
-    make room for other questions. With a model whose attention is its own, questions are padded, and answered by
-    `model.generate`. The answers are the same, to the rounding of floating point numbers.
+    Prompts are packed, not padded; shared prefixes are computed once; a finished answer makes room for the next
+    question. If the model does not use transformers' attention interface, questions are padded and answered by
+    `model.generate`. Both give the same answers, up to floating-point rounding.
 
     Args:
-        model: a decoder-only language model; it is put into evaluation mode meanwhile.
-        tokenizer: knows what text a token stands for, and EOS.
-        questions: each is asked once, however often it is there.
-        choose: the next token from logits; [`TopK`] samples.
-        max_tokens: in one forward; `None`: what the device has use for. Halved, with a warning, when memory runs out.
-        whose: logits they are, in messages.
-        progress: show it, if there are at least 100 questions.
+        model: a decoder-only language model. It is in evaluation mode meanwhile.
+        tokenizer: the model's tokenizer.
+        questions: equal questions are computed once.
+        choose: chooses the next token from logits; [`TopK`] samples.
+        max_tokens: the largest number of tokens in one forward; `None`: chosen by the device. It is halved, with a
+            warning, when memory runs out.
+        whose: the model's name in messages, such as "the base".
+        progress: show a progress bar, if there are at least 100 questions.
 
     Returns:
-        The answers, in the order of the questions; equal questions share one.
+        The answers, in the order of the questions; equal questions share one object.
 
     Raises:
-        FloatingPointError: the model's logits are not finite.
+        FloatingPointError: if the model's logits are NaN or infinite.
     """
     distinct = [question for question in dict.fromkeys(questions) if question.scored or question.max_new_tokens]
     if not distinct:
@@ -67,7 +68,7 @@ def generate_and_score(
 
     def answer_all(max_tokens: int) -> list[Answer]:
         hidden = not progress or len(distinct) < FEWEST_WITH_PROGRESS
-        with tqdm(total=len(distinct), desc=f"asking {whose}", leave=False, disable=hidden) as bar, evaluating(model):
+        with tqdm(total=len(distinct), desc=f"running {whose}", leave=False, disable=hidden) as bar, evaluating(model):
             return _answer(model, distinct, embedding.device, max_tokens, ends, choose, bar)
 
     answers, _ = run_halving(answer_all, max_tokens, smallest=1, option="max_tokens_per_forward")
@@ -91,10 +92,10 @@ def _answer(
 
 
 def check_fits(model: nn.Module, questions: Sequence[Question], tokenizer: Any) -> None:
-    """Check that a model knows the tokens of questions, and has positions enough for them and their answers.
+    """Check that a model's vocabulary has the tokens of all questions, and that prompts and answers fit its positions.
 
     Raises:
-        ValueError: if it does not; the first prompt that is too long is named.
+        ValueError: if they do not; it names the first prompt that is too long.
     """
     most = max_length(model)
     largest = 0
@@ -112,13 +113,13 @@ def check_fits(model: nn.Module, questions: Sequence[Question], tokenizer: Any) 
 
 
 def _packable_layers(model: nn.Module, questions: Sequence[Question], device: torch.device) -> nn.ModuleList | None:
-    """Return the decoder layers if packed tokens give the logits of padded ones, tried on short and long prompts."""
+    """Return the decoder layers; `None` if packing changes the logits of a short, a middle or a long prompt."""
     try:
         _, layers = find_decoder_layers(model)
     except ValueError:
         return None
     by_length = sorted({question.prompt for question in questions}, key=len)
-    # the tree leaves out the last token
+    # the tree leaves out the last token of each row
     trial = [(*prompt, 0) for prompt in {by_length[0], by_length[len(by_length) // 2], by_length[-1]}]
     tokens = torch.tensor([token for prompt in trial for token in prompt])
     offsets = torch.tensor([0, *map(len, trial)]).cumsum(0)
@@ -128,7 +129,7 @@ def _packable_layers(model: nn.Module, questions: Sequence[Question], device: to
     return layers if found.packed else None
 
 
-# ---------------------------------------------------------------------- padded: attention of a model's own
+# ---------------------------------------------------------------------- padded, for attention of a model's own
 
 
 def _answer_padded(
@@ -143,15 +144,15 @@ def _answer_padded(
     answers = [Answer() for _ in questions]
     for batch in batches_by_length([num_tokens(question) for question in questions], max_tokens):
         for number in batch:
-            answers[number].scores = _scores(model, questions[number], device, ends)
-        answering = [number for number in batch if questions[number].max_new_tokens]
-        if answering:
-            _generate(model, questions, answers, answering, device, ends, choose)
+            answers[number].scores = _score(model, questions[number], device, ends)
+        to_generate = [number for number in batch if questions[number].max_new_tokens]
+        if to_generate:
+            _generate(model, questions, answers, to_generate, device, ends, choose)
         progress.update(len(batch))
     return answers
 
 
-def _scores(model: nn.Module, question: Question, device: torch.device, ends: StopCounter) -> list[Score]:
+def _score(model: nn.Module, question: Question, device: torch.device, ends: StopCounter) -> list[Score]:
     """Score the continuations of one question in one forward, padded on the right."""
     if not question.scored:
         return []
@@ -178,37 +179,38 @@ def _generate(
     ends: StopCounter,
     choose: Choice,
 ) -> None:
-    """Answer with `model.generate`, padded on the left, until every row has come to its end."""
-    asked = [questions[number] for number in batch]
-    width = max(len(question.prompt) for question in asked)
-    input_ids = torch.tensor([[0] * (width - len(question.prompt)) + list(question.prompt) for question in asked])
-    mask = torch.tensor([[0] * (width - len(question.prompt)) + [1] * len(question.prompt) for question in asked])
+    """Answer a batch with `model.generate`, padded on the left, until every answer ends."""
+    batch_questions = [questions[number] for number in batch]
+    prompts = [list(question.prompt) for question in batch_questions]
+    width = max(map(len, prompts))
+    input_ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
 
-    class Chooses(LogitsProcessor):
+    class ChoiceProcessor(LogitsProcessor):
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
             bad = (~scores.amax(dim=-1).isfinite()).nonzero().flatten().tolist()
             if bad:
-                raise ends.not_finite(asked[bad[0]])
+                raise ends.not_finite(batch_questions[bad[0]])
             tokens = choose(scores, [(number, input_ids.shape[1] - width) for number in batch])
             return torch.full_like(scores, -math.inf).scatter(1, tokens[:, None], 0.0)
 
-    class Ends(StoppingCriteria):
+    class EndOfAnswers(StoppingCriteria):
         def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-            rows = zip(asked, input_ids[:, width:].tolist(), strict=True)
-            return torch.tensor([ends.is_whole(question, row) for question, row in rows], device=input_ids.device)
+            rows = zip(batch_questions, input_ids[:, width:].tolist(), strict=True)
+            return torch.tensor([ends.is_finished(question, row) for question, row in rows], device=input_ids.device)
 
-    # the model's own configuration may sample, or penalise what the prompt has said; `ask` puts it back
+    # the model's own configuration may sample, or penalize repetition; `evaluating` restores it
     own = vars(model.generation_config)
     own.clear()
     own.update(vars(GenerationConfig(pad_token_id=0)))
     generated = model.generate(
         input_ids=input_ids.to(device),
         attention_mask=mask.to(device),
-        max_new_tokens=max(question.max_new_tokens for question in asked),
+        max_new_tokens=max(question.max_new_tokens for question in batch_questions),
         do_sample=False,
-        logits_processor=[Chooses()],
-        stopping_criteria=[Ends()],
+        logits_processor=[ChoiceProcessor()],
+        stopping_criteria=[EndOfAnswers()],
     )
-    for number, question, row in zip(batch, asked, generated[:, width:].tolist(), strict=True):
-        length = next((n for n in range(1, len(row)) if ends.is_whole(question, row[:n])), len(row))
+    for number, question, row in zip(batch, batch_questions, generated[:, width:].tolist(), strict=True):
+        length = next((n for n in range(1, len(row)) if ends.is_finished(question, row[:n])), len(row))
         answers[number].token_ids = row[:length]
