@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, 
 from peft_locft import BreadthFirstConfig, BreadthFirstTrainer, Edit, LocFTConfig, encode_edits
 from peft_locft.training.batches import EditBatches, LossRecord
 from peft_locft.training.callbacks import FloorAndRecord
-from peft_locft.training.resting import RestingEdits
 
 LOCATION = LocFTConfig(target_modules=["down_proj"], layers_to_transform=[1], task_type="CAUSAL_LM")
 
@@ -380,7 +379,7 @@ def test_so_many_as_are_asked_for_are_enough(share: float, num_edits: int, tmp_p
     most = num_edits - round(share * num_edits)
     for unlearned in (most, most + 1):
         record = LossRecord(epoch_losses=[9.0], unlearned=[unlearned])
-        callback = FloorAndRecord(record, RestingEdits(num_edits, 0.0, 0), num_edits, args)
+        callback = FloorAndRecord(record, num_edits, args)
         control = TrainerControl()
         callback.on_epoch_begin(args, TrainerState(epoch=1.0), control, train_dataloader=loader)
         assert control.should_training_stop == (unlearned == most)

@@ -29,7 +29,6 @@ from .callbacks import CURVES_KEY, EditProgress, FloorAndRecord
 from .config import BreadthFirstConfig
 from .preserver import PreservationCallback, Preserver, prepare_preserver
 from .record import training_record
-from .resting import RestingEdits
 from .resume import check_same_edits, invalidate, whole_checkpoint
 from .row_losses import BatchWeight, RowLosses
 from .training_data import TrainingData, training_data
@@ -91,7 +90,6 @@ class BreadthFirstTrainer(Trainer):
         check_vocabulary(model, encoded.token_ids)
         mark_trained(model, self.data.record()["trained_prompts"])
         self.record = LossRecord()
-        self.resting = RestingEdits(len(encoded), args.loss_floor, args.skip_learned_epochs)
         self.losses = RowLosses.of(encoded, self.data.rows, args)
         self.runner = self.losses.runner
         with configuration_unchanged(model):
@@ -106,7 +104,7 @@ class BreadthFirstTrainer(Trainer):
             preserve_soft_strength=args.preserve_soft_strength,
             retained_loss=args.has_retained and args.retained_loss == "kl",
         )
-        self.add_callback(FloorAndRecord(self.record, self.resting, self.data.rows.num_new, args))
+        self.add_callback(FloorAndRecord(self.record, self.data.rows.num_new, args))
         self.preservation = PreservationCallback(Preserver([]))
         self.add_callback(self.preservation)
         if self.pop_callback(ProgressCallback) is not None:
@@ -132,9 +130,7 @@ class BreadthFirstTrainer(Trainer):
         layerwise = self.args.trunk_residency == "layerwise"
         off_device = trunk_offloaded(self.model, self.args.device) if layerwise else nullcontext()
         with configuration_unchanged(self.model), off_device:
-            self.preservation.preserver = prepare_preserver(
-                self.model, self.data.preserved, self.data.preserved_weights, self.args
-            )
+            self.preservation.preserver = prepare_preserver(self.model, self.data.preserved, self.args)
             self.add_callback(self.pop_callback(self.preservation))  # behind one that brings the best epoch back
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -203,10 +199,7 @@ class BreadthFirstTrainer(Trainer):
                 plain = self.accelerator.unwrap_model(model)
                 self.losses.ask_base(plain, as_base(plain))
         weight = num_items_in_batch or self.losses.weight(torch.tensor(inputs))
-        trained, resting = self.resting.split(inputs, int(self.state.epoch))
-        figures = self._gradient(model, trained, weight)
-        if resting:
-            figures += self.losses.figures(self.resting.losses[resting], torch.tensor(resting), weight)
+        figures = self._gradient(model, inputs, weight)
         share, retained_share, unlearned = figures.tolist()
         check_finite(share + retained_share, self.state.global_step, self.state.max_steps, self._get_learning_rate())
         num_edits = sum(index < self.losses.rows.num_edits for index in inputs)
@@ -248,8 +241,6 @@ class BreadthFirstTrainer(Trainer):
                     with self.compute_loss_context_manager():
                         loss = self.compute_loss(model, piece, num_items_in_batch=weight)
                     if counts:
-                        targets = piece < self.losses.rows.first_retained
-                        self.resting.add(piece[targets], self._last_losses[targets], int(self.state.epoch))
                         figures += self._last_figures
                     # gradients are averaged over processes, and the loss is already a share of the whole
                     backward(loss * (world_size if counts else 0), self.accelerator, is_last)

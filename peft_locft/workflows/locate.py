@@ -191,7 +191,7 @@ def _setting(
     trials: LocationTrials,
 ) -> dict[str, Any]:
     """Return what the results depend on, as plain data."""
-    recipe = {name: getattr(args, name) for name in (*RECIPE_FIELDS, "skip_learned_epochs")}
+    recipe = {name: getattr(args, name) for name in RECIPE_FIELDS}
     return {
         "model": getattr(model.config, "name_or_path", ""),
         "shape": model_shape(model.config),
