@@ -15,12 +15,11 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from tqdm.auto import tqdm
 
-from .activation_storage import allocate, fingerprint, load_states, new_file
+from .activation_storage import SharedActivations, allocate, fingerprint, load_states, new_file
 from .narrowing import find_narrowable, narrowed
 from .offload import OffloadedLayer
 from .packed_attention import packed_attention
 from .prefix_tree import Pack, PrefixTree
-from .shared_states import shared_states
 from .tail import CacheUnusableError, Tail, entering, logits_at, passed_over
 
 logger = logging.getLogger(__name__)
@@ -133,12 +132,14 @@ class Storage:
         folder: where a scratch file goes.
         kept_in: a folder for a file from which later runs take them, if model, edits and location are the same.
         quiet: no progress bar.
+        shared: with other trainings on this base; `None`: with none.
     """
 
     place: str
     folder: str
     kept_in: str | None = None
     quiet: bool = False
+    shared: SharedActivations | None = None
 
 
 def cache_trunk(
@@ -160,16 +161,16 @@ def cache_trunk(
     """
     if replay.tail.why_whole is not None:
         raise CacheUnusableError(replay.tail.why_whole)
-    shared, path, states = shared_states(), None, None
+    shared, path, states = storage.shared, None, None
     others: dict[int, Path] = {}
     folder = storage.kept_in or (None if shared is None else str(shared.folder))
     if folder is not None:
-        path = _file(folder, model, replay)
+        path = _file(folder, model, replay, shared)
         states = load_states(path, len(replay.tree))
     if states is None:
         if shared is not None and folder is not None:
             earlier = [layer for layer in shared.layers if 0 < layer < replay.tail.first]
-            files = {layer: _file(folder, model, replay, layer) for layer in earlier}
+            files = {layer: _file(folder, model, replay, shared, layer) for layer in earlier}
             others = {layer: file for layer, file in files.items() if not file.exists()}
         states = _run_trunk(model, replay, batches, storage, path, others)
     replay = replace(replay, states=states)
@@ -178,10 +179,12 @@ def cache_trunk(
     return replay
 
 
-def _file(folder: str, model: nn.Module, replay: Replay, first: int | None = None) -> Path:
+def _file(
+    folder: str, model: nn.Module, replay: Replay, shared: SharedActivations | None, first: int | None = None
+) -> Path:
     """Return the file of the states that enter a layer; `None`: the first of the tail."""
     tail = replay.tail if first is None else Tail(replay.tail.layers, first)
-    return Path(folder, f"{fingerprint(model, tail, replay.tree, replay.device)}.safetensors")
+    return Path(folder, f"{fingerprint(model, tail, replay.tree, replay.device, shared)}.safetensors")
 
 
 def _run_trunk(

@@ -8,8 +8,9 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
@@ -22,7 +23,6 @@ from torch import nn
 from ..tuner.arithmetic import tensor_sha256
 from .offload import OffloadedLayer
 from .prefix_tree import PrefixTree
-from .shared_states import shared_states
 from .tail import Tail
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,30 @@ NAME = "states"
 PARTIAL = ".partial-"
 STALE = 24 * 3600  # seconds after which an unfinished file is nobody's any more
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+@dataclass(frozen=True)
+class SharedActivations:
+    """A folder of states that trainings on one frozen base share, such as the trials of a location search.
+
+    Args:
+        folder: holds a file for each location and list of edits. Its owner may delete it afterwards.
+        layers: the decoder layers that will be trained, counted from 0: a run through one of them stores the states
+            that enter it, too.
+    """
+
+    folder: Path
+    layers: Sequence[int]
+    _hashes: dict[int, tuple[torch.Tensor, str]] = field(default_factory=dict)
+
+    def sha256(self, tensor: torch.Tensor) -> str:
+        """Return the hash of a tensor, computed once if it is frozen."""
+        if tensor.requires_grad:
+            return tensor_sha256(tensor)
+        if id(tensor) not in self._hashes:
+            # with the tensor itself, so that no other gets its id
+            self._hashes[id(tensor)] = (tensor, tensor_sha256(tensor))
+        return self._hashes[id(tensor)][1]
 
 
 def allocate(shape: tuple[int, int], dtype: torch.dtype, place: str, folder: str) -> torch.Tensor:
@@ -50,7 +74,9 @@ def allocate(shape: tuple[int, int], dtype: torch.dtype, place: str, folder: str
         return torch.from_file(file.name, shared=True, size=num_values, dtype=dtype).view(shape)
 
 
-def fingerprint(model: nn.Module, tail: Tail, tree: PrefixTree, device: torch.device) -> str:
+def fingerprint(
+    model: nn.Module, tail: Tail, tree: PrefixTree, device: torch.device, shared: SharedActivations | None = None
+) -> str:
     """Return the sha256 of all that the states depend on: the trunk's weights and configuration, and the edits.
 
     Raises:
@@ -63,7 +89,6 @@ def fingerprint(model: nn.Module, tail: Tail, tree: PrefixTree, device: torch.de
     in_stack = {id(parameter) for layer in tail.layers for parameter in layer.parameters()}
     tensors: list[tuple[str, torch.Tensor]] = []
     tensors += [(name, tensor) for name, tensor in model.named_parameters() if id(tensor) not in in_stack]
-    shared = shared_states()
     for index, layer in enumerate(tail.trunk):
         whole = layer.parked[0] if isinstance(layer, OffloadedLayer) else layer
         own = chain(whole.named_parameters(), whole.named_buffers())
@@ -74,8 +99,7 @@ def fingerprint(model: nn.Module, tail: Tail, tree: PrefixTree, device: torch.de
                 f"activation_cache_dir needs the weights before the location, and {name} is offloaded. Leave it "
                 "unset, or load the model without offloading."
             )
-        found = tensor_sha256(tensor) if shared is None else shared.sha256(tensor, tensor_sha256)
-        parts.append(f"{name} {found}")
+        parts.append(f"{name} {tensor_sha256(tensor) if shared is None else shared.sha256(tensor)}")
     parts += [tensor_sha256(tree.token_ids), tensor_sha256(tree.positions), tensor_sha256(tree.nodes)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..data.encoding import EncodedEdits, collate
 from ..engine.activation_cache import Replay, Storage, cache_trunk, find_packing
+from ..engine.activation_storage import SharedActivations
 from ..engine.distributed import SHARDED, missing_pieces
 from ..engine.memory import FEWEST_TOKENS_ON_CPU, MOST_TOKENS, fitting_tokens, run_halving
 from ..engine.prefix_tree import PrefixTree
@@ -55,6 +56,7 @@ class EditRunner:
         objective: what is scored.
         max_tokens: in one micro-batch; `None` for what memory has room for.
         device: where forwards run.
+        shared: where the states that leave the trunk are shared with other trainings on the same base.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class EditRunner:
         objective: Objective,
         max_tokens: int | None,
         device: torch.device,
+        shared: SharedActivations | None = None,
     ) -> None:
         self.edits = edits
         self.own = own
@@ -71,6 +74,7 @@ class EditRunner:
         self.max_tokens = max_tokens or (FEWEST_TOKENS_ON_CPU if device.type == "cpu" else MOST_TOKENS)
         self._choose_tokens = max_tokens is None
         self.device = device
+        self.shared = shared
         self.replay: Replay | None = None
         self.is_prepared = False
 
@@ -117,7 +121,11 @@ class EditRunner:
         batches = self.micro_batches(self.own)
         batches += batches[:1] * missing_pieces(len(batches), accelerator)
         storage = Storage(
-            args.activation_cache, args.output_dir, args.activation_cache_dir, quiet=bool(args.disable_tqdm)
+            args.activation_cache,
+            args.output_dir,
+            args.activation_cache_dir,
+            quiet=bool(args.disable_tqdm),
+            shared=self.shared,
         )
         self.replay = cache_trunk(model, self.replay, batches, trial, storage)
 

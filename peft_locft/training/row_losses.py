@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..data.encoding import EncodedEdits
+from ..engine.activation_storage import SharedActivations
 from ..engine.tail import logits_at
 from .config import BreadthFirstConfig
 from .edit_runner import EditRunner, MicroBatch
@@ -134,16 +135,23 @@ class RowLosses:
         self.base: BaseDistributions | None = None
 
     @classmethod
-    def of(cls, encoded: EncodedEdits, rows: TrainingRows, args: BreadthFirstConfig) -> RowLosses:
+    def of(
+        cls,
+        encoded: EncodedEdits,
+        rows: TrainingRows,
+        args: BreadthFirstConfig,
+        shared: SharedActivations | None = None,
+    ) -> RowLosses:
         """Return the losses that a recipe asks for.
 
         Args:
             encoded: all rows.
             rows: which of them are of which kind.
             args: the recipe, and which of the processes this is.
+            shared: see `EditRunner`.
         """
         own = torch.arange(min(args.process_index, len(encoded) - 1), len(encoded), args.world_size)
-        runner = EditRunner(encoded, own, args.objective, args.max_tokens_per_micro_batch, args.device)
+        runner = EditRunner(encoded, own, args.objective, args.max_tokens_per_micro_batch, args.device, shared)
         return cls(
             rows,
             runner,

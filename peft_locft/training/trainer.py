@@ -21,6 +21,7 @@ from ..adapters.saving import save_adapter
 from ..data.edits import Edit, edits_sha256, read_edits
 from ..data.encoding import EncodedEdits
 from ..data.leaks import mark_trained
+from ..engine.activation_storage import SharedActivations
 from ..engine.distributed import backward, check_not_sharded, end_step, missing_pieces
 from ..engine.model_state import as_base, check_finite, check_vocabulary, configuration_unchanged, dropout_off
 from ..engine.offload import trunk_offloaded
@@ -45,6 +46,8 @@ class BreadthFirstTrainer(Trainer):
         args (`BreadthFirstConfig`, *optional*): the recipe.
         train_dataset (`list[Edit]` or `datasets.Dataset`): the edits; a dataset has columns that `read_edits` knows.
         processing_class (`PreTrainedTokenizerBase`): the model's fast tokenizer.
+        shared_activations (`SharedActivations`, *optional*): where the states that leave the frozen layers are shared
+            with other trainings on the same base, such as the trials of a location search.
         **kwargs: callbacks, optimizers and whatever else `transformers.Trainer` takes.
 
     Attributes:
@@ -72,6 +75,8 @@ class BreadthFirstTrainer(Trainer):
         args: BreadthFirstConfig | None = None,
         train_dataset: Sequence[Edit] | datasets.Dataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        shared_activations: SharedActivations | None = None,
         **kwargs: Any,
     ) -> None:
         args = BreadthFirstConfig() if args is None else args
@@ -90,7 +95,7 @@ class BreadthFirstTrainer(Trainer):
         check_vocabulary(model, encoded.token_ids)
         mark_trained(model, self.data.record()["trained_prompts"])
         self.record = LossRecord()
-        self.losses = RowLosses.of(encoded, self.data.rows, args)
+        self.losses = RowLosses.of(encoded, self.data.rows, args, shared_activations)
         self.runner = self.losses.runner
         with configuration_unchanged(model):
             super().__init__(
