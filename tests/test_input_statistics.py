@@ -107,16 +107,6 @@ def test_what_is_there_twice_counts_twice() -> None:
     found = one(model, prompts)
     assert found.num_tokens == 9
     torch.testing.assert_close(found.second_moment, by_hand(model, DOWN, prompts), rtol=1e-4, atol=1e-5)
-    weighted = one(model, prompts[:2], token_weights=[[2, 2, 2], [1, 1, 1]])
-    assert weighted.num_tokens == 9
-    torch.testing.assert_close(weighted.second_moment, found.second_moment, rtol=1e-4, atol=1e-5)
-
-
-def test_tokens_without_weight_are_not_counted() -> None:
-    model = build("llama")
-    # the states of the first tokens do not depend on later ones
-    found = one(model, WINDOWS, token_weights=torch.tensor([[1.0] * 4 + [0.0] * 5] * 5))
-    torch.testing.assert_close(found.second_moment, one(model, WINDOWS[:, :4]).second_moment, rtol=1e-4, atol=1e-5)
 
 
 def test_the_base_is_read_whatever_adapter_is_on_it() -> None:
@@ -214,7 +204,6 @@ def test_whatever_has_an_effect_is_another_file(tmp_path: Path) -> None:
     for windows in (other_text, WINDOWS[:, :8], WINDOWS.flatten()[None]):
         number += 1
         assert num_retained(tmp_path, build("llama"), windows) == number
-    assert num_retained(tmp_path, build("llama"), token_weights=torch.ones(WINDOWS.shape)) == number + 1
 
 
 def test_a_file_that_is_not_whole_is_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -263,20 +252,17 @@ def test_fused_experts_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("windows", "weights", "message"),
+    ("windows", "message"),
     [
-        ([], None, "windows: there are no rows"),
-        ([[3, 4], []], None, "windows: row 1 is empty"),
-        (torch.ones(2, 3, 4, dtype=torch.int64), None, "found 3 dimensions"),
-        ([[3, VOCAB_SIZE]], None, "they do not belong together"),
-        ([[3, 4]], [[1.0]], "expected one number for each token"),
-        ([[3, 4]], [[1.0, -1.0]], "expected finite numbers from 0 upwards"),
-        ([[3, 4]], [[0.0, 0.0]], "and one above it"),
+        ([], "windows: there are no rows"),
+        ([[3, 4], []], "windows: row 1 is empty"),
+        (torch.ones(2, 3, 4, dtype=torch.int64), "found 3 dimensions"),
+        ([[3, VOCAB_SIZE]], "they do not belong together"),
     ],
 )
-def test_a_text_that_cannot_be_read_is_refused(windows: Any, weights: Any, message: str) -> None:
+def test_a_text_that_cannot_be_read_is_refused(windows: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        one(build("llama"), windows, token_weights=weights)
+        one(build("llama"), windows)
 
 
 class Routed(nn.Module):
@@ -297,8 +283,6 @@ def test_an_expert_is_measured_on_what_it_gets() -> None:
     model.model.layers[1].mlp = Routed(nn.Linear(32, 32), step=2)
     found = input_statistics(model, WINDOWS[:1], [name], progress=False)[name]
     assert found.num_tokens == 5
-    with pytest.raises(ValueError, match="does not get every token"):
-        input_statistics(model, WINDOWS, [name], token_weights=torch.ones(WINDOWS.shape))
     model.model.layers[1].mlp.step = None
     with pytest.raises(ValueError, match=f"no token of the text comes to {name}"):
         input_statistics(model, WINDOWS, [name])

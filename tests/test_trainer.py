@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, 
 from peft_locft import BreadthFirstConfig, BreadthFirstTrainer, Edit, LocFTConfig, encode_edits
 from peft_locft.training.batches import EditBatches, LossRecord
 from peft_locft.training.callbacks import FloorAndRecord
-from peft_locft.training.resting import RestingEdits
+from peft_locft.training.edit_runner import MicroBatch
+from peft_locft.training.row_losses import RowLosses
 
 LOCATION = LocFTConfig(target_modules=["down_proj"], layers_to_transform=[1], task_type="CAUSAL_LM")
 
@@ -139,13 +140,13 @@ def test_the_defaults_are_the_published_recipe() -> None:
 def test_every_edit_is_trained_once_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(tmp_path, per_device_train_batch_size=3)
     seen: list[tuple[int, ...]] = []
-    own = trainer.compute_loss
+    own = RowLosses.__call__
 
-    def spy(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.extend(tuple(trainer.train_dataset[index].input_ids.tolist()) for index in inputs.tolist())
-        return own(model, inputs, *args, **kwargs)
+    def spy(losses: RowLosses, model: Any, batch: MicroBatch) -> Any:
+        seen.extend(tuple(trainer.train_dataset[index].input_ids.tolist()) for index in batch.indices.tolist())
+        return own(losses, model, batch)
 
-    monkeypatch.setattr(trainer, "compute_loss", spy)
+    monkeypatch.setattr(RowLosses, "__call__", spy)
     trainer.train()
     encoded = encode_edits(EDITS, make_tokenizer("llama2"))
     expected = Counter(tuple(encoded[index].input_ids.tolist()) for index in range(len(EDITS)))
@@ -380,7 +381,7 @@ def test_so_many_as_are_asked_for_are_enough(share: float, num_edits: int, tmp_p
     most = num_edits - round(share * num_edits)
     for unlearned in (most, most + 1):
         record = LossRecord(epoch_losses=[9.0], unlearned=[unlearned])
-        callback = FloorAndRecord(record, RestingEdits(num_edits, 0.0, 0), num_edits, args)
+        callback = FloorAndRecord(record, num_edits, args)
         control = TrainerControl()
         callback.on_epoch_begin(args, TrainerState(epoch=1.0), control, train_dataloader=loader)
         assert control.should_training_stop == (unlearned == most)

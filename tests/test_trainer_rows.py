@@ -25,7 +25,6 @@ ALL: dict[str, Any] = {
     "num_concatenated": 1,
     "retained_answer_tokens": 3,
     "retained_subjects": 2,
-    "kept_text_pieces": 6,
     "retained_per_edit": 1.0,
     "preserve_tokens": 600,
 }
@@ -124,8 +123,7 @@ def test_what_is_asked_about_other_subjects_is_about_names_of_the_base(
 
 def test_training_paraphrases_are_trained_and_are_no_edits(tmp_path: Path) -> None:
     edits = [replace(EDITS[0], paraphrases=("France has the capital", "The capital city is")), *EDITS[1:]]
-    made = trainer(tmp_path, edits, recipe="published", num_prefixes=0, num_concatenated=0, retained_subjects=0,
-                   kept_text_pieces=0)  # fmt: skip
+    made = trainer(tmp_path, edits, recipe="published", num_prefixes=0, num_concatenated=0, retained_subjects=0)
     assert made.data.counts == {"paraphrases": 2}
     assert made.losses.rows.num_variants == [2] + [0] * 7
     made.train()
@@ -138,7 +136,7 @@ def test_what_a_run_was_trained_on_is_recorded(tmp_path: Path) -> None:
     recorded = json.loads((tmp_path / "locft_provenance.json").read_text())
     assert recorded["augmentation"]["prefixes"] == list(made.data.prefixes)
     counts = recorded["augmentation"]["counts"]
-    assert counts["prefixed"] == 16 and counts["concatenated"] == 8 and counts["pieces of text to keep"] == 6
+    assert counts["prefixed"] == 16 and counts["concatenated"] == 8
     assert recorded["recipe"]["recipe"] == "balanced"
     assert recorded["recipe"]["preserve_soft_strength"] == RECIPES["balanced"]["preserve_soft_strength"]
 
@@ -147,7 +145,7 @@ def test_what_a_run_was_trained_on_is_recorded(tmp_path: Path) -> None:
 def test_an_edit_stands_behind_some_of_the_prefixes(per_edit: int, count: int, tmp_path: Path) -> None:
     data = trainer(tmp_path, prefixes_per_edit=per_edit, num_concatenated=0).data
     assert data.counts["prefixed"] == count == sum(data.rows.num_variants)
-    with_all = trainer(tmp_path, recipe="published", num_concatenated=0, kept_text_pieces=0, retained_subjects=0).data
+    with_all = trainer(tmp_path, recipe="published", num_concatenated=0, retained_subjects=0).data
     assert with_all.counts["prefixed"] == 24
 
 

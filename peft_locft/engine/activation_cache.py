@@ -13,12 +13,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..tuner.arithmetic import tensor_sha256
 from .activation_storage import StateStorage, load_states, new_states_file, state_files
 from .forward_plan import ForwardPlan, equals_whole_model
 from .offload import OffloadedLayer
 from .prefix_tree import Pack
-from .shared_states import shared_states
 from .tail import CacheUnusableError, Tail, entering, logits_at, skipped
 
 # a shape, (nodes, hidden), and a dtype to an empty tensor
@@ -46,12 +44,11 @@ def cache_trunk(
     """
     if plan.tail.why_no_trunk is not None:
         raise CacheUnusableError(plan.tail.why_no_trunk)
-    shared, path, states = shared_states(), None, None
+    shared, path, states = storage.shared, None, None
     others: dict[int, Path] = {}
     folder = storage.cache_dir or (None if shared is None else shared.folder)
     if folder is not None:
-        sha256 = tensor_sha256 if shared is None else partial(shared.sha256, of=tensor_sha256)
-        files = state_files(folder, model, plan.tail, plan.tree, plan.device, sha256)
+        files = state_files(folder, model, plan.tail, plan.tree, plan.device, shared)
         path = files[plan.tail.first]
         states = load_states(path, len(plan.tree))
         if shared is not None:

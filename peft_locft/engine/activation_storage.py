@@ -6,9 +6,9 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -31,6 +31,30 @@ STALE_SECONDS = 24 * 3600  # the age at which such a file belongs to no running 
 
 
 @dataclass(frozen=True)
+class SharedActivations:
+    """A folder of states that trainings on one frozen base share, such as the trials of a location search.
+
+    Args:
+        folder: holds a file for each location and list of edits. Its owner may delete it afterwards.
+        layers: the decoder layers that will be trained, counted from 0: a run through one of them stores the states
+            that enter it, too.
+    """
+
+    folder: Path
+    layers: Sequence[int]
+    _hashes: dict[int, tuple[torch.Tensor, str]] = field(default_factory=dict)
+
+    def sha256(self, tensor: torch.Tensor) -> str:
+        """Return the hash of a tensor, computed once if it is frozen."""
+        if tensor.requires_grad:
+            return tensor_sha256(tensor)
+        if id(tensor) not in self._hashes:
+            # with the tensor itself, so that no other gets its id
+            self._hashes[id(tensor)] = (tensor, tensor_sha256(tensor))
+        return self._hashes[id(tensor)][1]
+
+
+@dataclass(frozen=True)
 class StateStorage:
     """Where states are stored.
 
@@ -39,12 +63,14 @@ class StateStorage:
         scratch_dir: the folder of a scratch file. The file has no name, so the system frees its space when the process
             ends, even if it is killed.
         cache_dir: a folder for a file that later runs use, if model, edits and location are the same.
+        shared: a folder shared with other trainings on this base; used if `cache_dir` is not given.
         progress: show a progress bar while the states are computed.
     """
 
     place: str
     scratch_dir: str
     cache_dir: str | None = None
+    shared: SharedActivations | None = None
     progress: bool = True
 
     def allocate(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
@@ -65,7 +91,7 @@ def state_files(
     tail: Tail,
     tree: PrefixTree,
     device: torch.device,
-    sha256: Callable[[torch.Tensor], str] = tensor_sha256,
+    shared: SharedActivations | None = None,
 ) -> list[Path]:
     """Return the file of the states that enter each layer, from layer 0 to the first layer of the tail.
 
@@ -77,6 +103,7 @@ def state_files(
     """
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     inputs = [str(autocast), *(tensor_sha256(tensor) for tensor in (tree.token_ids, tree.positions, tree.nodes))]
+    sha256 = tensor_sha256 if shared is None else shared.sha256
     digests = layer_digests(
         model, list(tail.layers), tail.first, "activation_cache_dir", with_adapters=True, sha256=sha256
     )

@@ -11,8 +11,6 @@ from transformers.trainer_callback import ProgressCallback
 
 from .batches import EditBatches, LossRecord
 from .config import BreadthFirstConfig
-from .resting import STATE_KEY as RESTING_KEY
-from .resting import RestingEdits
 
 STATE_KEY = "BreadthFirstTrainer"
 CURVES_KEY = "EvaluationCallback"  # where that leaves its figures, which go into the provenance record
@@ -21,15 +19,13 @@ CURVES_KEY = "EvaluationCallback"  # where that leaves its figures, which go int
 class FloorAndRecord(TrainerCallback):
     """Keeps the record of losses in the trainer's state, tells the batches their epoch, and stops what is learned."""
 
-    def __init__(self, record: LossRecord, resting: RestingEdits, num_new: int, args: BreadthFirstConfig) -> None:
+    def __init__(self, record: LossRecord, num_new: int, args: BreadthFirstConfig) -> None:
         self.record = record
-        self.resting = resting
         self.args = args
         self.num_new = num_new
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.record.restore(state.stateful_callbacks.get(STATE_KEY, LossRecord().state()))
-        self.resting.restore(state.stateful_callbacks.get(RESTING_KEY, {}))
 
     def on_epoch_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, train_dataloader: Any = None, **kwargs: Any
@@ -50,8 +46,6 @@ class FloorAndRecord(TrainerCallback):
         elif steps_per_edit is not None and state.global_step % steps_per_edit == 0:
             self.record.end_edit()
         state.stateful_callbacks[STATE_KEY] = self.record.state()
-        if self.resting.epochs:
-            state.stateful_callbacks[RESTING_KEY] = self.resting.state()
 
     def _is_learned(self) -> bool:
         """Whether the last epoch was below the floor, or enough of its edits were learned."""

@@ -84,7 +84,6 @@ class PreservationArguments:
             one that makes up none, the other edits' are taken.
         retained_answer_tokens (`int`, *optional*):
             Tokens of the base's own answers that are kept. With 1 and `retained_loss="kl"` nothing is decoded.
-        kept_text_pieces (`int`, defaults to 0): pieces of 24 tokens of `preserve_text` on which the model is kept.
         retained_per_edit (`float`, *optional*):
             Retained rows beside each edit of a batch; those that `retained_subjects` made are beside the edits that
             they were made from. 0 trains on none, and leaves them to the projector.
@@ -98,9 +97,6 @@ class PreservationArguments:
         preserve_soft_strength (`float`, *optional*):
             How much slower is trained in a direction that has the mean energy of the location's inputs on that text;
             see `SoftProjector`. 0: no slower.
-        preserve_prompts (`float`, defaults to 0.0):
-            Weight of the kept prompts' last tokens in these statistics, beside 1 of the text: locality without a
-            kept row in training (`retained_per_edit=0`), at the cost of generalization.
         preserve_energy_share (`float`, defaults to 0.0):
             Share of that energy whose directions are closed to training instead; see `NullSpaceProjector`. 0: none.
         preserve_cache_dir (`str`, *optional*): a folder where the statistics are kept for later runs.
@@ -145,7 +141,6 @@ class PreservationArguments:
     retained_answer_tokens: int | None = field(
         default=None, metadata={"help": "Tokens of the base's answers that are kept; 1 with kl asks for no decoding."}
     )
-    kept_text_pieces: int = field(default=0, metadata={"help": "Pieces of text on which the model is kept as it is."})
     retained_per_edit: float | None = field(default=None, metadata={"help": "Kept rows beside each edit of a batch."})
     retained_weight: float | None = field(
         default=None, metadata={"help": "Of what is kept in the loss, beside 1 of the edits."}
@@ -161,9 +156,6 @@ class PreservationArguments:
     preserve_soft_strength: float | None = field(
         default=None,
         metadata={"help": "How much slower is trained where that text has the mean of its inputs' energy; 0: not."},
-    )
-    preserve_prompts: float = field(
-        default=0.0, metadata={"help": "Weight of the kept prompts' last tokens there, beside 1 of the text."}
     )
     preserve_energy_share: float = field(
         default=0.0,
@@ -197,7 +189,7 @@ class PreservationArguments:
         for name, value in RECIPES[self.recipe].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        for name in ("num_prefixes", "num_concatenated", "retained_subjects", "kept_text_pieces"):
+        for name in ("num_prefixes", "num_concatenated", "retained_subjects"):
             self._check(name, "0 or more", getattr(self, name) >= 0)
         for name in ("num_retained_facts", "retained_answer_tokens", "preserve_tokens"):
             self._check(name, "1 or more", getattr(self, name) >= 1)
@@ -208,7 +200,6 @@ class PreservationArguments:
             "retained_weight",
             "retained_per_edit",
             "preserve_soft_strength",
-            "preserve_prompts",
         ):
             self._check(name, "0 or more", 0 <= getattr(self, name) < math.inf)
         self._check("preserve_energy_share", "0 to 1", 0 <= self.preserve_energy_share <= 1)
@@ -220,7 +211,7 @@ class PreservationArguments:
 
     @property
     def has_retained(self) -> bool:
-        return bool(self.retained_facts or self.retained_subjects or self.kept_text_pieces)
+        return bool(self.retained_facts or self.retained_subjects)
 
 
 EditOrder = Literal["breadth_first", "depth_first"]
@@ -264,9 +255,6 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
         stop_at_learned (`float`, *optional*):
             Training stops after an epoch in which so large a share of the edits was learned: their targets, whole,
             were more probable than all else together. 0: it does not. `None`: 0, or as the recipe says.
-        skip_learned_epochs (`int`, defaults to 0):
-            An edit whose loss was below the floor sits out so many epochs, with the loss that it had, before it is
-            looked at again. Faster; the published recipe leaves none out. For one process, breadth-first.
         activation_cache (`str`, defaults to `"auto"`):
             The layers before the first trained one are run once, and the states that leave them kept: in `"memory"`,
             on `"disk"` (a memory-mapped scratch file in `output_dir`), or not at all (`"off"`: every step runs the
@@ -316,9 +304,6 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
     stop_at_learned: float | None = field(
         default=None, metadata={"help": "Share of the edits that is learned when training stops; 0: does not."}
     )
-    skip_learned_epochs: int = field(
-        default=0, metadata={"help": "Epochs that an edit sits out after its loss was below the floor."}
-    )
     activation_cache: CachePlace = field(
         default="auto", metadata={"help": "Where the states that enter the first trained layer are kept."}
     )
@@ -355,16 +340,6 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
         if self.max_tokens_per_micro_batch is not None and self.max_tokens_per_micro_batch < 1:
             raise ValueError(
                 f"BreadthFirstConfig.max_tokens_per_micro_batch={self.max_tokens_per_micro_batch}: expected 1 or more."
-            )
-        if self.skip_learned_epochs < 0 or (self.skip_learned_epochs and self.edit_order == "depth_first"):
-            raise ValueError(
-                f"BreadthFirstConfig.skip_learned_epochs={self.skip_learned_epochs}: expected 0 or more, and 0 for "
-                "depth_first, which leaves an edit at the floor anyway."
-            )
-        if self.skip_learned_epochs and self.world_size > 1:
-            raise ValueError(
-                f"BreadthFirstConfig.skip_learned_epochs={self.skip_learned_epochs} is for one process, and there are "
-                f"{self.world_size}. Leave it out."
             )
         if self.activation_cache == "off":
             for name, value in (("activation_cache_dir", None), ("offload_trunk", False)):

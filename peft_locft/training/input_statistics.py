@@ -47,7 +47,7 @@ def cache_keys(model: nn.Module, locations: Sequence[str], text: Sequence[torch.
     Args:
         model: with or without an adapter.
         locations: names of modules in the base model.
-        text: rows of token ids, and of weights.
+        text: rows of token ids.
 
     Raises:
         ValueError: if a weight is on the meta device.
@@ -74,11 +74,11 @@ class InputStatistics:
 
     Args:
         second_moment: (d_in, d_in) `C = E[k kᵀ]`, float32, on the CPU.
-        num_tokens: how many inputs that is the mean of, or the sum of their weights.
+        num_tokens: the number of inputs.
     """
 
     second_moment: torch.Tensor
-    num_tokens: float
+    num_tokens: int
 
 
 def input_statistics(
@@ -86,7 +86,6 @@ def input_statistics(
     windows: Tokens,
     locations: Sequence[str],
     *,
-    token_weights: Sequence[Sequence[float]] | torch.Tensor | None = None,
     cache_dir: str | Path | None = None,
     max_tokens_per_forward: int = MAX_TOKENS_PER_FORWARD,
     progress: bool = True,
@@ -103,7 +102,6 @@ def input_statistics(
         windows: (windows, window) token ids, as `general_ability.text_windows` makes them, or prompts, lists of token
             ids of any lengths. A row that is there twice counts twice.
         locations: names of Linears or Conv1Ds, as `named_modules` of the base model gives them.
-        token_weights: how much each token counts, in the shape of `windows`; `None`: all the same.
         cache_dir: a folder where the statistics are kept, one file a location, and taken from where model, text and
             location are the same.
         max_tokens_per_forward: tokens that are read at once; a longer row is read alone.
@@ -114,29 +112,27 @@ def input_statistics(
 
     Raises:
         ValueError: if a location is not there, is no Linear or Conv1D, or takes no part in the text; if the text is
-            empty or has tokens that the model does not know; if weights do not fit or an adapter is merged.
+            empty or has tokens that the model does not know; if an adapter is merged.
         FloatingPointError: if an input is not finite.
 
     Example:
         >>> windows = text_windows("wikitext.txt", tokenizer, window=512, max_tokens=32_768)
         >>> input_statistics(model, windows, ["model.layers.20.mlp.down_proj"])
-        {'model.layers.20.mlp.down_proj': InputStatistics(second_moment=tensor(…), num_tokens=32768.0)}
+        {'model.layers.20.mlp.down_proj': InputStatistics(second_moment=tensor(…), num_tokens=32768)}
     """
     modules = _located(model, locations)
     rows = _rows(windows)
     check_vocabulary(model, torch.cat(rows))
-    weights = None if token_weights is None else _weights(token_weights, rows)
     if cache_dir is None:
-        return _measure(model, rows, weights, modules, max_tokens_per_forward, progress)
+        return _measure(model, rows, modules, max_tokens_per_forward, progress)
     Path(cache_dir).mkdir(parents=True, exist_ok=True)
     paths = {
-        name: Path(cache_dir, f"{key}.safetensors")
-        for name, key in cache_keys(model, list(modules), [*rows, *(weights or [])]).items()
+        name: Path(cache_dir, f"{key}.safetensors") for name, key in cache_keys(model, list(modules), rows).items()
     }
     found = {name: kept for name, path in paths.items() if (kept := _load(path)) is not None}
     missing = {name: module for name, module in modules.items() if name not in found}
     if missing:
-        measured = _measure(model, rows, weights, missing, max_tokens_per_forward, progress)
+        measured = _measure(model, rows, missing, max_tokens_per_forward, progress)
         for name, statistics in measured.items():
             _save(paths[name], name, statistics)
         found |= measured
@@ -194,17 +190,6 @@ def _rows(windows: Tokens) -> list[torch.Tensor]:
     return rows
 
 
-def _weights(token_weights: Sequence[Sequence[float]] | torch.Tensor, rows: list[torch.Tensor]) -> list[torch.Tensor]:
-    weights = [torch.as_tensor(row, dtype=torch.float32) for row in token_weights]
-    shapes = [tuple(row.shape) for row in weights], [tuple(row.shape) for row in rows]
-    if shapes[0] != shapes[1]:
-        raise ValueError("token_weights: expected one number for each token of windows, in the same rows.")
-    flat = torch.cat(weights)
-    if not bool(torch.isfinite(flat).all()) or bool((flat < 0).any()) or not bool((flat > 0).any()):
-        raise ValueError("token_weights: expected finite numbers from 0 upwards, and one above it.")
-    return weights
-
-
 # ---------------------------------------------------------------------- measuring
 
 
@@ -213,16 +198,13 @@ class _Sums:
 
     def __init__(self, num_features: int) -> None:
         self.products = torch.zeros(num_features, num_features, dtype=torch.float64)
-        self.num_tokens = 0.0
+        self.num_tokens = 0
 
-    def add(self, inputs: torch.Tensor, weights: torch.Tensor | None) -> None:
-        for begin in range(0, len(inputs), MAX_TOKENS_PER_FORWARD):
-            some = inputs[begin : begin + MAX_TOKENS_PER_FORWARD].float()
-            weighted = some
-            if weights is not None:
-                weighted = some * weights[begin : begin + MAX_TOKENS_PER_FORWARD, None].to(some.device)
-            self.products += (weighted.T @ some).cpu()
-        self.num_tokens += float(len(inputs) if weights is None else weights.double().sum())
+    def add(self, inputs: torch.Tensor) -> None:
+        for some in inputs.split(MAX_TOKENS_PER_FORWARD):
+            some = some.float()
+            self.products += (some.T @ some).cpu()
+        self.num_tokens += len(inputs)
 
     def mean(self, name: str) -> InputStatistics:
         if not self.num_tokens:
@@ -242,23 +224,16 @@ class _Sums:
 def _measure(
     model: nn.Module,
     rows: list[torch.Tensor],
-    weights: list[torch.Tensor] | None,
     modules: dict[str, nn.Module],
     max_tokens: int,
     progress: bool,
 ) -> dict[str, InputStatistics]:
     sums: dict[str, _Sums] = {}
-    current: list[torch.Tensor | None] = [None]
 
     def take(name: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = args[0] if args else next(iter(kwargs.values()))
         inputs = inputs.detach().reshape(-1, inputs.shape[-1])
-        if current[0] is not None and len(current[0]) != len(inputs):
-            raise ValueError(
-                f"token_weights: {name} does not get every token, so that it is not known which weights are its own. "
-                "Leave token_weights out, or this module."
-            )
-        sums.setdefault(name, _Sums(inputs.shape[1])).add(inputs, current[0])
+        sums.setdefault(name, _Sums(inputs.shape[1])).add(inputs)
 
     batches = list(_batches(rows, max_tokens))
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
@@ -272,7 +247,6 @@ def _measure(
             hook = module.register_forward_pre_hook(partial(take, name), with_kwargs=True)
             stack.callback(hook.remove)
         for batch in bar:
-            current[0] = None if weights is None else torch.cat([weights[number] for number in batch])
             run({"input_ids": torch.stack([rows[number] for number in batch]).to(device), "use_cache": False})
     return {name: sums.get(name, _Sums(0)).mean(name) for name in modules}
 
@@ -316,7 +290,7 @@ def _load(path: Path) -> InputStatistics | None:
         return None
     try:
         tensors = load_file(path)
-        statistics = InputStatistics(tensors["second_moment"], float(tensors["num_tokens"]))
+        statistics = InputStatistics(tensors["second_moment"], int(tensors["num_tokens"]))
     except (SafetensorError, OSError, KeyError) as error:
         logger.warning("%s holds no whole statistics (%s): they are made anew.", path, error)
         return None

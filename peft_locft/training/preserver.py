@@ -48,7 +48,6 @@ class Preserver:
         soft_strength: float | None = None,
         bound: float | None = None,
         density: float | None = None,
-        token_weights: Sequence[Sequence[float]] | torch.Tensor | None = None,
         cache_dir: str | Path | None = None,
         progress: bool = True,
     ) -> Preserver:
@@ -68,7 +67,6 @@ class Preserver:
             bound: the L-infinity bound on every value of `scale * delta`; `None`: none.
             density: RECT's share of the values of each delta that are kept when training has ended; `None`: all.
                 What the projector holds is then held no longer exactly.
-            token_weights: of `windows`.
             cache_dir: a folder where statistics are kept for later runs.
             progress: show a progress bar.
 
@@ -80,7 +78,7 @@ class Preserver:
                 `input_statistics` raises.
             FloatingPointError: if an input is not finite on the text.
         """
-        _check(windows, energy_share, soft_strength, bound, density, token_weights)
+        _check(windows, energy_share, soft_strength, bound, density)
         if energy_share is soft_strength is bound is density is None:
             return cls([])
         trained = list(find_trained(model))
@@ -94,9 +92,7 @@ class Preserver:
             locations = list(dict.fromkeys(each.location for each in trained))
 
             def projectors() -> dict[str, Projector]:
-                found = input_statistics(
-                    model, windows, locations, token_weights=token_weights, cache_dir=cache_dir, progress=progress
-                )
+                found = input_statistics(model, windows, locations, cache_dir=cache_dir, progress=progress)
                 return {name: _projector(name, each, energy_share, soft_strength) for name, each in found.items()}
 
             _set_projectors(trained, _once(projectors))
@@ -122,25 +118,13 @@ class Preserver:
             for each in self.trained:
                 each.sparsify(self._keep_share)
 
-    def describe(self) -> dict[str, Any]:
-        """Return what is recorded of it: how many directions are closed at each location, of how many."""
-        closed = {
-            each.name: {"dropped": each.projector.basis.shape[1], "of": each.projector.basis.shape[0]}
-            for each in self.trained
-            if isinstance(each.projector, NullSpaceProjector)
-        }
-        return {"bound": self._bound, "density": self._keep_share, "closed_directions": closed}
 
-
-def prepare_preserver(
-    model: nn.Module, windows: Tokens | None, weights: Sequence[Sequence[float]] | None, args: BreadthFirstConfig
-) -> Preserver:
+def prepare_preserver(model: nn.Module, windows: Tokens | None, args: BreadthFirstConfig) -> Preserver:
     """Return the preserver that a recipe asks for; see [`Preserver.prepare`].
 
     Args:
         model: not wrapped for several processes.
         windows: token ids of what is to be preserved, for the projector.
-        weights: what each of them counts; `None`: all the same.
         args: the recipe.
 
     Raises:
@@ -151,7 +135,6 @@ def prepare_preserver(
     return Preserver.prepare(
         model,
         windows=windows,
-        token_weights=weights,
         energy_share=args.preserve_energy_share or None,
         soft_strength=args.preserve_soft_strength or None,
         bound=args.delta_bound,
@@ -206,7 +189,6 @@ def _check(
     soft_strength: float | None,
     bound: float | None,
     density: float | None,
-    token_weights: Any,
 ) -> None:
     for name, share in (("energy_share", energy_share), ("density", density)):
         if share is not None:
@@ -224,7 +206,7 @@ def _check(
     needs_text = energy_share is not None or soft_strength is not None
     if needs_text and windows is None:
         raise ValueError(f"{given[0]}: a projector needs windows, the text to preserve.")
-    if not needs_text and (windows is not None or token_weights is not None):
+    if not needs_text and windows is not None:
         raise ValueError("windows: a text to preserve is for a projector alone. Give energy_share, such as 0.5, too.")
 
 

@@ -38,7 +38,6 @@ RECIPE_FIELDS = (
     "preserve_text",
     "preserve_tokens",
     "preserve_soft_strength",
-    "preserve_prompts",
     "preserve_energy_share",
     "delta_decay",
     "delta_bound",

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..data.encoding import EncodedEdits
+from ..engine.activation_storage import SharedActivations
 from ..engine.tail import logits_at
 from .config import BreadthFirstConfig
 from .edit_runner import EditRunner, MicroBatch
@@ -43,8 +44,8 @@ class BaseDistributions:
         ranges = zip(self._begins[numbers].tolist(), self._begins[numbers + 1].tolist(), strict=True)
         return torch.cat([torch.arange(begin, end) for begin, end in ranges])
 
-    def keep(self, rows: torch.Tensor, logits: torch.Tensor) -> None:
-        """Keep what the base says on some rows.
+    def store(self, rows: torch.Tensor, logits: torch.Tensor) -> None:
+        """Store what the base says on some rows.
 
         Args:
             rows: (B,) numbers of rows.
@@ -62,7 +63,7 @@ class BaseDistributions:
         """Return the tokens that are outcomes by themselves at every scored position of some rows.
 
         Args:
-            rows: (B,) numbers of rows that were kept.
+            rows: (B,) numbers of rows that were stored.
 
         Returns:
             (positions, k) token ids, row by row.
@@ -76,7 +77,7 @@ class BaseDistributions:
         Over the outcomes that are kept and one for all the others, so that it is a lower bound of the whole KL.
 
         Args:
-            rows: (B,) numbers of rows that were kept.
+            rows: (B,) numbers of rows that were stored.
             log_probs: (positions, k) the model's, of [`tokens`], row by row.
 
         Returns:
@@ -94,10 +95,10 @@ def _log_of_others(log_probs: torch.Tensor) -> torch.Tensor:
 
 
 class BatchWeight(NamedTuple):
-    """What the losses of a batch are divided by: the weight of its targets, and the number of its kept rows."""
+    """What the losses of a batch are divided by: the weight of its targets, and the number of its retained rows."""
 
     targets: float
-    kept: int
+    retained: int
 
 
 class RowLosses:
@@ -134,16 +135,23 @@ class RowLosses:
         self.base: BaseDistributions | None = None
 
     @classmethod
-    def of(cls, encoded: EncodedEdits, rows: TrainingRows, args: BreadthFirstConfig) -> RowLosses:
+    def of(
+        cls,
+        encoded: EncodedEdits,
+        rows: TrainingRows,
+        args: BreadthFirstConfig,
+        shared: SharedActivations | None = None,
+    ) -> RowLosses:
         """Return the losses that a recipe asks for.
 
         Args:
             encoded: all rows.
             rows: which of them are of which kind.
             args: the recipe, and which of the processes this is.
+            shared: see `EditRunner`.
         """
         own = torch.arange(min(args.process_index, len(encoded) - 1), len(encoded), args.world_size)
-        runner = EditRunner(encoded, own, args.objective, args.max_tokens_per_micro_batch, args.device)
+        runner = EditRunner(encoded, own, args.objective, args.max_tokens_per_micro_batch, args.device, shared)
         return cls(
             rows,
             runner,
@@ -154,85 +162,79 @@ class RowLosses:
             to_base=args.retained_loss == "kl",
         )
 
-    @torch.no_grad()
-    def ask_base(self, model: nn.Module, disabled: AbstractContextManager[Any]) -> None:
-        """Keep what the base says on the kept rows.
+    def store_base(self, model: nn.Module, disabled: AbstractContextManager[Any]) -> None:
+        """Store the base's distributions on the retained rows of this process.
 
         Args:
             model: the model, in evaluation mode.
-            disabled: makes it answer as its base.
+            disabled: a context in which it is its base.
         """
         own = self.runner.own[self.runner.own >= self.rows.first_retained]
-        if not self.to_base or not len(own):
-            return
-        with disabled:
-            while self.base is None:
-                base = BaseDistributions(own, self.num_scored[own])
-                try:
-                    for piece in self.runner.pieces(own):
-                        with self.runner.running(piece) as batch:
-                            base.keep(piece, logits_at(model, *batch.where, batch.inputs).logits)
-                    self.base = base
-                except RuntimeError as error:
-                    if not self.runner.halve(error):
-                        raise
+        if self.to_base and len(own) and self.base is None:
+            with disabled:
+                self.base = self.runner.halving(lambda: self._base_distributions(model, own))
+
+    @torch.no_grad()
+    def _base_distributions(self, model: nn.Module, rows: torch.Tensor) -> BaseDistributions:
+        base = BaseDistributions(rows, self.num_scored[rows])
+        for indices in self.runner.micro_batches(rows):
+            with self.runner.micro_batch(indices) as batch:
+                base.store(indices, logits_at(model, *batch.where, batch.inputs).logits)
+        return base
 
     def weight(self, indices: torch.Tensor) -> BatchWeight:
         targets = indices[indices < self.rows.first_retained]
         return BatchWeight(float(self.counts[targets].sum()), len(indices) - len(targets))
 
-    def __call__(
-        self, model: nn.Module, indices: torch.Tensor, return_outputs: bool = False
-    ) -> tuple[torch.Tensor, Any]:
-        """Return the mean loss over each row's scored tokens, (B,) for a micro-batch, and the outputs.
+    def __call__(self, model: nn.Module, batch: MicroBatch, return_outputs: bool = False) -> tuple[torch.Tensor, Any]:
+        """Return the mean loss over each row's scored tokens, (B,), and the model's outputs.
 
         Args:
             model: the model.
-            indices: (B,) numbers of rows, of any kind.
+            batch: (B,) rows of any kind, from `EditRunner.micro_batch`.
             return_outputs: leave the logits in the outputs as they are.
         """
-        with self.runner.running(indices) as batch:
-            outputs = logits_at(model, *batch.where, batch.inputs)
+        indices = batch.indices
+        outputs = logits_at(model, *batch.where, batch.inputs)
         logits = outputs.logits.clone() if return_outputs else outputs.logits
         if self.base is None or not (indices >= self.rows.first_retained).any():
             sums = token_losses(logits, batch.labels, batch.scored).sum(dim=1)
         else:
-            losses = self._losses_beside_base(self.base, indices, batch, logits)
+            losses = self._losses_beside_base(self.base, batch, logits)
             sums = torch.zeros(len(indices), device=losses.device).index_add(0, batch.scored.rows, losses)
         return sums / self.num_scored[indices].to(logits.device), outputs
 
-    def _losses_beside_base(
-        self, base: BaseDistributions, indices: torch.Tensor, batch: MicroBatch, logits: torch.Tensor
-    ) -> torch.Tensor:
+    def _losses_beside_base(self, base: BaseDistributions, batch: MicroBatch, logits: torch.Tensor) -> torch.Tensor:
         """Return the loss of every scored token, (positions,), where some rows are held to the base: one softmax."""
-        rows = indices[indices >= self.rows.first_retained]
+        held = batch.indices >= self.rows.first_retained
+        rows = batch.indices[held]
         of_base = base.tokens(rows)
-        is_retained = (indices >= self.rows.first_retained).to(logits.device)[batch.scored.rows]
+        is_retained = held.to(logits.device)[batch.scored.rows]
         # a target is one token, and stands in every column of its row
         tokens = batch.labels[batch.scored.rows, batch.scored.columns].unsqueeze(1).repeat(1, of_base.shape[1])
         tokens[is_retained] = of_base
         log_probs = log_probabilities(logits, tokens)
         return (-log_probs[:, 0]).masked_scatter(is_retained, base.divergences(rows, log_probs[is_retained]))
 
-    def figures(self, losses: torch.Tensor, indices: torch.Tensor, weight: BatchWeight) -> torch.Tensor:
-        """Return the shares of a micro-batch in the loss of its batch, and how many of its edits are not learned yet.
+    def batch_shares(self, losses: torch.Tensor, indices: torch.Tensor, weight: BatchWeight) -> torch.Tensor:
+        """Return the shares of some rows in the loss of their batch, and the number of edits not learned yet.
 
-        An edit is learned where its whole target is more probable than all else together.
+        An edit is learned once its whole target is more probable than everything else together.
 
         Args:
-            losses: (B,) from a call, on any device.
-            indices: (B,)
+            losses: (B,) from a call.
+            indices: (B,) the rows.
             weight: of the batch.
 
         Returns:
-            (3,): the share of targets, that of what is kept, and the number, where forwards run.
+            (3,): the share of targets, the share of retained rows, the number of unlearned edits.
         """
         losses = losses.to(self.runner.device)
         is_target, is_edit = indices < self.rows.first_retained, indices < self.rows.num_edits
         targets = (losses[is_target] * self.counts[indices[is_target]].to(losses.device)).sum()
-        kept = losses[~is_target].sum()
+        retained = losses[~is_target].sum()
         of_edits = losses[is_edit] * self.num_scored[indices[is_edit]].to(losses.device)
         unlearned = (of_edits.detach() >= math.log(2)).sum()
         return torch.stack(
-            [targets / (weight.targets or 1), self.retained_weight * kept / (weight.kept or 1), unlearned]
+            [targets / (weight.targets or 1), self.retained_weight * retained / (weight.retained or 1), unlearned]
         )

@@ -35,8 +35,6 @@ from .training_rows import TrainingRows
 logger = logging.getLogger(__name__)
 
 NAMES = 192  # at most, that the base is asked for
-PIECE = 24  # tokens of a kept piece of text
-SCORED = 4  # of them, the last: what is scored costs the head, and the tokens before it are what it is scored by
 WINDOW = 128  # tokens that are read at once for statistics of a text
 
 
@@ -50,8 +48,7 @@ class TrainingData:
         prefixes: that the base generated.
         counts: how many rows there are beside the edits, by their kind.
         prompts: that were trained on beside those of the edits.
-        preserved: token ids of what a projector is made from: text, and kept prompts.
-        preserved_weights: what each of these tokens counts.
+        preserved: (windows, window) token ids of the text that a projector is made from.
     """
 
     encoded: EncodedEdits
@@ -59,8 +56,7 @@ class TrainingData:
     prefixes: tuple[str, ...] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
     prompts: Sequence[str] = ()
-    preserved: Sequence[Sequence[int]] | None = None
-    preserved_weights: Sequence[Sequence[float]] | None = None
+    preserved: torch.Tensor | None = None
 
     def record(self) -> dict[str, Any]:
         """Return what `locft_provenance.json` says of it."""
@@ -124,19 +120,16 @@ def training_data(
         chat_template=args.chat_template,
         max_length=max_length(model),
     )
-    windows = _text(model, tokenizer, args)
-    kept = {"retained facts": answers.encoded} if answers is not None and args.retained_per_edit else {}
-    if args.kept_text_pieces and args.retained_per_edit:
-        assert windows is not None
-        kept["pieces of text to keep"] = _pieces(windows, args.kept_text_pieces, args.seed)
-    counts = {kind: sum(map(len, rows)) for kind, rows in kinds.items()} | {kind: len(r) for kind, r in kept.items()}
-    preserved, weights = _preserved(windows, answers, args)
+    preserved = _preserved(model, tokenizer, args)
+    retained = answers.encoded if answers is not None and args.retained_per_edit else None
+    num_retained = 0 if retained is None else len(retained)
+    counts = {kind: sum(map(len, rows)) for kind, rows in kinds.items()} | {"retained facts": num_retained}
     return TrainingData(
-        encoded=join_encoded([encoded, *kept.values()]),
+        encoded=encoded if retained is None else join_encoded([encoded, retained]),
         rows=TrainingRows(
             len(edits),
             [len(own) for own in variants],
-            sum(map(len, kept.values())),
+            num_retained,
             args.variants_per_epoch or math.inf,
             args.retained_per_edit or 0.0,
             [len(own) if args.retained_per_edit else 0 for own in swapped],
@@ -145,7 +138,6 @@ def training_data(
         counts={kind: count for kind, count in counts.items() if count},
         prompts=[*(edit.prompt for own in kinds["paraphrases"] for edit in own), *prompts],
         preserved=preserved,
-        preserved_weights=weights,
     )
 
 
@@ -165,7 +157,7 @@ def check_sources(edits: Sequence[Edit], args: BreadthFirstConfig) -> None:
 
 
 def _reads_text(args: BreadthFirstConfig) -> bool:
-    return bool(args.kept_text_pieces or args.preserve_energy_share or args.preserve_soft_strength)
+    return bool(args.preserve_energy_share or args.preserve_soft_strength)
 
 
 def _numbers(num_prefixes: int) -> tuple[int, int]:
@@ -242,36 +234,10 @@ def _answers(
     )
 
 
-def _text(model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: BreadthFirstConfig) -> torch.Tensor | None:
+def _preserved(model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: BreadthFirstConfig) -> torch.Tensor | None:
     if not _reads_text(args):
         return None
     text = args.preserve_text
     texts = base_texts(model, tokenizer, args.preserve_tokens, seed=args.seed) if text == GENERATED else text
     window = min(WINDOW, max_length(model) or WINDOW)
     return text_windows(texts, tokenizer, window, args.preserve_tokens, model)
-
-
-def _pieces(windows: torch.Tensor, number: int, seed: int) -> EncodedEdits:
-    """Cut pieces out of windows of text, of which the last tokens are scored."""
-    pieces = windows[:, : windows.shape[1] // PIECE * PIECE].reshape(-1, PIECE)
-    chosen = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed))[:number]
-    pieces = pieces[chosen]
-    return EncodedEdits(
-        pieces.flatten().int(), torch.arange(len(pieces) + 1) * PIECE, torch.full((len(pieces),), PIECE - SCORED)
-    )
-
-
-def _preserved(
-    windows: torch.Tensor | None, answers: BaseAnswers | None, args: BreadthFirstConfig
-) -> tuple[list[list[int]], list[list[float]]] | tuple[None, None]:
-    """Return what a projector is made from: all tokens of the text, and the kept prompts' last, which answer them."""
-    if windows is None or not (args.preserve_energy_share or args.preserve_soft_strength):
-        return None, None
-    tokens: list[list[int]] = windows.tolist()
-    weights = [[1 / windows.numel()] * windows.shape[1]] * len(windows)
-    if answers is not None and args.preserve_prompts:
-        starts = answers.encoded.target_starts.tolist()
-        prompts = [answers.encoded[n].input_ids[:start].tolist() for n, start in enumerate(starts)]
-        tokens += prompts
-        weights += [[0.0] * (len(prompt) - 1) + [args.preserve_prompts / len(prompts)] for prompt in prompts]
-    return tokens, weights

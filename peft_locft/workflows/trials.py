@@ -14,6 +14,7 @@ from peft import PeftConfig, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
 from ..data.edits import Edit
+from ..engine.activation_storage import SharedActivations
 from ..evaluation.evaluator import EditEvaluator
 from ..evaluation.report import EvaluationReport
 from ..training.config import BreadthFirstConfig
@@ -44,6 +45,7 @@ def try_adapter(
     config: PeftConfig,
     args: BreadthFirstConfig,
     evaluator: EditEvaluator,
+    shared_activations: SharedActivations | None = None,
 ) -> TrialResult:
     """Train an adapter and evaluate it.
 
@@ -53,7 +55,8 @@ def try_adapter(
         edits: what is trained.
         config: the adapter; its own for every trial, since PEFT writes into it.
         args: the recipe.
-        evaluator: of the base, shared by all trials: the base is asked once.
+        evaluator: of the base, shared by all trials, so that the base is evaluated once.
+        shared_activations: of the base, shared by all trials; `None`: each runs the frozen layers itself.
 
     Raises:
         RuntimeError: if the loss becomes NaN or infinite.
@@ -62,7 +65,13 @@ def try_adapter(
     edited = get_peft_model(model, config)
     begun = time.perf_counter()
     try:
-        trainer = BreadthFirstTrainer(model=edited, args=args, train_dataset=edits, processing_class=tokenizer)
+        trainer = BreadthFirstTrainer(
+            model=edited,
+            args=args,
+            train_dataset=edits,
+            processing_class=tokenizer,
+            shared_activations=shared_activations,
+        )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         trained = time.perf_counter()
