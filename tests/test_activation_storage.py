@@ -1,4 +1,4 @@
-"""States in a file: taken by a later run if they are what it would make, and never half-written."""
+"""States in a file: a later run uses them only if it would compute the same, and no file is half-written."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _log(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "peft_locft")
 
 
-def test_a_later_run_takes_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_later_run_uses_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = train(tmp_path)
     assert not is_reused(caplog)
     [file] = files(tmp_path)
@@ -56,7 +56,7 @@ def test_a_later_run_takes_them(tmp_path: Path, caplog: pytest.LogCaptureFixture
         assert torch.equal(opened.get_tensor(NAME), first.runner.replay.states)
 
 
-def test_they_are_not_taken_for_another_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_run_does_not_use_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train(tmp_path)
     trunk = peft_model("llama", LocFTConfig(task_type="CAUSAL_LM", layers_to_transform=[1]))
     trunk.get_base_model().model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
@@ -96,7 +96,7 @@ def test_what_comes_after_the_trunk_does_not_matter(tmp_path: Path, caplog: pyte
 
 
 @pytest.mark.parametrize("damage", ["cut short", "empty", "another shape"])
-def test_a_file_that_is_not_whole_is_made_anew(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_incomplete_file_is_computed_again(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     expected = train(tmp_path).epoch_losses
     [file] = files(tmp_path)
     content = file.read_bytes()
@@ -119,7 +119,7 @@ def test_nothing_half_written_has_the_name(tmp_path: Path) -> None:
     assert files(tmp_path) == []
 
 
-def test_what_a_killed_run_left_is_cleared_away_after_a_day(tmp_path: Path) -> None:
+def test_the_file_of_a_killed_run_is_deleted_after_a_day(tmp_path: Path) -> None:
     folder = tmp_path / "states"
     folder.mkdir()
     old, young = folder / ".x.safetensors-old", folder / ".y.safetensors-young"

@@ -33,7 +33,7 @@ def generate_and_score(
     *,
     choose: Choice = greedy,
     max_tokens: int | None = None,
-    whose: str = "the model",
+    label: str = "the model",
     progress: bool = True,
 ) -> list[Answer]:
     """Return an answer to each question: generated tokens, and scores of continuations.
@@ -49,7 +49,7 @@ def generate_and_score(
         choose: chooses the next token from logits; [`TopK`] samples.
         max_tokens: the largest number of tokens in one forward; `None`: chosen by the device. It is halved, with a
             warning, when memory runs out.
-        whose: the model's name in messages, such as "the base".
+        label: the model's name in messages, such as "the base".
         progress: show a progress bar, if there are at least 100 questions.
 
     Returns:
@@ -64,11 +64,11 @@ def generate_and_score(
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     most = MOST_TOKENS_ON_CPU if embedding.device.type == "cpu" else MOST_TOKENS
     max_tokens = max_tokens or max(1, min(most, MOST_LOGITS // embedding.shape[0]))
-    ends = StopCounter(tokenizer, whose=whose)
+    ends = StopCounter(tokenizer, label=label)
 
     def answer_all(max_tokens: int) -> list[Answer]:
         hidden = not progress or len(distinct) < FEWEST_WITH_PROGRESS
-        with tqdm(total=len(distinct), desc=f"running {whose}", leave=False, disable=hidden) as bar, evaluating(model):
+        with tqdm(total=len(distinct), desc=f"running {label}", leave=False, disable=hidden) as bar, evaluating(model):
             return _answer(model, distinct, embedding.device, max_tokens, ends, choose, bar)
 
     answers, _ = run_halving(answer_all, max_tokens, smallest=1, option="max_tokens_per_forward")

@@ -68,9 +68,9 @@ class Answer:
 class StopCounter:
     """Counts the stops in the text of a token, to find where answers end. EOS ends any answer."""
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = STOPS, whose: str = "the model") -> None:
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = STOPS, label: str = "the model") -> None:
         self.tokenizer = tokenizer
-        self.whose = whose
+        self.label = label
         self.stops = stops
         self._known: dict[int, float] = {}
 
@@ -85,7 +85,7 @@ class StopCounter:
         """Return the error for logits that are NaN or infinite."""
         prompt = self.tokenizer.decode(list(question.prompt))
         return FloatingPointError(
-            f"The logits of {self.whose} are NaN or infinite for the prompt {prompt!r}. Load the model in float32 "
+            f"The logits of {self.label} are NaN or infinite for the prompt {prompt!r}. Load the model in float32 "
             "or bfloat16, and check that its weights and the adapter's are finite."
         )
 

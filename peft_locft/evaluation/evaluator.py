@@ -217,7 +217,7 @@ class EditEvaluator:
             questions,
             choose=choose,
             max_tokens=self.args.max_tokens_per_forward,
-            whose=whose,
+            label=whose,
             progress=self.progress,
         )
 

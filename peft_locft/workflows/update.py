@@ -80,7 +80,7 @@ class ContinuedTrainer(BreadthFirstTrainer):
         check_fits(model, self.questions, tokenizer)
         with as_base(model):
             answers = generate_and_score(
-                model, tokenizer, self.questions, whose="the base model", progress=not args.disable_tqdm
+                model, tokenizer, self.questions, label="the base model", progress=not args.disable_tqdm
             )
         self.base_answers = [answer.token_ids for answer in answers]
         answered = [
