@@ -1,3 +1,4 @@
+from .activation_storage import SharedActivations as SharedActivations
 from .decoding import generate_and_score as generate_and_score
 from .distributed import leave_group as leave_group
 from .forward_plan import ForwardPlan as ForwardPlan
