@@ -133,7 +133,7 @@ def test_the_curves_go_into_the_provenance_record(tmp_path: Path, monkeypatch: p
     trainer.save_model()
     training = inspect_adapter(tmp_path).facts["training"]
     assert training["curves"] == callback.curves
-    assert training["kept_epoch"] == 1
+    assert training["best_epoch"] == 1
 
 
 @pytest.mark.parametrize("arguments", [{"every": 0}, {"patience": 0}])

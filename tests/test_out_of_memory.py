@@ -72,8 +72,8 @@ def test_so_is_the_base_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(BaseDistributions, "store", small_memory_for_logits)
     little.train()
     assert little.runner.max_tokens < 200
-    assert enough.record.retained_losses[-1] > 0
-    assert little.record.retained_losses == pytest.approx(enough.record.retained_losses, rel=1e-3)
+    assert enough.loss_history.retained_losses[-1] > 0
+    assert little.loss_history.retained_losses == pytest.approx(enough.loss_history.retained_losses, rel=1e-3)
 
 
 def test_one_edit_that_does_not_fit_is_an_error(tmp_path: Path) -> None:

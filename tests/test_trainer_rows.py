@@ -51,7 +51,7 @@ def test_all_of_it_trains_in_any_family_and_nothing_but_the_delta(family: str, t
     made.train()
     assert_same_tensors({name: p for name, p in made.model.named_parameters() if not p.requires_grad}, frozen)
     assert any(not torch.equal(tensor, before[name]) for name, tensor in trained(made.model).items())
-    assert made.record.retained_losses[-1] > 0
+    assert made.loss_history.retained_losses[-1] > 0
     assert len(made.epoch_losses) == 3
 
 
@@ -79,7 +79,7 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_interrupted(
     resumed = trainer(tmp_path / "cut", **arguments)
     resumed.train(resume_from_checkpoint=True)
     assert_same_tensors(trained(resumed.model), trained(whole.model))
-    assert resumed.record == whole.record
+    assert resumed.loss_history == whole.loss_history
 
 
 @pytest.mark.parametrize("change", [{"activation_cache": "off"}, {"max_tokens_per_micro_batch": 24}])
@@ -87,14 +87,14 @@ def test_cache_and_micro_batches_change_nothing_but_speed(change: dict[str, Any]
     fast = {"preserve_soft_strength": 0.0, "learning_rate": 2e-2}  # or what is kept is hardly moved at all
     plain, other = run(tmp_path, **fast), run(tmp_path, **fast, **change)
     assert other.epoch_losses == pytest.approx(plain.epoch_losses, rel=1e-5)
-    assert other.record.retained_losses == pytest.approx(plain.record.retained_losses, rel=1e-4)
+    assert other.loss_history.retained_losses == pytest.approx(plain.loss_history.retained_losses, rel=1e-4)
 
 
 def test_what_is_kept_is_held(tmp_path: Path) -> None:
     """With a large weight on it, the kept prompts' distributions move less than without."""
     loose = run(tmp_path, retained_weight=1e-6, preserve_soft_strength=0.0, learning_rate=2e-2, num_train_epochs=8)
     held = run(tmp_path, retained_weight=1e3, preserve_soft_strength=0.0, learning_rate=2e-2, num_train_epochs=8)
-    assert held.record.retained_losses[-1] / 1e3 < 0.2 * loose.record.retained_losses[-1] / 1e-6
+    assert held.loss_history.retained_losses[-1] / 1e3 < 0.2 * loose.loss_history.retained_losses[-1] / 1e-6
 
 
 def test_the_floor_is_held_against_the_edits_alone(tmp_path: Path) -> None:
@@ -103,8 +103,8 @@ def test_the_floor_is_held_against_the_edits_alone(tmp_path: Path) -> None:
         tmp_path, model, FACTS, **(ALL | {"retained_weight": 1e6, "loss_floor": 0.5, "num_train_epochs": 2})
     )
     made.train()
-    assert made.record.retained_losses[0] > 0.5
-    assert made.epoch_losses[0] == made.record.state()["epoch_losses"][0] < 100
+    assert made.loss_history.retained_losses[0] > 0.5
+    assert made.epoch_losses[0] == made.loss_history.state()["epoch_losses"][0] < 100
 
 
 def test_what_is_asked_about_other_subjects_is_about_names_of_the_base(
@@ -150,7 +150,7 @@ def test_an_edit_stands_behind_some_of_the_prefixes(per_edit: int, count: int, t
 
 
 def test_depth_first_trains_edits_alone(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="depth-first trains one edit and nothing else"):
+    with pytest.raises(ValueError, match="trains one edit and nothing else"):
         trainer(tmp_path, edit_order="depth_first", per_device_train_batch_size=1)
 
 
@@ -181,5 +181,5 @@ def test_a_paraphrase_that_is_evaluated_is_refused_before_anything_is_asked(tmp_
 
 
 def test_edits_to_continue_with_need_facts(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="num_concatenated=1 needs kept facts with answers"):
+    with pytest.raises(ValueError, match="num_concatenated=1 needs retained facts with answers"):
         trainer(tmp_path, EDITS)

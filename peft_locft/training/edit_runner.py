@@ -1,4 +1,4 @@
-"""How a model is run on edits while it is trained: no further than it must be."""
+"""Runs a model on edits during training, and leaves out what does not change."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class MicroBatch:
         indices: (B,) the rows.
         labels: (B, T) token ids, -100 where nothing is scored.
         scored: which logits score which tokens.
-        inputs: the arguments of the forward.
-        where: (rows, columns) in its output, of the logits that are scored.
+        inputs: keyword arguments of the forward.
+        where: (rows, columns) of the scored logits in its output.
     """
 
     indices: torch.Tensor
@@ -49,13 +49,13 @@ class MicroBatch:
 
 
 class EditRunner:
-    """Runs a model on edits: whole and padded, until `prepare` has found how to do with less.
+    """Runs a model on rows: the whole model on padded rows, until `prepare` has found out what can be left out.
 
     Args:
-        edits: the encoded edits.
-        own: (own edits,) indices of those that this process trains.
+        edits: the encoded rows.
+        own: (own rows,) indices of the rows that this process trains.
         objective: what is scored.
-        max_tokens: in one micro-batch; `None` for what memory has room for.
+        max_tokens: most tokens of a micro-batch; `None`: chosen from the free memory.
         device: where forwards run.
         shared: where the states that leave the trunk are shared with other trainings on the same base.
     """

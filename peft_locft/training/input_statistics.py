@@ -1,4 +1,4 @@
-"""Second moments of what comes into modules of a model over a text; computed once and cached on disk."""
+"""Second moments of the inputs of modules over a text; computed once and cached on disk."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ..tuner.presets import find_decoder_layers
 
 
 def layer_numbers(model: nn.Module, locations: Sequence[str]) -> tuple[nn.ModuleList | None, dict[str, int | None]]:
-    """Return the decoder layers, and in which of them each location lies; `None` where it is in none."""
+    """Return the decoder layers, and the number of the layer that holds each location; `None` if none does."""
     try:
         stack_name, layers = find_decoder_layers(model)
     except ValueError:
@@ -40,9 +40,9 @@ def layer_numbers(model: nn.Module, locations: Sequence[str]) -> tuple[nn.Module
 
 
 def cache_keys(model: nn.Module, locations: Sequence[str], text: Sequence[torch.Tensor]) -> dict[str, str]:
-    """Return a sha256 for each location: of its name, the text, and the base model up to the location's layer.
+    """Return a sha256 for each location, of its name, the text, and the base model up to the layer of the location.
 
-    Adapters are left out, so that all runs on one base share their files.
+    Adapters are left out, so that all runs on one base share their statistics.
 
     Args:
         model: with or without an adapter.
@@ -50,11 +50,11 @@ def cache_keys(model: nn.Module, locations: Sequence[str], text: Sequence[torch.
         text: rows of token ids.
 
     Raises:
-        ValueError: if a weight is on the meta device.
+        ValueError: if a weight is offloaded.
     """
     layers, numbers = layer_numbers(model, locations)
     stack = list(layers or [])
-    # a module in no layer may come after all of them
+    # a module outside of the layers may come after all of them
     ends = {name: len(stack) if number is None else number + 1 for name, number in numbers.items()}
     digests = layer_digests(model, stack, max(ends.values(), default=0), "preserve_cache_dir")
     lengths = torch.tensor([len(row) for row in text])
@@ -90,28 +90,27 @@ def input_statistics(
     max_tokens_per_forward: int = MAX_TOKENS_PER_FORWARD,
     progress: bool = True,
 ) -> dict[str, InputStatistics]:
-    """Return the second moment of what comes into modules of a base model while it reads a text.
+    """Return the second moments of the inputs of modules of a base model over a text.
 
-    The text is read once for all modules, with every adapter disabled, and not beyond the last decoder layer that has
-    one of them. Rows of one length are read together, so that there is no padding to be counted. Inputs are multiplied
-    in float32, 2,048 at a time, and the products added in float64: float32 holds a product of so few to 1e-6, far
-    below what another text would change, at the speed of float32, and the sum adds no error however long the text is.
+    The text is read once for all modules, with adapters disabled, up to the last decoder layer with one of them. Rows
+    of equal length are read together, so that there is no padding. Inputs are multiplied in float32, 2,048 at a time
+    (exact to 1e-6, far less than another text would change), and the products are added in float64.
 
     Args:
-        model: a decoder-only language model, with or without an adapter. It is left as it is.
-        windows: (windows, window) token ids, as `general_ability.text_windows` makes them, or prompts, lists of token
-            ids of any lengths. A row that is there twice counts twice.
-        locations: names of Linears or Conv1Ds, as `named_modules` of the base model gives them.
-        cache_dir: a folder where the statistics are kept, one file a location, and taken from where model, text and
-            location are the same.
-        max_tokens_per_forward: tokens that are read at once; a longer row is read alone.
+        model: a decoder-only language model, with or without an adapter. It is not changed.
+        windows: (windows, window) token ids from `text_windows`, or lists of token ids of any length. A row that
+            occurs twice counts twice.
+        locations: names of Linears or Conv1Ds, as in `named_modules` of the base model.
+        cache_dir: folder that stores the statistics, one file per location, for later calls with the same model, text
+            and location.
+        max_tokens_per_forward: most tokens in a forward; a longer row is read alone.
         progress: show a progress bar.
 
     Returns:
         The statistics by location.
 
     Raises:
-        ValueError: if a location is not there, is no Linear or Conv1D, or takes no part in the text; if the text is
+        ValueError: if a location does not exist, is no Linear or Conv1D, or gets no token of the text; if the text is
             empty or has tokens that the model does not know; if an adapter is merged.
         FloatingPointError: if an input is not finite.
 
@@ -129,7 +128,7 @@ def input_statistics(
     paths = {
         name: Path(cache_dir, f"{key}.safetensors") for name, key in cache_keys(model, list(modules), rows).items()
     }
-    found = {name: kept for name, path in paths.items() if (kept := _load(path)) is not None}
+    found = {name: stored for name, path in paths.items() if (stored := _load(path)) is not None}
     missing = {name: module for name, module in modules.items() if name not in found}
     if missing:
         measured = _measure(model, rows, missing, max_tokens_per_forward, progress)
@@ -139,11 +138,11 @@ def input_statistics(
     return {name: found[name] for name in modules}
 
 
-# ---------------------------------------------------------------------- what is measured where
+# ---------------------------------------------------------------------- arguments
 
 
 def input_dimension(module: nn.Module) -> int | None:
-    """Return along which dimension of a module's weight its inputs lie; `None` if it is not of that kind."""
+    """Return the dimension of a module's weight along which its inputs lie; `None` if it is no Linear or Conv1D."""
     if isinstance(module, nn.Linear):
         return 1
     return 0 if isinstance(module, Conv1D) else None
@@ -156,23 +155,20 @@ def _located(model: nn.Module, locations: Sequence[str]) -> dict[str, nn.Module]
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and module.merged:
             raise ValueError(
-                f"{clean_name(name)} has an adapter merged into it, and the statistics are to be the base's. Unmerge "
-                "it first."
+                f"{clean_name(name)} has an adapter merged into it, and statistics need the base weight. Unmerge it "
+                "first."
             )
-        by_name[clean_name(name)] = module  # the innermost of what is wrapped around each other
+        by_name[clean_name(name)] = module  # the innermost of nested wrappers
     located = {}
     for location in locations:
         module = by_name.get(location)
         if module is None:
             raise ValueError(
-                f"locations: found {location!r}, which is no module of the model. Expected names as "
-                "`model.named_modules()` of the base model gives them."
+                f"locations: found {location!r}, which is no module of the model; expected names from "
+                "`named_modules()` of the base model."
             )
         if input_dimension(module) is None:
-            raise ValueError(
-                f"locations: found {location}, a {type(module).__name__}; expected a Linear or Conv1D, whose output "
-                "is its weight times its input."
-            )
+            raise ValueError(f"locations: found {location}, a {type(module).__name__}; expected a Linear or Conv1D.")
         located[location] = module
     return located
 
@@ -194,7 +190,7 @@ def _rows(windows: Tokens) -> list[torch.Tensor]:
 
 
 class _Sums:
-    """The running sums of one module."""
+    """Running sums of one module."""
 
     def __init__(self, num_features: int) -> None:
         self.products = torch.zeros(num_features, num_features, dtype=torch.float64)
@@ -209,14 +205,14 @@ class _Sums:
     def mean(self, name: str) -> InputStatistics:
         if not self.num_tokens:
             raise ValueError(
-                f"locations: no token of the text comes to {name}, so that there is nothing to know of its inputs. "
-                "Give more text, or leave this module out of target_modules."
+                f"locations: {name} gets no token of the text. Use more text, or leave this module out of "
+                "target_modules."
             )
         mean = (self.products / self.num_tokens).float()
         if not bool(torch.isfinite(mean).all()):
             raise FloatingPointError(
-                f"What comes into {name} is not finite on the text. Load the model in float32 or bfloat16, and check "
-                "that its weights are finite."
+                f"{name} gets inputs that are NaN or infinite. Load the model in float32 or bfloat16, and check its "
+                "weights."
             )
         return InputStatistics((mean + mean.T) / 2, self.num_tokens)
 
@@ -237,7 +233,7 @@ def _measure(
 
     batches = list(_batches(rows, max_tokens))
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    bar = tqdm(batches, desc="reading text to preserve", leave=False, disable=not progress or len(batches) < 4)
+    bar = tqdm(batches, desc="reading preserved text", leave=False, disable=not progress or len(batches) < 4)
     with ExitStack() as stack:
         stack.enter_context(as_base(model))
         stack.enter_context(evaluating(model))
@@ -262,7 +258,7 @@ def _batches(rows: list[torch.Tensor], max_tokens: int) -> Iterator[list[int]]:
 
 @contextmanager
 def _no_further_than(model: nn.Module, locations: list[str]) -> Iterator[Any]:
-    """Give a way to run the model in which the decoder layers behind the locations, and most of the head, are idle."""
+    """Yield a function that runs the model without the layers behind the locations and most of the head."""
     layers, numbers = layer_numbers(model, locations)
     if layers is None or None in numbers.values():
         yield lambda inputs: model(**inputs)
@@ -273,7 +269,7 @@ def _no_further_than(model: nn.Module, locations: list[str]) -> Iterator[Any]:
         yield lambda inputs: logits_at(model, one, one, inputs)
 
 
-# ---------------------------------------------------------------------- kept on disk
+# ---------------------------------------------------------------------- files
 
 
 def _save(path: Path, name: str, statistics: InputStatistics) -> None:
@@ -292,7 +288,7 @@ def _load(path: Path) -> InputStatistics | None:
         tensors = load_file(path)
         statistics = InputStatistics(tensors["second_moment"], int(tensors["num_tokens"]))
     except (SafetensorError, OSError, KeyError) as error:
-        logger.warning("%s holds no whole statistics (%s): they are made anew.", path, error)
+        logger.warning("%s is incomplete (%s); the statistics are computed again.", path, error)
         return None
-    logger.info("The statistics of the preserved text are taken from %s.", path)
+    logger.info("Read the statistics of the preserved text from %s.", path)
     return statistics

@@ -1,4 +1,4 @@
-"""The losses of training rows, each by its kind: towards a target, or towards the base model's own distribution."""
+"""The losses of training rows: towards a target, or towards the base's next-token distribution."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ K = 64
 class BaseDistributions:
     """The base's next-token distributions at every scored position of some rows.
 
-    Of each there are the `k` most probable tokens; all the others are one outcome together. 64 of them hold nearly all
-    the probability, and take 512 bytes a position, where a whole distribution over 150,000 tokens takes 600,000.
+    Each stores the `k` most probable tokens; all others are one outcome together. 64 tokens hold nearly all the
+    probability in 512 bytes a position; a full distribution over 150,000 tokens takes 600,000.
 
     Args:
-        rows: (rows,) the numbers of the rows, in rising order.
-        counts: (rows,) how many scored positions each has.
-        k: outcomes kept by themselves.
+        rows: (rows,) indices of the rows, in rising order.
+        counts: (rows,) scored positions of each.
+        k: number of tokens that are stored one by one.
     """
 
     def __init__(self, rows: torch.Tensor, counts: torch.Tensor, k: int = K) -> None:
@@ -45,11 +45,11 @@ class BaseDistributions:
         return torch.cat([torch.arange(begin, end) for begin, end in ranges])
 
     def store(self, rows: torch.Tensor, logits: torch.Tensor) -> None:
-        """Store what the base says on some rows.
+        """Store the base's distributions on some rows.
 
         Args:
-            rows: (B,) numbers of rows.
-            logits: (positions, V) the base's, row by row.
+            rows: (B,) indices of rows.
+            logits: (positions, V) of the base, row by row.
         """
         log_probs, tokens = logits.float().log_softmax(-1).topk(min(self._k, logits.shape[-1]))
         if self._log_probs is None or self._tokens is None:
@@ -60,10 +60,10 @@ class BaseDistributions:
         self._log_probs[positions], self._tokens[positions] = log_probs, tokens.int()
 
     def tokens(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the tokens that are outcomes by themselves at every scored position of some rows.
+        """Return the stored tokens at every scored position of some rows.
 
         Args:
-            rows: (B,) numbers of rows that were stored.
+            rows: (B,) indices of stored rows.
 
         Returns:
             (positions, k) token ids, row by row.
@@ -74,11 +74,11 @@ class BaseDistributions:
     def divergences(self, rows: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
         """Return KL(base || model) at every scored position of some rows, in nats.
 
-        Over the outcomes that are kept and one for all the others, so that it is a lower bound of the whole KL.
+        Computed over the stored tokens and one outcome for all others: a lower bound of the full KL.
 
         Args:
-            rows: (B,) numbers of rows that were stored.
-            log_probs: (positions, k) the model's, of [`tokens`], row by row.
+            rows: (B,) indices of stored rows.
+            log_probs: (positions, k) of the model, for [`tokens`], row by row.
 
         Returns:
             (positions,)
@@ -90,7 +90,7 @@ class BaseDistributions:
 
 
 def _log_of_others(log_probs: torch.Tensor) -> torch.Tensor:
-    # rounding may leave less than nothing
+    # rounding may make this negative
     return torch.log((1 - log_probs.exp().sum(-1)).clamp_min(1e-6))
 
 
@@ -102,16 +102,16 @@ class BatchWeight(NamedTuple):
 
 
 class RowLosses:
-    """Computes losses of rows, and what they count.
+    """Computes the losses of rows, and their shares in the loss of a batch.
 
     Args:
         rows: which rows are of which kind.
         runner: runs the model on them.
-        num_scored: (rows,) the scored tokens of each.
-        loss_averaging: what counts the same in a batch.
-        variant_weight: of a variant of an edit, beside 1 of the edit.
-        retained_weight: of the mean loss of a batch's kept rows, beside 1 of the mean of its targets.
-        to_base: kept rows are held to what the base says next; otherwise they have targets, too.
+        num_scored: (rows,) scored tokens of each.
+        loss_averaging: what has the same weight in a batch, see `row_counts`.
+        variant_weight: weight of a variant; an edit has 1.
+        retained_weight: weight of the mean loss of a batch's retained rows; the mean of its targets has 1.
+        to_base: retained rows are trained towards the base's distributions; otherwise towards targets.
     """
 
     def __init__(
@@ -142,12 +142,12 @@ class RowLosses:
         args: BreadthFirstConfig,
         shared: SharedActivations | None = None,
     ) -> RowLosses:
-        """Return the losses that a recipe asks for.
+        """Make the losses of a recipe.
 
         Args:
             encoded: all rows.
-            rows: which of them are of which kind.
-            args: the recipe, and which of the processes this is.
+            rows: which rows are of which kind.
+            args: the recipe, and the index of this process.
             shared: see `EditRunner`.
         """
         own = torch.arange(min(args.process_index, len(encoded) - 1), len(encoded), args.world_size)
@@ -205,12 +205,12 @@ class RowLosses:
         return sums / self.num_scored[indices].to(logits.device), outputs
 
     def _losses_beside_base(self, base: BaseDistributions, batch: MicroBatch, logits: torch.Tensor) -> torch.Tensor:
-        """Return the loss of every scored token, (positions,), where some rows are held to the base: one softmax."""
-        held = batch.indices >= self.rows.first_retained
-        rows = batch.indices[held]
+        """Return the loss of every scored token, (positions,), of targets and retained rows in one softmax."""
+        retained = batch.indices >= self.rows.first_retained
+        rows = batch.indices[retained]
         of_base = base.tokens(rows)
-        is_retained = held.to(logits.device)[batch.scored.rows]
-        # a target is one token, and stands in every column of its row
+        is_retained = retained.to(logits.device)[batch.scored.rows]
+        # a target token fills every column of its row
         tokens = batch.labels[batch.scored.rows, batch.scored.columns].unsqueeze(1).repeat(1, of_base.shape[1])
         tokens[is_retained] = of_base
         log_probs = log_probabilities(logits, tokens)

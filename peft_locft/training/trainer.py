@@ -25,9 +25,10 @@ from ..engine.activation_storage import SharedActivations
 from ..engine.distributed import backward, check_not_sharded, end_step, missing_pieces
 from ..engine.model_state import as_base, check_finite, check_vocabulary, configuration_unchanged, dropout_off
 from ..engine.offload import trunk_offloaded
-from .batches import EditBatches, LossRecord
-from .callbacks import CURVES_KEY, EditProgress, FloorAndRecord
+from .batches import EditBatches
+from .callbacks import CURVES_KEY, EditProgressBar, LossFloorCallback
 from .config import BreadthFirstConfig
+from .loss_history import LossHistory
 from .preserver import PreservationCallback, prepare_preserver
 from .record import training_record
 from .resume import check_same_edits, invalidate, whole_checkpoint
@@ -38,22 +39,22 @@ from .training_data import TrainingData, training_data
 class BreadthFirstTrainer(Trainer):
     """A `transformers.Trainer` that writes edits into a model.
 
-    It trains whatever parameters of the model are trainable: a LocFT delta, any other PEFT adapter, or some unfrozen
-    weights of a plain model. Dropout is off. The tokenizer, the edits and the model's configuration stay as they are.
+    It trains all trainable parameters of the model: a LocFT delta, another PEFT adapter, or unfrozen weights of a
+    plain model. Dropout is off. The tokenizer, the edits and the model's configuration are not changed.
 
     Args:
         model (`PeftModel` or `PreTrainedModel`): a decoder-only language model with trainable parameters.
-        args (`BreadthFirstConfig`, *optional*): the recipe.
-        train_dataset (`list[Edit]` or `datasets.Dataset`): the edits; a dataset has columns that `read_edits` knows.
+        args (`BreadthFirstConfig`, *optional*): the recipe; default: the published one.
+        train_dataset (`list[Edit]` or `datasets.Dataset`): the edits; a dataset needs columns that `read_edits` knows.
         processing_class (`PreTrainedTokenizerBase`): the model's fast tokenizer.
         shared_activations (`SharedActivations`, *optional*): where the states that leave the frozen layers are shared
             with other trainings on the same base, such as the trials of a location search.
-        **kwargs: callbacks, optimizers and whatever else `transformers.Trainer` takes.
+        **kwargs: other arguments of `transformers.Trainer`, such as callbacks and optimizers.
 
     Attributes:
-        epoch_losses (`list[float]`): one an epoch: the mean over its batches, weighted by their size, of each batch's
-            loss before its own step, batches below the loss floor included. With `edit_order="depth_first"`, one an
-            edit: the loss at which it was left.
+        epoch_losses (`list[float]`): one per epoch: the mean loss of its batches, weighted by their size and taken
+            before their step; batches below the loss floor count. With `edit_order="depth_first"`, one per edit: the
+            loss of its last step.
 
     Raises:
         ValueError: if nothing in the model is trainable, if edits or tokenizer are missing, or if an edit cannot be
@@ -82,19 +83,20 @@ class BreadthFirstTrainer(Trainer):
         args = BreadthFirstConfig() if args is None else args
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(
-                "No parameter of the model is trainable. Add an adapter, as in get_peft_model(model, LocFTConfig()); "
-                "load a saved one with is_trainable=True; or unfreeze the weights to edit."
+                "BreadthFirstTrainer: no parameter of the model is trainable. Add an adapter with get_peft_model("
+                "model, LocFTConfig()), load one with is_trainable=True, or unfreeze the weights to edit."
             )
         if train_dataset is None or processing_class is None:
             raise ValueError(
-                "BreadthFirstTrainer needs train_dataset, the edits, and processing_class, the tokenizer."
+                "BreadthFirstTrainer: train_dataset (the edits) or processing_class (the tokenizer) is missing. Pass "
+                "both."
             )
         self.edits = read_edits(train_dataset)
         self.data = self._make_data(model, processing_class, args)
         encoded = self.data.encoded
         check_vocabulary(model, encoded.token_ids)
-        mark_trained(model, self.data.record()["trained_prompts"])
-        self.record = LossRecord()
+        mark_trained(model, self.data.provenance()["trained_prompts"])
+        self.loss_history = LossHistory()
         self.losses = RowLosses.of(encoded, self.data.rows, args, shared_activations)
         self.runner = self.losses.runner
         with configuration_unchanged(model):
@@ -109,27 +111,26 @@ class BreadthFirstTrainer(Trainer):
             preserve_soft_strength=args.preserve_soft_strength,
             retained_loss=args.has_retained and args.retained_loss == "kl",
         )
-        self.add_callback(FloorAndRecord(self.record, self.data.rows.num_new, args))
+        self.add_callback(LossFloorCallback(self.loss_history, self.data.rows.num_new, args))
         if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(EditProgress(self.record, self.data.rows.num_edits))
+            self.add_callback(EditProgressBar(self.loss_history, self.data.rows.num_edits))
 
     @property
     def epoch_losses(self) -> list[float]:
-        return self.record.epoch_losses
+        return self.loss_history.epoch_losses
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train, as `Trainer.train` does. `resume_from_checkpoint=True` takes the last checkpoint that is whole.
+        """Train, as `Trainer.train` does. `resume_from_checkpoint=True` takes the last complete checkpoint.
 
         Raises:
-            ValueError: if there is no whole checkpoint to resume from, or the one named is not whole or of a run on
-                other edits.
+            ValueError: if there is no complete checkpoint, or the named one is incomplete or of a run on other edits.
             RuntimeError: if the loss becomes NaN or infinite.
         """
         if resume_from_checkpoint:
             checkpoint = whole_checkpoint(self.args.output_dir, resume_from_checkpoint)
             check_same_edits(checkpoint, edits_sha256(self.edits))
             resume_from_checkpoint = str(checkpoint)
-        self.runner.is_prepared = False  # the trunk may have changed since an earlier call
+        self.runner.is_prepared = False  # the trunk may have changed since the last call
         offloaded = trunk_offloaded(self.model, self.args.device) if self.args.offload_trunk else nullcontext()
         with configuration_unchanged(self.model), offloaded:
             preservation = PreservationCallback(prepare_preserver(self.model, self.data.preserved, self.args))
@@ -149,7 +150,7 @@ class BreadthFirstTrainer(Trainer):
         return training_data(self.edits, model, tokenizer, args)
 
     def get_train_dataloader(self) -> DataLoader[int]:
-        """Return a loader of indices that gives every process every batch whole; `training_step` takes its share."""
+        """Return a loader that gives the indices of every whole batch to every process."""
         args = self.args
         depth_first = args.edit_order == "depth_first"
         batches = EditBatches(
@@ -211,9 +212,9 @@ class BreadthFirstTrainer(Trainer):
         share, retained_share, unlearned = shares.tolist()
         check_finite(share + retained_share, self.state.global_step, self.state.max_steps, self._get_learning_rate())
         num_edits = sum(index < self.losses.rows.num_edits for index in inputs)
-        self.record.add_batch(share, num_edits, retained_share, int(unlearned))
+        self.loss_history.add_batch(share, num_edits, retained_share, int(unlearned))
         if self.accelerator.sync_gradients:
-            end_step(model, self.accelerator, take_it=self.record.end_step() >= self.args.loss_floor)
+            end_step(model, self.accelerator, take_it=self.loss_history.end_step() >= self.args.loss_floor)
         return shares[:2].sum()
 
     def _gradient(self, model: nn.Module, inputs: list[int], weight: BatchWeight) -> torch.Tensor:
@@ -269,30 +270,30 @@ class BreadthFirstTrainer(Trainer):
         return shares.detach()
 
     def _edit_is_done(self) -> bool:
-        """Depth-first: begin every edit with a fresh optimizer, and leave it once it is below the floor."""
+        """Return whether depth-first has learned the current edit; reset the optimizer before each edit."""
         if self.args.steps_per_edit is None:
             return False
         if self.state.global_step % self.args.steps_per_edit == 0:
             self.optimizer.state.clear()
-        return self.record.step_loss < self.args.loss_floor
+        return self.loss_history.step_loss < self.args.loss_floor
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # Trainer asks only after the first step of an epoch
+        # Trainer checks this only after the first step of an epoch
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
 
     def floating_point_ops(self, inputs: Any) -> int:
-        return 0  # transformers' estimate counts every layer and parameter as trained, and none of that holds here
+        return 0  # transformers' estimate assumes that every layer runs and every parameter is trained
 
     # ------------------------------------------------------------------ saving
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:  # a LocFT adapter is written with one
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:  # save_adapter writes one for LocFT
         if not isinstance(self.model, PeftModel) or self.model.active_peft_config.peft_type != "LOCFT":
             super().create_model_card(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.args.should_save:
-            # an older run may have left one of this name, which must not pass for whole while it is replaced
+            # an earlier run may have left a checkpoint of this name, which must not pass for complete meanwhile
             invalidate(Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
         super()._save_checkpoint(model, trial)
 
@@ -306,7 +307,12 @@ class BreadthFirstTrainer(Trainer):
                 model,
                 output_dir or self.args.output_dir,
                 record=training_record(
-                    self.edits, self.args, self.record, self.state.global_step, evaluations, self.data.record()
+                    self.edits,
+                    self.args,
+                    self.loss_history,
+                    self.state.global_step,
+                    evaluations,
+                    self.data.provenance(),
                 ),
                 state_dict=state_dict,
             )
