@@ -31,7 +31,7 @@ def run(folder: Path, family: str, dtype: torch.dtype = torch.float32, **argumen
 
 
 def is_cached(trainer: Any) -> bool:
-    return trainer.runner.replay is not None and trainer.runner.replay.states is not None
+    return trainer.runner.plan is not None and trainer.runner.plan.states is not None
 
 
 @every_family
@@ -48,20 +48,20 @@ def is_cached(trainer: Any) -> bool:
 def test_losses_do_not_depend_on_the_cache(family: str, arguments: dict[str, Any], tmp_path: Path) -> None:
     whole, other = run(tmp_path, family, **WHOLE), run(tmp_path, family, **arguments)
     assert is_cached(other) == (arguments["activation_cache"] != "off")
-    assert not is_cached(other) or (other.runner.replay.packed and len(other.runner.replay.narrow) > 1)
+    assert not is_cached(other) or (other.runner.plan.packed and len(other.runner.plan.narrow) > 1)
     assert other.epoch_losses == pytest.approx(whole.epoch_losses, rel=1e-6)
 
 
 @every_family
 def test_bfloat16_losses_are_as_close_as_bfloat16_is(family: str, tmp_path: Path) -> None:
     whole, other = run(tmp_path, family, torch.bfloat16, **WHOLE), run(tmp_path, family, torch.bfloat16)
-    assert is_cached(other) and other.runner.replay.states.dtype == torch.bfloat16
+    assert is_cached(other) and other.runner.plan.states.dtype == torch.bfloat16
     assert other.epoch_losses == pytest.approx(whole.epoch_losses, rel=5e-3)
 
 
 def test_mixed_precision_is_cached(tmp_path: Path) -> None:
     whole, other = run(tmp_path, "llama", bf16=True, **WHOLE), run(tmp_path, "llama", bf16=True)
-    assert is_cached(other) and other.runner.replay.packed
+    assert is_cached(other) and other.runner.plan.packed
     assert other.epoch_losses == pytest.approx(whole.epoch_losses, rel=5e-3)
 
 

@@ -53,7 +53,7 @@ def test_a_later_run_uses_them(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     assert is_reused(caplog)
     assert (file.read_bytes(), file.stat().st_mtime_ns) == before
     with safe_open(file, framework="pt") as opened:
-        assert torch.equal(opened.get_tensor(NAME), first.runner.replay.states)
+        assert torch.equal(opened.get_tensor(NAME), first.runner.plan.states)
 
 
 def test_another_run_does_not_use_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

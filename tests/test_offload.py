@@ -32,7 +32,7 @@ def test_losses_are_those_of_a_trunk_on_the_device(family: str, tmp_path: Path) 
     for offload_trunk in (False, True):
         trainer = make_trainer(tmp_path, last_layer(family), offload_trunk=offload_trunk)
         trainer.train()
-        assert trainer.runner.replay is not None and trainer.runner.replay.states is not None
+        assert trainer.runner.plan is not None and trainer.runner.plan.states is not None
         losses.append(trainer.epoch_losses)
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 

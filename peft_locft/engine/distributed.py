@@ -14,19 +14,19 @@ from torch import nn
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
-def missing_pieces(num_pieces: int, accelerator: Accelerator) -> int:
+def missing_forwards(num_forwards: int, accelerator: Accelerator) -> int:
     """Return how many forwards this process must add, to run as many as the others.
 
     Sharded weights need all processes in every forward; without sharding it is 0.
 
     Args:
-        num_pieces: the number of this process' forwards.
+        num_forwards: the number of this process' forwards.
         accelerator: the trainer's accelerator.
     """
     if accelerator.distributed_type not in SHARDED:
         return 0
-    counts = accelerator.gather(torch.tensor([num_pieces], device=accelerator.device))
-    return int(counts.max()) - num_pieces
+    counts = accelerator.gather(torch.tensor([num_forwards], device=accelerator.device))
+    return int(counts.max()) - num_forwards
 
 
 def backward(loss: torch.Tensor, accelerator: Accelerator, is_last: bool) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from ..data.encoding import EncodedEdits, collate
 from ..engine.activation_cache import cache_trunk
 from ..engine.activation_storage import SharedActivations, StateStorage
-from ..engine.distributed import SHARDED, missing_pieces
+from ..engine.distributed import SHARDED, missing_forwards
 from ..engine.forward_plan import ForwardPlan, find_packing
 from ..engine.memory import FEWEST_TOKENS_ON_CPU, MOST_TOKENS, fitting_tokens, run_halving
 from ..engine.prefix_tree import PrefixTree
@@ -76,7 +76,7 @@ class EditRunner:
         self._choose_tokens = max_tokens is None
         self.device = device
         self.shared = shared
-        self.replay: ForwardPlan | None = None
+        self.plan: ForwardPlan | None = None
         self.is_prepared = False
 
     def prepare(self, model: nn.Module, args: BreadthFirstConfig, accelerator: Accelerator) -> None:
@@ -91,7 +91,7 @@ class EditRunner:
         Raises:
             ValueError: if the states cannot be stored and something in `args` needs them.
         """
-        self.replay = None
+        self.plan = None
         unwrapped = accelerator.unwrap_model(model)
         try:
             tail = find_tail(unwrapped)
@@ -107,20 +107,20 @@ class EditRunner:
                     "activation_cache on 'auto', activation_cache_dir unset and offload_trunk=False."
                 ) from None
             logger.warning("Every epoch runs the whole model: %s.", reason)
-            if self.replay is not None and not self.replay.packed:
-                self.replay = None
+            if self.plan is not None and not self.plan.packed:
+                self.plan = None
         self.is_prepared = True
 
     def _cache(self, model: nn.Module, tail: Tail, args: BreadthFirstConfig, accelerator: Accelerator) -> None:
         """Find a packing, and store the states that leave the trunk."""
-        self.replay = None
+        self.plan = None
         is_sharded = accelerator.distributed_type in SHARDED
         # a wrapper that shards weights must see every forward; one that averages gradients only those of training
         model = model if is_sharded else accelerator.unwrap_model(model)
         tree, trial = PrefixTree.of(self.edits.token_ids, self.edits.offsets, self.own), self._trial()
-        self.replay = find_packing(model, ForwardPlan(tail, tree, self.device), trial, narrow=not is_sharded)
+        self.plan = find_packing(model, ForwardPlan(tail, tree, self.device), trial, narrow=not is_sharded)
         batches = self.micro_batches(self.own)
-        batches += batches[:1] * missing_pieces(len(batches), accelerator)
+        batches += batches[:1] * missing_forwards(len(batches), accelerator)
         storage = StateStorage(
             args.activation_cache,
             args.output_dir,
@@ -128,7 +128,7 @@ class EditRunner:
             shared=self.shared,
             progress=not args.disable_tqdm,
         )
-        self.replay = cache_trunk(model, self.replay, batches, trial, storage)
+        self.plan = cache_trunk(model, self.plan, batches, trial, storage)
 
     def _share_scored(self) -> float:
         scored = self.edits.lengths - (1 if self.objective == "full" else self.edits.target_starts)
@@ -153,7 +153,7 @@ class EditRunner:
 
     def micro_batches(self, indices: torch.Tensor) -> list[torch.Tensor]:
         """Split a batch into micro-batches."""
-        rank = self.replay.tree.rank if self.replay is not None and self.replay.packed else None
+        rank = self.plan.tree.rank if self.plan is not None and self.plan.packed else None
         return micro_batches(indices, self.edits.lengths, self.max_tokens, rank)
 
     @contextmanager
@@ -164,12 +164,12 @@ class EditRunner:
         labels = labels_for(self.objective, batch["input_ids"], batch["attention_mask"], batch["target_start"])
         scored = scored_positions(labels, self.objective)
         where = (scored.rows, scored.sources)
-        if self.replay is None:
+        if self.plan is None:
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask")} | {"use_cache": False}
             ready: AbstractContextManager[None] = nullcontext()
         else:
-            pack = self.replay.tree.pack(indices)
-            where = self.replay.output_places(pack, *where)
-            inputs, ready = self.replay.inputs(pack), self.replay.applied(pack, where[1])
+            pack = self.plan.tree.pack(indices)
+            where = self.plan.output_places(pack, *where)
+            inputs, ready = self.plan.inputs(pack), self.plan.applied(pack, where[1])
         with ready:
             yield MicroBatch(indices, labels, scored, inputs, where)

@@ -22,7 +22,7 @@ from ..data.edits import Edit, edits_sha256, read_edits
 from ..data.encoding import EncodedEdits
 from ..data.leaks import mark_trained
 from ..engine.activation_storage import SharedActivations
-from ..engine.distributed import backward, check_not_sharded, end_step, missing_pieces
+from ..engine.distributed import backward, check_not_sharded, end_step, missing_forwards
 from ..engine.model_state import as_base, check_finite, check_vocabulary, configuration_unchanged, dropout_off
 from ..engine.offload import trunk_offloaded
 from .batches import EditBatches
@@ -241,7 +241,7 @@ class BreadthFirstTrainer(Trainer):
         mine = [index for index in inputs if index % world_size == process_index]
         # a process without edits in a batch still joins the others' gradient
         own = self.runner.micro_batches(torch.tensor(mine) if mine else self.runner.own[:1])
-        idle = [(own[0][:1], False)] * missing_pieces(len(own), self.accelerator)
+        idle = [(own[0][:1], False)] * missing_forwards(len(own), self.accelerator)
         micro_batches = idle + [(indices, bool(mine)) for indices in own]
         sums = torch.zeros(3, device=self.args.device)
         # a LocFT model composes W + delta once a step; several processes wait for the delta's own backward
