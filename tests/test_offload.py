@@ -60,7 +60,7 @@ def test_bytes_on_the_device(tmp_path: Path) -> None:
     make_trainer(tmp_path, model, offload_trunk=True, callbacks=[Phase()]).train()
     tail = whole - first - second
     assert resident["training"] == {tail}
-    # the tail runs in there too, when a replay is compared with the whole model
+    # the tail runs in there too, when the cached states are checked against the whole model
     assert resident["computing the states"] == {tail, tail + first, tail + second}
     assert num_bytes(model) == whole
     assert not any(isinstance(layer, OffloadedLayer) for layer in layers)

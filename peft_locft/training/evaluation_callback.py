@@ -95,8 +95,8 @@ class EvaluationCallback(TrainerCallback):
     ) -> None:
         if getattr(args, "offload_trunk", False):
             raise ValueError(
-                "EvaluationCallback needs the whole model on its device, but offload_trunk=True keeps a part of it off "
-                "the device. Set offload_trunk=False, or evaluate after training."
+                "EvaluationCallback needs the whole model on its device, but offload_trunk=True keeps a part of it "
+                "off the device. Set offload_trunk=False, or evaluate after training."
             )
         self._evaluator = EditEvaluator(
             model, processing_class, self.edits, self.args, text=self.text, progress=not args.disable_tqdm
