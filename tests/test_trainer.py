@@ -563,7 +563,7 @@ def test_missing_arguments_are_named(missing: str, tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"token id \d+, but the model's embedding has 100 rows.*same place"):
+    with pytest.raises(ValueError, match=r"token id \d+, but the model's embedding has 100 rows.*one checkpoint"):
         make_trainer(tmp_path, peft_model(vocab_size=100))
 
 
