@@ -91,7 +91,7 @@ def train(rank: int, strategy: str, port: str, output_folder: Path, recipes: dic
         assert (trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled) == ("FSDP" in strategy, "ZeRO" in strategy)
         trainer.train()
         trainer.save_model()
-        left = {"losses": trainer.epoch_losses, "cached": trainer.runner.replay is not None}
+        left = {"losses": trainer.epoch_losses, "cached": trainer.runner.plan is not None}
         (output_folder / name / f"left-{rank}.json").write_text(json.dumps(left))
 
 

@@ -2,7 +2,8 @@
 
     python killed_search_process.py FOLDER KILLS
 
-KILLS is JSON: for every child the comparison of a replay with the whole model at which it is killed, from 1, or null.
+KILLS is JSON: for every child the number, from 1, of the comparison with the whole model at which it is killed; or
+null.
 Each goes on where the one before was killed, and writes what it has found to FOLDER/found.json. With `"together"` in
 its place, two children start at once, as a launcher starts them, and call `locft locate`.
 """
@@ -22,11 +23,12 @@ import conftest  # noqa: F401  (offline, one thread)
 from tiny_searches import search, without_seconds
 
 from peft_locft.cli.commands import main
-from peft_locft.engine.activation_cache import agrees
+from peft_locft.engine.forward_plan import equals_whole_model
 
 
 def search_until(folder: Path, kill: int | None) -> None:
     import peft_locft.engine.activation_cache as cache
+    import peft_locft.engine.forward_plan as plan
 
     left = kill or 0
 
@@ -35,10 +37,10 @@ def search_until(folder: Path, kill: int | None) -> None:
         left -= 1
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        return agrees(*arguments)
+        return equals_whole_model(*arguments)
 
-    # in the middle of a trial: once for packing, once for what was kept
-    cache.agrees = dying  # type: ignore[assignment]
+    # in the middle of a trial: once for packing, once for the cached states
+    cache.equals_whole_model = plan.equals_whole_model = dying  # type: ignore[assignment]
     found = search(folder)
     (folder / "found.json").write_text(json.dumps(without_seconds(found)))
 

@@ -1,4 +1,4 @@
-"""A model that says what a script tells it, so that scores can be worked out by hand."""
+"""A model whose answers follow a script, so that scores can be computed by hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-# what is said after each prompt, with a weight that is added to the logits of its tokens
+# for each prompt, texts that follow it, with the weight added to the logits of their tokens
 Script = Mapping[str, Mapping[str, float]]
 
 
@@ -19,7 +19,7 @@ class ScriptedConfig(PretrainedConfig):
 
 
 class ScriptedModel(PreTrainedModel, GenerationMixin):
-    """Its logits are 0, and where the tokens so far begin a line of the script, that line's weight on its next."""
+    """Its logits are 0, plus the weight of each script line that begins with the tokens so far, on its next token."""
 
     config_class = ScriptedConfig
 

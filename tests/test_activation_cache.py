@@ -1,4 +1,4 @@
-"""The trunk runs once, and the losses are those of running it every time."""
+"""The trunk runs once, and the losses are the same as if it ran in every epoch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(folder: Path, family: str, dtype: torch.dtype = torch.float32, **argumen
 
 
 def is_cached(trainer: Any) -> bool:
-    return trainer.runner.replay is not None and trainer.runner.replay.states is not None
+    return trainer.runner.plan is not None and trainer.runner.plan.states is not None
 
 
 @every_family
@@ -43,30 +43,30 @@ def is_cached(trainer: Any) -> bool:
         {"activation_cache": "auto", "max_tokens_per_micro_batch": 30},
         {"activation_cache": "off", "max_tokens_per_micro_batch": 1},
     ],
-    ids=["memory", "disk", "small pieces", "one edit a piece"],
+    ids=["memory", "disk", "small micro-batches", "one edit a micro-batch"],
 )
-def test_losses_do_not_depend_on_cache_or_pieces(family: str, arguments: dict[str, Any], tmp_path: Path) -> None:
+def test_losses_do_not_depend_on_the_cache(family: str, arguments: dict[str, Any], tmp_path: Path) -> None:
     whole, other = run(tmp_path, family, **WHOLE), run(tmp_path, family, **arguments)
     assert is_cached(other) == (arguments["activation_cache"] != "off")
-    assert not is_cached(other) or (other.runner.replay.packed and len(other.runner.replay.narrow) > 1)
+    assert not is_cached(other) or (other.runner.plan.packed and len(other.runner.plan.narrow) > 1)
     assert other.epoch_losses == pytest.approx(whole.epoch_losses, rel=1e-6)
 
 
 @every_family
 def test_bfloat16_losses_are_as_close_as_bfloat16_is(family: str, tmp_path: Path) -> None:
     whole, other = run(tmp_path, family, torch.bfloat16, **WHOLE), run(tmp_path, family, torch.bfloat16)
-    assert is_cached(other) and other.runner.replay.states.dtype == torch.bfloat16
+    assert is_cached(other) and other.runner.plan.states.dtype == torch.bfloat16
     assert other.epoch_losses == pytest.approx(whole.epoch_losses, rel=5e-3)
 
 
-def test_mixed_precision_replays(tmp_path: Path) -> None:
+def test_mixed_precision_is_cached(tmp_path: Path) -> None:
     whole, other = run(tmp_path, "llama", bf16=True, **WHOLE), run(tmp_path, "llama", bf16=True)
-    assert is_cached(other) and other.runner.replay.packed
+    assert is_cached(other) and other.runner.plan.packed
     assert other.epoch_losses == pytest.approx(whole.epoch_losses, rel=5e-3)
 
 
 @pytest.mark.parametrize("objective", ["target_new", "prompt_last", "full"])
-def test_every_objective_replays(objective: str, tmp_path: Path) -> None:
+def test_every_objective_is_cached(objective: str, tmp_path: Path) -> None:
     runs = [run(tmp_path, "llama", objective=objective, **arguments) for arguments in (WHOLE, {})]
     assert runs[1].epoch_losses == pytest.approx(runs[0].epoch_losses, rel=1e-6)
 
@@ -84,7 +84,7 @@ def test_the_trunk_does_not_run_again_in_later_epochs(layer: int, tmp_path: Path
     assert forwards[1] - forwards[0] == (0 if layer == 0 else 5 * 2)
 
 
-def test_the_model_is_itself_again_afterwards(tmp_path: Path) -> None:
+def test_the_model_is_unchanged_afterwards(tmp_path: Path) -> None:
     model = peft_model("llama", last_layer())
     input_ids = torch.arange(6).unsqueeze(0)
     make_trainer(tmp_path, model, learning_rate=0.0).train()
@@ -137,7 +137,7 @@ def test_it_falls_back_and_says_why(
         make_trainer(tmp_path, peft_model("llama", config), activation_cache="memory").train()
 
 
-def test_a_model_whose_layers_share_more_than_states_is_found_out(tmp_path: Path) -> None:
+def test_a_model_whose_layers_share_more_than_states_is_not_cached(tmp_path: Path) -> None:
     """As where later layers use the keys and values of earlier ones."""
     model = peft_model("llama", last_layer())
     layers = model.get_base_model().model.layers

@@ -92,7 +92,7 @@ def test_the_command_takes_the_recipe_and_the_weakest_delta(saved: Path, tmp_pat
 
 @pytest.mark.parametrize("reliability", [0.0, 1.5])
 def test_a_reliability_is_a_share(reliability: float, saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"keep_reliability=.* expected above 0 and up to 1"):
+    with pytest.raises(ValueError, match=r"keep_reliability=.* expected a number above 0, at most 1"):
         train_edits(saved, EDITS, args=recipe(tmp_path / "out"), keep_reliability=reliability)
     assert not (tmp_path / "out").exists()
 

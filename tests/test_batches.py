@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_locft.training.batches import EditBatches, LossRecord
+from peft_locft.training.batches import EditBatches
+from peft_locft.training.loss_history import LossHistory
 
 sizes = {"num_edits": st.integers(1, 60), "batch_size": st.integers(1, 70), "seed": st.integers(0, 2**31)}
 
@@ -53,8 +54,8 @@ def test_depth_first_is_one_edit_after_the_other(num_edits: int, steps_per_edit:
     assert steps == [edit for edit in range(num_edits) for _ in range(steps_per_edit)]
 
 
-def record_of(*steps: list[tuple[float, int]]) -> LossRecord:
-    record = LossRecord()
+def record_of(*steps: list[tuple[float, int]]) -> LossHistory:
+    record = LossHistory()
     for batches in steps:
         for share, num_edits in batches:
             record.add_batch(share, num_edits, num_unlearned=1)
@@ -90,14 +91,14 @@ def test_a_depth_first_edit_counts_with_its_last_loss() -> None:
 @pytest.mark.parametrize(
     "record",
     [
-        LossRecord(),
+        LossHistory(),
         record_of([(3.0, 1)]),
         record_of([(1 / 3, 2), (0.1, 2)], [(0.7, 3)]),
-        LossRecord(epoch_losses=[0.1, 1e-9], step_loss=2.5, epoch_sum=0.3, epoch_edits=7, edits_seen=11),
+        LossHistory(epoch_losses=[0.1, 1e-9], step_loss=2.5, epoch_sum=0.3, epoch_edits=7, edits_seen=11),
     ],
 )
-def test_a_record_survives_json(record: LossRecord) -> None:
-    restored = LossRecord(epoch_losses=[9.0], step_loss=9.0, open_loss=9.0, open_edits=9, edits_seen=9)
+def test_a_record_survives_json(record: LossHistory) -> None:
+    restored = LossHistory(epoch_losses=[9.0], step_loss=9.0, open_loss=9.0, open_edits=9, edits_seen=9)
     restored.restore(json.loads(json.dumps(record.state(), allow_nan=False)))
     assert restored == record
 
@@ -105,7 +106,7 @@ def test_a_record_survives_json(record: LossRecord) -> None:
 def test_restoring_leaves_what_an_earlier_run_returned() -> None:
     record = record_of([(3.0, 1)])
     record.end_epoch()
-    returned, state = record.epoch_losses, LossRecord().state()
+    returned, state = record.epoch_losses, LossHistory().state()
     record.restore(state)
     record.add_batch(1.0, 1)
     record.end_step()

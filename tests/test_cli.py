@@ -501,7 +501,7 @@ MISTAKES: dict[str, tuple[Spoil, str]] = {
     "not an objective": (with_words("--objective", "all"), r"--objective: invalid choice: 'all' .*target_new"),
     "not a dtype": (with_words("--dtype", "int8"), r"--dtype: invalid choice: 'int8' .*bfloat16"),
     "not a delta dtype": (with_words("--delta_dtype", "int8"), r"LocFTConfig.delta_dtype='int8': expected one of"),
-    "negative floor": (with_words("--loss_floor", "-1"), r"loss_floor=-1.0: expected a number from 0 upwards"),
+    "negative floor": (with_words("--loss_floor", "-1"), r"loss_floor=-1.0: expected a finite number, 0 or more"),
     "depth-first in batches": (with_words("--edit_order", "depth_first"), "depth-first trains one edit at a time"),
     "config file not there": (with_words("--config", "no.yaml"), r"--config no\.yaml: cannot be read as YAML"),
     "config file no YAML": (with_config_file("a: [1"), r"run\.yaml: cannot be read as YAML"),
@@ -548,7 +548,7 @@ MISTAKES: dict[str, tuple[Spoil, str]] = {
     "other method unknown": (with_peft_config('{"peft_type": "NEW"}'), r"peft\.json: not the configuration of a PEFT"),
     "other method no type": (with_peft_config('{"r": 3}'), r"peft\.json: not the configuration of a PEFT method"),
     "nothing to resume from": (
-        with_words("--resume_from_checkpoint", "True"), r"out holds no whole checkpoint to resume from"
+        with_words("--resume_from_checkpoint", "True"), r"out holds no complete checkpoint to resume from"
     ),
 }  # fmt: skip
 

@@ -73,7 +73,7 @@ def test_the_flags_are_those_of_the_function(tmp_path: Path) -> None:
         ([*RESUMED, "--target_modules", "up_proj", "--forget", "f"], "takes no --target_modules"),
         ([*RESUMED, "--peft_config", "lora"], "takes no --peft_config"),
         ([*RESUMED, "--evaluate_every", "2"], "takes no --evaluate_every"),
-        ([*RESUMED], "found neither new edits nor edits to forget"),
+        ([*RESUMED], "found neither edits nor forget"),
         ([*RESUMED, "--forget", "f"], "a is no adapter folder"),
         (
             ["--model_name_or_path", "m", "--edits", "e", "--output_dir", "o", "--use_cpu", "--forget", "f"],

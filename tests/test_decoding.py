@@ -1,4 +1,4 @@
-"""Questions answered packed, padded, guessed and sampled: always what the model itself would say."""
+"""Answers that are packed, padded, guessed or sampled equal the model's own."""
 
 from __future__ import annotations
 
@@ -125,12 +125,12 @@ def test_a_right_guess_leaves_nothing_to_decode() -> None:
     assert forwards == trial + 1
 
 
-def test_prompts_longer_than_a_forward_are_asked_alone() -> None:
+def test_a_prompt_longer_than_max_tokens_is_a_forward_by_itself() -> None:
     model, questions = build("llama"), some_questions(6)
     assert_same(model, questions, generate_and_score(model, Words(), questions, max_tokens=1))
 
 
-def test_kept_keys_are_moved_together_when_they_fill_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_compacted_when_full(monkeypatch: pytest.MonkeyPatch) -> None:
     from peft_locft.engine.packed_decoding import PackedKVCache
 
     moves = 0
@@ -148,33 +148,33 @@ def test_kept_keys_are_moved_together_when_they_fill_up(monkeypatch: pytest.Monk
     assert moves > 1
 
 
-def test_equal_questions_are_asked_once() -> None:
+def test_equal_questions_are_computed_once() -> None:
     model, question = build("llama"), some_questions(1)[0]
     one, other = generate_and_score(model, Words(), [question, replace(question)])
     assert one is other
 
 
-def test_nothing_is_decoded_where_no_answer_is_wanted() -> None:
+def test_nothing_is_decoded_for_questions_without_an_answer() -> None:
     model, questions = build("llama"), some_questions(max_new_tokens=0)
     answers = generate_and_score(model, Words(), questions)
     assert all(answer.token_ids == [] for answer in answers)
     assert answers[3].scores[1].log_probs == pytest.approx(direct_scores(model, questions[3])[1][0], abs=1e-4)
 
 
-def test_a_question_that_asks_nothing_costs_nothing() -> None:
+def test_an_empty_question_runs_no_forward() -> None:
     model = build("llama")
     model.register_forward_pre_hook(lambda *arguments: pytest.fail("the model is run"))
     assert generate_and_score(model, Words(), [Question((3, 4), max_new_tokens=0)]) == [Answer()]
 
 
-def test_answers_go_on_past_eos_where_no_stop_is_looked_for() -> None:
+def test_without_stops_answers_continue_past_eos() -> None:
     questions = some_questions(num_stops=0)
     answers = generate_and_score(build("llama"), Words(), questions)
     assert {len(answer.token_ids) for answer in answers} == {10}
 
 
 @pytest.mark.parametrize("make", [LocFTConfig, lambda **k: LoraConfig(target_modules=["q_proj"], **k)])
-def test_an_adapter_is_asked_as_it_answers(make: Any) -> None:
+def test_an_adapter_answers_as_in_generate(make: Any) -> None:
     model = get_peft_model(build("llama"), make(task_type="CAUSAL_LM"))
     if isinstance(model.active_peft_config, LocFTConfig):
         randomize(model, std=0.5)
@@ -185,7 +185,7 @@ def test_an_adapter_is_asked_as_it_answers(make: Any) -> None:
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_the_model_is_left_as_it_was(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_is_unchanged_afterwards(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not packed:
         monkeypatch.setattr(decoding, "_packable_layers", lambda *arguments: None)
     model = build("gpt2")
@@ -202,17 +202,17 @@ def test_the_model_is_left_as_it_was(packed: bool, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_logits_that_are_nan_are_an_error_and_not_an_answer(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_logits_are_an_error(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "_packable_layers", lambda model, *rest: model.model.layers if packed else None)
     model = build("llama")
     model.model.embed_tokens.weight.data[7] = float("nan")
     fine, bad = Question((3, 4, 5)), Question((8, 7))
     generate_and_score(model, Words(), [fine])
     with pytest.raises(FloatingPointError, match=r"logits of the base are NaN or infinite for the prompt ' 8 7'"):
-        generate_and_score(model, Words(), [fine, bad], whose="the base")
+        generate_and_score(model, Words(), [fine, bad], label="the base")
 
 
-def test_nan_that_comes_while_decoding_is_traced_to_its_prompt() -> None:
+def test_nan_while_decoding_names_the_prompt() -> None:
     model = build("llama")
     questions = [Question((3, 4)), Question((8, 9))]
     first = generate_and_score(model, Words(), questions)[1].token_ids[0]
@@ -224,7 +224,7 @@ def test_nan_that_comes_while_decoding_is_traced_to_its_prompt() -> None:
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_memory_that_runs_out_halves_the_forwards(
+def test_out_of_memory_halves_the_forwards(
     packed: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, questions = build("llama"), some_questions(8)
@@ -239,7 +239,7 @@ def test_memory_that_runs_out_halves_the_forwards(
     model.register_forward_pre_hook(runs_out, with_kwargs=True)
     found = generate_and_score(model, Words(), questions, max_tokens=200)
     assert [answer.token_ids for answer in found] == [answer.token_ids for answer in expected]
-    assert "Memory ran out: max_tokens_per_forward is 100" in caplog.text
+    assert "Out of memory: max_tokens_per_forward is 100" in caplog.text
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -268,7 +268,7 @@ def test_samples_have_the_probabilities_of_the_model() -> None:
 def test_stops_are_counted_by_text_and_eos_ends_any_answer() -> None:
     ends = StopCounter(Words())
     question = Question((3,), num_stops=2, max_new_tokens=4)
-    assert [ends.is_whole(question, row) for row in ([9, STOP], [STOP, STOP], [2], [9, 9, 9, 9])] == [
+    assert [ends.is_finished(question, row) for row in ([9, STOP], [STOP, STOP], [2], [9, 9, 9, 9])] == [
         False,
         True,
         True,
@@ -285,7 +285,7 @@ def test_a_tokenizer_without_eos_ends_at_stops_alone() -> None:
         assert answer.token_ids.count(STOP) == question.num_stops or len(answer.token_ids) == 10
 
 
-def test_prompts_that_the_model_has_no_room_for_are_named() -> None:
+def test_a_prompt_longer_than_the_positions_is_named() -> None:
     with pytest.raises(ValueError, match=r"The prompt ' 3 4' and its answer need 72 positions; the model has 64"):
         check_fits(build("gpt2"), [Question((3, 4), max_new_tokens=70)], Words())
     with pytest.raises(ValueError, match="token id 500"):

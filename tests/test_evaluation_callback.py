@@ -133,7 +133,7 @@ def test_the_curves_go_into_the_provenance_record(tmp_path: Path, monkeypatch: p
     trainer.save_model()
     training = inspect_adapter(tmp_path).facts["training"]
     assert training["curves"] == callback.curves
-    assert training["kept_epoch"] == 1
+    assert training["best_epoch"] == 1
 
 
 @pytest.mark.parametrize("arguments", [{"every": 0}, {"patience": 0}])
@@ -159,6 +159,6 @@ def test_a_metric_that_is_not_measured_is_refused_before_training(tmp_path: Path
 
 def test_a_trunk_that_is_off_the_device_is_refused(tmp_path: Path) -> None:
     callback = EvaluationCallback(PROBED, 1)
-    trainer = make_trainer(tmp_path, model=peft_model(), trunk_residency="layerwise", callbacks=[callback])
-    with pytest.raises(ValueError, match="Leave trunk_residency on 'full', or evaluate after training"):
+    trainer = make_trainer(tmp_path, model=peft_model(), offload_trunk=True, callbacks=[callback])
+    with pytest.raises(ValueError, match="Set offload_trunk=False, or evaluate after training"):
         trainer.train()

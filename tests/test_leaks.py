@@ -133,7 +133,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     trainer = make_trainer(adapter, model)
     counts = {"retained_facts": 1, "swapped_subjects": 0}
     more = augmentation_record(prefixes=["In the city", "They"], counts=counts, prompts=["Dave is"])
-    save_adapter(model, adapter, record=training_record(EDITS, trainer.args, trainer.record, 3, augmentation=more))
+    save_adapter(
+        model, adapter, record=training_record(EDITS, trainer.args, trainer.loss_history, 3, augmentation=more)
+    )
     return base, adapter
 
 
@@ -182,4 +184,4 @@ def test_a_record_that_lies_is_refused(folders: tuple[Path, Path], tmp_path: Pat
 
 def test_a_run_without_augmentation_records_none(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
-    assert "augmentation" not in training_record(EDITS, trainer.args, trainer.record, 1)
+    assert "augmentation" not in training_record(EDITS, trainer.args, trainer.loss_history, 1)

@@ -104,7 +104,7 @@ def test_edits_come_are_replaced_and_go(base: Path, learned: Path, tmp_path: Pat
     # what was withdrawn is nowhere in it
     assert not any(b"Who is the king of Spain" in content for content in contents(tmp_path / "next").values())
     assert str(summary).startswith(
-        "edits: 6 kept, 1 added, 1 replaced, 1 withdrawn\n1 of 1 withdrawn prompts are answered as by the base\n\n"
+        "edits: 6 kept, 1 added, 1 replaced, 1 withdrawn\n1 of 1 withdrawn prompts have the base's answer again\n\n"
     )
     assert "\ncontinued   1 times, 1 added, 1 replaced, 1 withdrawn\n" in str(summary)
     assert summary.folder == tmp_path / "next" and summary.trained_edits is None
@@ -125,7 +125,7 @@ def test_a_list_that_is_not_shipped_is_written_beside(base: Path, tmp_path: Path
     first = update_adapter(out, forget=[edit_id(EDITS[0])], args=recipe(out), trained_edits=EDITS)
     assert shipped_edits(out) is None and first.trained_edits is not None
     assert first.trained_edits.parent == tmp_path and first.trained_edits.name.startswith("out.edits-")
-    assert f"which it does not ship: {first.trained_edits}" in str(first)
+    assert f"needed for the next update: {first.trained_edits}" in str(first)
     second = update_adapter(
         out, forget=[edit_id(EDITS[1])], args=recipe(out), trained_edits=first.trained_edits, ship_edits=True
     )
@@ -168,7 +168,7 @@ def test_a_new_edit_among_known_ones_is_learned_before_training_stops(
     args = recipe(tmp_path / "out", stop_at_learned=0.5, num_train_epochs=40, loss_floor=0.0)
     trainer = ContinuedTrainer(peft_model, args, plan, load_model(base)[1], earlier={}, ship_edits=False)
     trainer.train()
-    unlearned = trainer.record.unlearned
+    unlearned = trainer.loss_history.unlearned
     assert 1 <= unlearned[0] <= len(EDITS) / 2, "it must not stop where half of all edits are learned"
     assert 1 < len(unlearned) < 40
     assert unlearned[-1] == 0
@@ -217,20 +217,20 @@ def test_a_prompt_that_is_not_the_base_s_again_is_warned_of(
     args = recipe(tmp_path / "out", learning_rate=1e-7)
     summary = update_adapter(learned, forget=[EDITS[0].prompt], args=args)
     assert (summary.num_as_base, summary.num_restored) == (0, 1)
-    assert "1 of 1 withdrawn prompts are not answered as by the base. Train longer" in caplog.text
+    assert "1 of 1 withdrawn prompts do not have the base's answer. Train longer" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({}, "found neither new edits nor edits to forget"),
+        ({}, "found neither edits nor forget"),
         ({"forget": ["nothing"]}, "1 lines name no edit of the adapter"),
         (
             FORGET | {"args": {"edit_order": "depth_first"}},
-            "edit_order='depth_first': an adapter is trained on over",
+            "edit_order='depth_first': an update trains all edits",
         ),
-        (FORGET | {"args": {"append_eos": False}}, "append_eos=False: .* was trained with True"),
-        (FORGET | {"args": {"resume_from_checkpoint": "True"}}, "holds no whole checkpoint"),
+        (FORGET | {"args": {"append_eos": False}}, "append_eos=False: .* was trained with append_eos=True"),
+        (FORGET | {"args": {"resume_from_checkpoint": "True"}}, "holds no complete checkpoint"),
         (FORGET | {"trained_edits": EDITS[1:]}, "trained_edits: found 7 edits"),
     ],
 )
@@ -262,6 +262,6 @@ def test_another_base_is_refused(base: Path, learned: Path, tmp_path: Path) -> N
     nameless = shutil.copytree(learned, tmp_path / "nameless")
     config = json.loads((nameless / "adapter_config.json").read_text())
     (nameless / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
-    with pytest.raises(ValueError, match="it does not say which base model it belongs to"):
+    with pytest.raises(ValueError, match="the adapter names no base model"):
         update_adapter(nameless, forget=forget, args=args)
     assert not os.path.exists(tmp_path / "out")

@@ -93,15 +93,14 @@ def test_the_trunk_runs_once_a_rung_and_the_base_is_asked_once(
     assert asked == [3, 8]
     # in the last layer's trial; what enters the one before is kept on the way
     assert run == [[2, 1], [2, 1]]
-    assert caplog.text.count("are taken from") == len(found.trials) - 2
+    assert caplog.text.count("Using the activations") == len(found.trials) - 2
     assert not (tmp_path / "states").exists()
     assert {"perplexity", "kl_from_base"} <= found.best.metrics.keys()
 
 
-def test_shared_states_are_those_that_a_run_of_its_own_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_activations_are_those_of_a_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shared = search(tmp_path / "shared", plan=SearchPlan(modules=["mlp"], layers=[0, 1, 2], num_rungs=1))
-    monkeypatch.setattr("peft_locft.engine.activation_storage.shared_states", lambda: None)
-    monkeypatch.setattr("peft_locft.engine.activation_cache.shared_states", lambda: None)
+    monkeypatch.setattr("peft_locft.workflows.locate.SharedActivations", lambda folder, layers: None)
     alone = search(tmp_path / "alone", plan=SearchPlan(modules=["mlp"], layers=[0, 1, 2], num_rungs=1))
     assert without_seconds(shared) == without_seconds(alone)
 

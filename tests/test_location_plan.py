@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 
-from peft_locft.locating.plan import Candidate, Rung, coarse_layers, cost, edits_of, neighbours, rungs, survivors
+from peft_locft.locating.plan import (
+    Candidate,
+    Rung,
+    coarse_layers,
+    edits_of,
+    neighbours,
+    num_trained,
+    rungs,
+    survivors,
+)
 from peft_locft.locating.results import LocationTrial
 from peft_locft.workflows.location_trials import mean_scores
 
@@ -44,9 +53,9 @@ def test_every_rung_takes_the_steps_of_the_whole_recipe(num_edits: int, batch_si
 
 def test_a_search_costs_what_is_trained() -> None:
     ladder = rungs(72, 36, 10, keep=3)
-    assert cost(ladder, 10, keep=3) == (10 * 8 + 3 * 24 + 2 * 72) / 72
-    assert cost(ladder[-1:], 10, keep=3) == 10
-    assert cost(rungs(100, 20, 160, keep=5), 160, keep=5) < 160 / 6
+    assert num_trained(ladder, 10, keep=3) == 10 * 8 + 3 * 24 + 2 * 72
+    assert num_trained(ladder[-1:], 10, keep=3) == 10 * 72
+    assert num_trained(rungs(100, 20, 160, keep=5), 160, keep=5) < 160 / 6 * 100
 
 
 def test_a_rung_has_other_edits_than_those_before_it_as_long_as_there_are_some() -> None:

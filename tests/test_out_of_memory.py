@@ -52,7 +52,7 @@ def test_the_step_is_taken_again_in_smaller_pieces(
     assert little.epoch_losses == pytest.approx(enough.epoch_losses, rel=1e-6)
     for name, tensor in trained(enough.model).items():
         torch.testing.assert_close(trained(little.model)[name], tensor, rtol=1e-4, atol=1e-5)
-    said = [record.message for record in caplog.records if "Memory ran out" in record.message]
+    said = [record.message for record in caplog.records if "Out of memory" in record.message]
     assert said and said[-1].endswith(f"max_tokens_per_micro_batch is {little.runner.max_tokens} from here on.")
     assert little.runner.max_tokens < 200
 
@@ -62,18 +62,18 @@ def test_so_is_the_base_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     fields = {"retained_subjects": 2, "retained_answer_tokens": 1, "max_tokens_per_micro_batch": 200}
     enough, little = (make_trainer(tmp_path, peft_model(), facts, **fields) for _ in range(2))
     enough.train()
-    keep = BaseDistributions.keep
+    store = BaseDistributions.store
 
     def small_memory_for_logits(self: BaseDistributions, rows: torch.Tensor, logits: torch.Tensor) -> None:
         if len(rows) > 4:
             raise RuntimeError(OUT_OF_MEMORY)
-        keep(self, rows, logits)
+        store(self, rows, logits)
 
-    monkeypatch.setattr(BaseDistributions, "keep", small_memory_for_logits)
+    monkeypatch.setattr(BaseDistributions, "store", small_memory_for_logits)
     little.train()
     assert little.runner.max_tokens < 200
-    assert enough.record.retained_losses[-1] > 0
-    assert little.record.retained_losses == pytest.approx(enough.record.retained_losses, rel=1e-3)
+    assert enough.loss_history.retained_losses[-1] > 0
+    assert little.loss_history.retained_losses == pytest.approx(enough.loss_history.retained_losses, rel=1e-3)
 
 
 def test_one_edit_that_does_not_fit_is_an_error(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from transformers import Trainer
 
 from peft_locft import BreadthFirstConfig, BreadthFirstTrainer, LocFTConfig
 from peft_locft.adapters.shrinking import prune_relatively
-from peft_locft.training.preservation import NullSpaceProjector
+from peft_locft.training.preservation import NullSpaceProjector, SoftProjector
 from peft_locft.training.preserver import PreservationCallback, Preserver
 from peft_locft.training.trained_tensors import TrainedTensor, find_trained
 
@@ -115,16 +115,15 @@ def test_a_soft_projector_damps_every_change(family: str) -> None:
     train(model, preserver)
     train_projecting_every_change(other, preserver)
     assert_same_tensors(trained(model), trained(other))
-    assert preserver.describe()["closed_directions"] == {}
+    assert all(isinstance(each.projector, SoftProjector) for each in preserver.trained)
     assert all(float(tensor.norm()) > 0.1 for tensor in trained(model).values())
 
 
 def test_every_location_has_a_projector_of_its_own() -> None:
     model = get_peft_model(build("llama"), SEVERAL["llama"])
     preserver = Preserver.prepare(model, windows=WINDOWS, energy_share=0.6, progress=False)
-    closed = preserver.describe()["closed_directions"]
-    assert sorted(closed) == sorted(locations(model))
-    assert {each["of"] for each in closed.values()} == {32, 48}
+    assert sorted(each.name for each in preserver.trained) == sorted(locations(model))
+    assert {basis_of(each).shape[0] for each in preserver.trained} == {32, 48}
     bases = [basis_of(each) for each in preserver.trained]
     assert len({basis.data_ptr() for basis in bases}) == 4
     assert not any(same_bits(bases[0], basis) for basis in bases[1:])
@@ -275,12 +274,14 @@ def test_two_processes_have_one_projector(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"energy_share": 0.5}, "energy_share: a projector needs windows, the text to preserve"),
-        ({"soft_strength": 0.5}, "soft_strength: a projector needs windows, the text to preserve"),
-        ({"windows": WINDOWS}, "for a projector alone. Give energy_share"),
-        ({"bound": 1.0, "token_weights": [[1.0]]}, "for a projector alone. Give energy_share"),
-        ({"windows": WINDOWS, "energy_share": 0.5, "bound": 1.0}, "energy_share and bound: what one does"),
-        ({"windows": WINDOWS, "energy_share": 0.5, "soft_strength": 1.0}, "energy_share and soft_strength: what one"),
+        ({"energy_share": 0.5}, "energy_share: a projector needs the text to preserve. Pass windows"),
+        ({"soft_strength": 0.5}, "soft_strength: a projector needs the text to preserve. Pass windows"),
+        ({"windows": WINDOWS}, "no effect without a projector. Pass energy_share"),
+        ({"windows": WINDOWS, "energy_share": 0.5, "bound": 1.0}, "energy_share and bound cannot be combined"),
+        (
+            {"windows": WINDOWS, "energy_share": 0.5, "soft_strength": 1.0},
+            "energy_share and soft_strength cannot be combined",
+        ),
         ({"windows": WINDOWS, "soft_strength": 0}, "soft_strength=0: expected a finite number above 0"),
         ({"windows": WINDOWS, "energy_share": 0.0}, "energy_share=0.0: expected a share"),
         ({"density": 20}, "density=20: expected a share"),
@@ -314,7 +315,7 @@ def test_an_entire_layer_without_its_norms_has_projectors() -> None:
     config = LocFTConfig(target_modules="entire-layer", layers_to_transform=[1], exclude_modules=r".*layernorm")
     model = get_peft_model(build("llama"), config)
     preserver = Preserver.prepare(model, windows=WINDOWS, energy_share=0.5, progress=False)
-    assert len(preserver.describe()["closed_directions"]) == 7
+    assert sum(isinstance(each.projector, NullSpaceProjector) for each in preserver.trained) == 7
 
 
 @pytest.mark.parametrize(
@@ -329,13 +330,13 @@ def test_an_entire_layer_without_its_norms_has_projectors() -> None:
 @pytest.mark.parametrize("arguments", [{"windows": WINDOWS, "energy_share": 0.5}, {"bound": 1.0}, {"density": 0.2}])
 def test_parameters_of_other_peft_methods_are_refused(config: PeftConfig, arguments: dict[str, Any]) -> None:
     model = get_peft_model(build("llama"), config)
-    with pytest.raises(ValueError, match="belongs to another PEFT method, whose parameters are no changes"):
+    with pytest.raises(ValueError, match="belongs to another PEFT method"):
         Preserver.prepare(model, **arguments)
 
 
 def test_a_model_in_which_nothing_is_trained_is_refused() -> None:
     model = get_peft_model(build("llama"), LocFTConfig(inference_mode=True))
-    with pytest.raises(ValueError, match="found no parameter that is trained"):
+    with pytest.raises(ValueError, match="found no trainable parameter"):
         Preserver.prepare(model, bound=1.0)
 
 
@@ -343,7 +344,7 @@ def test_a_sharded_weight_is_refused() -> None:
     model = get_peft_model(build("llama"), LocFTConfig())
     delta = next(parameter for parameter in model.parameters() if parameter.requires_grad)
     delta.ds_shape = delta.shape  # as ZeRO-3 marks it
-    with pytest.raises(ValueError, match=r"that of model.layers.1.mlp.down_proj.weight is sharded or offloaded"):
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp.down_proj.weight is sharded or offloaded"):
         Preserver.prepare(model, bound=1.0)
 
 

@@ -42,7 +42,7 @@ def test_the_best_for_the_trade_off_is_set(trade_off: TradeOff, chosen: float) -
     model = edited()
     choice = choose_scale(model, by_scale, trade_off, progress=False)
     assert choice.scale == chosen
-    assert [each.scale for each in choice.tried] == list(SCALES)
+    assert [each.scale for each in choice.trials] == list(SCALES)
     assert {scale for _, scale in locations(model).values()} == {chosen}
     assert model.peft_config["default"].scale == chosen
 
@@ -56,7 +56,7 @@ def test_of_equal_scales_the_smallest_is_taken() -> None:
 def test_limits_that_no_scale_keeps_are_said_to_be_missed() -> None:
     model = edited()
     trade_off = TradeOff({"perplexity": -1.0}, at_least={"reliability": 0.9})
-    with pytest.warns(UserWarning, match="No scale keeps the limits .*: 0.5, which misses them least, is taken"):
+    with pytest.warns(UserWarning, match="No scale is within the limits .*; using 0.5, which violates them least"):
         choice = choose_scale(model, by_scale, trade_off, [0.1, 0.5], progress=False)
     assert choice.scale == 0.5
     assert "| **0.5** | 0.5 | 0.75 | 22.5 | -22.5 | no |" in str(choice)
@@ -67,8 +67,8 @@ def test_the_choice_is_saved_with_the_adapter(tmp_path: Path) -> None:
     choice = choose_scale(
         model, by_scale, TradeOff({"perplexity": -1.0}, at_least={"reliability": 0.9}), progress=False
     )
-    assert str(choice).splitlines()[0] == "| scale | scale | reliability | perplexity | score | kept |"
-    assert choice.to_dict()["tried"][7]["metrics"]["reliability"] == pytest.approx(0.91)
+    assert str(choice).splitlines()[0] == "| scale | scale | reliability | perplexity | score | within limits |"
+    assert choice.to_dict()["trials"][7]["metrics"]["reliability"] == pytest.approx(0.91)
     model.save_pretrained(tmp_path)
     config: Any = check_adapter(tmp_path).config
     assert config.scale == 0.7
@@ -86,7 +86,7 @@ def test_what_fails_leaves_the_scale_as_it_was() -> None:
     with pytest.raises(RuntimeError, match="no memory"):
         choose_scale(model, broken, TradeOff({"reliability": 1.0}), progress=False)
     for measured in ({"reliability": math.nan}, {"perplexity": 1.0}):
-        with pytest.raises(ValueError, match="evaluate gives no reliability, which the trade-off is about"):
+        with pytest.raises(ValueError, match="evaluate returned no reliability, which the trade-off needs"):
             choose_scale(model, lambda model: measured, TradeOff({"reliability": 1.0}), progress=False)  # noqa: B023
     assert by_scale(model)["scale"] == model.peft_config["default"].scale == 0.25
 
@@ -101,7 +101,7 @@ def test_mistakes_are_refused() -> None:
     lora = get_peft_model(build("llama"), LoraConfig(target_modules=["down_proj"]))
     with pytest.raises(ValueError, match="choose_scale needs a PeftModel with a LocFT adapter"):
         choose_scale(lora, by_scale, trade_off)
-    with pytest.raises(ValueError, match="expected a factor other than 0 for one metric"):
+    with pytest.raises(ValueError, match="expected a factor other than 0 for at least one metric"):
         TradeOff({"reliability": 0.0})
     with pytest.raises(ValueError, match="expected finite numbers"):
         TradeOff({"reliability": 1.0}, at_least={"locality": math.inf})

@@ -19,9 +19,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, TrainerState
 
 from peft_locft import BreadthFirstConfig, BreadthFirstTrainer, Edit, LocFTConfig, encode_edits
-from peft_locft.training.batches import EditBatches, LossRecord
-from peft_locft.training.callbacks import FloorAndRecord
-from peft_locft.training.resting import RestingEdits
+from peft_locft.training.batches import EditBatches
+from peft_locft.training.callbacks import LossFloorCallback
+from peft_locft.training.edit_runner import MicroBatch
+from peft_locft.training.loss_history import LossHistory
+from peft_locft.training.row_losses import RowLosses
 
 LOCATION = LocFTConfig(target_modules=["down_proj"], layers_to_transform=[1], task_type="CAUSAL_LM")
 
@@ -139,13 +141,13 @@ def test_the_defaults_are_the_published_recipe() -> None:
 def test_every_edit_is_trained_once_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(tmp_path, per_device_train_batch_size=3)
     seen: list[tuple[int, ...]] = []
-    own = trainer.compute_loss
+    own = RowLosses.__call__
 
-    def spy(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.extend(tuple(trainer.train_dataset[index].input_ids.tolist()) for index in inputs.tolist())
-        return own(model, inputs, *args, **kwargs)
+    def spy(losses: RowLosses, model: Any, batch: MicroBatch) -> Any:
+        seen.extend(tuple(trainer.train_dataset[index].input_ids.tolist()) for index in batch.indices.tolist())
+        return own(losses, model, batch)
 
-    monkeypatch.setattr(trainer, "compute_loss", spy)
+    monkeypatch.setattr(RowLosses, "__call__", spy)
     trainer.train()
     encoded = encode_edits(EDITS, make_tokenizer("llama2"))
     expected = Counter(tuple(encoded[index].input_ids.tolist()) for index in range(len(EDITS)))
@@ -361,7 +363,7 @@ def test_training_stops_when_enough_edits_are_learned(averaging: str, tmp_path: 
     trainer = make_trainer(tmp_path, model, stop_at_learned=0.75, **recipe)
     trainer.train()
     assert 1 < len(trainer.epoch_losses) < 40
-    assert trainer.record.unlearned[-1] <= 2 < min(trainer.record.unlearned[:-1])
+    assert trainer.loss_history.unlearned[-1] <= 2 < min(trainer.loss_history.unlearned[:-1])
     standing_still = make_trainer(tmp_path, model, learning_rate=0.0, num_train_epochs=1)
     standing_still.train()
     nats = []
@@ -370,7 +372,7 @@ def test_training_stops_when_enough_edits_are_learned(averaging: str, tmp_path: 
             log_probs = model(input_ids=edit.input_ids[None]).logits[0].log_softmax(-1)
         targets = range(edit.target_start, len(edit.input_ids))
         nats.append(-sum(float(log_probs[place - 1, edit.input_ids[place]]) for place in targets))
-    assert standing_still.record.unlearned == [sum(each >= math.log(2) for each in nats)]
+    assert standing_still.loss_history.unlearned == [sum(each >= math.log(2) for each in nats)]
 
 
 @pytest.mark.parametrize(("share", "num_edits"), [(0.9, 10), (0.55, 20), (0.7, 10), (0.98, 50)])
@@ -379,8 +381,8 @@ def test_so_many_as_are_asked_for_are_enough(share: float, num_edits: int, tmp_p
     loader = SimpleNamespace(batch_sampler=EditBatches(num_edits, 4, 0))
     most = num_edits - round(share * num_edits)
     for unlearned in (most, most + 1):
-        record = LossRecord(epoch_losses=[9.0], unlearned=[unlearned])
-        callback = FloorAndRecord(record, RestingEdits(num_edits, 0.0, 0), num_edits, args)
+        record = LossHistory(epoch_losses=[9.0], unlearned=[unlearned])
+        callback = LossFloorCallback(record, num_edits, args)
         control = TrainerControl()
         callback.on_epoch_begin(args, TrainerState(epoch=1.0), control, train_dataloader=loader)
         assert control.should_training_stop == (unlearned == most)
@@ -465,7 +467,7 @@ def test_depth_first_leaves_an_edit_at_the_floor(tmp_path: Path) -> None:
     assert all(1 < count < steps for count in num_epochs)
     assert_same_tensors(trained(model), trained(one_by_one))
     assert trainer.epoch_losses == losses
-    assert trainer.record.edits_seen == sum(num_epochs), "steps after that are not computed"
+    assert trainer.loss_history.edits_seen == sum(num_epochs), "steps after that are not computed"
     # the step that finds the loss below the floor changes nothing, nor does any after it
     moves = [bool(changed(*pair)) for pair in zip(spy.weights, spy.weights[1:], strict=False)]
     assert sum(moves) + 1 == sum(num_epochs) - 3
@@ -519,7 +521,7 @@ def test_the_progress_bar_shows_loss_and_speed(tmp_path: Path, capfd: pytest.Cap
     )
     trainer.train()
     printed = capfd.readouterr()
-    assert f"loss {trainer.record.step_loss:.4f}" in printed.err
+    assert f"loss {trainer.loss_history.step_loss:.4f}" in printed.err
     assert ", 0% learned, " in printed.err and "edits/s" in printed.err
     assert printed.out == "", "the bar is there in place of a line for every log"
 
@@ -546,7 +548,7 @@ def test_an_epoch_that_is_cut_short_is_in_the_record(tmp_path: Path) -> None:
 
 
 def test_nothing_trainable_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"No parameter of the model is trainable. Add an adapter.*is_trainable=True"):
+    with pytest.raises(ValueError, match=r"no parameter of the model is trainable. Add an adapter.*is_trainable=True"):
         make_trainer(tmp_path, base_model().requires_grad_(False))
 
 
@@ -554,12 +556,14 @@ def test_nothing_trainable_is_refused(tmp_path: Path) -> None:
 def test_missing_arguments_are_named(missing: str, tmp_path: Path) -> None:
     arguments = {"train_dataset": EDITS, "processing_class": make_tokenizer("llama2")} | {missing: None}
     args = BreadthFirstConfig(output_dir=str(tmp_path), use_cpu=True)
-    with pytest.raises(ValueError, match="needs train_dataset, the edits, and processing_class, the tokenizer"):
+    with pytest.raises(
+        ValueError, match=r"train_dataset \(the edits\) or processing_class \(the tokenizer\) is missing"
+    ):
         BreadthFirstTrainer(model=peft_model(), args=args, **arguments)
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"token id \d+, but the model's embedding has 100 rows.*same place"):
+    with pytest.raises(ValueError, match=r"token id \d+, but the model's embedding has 100 rows.*one checkpoint"):
         make_trainer(tmp_path, peft_model(vocab_size=100))
 
 
@@ -610,17 +614,17 @@ def test_a_run_that_failed_leaves_no_loss_behind(tmp_path: Path) -> None:
         ({"objective": "target"}, "objective='target': expected one of target_new, prompt_last, full"),
         ({"loss_averaging": "batch"}, "loss_averaging='batch': expected one of edit, token"),
         ({"edit_order": "random"}, "edit_order='random': expected one of breadth_first, depth_first"),
-        ({"loss_floor": -1.0}, r"loss_floor=-1.0: expected a number from 0 upwards"),
-        ({"loss_floor": math.nan}, "loss_floor=nan: expected a number from 0 upwards"),
+        ({"loss_floor": -1.0}, r"loss_floor=-1.0: expected a finite number, 0 or more"),
+        ({"loss_floor": math.nan}, "loss_floor=nan: expected a finite number, 0 or more"),
         ({"stop_at_learned": 1.5}, r"stop_at_learned=1.5: expected 0 to 1"),
-        ({"dataloader_drop_last": True}, "dataloader_drop_last would leave edits out of every epoch"),
+        ({"dataloader_drop_last": True}, "dataloader_drop_last=True would skip edits in every epoch"),
         (
             {"edit_order": "depth_first", "per_device_train_batch_size": 4},
-            "per_device_train_batch_size=4: depth-first trains one edit at a time. Give 1",
+            "per_device_train_batch_size=4: depth-first trains one edit at a time. Use 1",
         ),
         (
             {"edit_order": "depth_first", "gradient_accumulation_steps": 2},
-            "gradient_accumulation_steps=2: depth-first takes a step for one edit",
+            "gradient_accumulation_steps=2: depth-first takes each step on one edit",
         ),
         ({"edit_order": "depth_first", "stop_at_learned": 0.5}, "stop_at_learned=0.5: depth-first has no epochs"),
         ({"edit_order": "depth_first", "max_steps": 9}, "max_steps=9: depth-first takes num_train_epochs steps"),

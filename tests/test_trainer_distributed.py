@@ -106,7 +106,7 @@ def test_a_dispatched_model_trains_as_a_whole_one_does(on_disk: list[str], tmp_p
         trainer = edit_trainer(tmp_path / name, tmp_path / "model", placement)
         trainer.train()
         trainer.save_model()
-        assert trainer.runner.replay is not None
+        assert trainer.runner.plan is not None
         losses.append(trainer.epoch_losses)
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert_same_adapter(tmp_path / "dispatched", tmp_path / "whole")

@@ -25,7 +25,6 @@ ALL: dict[str, Any] = {
     "num_concatenated": 1,
     "retained_answer_tokens": 3,
     "retained_subjects": 2,
-    "kept_text_pieces": 6,
     "retained_per_edit": 1.0,
     "preserve_tokens": 600,
 }
@@ -52,7 +51,7 @@ def test_all_of_it_trains_in_any_family_and_nothing_but_the_delta(family: str, t
     made.train()
     assert_same_tensors({name: p for name, p in made.model.named_parameters() if not p.requires_grad}, frozen)
     assert any(not torch.equal(tensor, before[name]) for name, tensor in trained(made.model).items())
-    assert made.record.retained_losses[-1] > 0
+    assert made.loss_history.retained_losses[-1] > 0
     assert len(made.epoch_losses) == 3
 
 
@@ -80,7 +79,7 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_interrupted(
     resumed = trainer(tmp_path / "cut", **arguments)
     resumed.train(resume_from_checkpoint=True)
     assert_same_tensors(trained(resumed.model), trained(whole.model))
-    assert resumed.record == whole.record
+    assert resumed.loss_history == whole.loss_history
 
 
 @pytest.mark.parametrize("change", [{"activation_cache": "off"}, {"max_tokens_per_micro_batch": 24}])
@@ -88,14 +87,14 @@ def test_cache_and_micro_batches_change_nothing_but_speed(change: dict[str, Any]
     fast = {"preserve_soft_strength": 0.0, "learning_rate": 2e-2}  # or what is kept is hardly moved at all
     plain, other = run(tmp_path, **fast), run(tmp_path, **fast, **change)
     assert other.epoch_losses == pytest.approx(plain.epoch_losses, rel=1e-5)
-    assert other.record.retained_losses == pytest.approx(plain.record.retained_losses, rel=1e-4)
+    assert other.loss_history.retained_losses == pytest.approx(plain.loss_history.retained_losses, rel=1e-4)
 
 
 def test_what_is_kept_is_held(tmp_path: Path) -> None:
     """With a large weight on it, the kept prompts' distributions move less than without."""
     loose = run(tmp_path, retained_weight=1e-6, preserve_soft_strength=0.0, learning_rate=2e-2, num_train_epochs=8)
     held = run(tmp_path, retained_weight=1e3, preserve_soft_strength=0.0, learning_rate=2e-2, num_train_epochs=8)
-    assert held.record.retained_losses[-1] / 1e3 < 0.2 * loose.record.retained_losses[-1] / 1e-6
+    assert held.loss_history.retained_losses[-1] / 1e3 < 0.2 * loose.loss_history.retained_losses[-1] / 1e-6
 
 
 def test_the_floor_is_held_against_the_edits_alone(tmp_path: Path) -> None:
@@ -104,8 +103,8 @@ def test_the_floor_is_held_against_the_edits_alone(tmp_path: Path) -> None:
         tmp_path, model, FACTS, **(ALL | {"retained_weight": 1e6, "loss_floor": 0.5, "num_train_epochs": 2})
     )
     made.train()
-    assert made.record.retained_losses[0] > 0.5
-    assert made.epoch_losses[0] == made.record.state()["epoch_losses"][0] < 100
+    assert made.loss_history.retained_losses[0] > 0.5
+    assert made.epoch_losses[0] == made.loss_history.state()["epoch_losses"][0] < 100
 
 
 def test_what_is_asked_about_other_subjects_is_about_names_of_the_base(
@@ -124,8 +123,7 @@ def test_what_is_asked_about_other_subjects_is_about_names_of_the_base(
 
 def test_training_paraphrases_are_trained_and_are_no_edits(tmp_path: Path) -> None:
     edits = [replace(EDITS[0], paraphrases=("France has the capital", "The capital city is")), *EDITS[1:]]
-    made = trainer(tmp_path, edits, recipe="published", num_prefixes=0, num_concatenated=0, retained_subjects=0,
-                   kept_text_pieces=0)  # fmt: skip
+    made = trainer(tmp_path, edits, recipe="published", num_prefixes=0, num_concatenated=0, retained_subjects=0)
     assert made.data.counts == {"paraphrases": 2}
     assert made.losses.rows.num_variants == [2] + [0] * 7
     made.train()
@@ -138,7 +136,7 @@ def test_what_a_run_was_trained_on_is_recorded(tmp_path: Path) -> None:
     recorded = json.loads((tmp_path / "locft_provenance.json").read_text())
     assert recorded["augmentation"]["prefixes"] == list(made.data.prefixes)
     counts = recorded["augmentation"]["counts"]
-    assert counts["prefixed"] == 16 and counts["concatenated"] == 8 and counts["pieces of text to keep"] == 6
+    assert counts["prefixed"] == 16 and counts["concatenated"] == 8
     assert recorded["recipe"]["recipe"] == "balanced"
     assert recorded["recipe"]["preserve_soft_strength"] == RECIPES["balanced"]["preserve_soft_strength"]
 
@@ -147,12 +145,12 @@ def test_what_a_run_was_trained_on_is_recorded(tmp_path: Path) -> None:
 def test_an_edit_stands_behind_some_of_the_prefixes(per_edit: int, count: int, tmp_path: Path) -> None:
     data = trainer(tmp_path, prefixes_per_edit=per_edit, num_concatenated=0).data
     assert data.counts["prefixed"] == count == sum(data.rows.num_variants)
-    with_all = trainer(tmp_path, recipe="published", num_concatenated=0, kept_text_pieces=0, retained_subjects=0).data
+    with_all = trainer(tmp_path, recipe="published", num_concatenated=0, retained_subjects=0).data
     assert with_all.counts["prefixed"] == 24
 
 
 def test_depth_first_trains_edits_alone(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="depth-first trains one edit and nothing else"):
+    with pytest.raises(ValueError, match="trains one edit and nothing else"):
         trainer(tmp_path, edit_order="depth_first", per_device_train_batch_size=1)
 
 
@@ -183,5 +181,5 @@ def test_a_paraphrase_that_is_evaluated_is_refused_before_anything_is_asked(tmp_
 
 
 def test_edits_to_continue_with_need_facts(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="num_concatenated=1 needs kept facts with answers"):
+    with pytest.raises(ValueError, match="num_concatenated=1 needs retained facts with answers"):
         trainer(tmp_path, EDITS)

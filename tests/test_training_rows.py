@@ -128,8 +128,8 @@ def whole_kl(base: torch.Tensor, edited: torch.Tensor) -> torch.Tensor:
 
 def test_the_loss_is_the_kl_from_the_base_and_its_gradient_the_kls() -> None:
     base = BaseDistributions(torch.tensor([3, 5]), torch.tensor([2, 1]), k=9)
-    base.keep(torch.tensor([5]), random_logits(1, 10, 0))
-    base.keep(torch.tensor([3]), random_logits(2, 10, 1))
+    base.store(torch.tensor([5]), random_logits(1, 10, 0))
+    base.store(torch.tensor([3]), random_logits(2, 10, 1))
     said = torch.cat([random_logits(1, 10, 0), random_logits(2, 10, 1)])
     edited = random_logits(3, 10, 2).requires_grad_()
     same = edited.detach().clone().requires_grad_()
@@ -143,7 +143,7 @@ def test_the_loss_is_the_kl_from_the_base_and_its_gradient_the_kls() -> None:
 def test_fewer_outcomes_are_a_lower_bound_and_the_base_itself_has_none() -> None:
     said, edited = random_logits(4, 50, 0), random_logits(4, 50, 1)
     base = BaseDistributions(torch.tensor([0]), torch.tensor([4]), k=5)
-    base.keep(torch.tensor([0]), said)
+    base.store(torch.tensor([0]), said)
     assert bool((divergences(base, [0], edited) < whole_kl(said, edited)).all())
     assert bool((divergences(base, [0], edited) > 0.1).all())
     torch.testing.assert_close(divergences(base, [0], said), torch.zeros(4), atol=1e-6, rtol=0)

@@ -49,9 +49,9 @@ def peft_model(family: str = "llama", config: PeftConfig | None = None, **model_
 def make_trainer(
     folder: Path, model: Any = None, edits: Sequence[Edit] = EDITS, *, tokenizer: Any = None, **arguments: Any
 ) -> BreadthFirstTrainer:
-    """Return a trainer of 3 epochs of batches of 4; `arguments` are the recipe's, and `callbacks`."""
+    """Return a trainer of 3 epochs of batches of 4; `arguments` are those of recipe and trainer."""
     defaults = {"num_train_epochs": 3, "per_device_train_batch_size": 4, "learning_rate": 5e-3, "use_cpu": True}
-    callbacks = arguments.pop("callbacks", None)
+    callbacks, shared = arguments.pop("callbacks", None), arguments.pop("shared_activations", None)
     args = BreadthFirstConfig(
         output_dir=str(folder), disable_tqdm=True, **(defaults | {"loss_floor": 0.0} | arguments)
     )
@@ -61,6 +61,7 @@ def make_trainer(
         train_dataset=list(edits),
         processing_class=make_tokenizer("llama2") if tokenizer is None else tokenizer,
         callbacks=callbacks,
+        shared_activations=shared,
     )
 
 

@@ -221,7 +221,7 @@ def _sample(
     ]
     choose = TopK(k, int(np.random.default_rng(seed).integers(2**32)))
     with as_base(model):
-        answers = generate_and_score(model, tokenizer, questions, choose=choose, whose="the base")
+        answers = generate_and_score(model, tokenizer, questions, choose=choose, label="the base")
     ids = [answer.token_ids for answer in answers]
     return [row[:-1] if row[-1] == tokenizer.eos_token_id else row for row in ids]
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from torch.nn.functional import normalize
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from ..engine.model_state import as_base, evaluating
+from ..engine.padding import batches_by_length, pad_right
 from ..engine.tail import logits_at
 from .encoding import encode_prompts
 
@@ -36,9 +36,8 @@ def embed_prompts(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts:
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     embedded: list[torch.Tensor] = [torch.empty(0)] * len(rows)
     with as_base(model), evaluating(model):
-        for batch in _batches([len(row) for row in rows]):
-            ids = pad_sequence([rows[number] for number in batch], batch_first=True).to(device)
-            mask = pad_sequence([torch.ones_like(rows[number]) for number in batch], batch_first=True).to(device)
+        for batch in batches_by_length([len(row) for row in rows], TOKENS_IN_A_FORWARD):
+            ids, mask = pad_right([rows[number] for number in batch], device)
             inputs = {"input_ids": ids, "attention_mask": mask, "output_hidden_states": True, "use_cache": False}
             first = torch.zeros(1, dtype=torch.int64, device=device)
             states = logits_at(model, first, first, inputs).hidden_states  # logits of one token, unused
@@ -72,13 +71,3 @@ def nearest_prompts(
     for some in of_prompts.split(EDITS_AT_ONCE):
         best = torch.maximum(best, (unit @ some.T).amax(dim=1))
     return best.argsort(descending=True, stable=True)[:num].tolist()
-
-
-def _batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Return batches of prompt indices, with similar lengths together."""
-    batches: list[list[int]] = []
-    for number in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if not batches or (len(batches[-1]) + 1) * lengths[number] > TOKENS_IN_A_FORWARD:
-            batches.append([])
-        batches[-1].append(number)
-    return batches

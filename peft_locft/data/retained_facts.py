@@ -190,7 +190,7 @@ def base_answers(
     questions = [Question(tuple(ids), num_stops=UNTIL_EOS, max_new_tokens=max_new_tokens) for ids in encoded]
     check_fits(model, questions, tokenizer)
     with as_base(model):
-        answers = generate_and_score(model, tokenizer, questions, whose="the base")
+        answers = generate_and_score(model, tokenizer, questions, label="the base")
     texts = tuple(tokenizer.decode(answer.token_ids, skip_special_tokens=True) for answer in answers)
     rows = [ids + answer.token_ids for ids, answer in zip(encoded, answers, strict=True)]
     return BaseAnswers(tuple(prompts), texts, flatten_rows(rows, [len(ids) for ids in encoded]))

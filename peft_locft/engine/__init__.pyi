@@ -1,6 +1,7 @@
-from .activation_cache import Replay as Replay
+from .activation_storage import SharedActivations as SharedActivations
 from .decoding import generate_and_score as generate_and_score
 from .distributed import leave_group as leave_group
+from .forward_plan import ForwardPlan as ForwardPlan
 from .loading import load_model as load_model
 from .model_state import TrainingDivergedError as TrainingDivergedError
 from .model_state import as_base as as_base

@@ -1,32 +1,29 @@
-"""Ask a model many questions: what it answers, and how probable it finds given continuations."""
+"""Generate answers to many questions, and score given continuations."""
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from ..tuner.presets import find_decoder_layers
-from .activation_cache import Replay, find_packing
-from .memory import MOST_TOKENS
+from .forward_plan import ForwardPlan, find_packing
+from .memory import MOST_TOKENS, run_halving
 from .model_state import check_vocabulary, evaluating, max_length
 from .packed_decoding import PackedDecoder, num_tokens
+from .padding import batches_by_length, pad_right
 from .prefix_tree import PrefixTree
 from .questions import Answer, Choice, Question, Score, StopCounter, greedy
 from .tail import Tail, logits_at
 
-logger = logging.getLogger(__name__)
-
 MOST_TOKENS_ON_CPU = 512
 MOST_LOGITS = 2**29  # of one forward: 2 GiB in float32
+FEWEST_WITH_PROGRESS = 100  # questions
 
 
 def generate_and_score(
@@ -36,29 +33,30 @@ def generate_and_score(
     *,
     choose: Choice = greedy,
     max_tokens: int | None = None,
-    whose: str = "the model",
+    label: str = "the model",
     progress: bool = True,
 ) -> list[Answer]:
-    """Score and answer questions.
+    """Return an answer to each question: generated tokens, and scores of continuations.
 
-    Prompts are packed, not padded; beginnings that they share are computed once; answers that have come to their end
-    make room for other questions. With a model whose attention is its own, questions are padded, and answered by
-    `model.generate`. The answers are the same, to the rounding of floating point numbers.
+    Prompts are packed, not padded; shared prefixes are computed once; a finished answer makes room for the next
+    question. If the model does not use transformers' attention interface, questions are padded and answered by
+    `model.generate`. Both give the same answers, up to floating-point rounding.
 
     Args:
-        model: a decoder-only language model; it is put into evaluation mode meanwhile.
-        tokenizer: knows what text a token stands for, and EOS.
-        questions: each is asked once, however often it is there.
-        choose: the next token from logits; [`TopK`] samples.
-        max_tokens: in one forward; `None`: what the device has use for. Halved, with a warning, when memory runs out.
-        whose: logits they are, in messages.
-        progress: show it, if there are at least 100 questions.
+        model: a decoder-only language model. It is in evaluation mode meanwhile.
+        tokenizer: the model's tokenizer.
+        questions: equal questions are computed once.
+        choose: chooses the next token from logits; [`TopK`] samples.
+        max_tokens: the largest number of tokens in one forward; `None`: chosen by the device. It is halved, with a
+            warning, when memory runs out.
+        label: the model's name in messages, such as "the base".
+        progress: show a progress bar, if there are at least 100 questions.
 
     Returns:
-        The answers, in the order of the questions; equal questions share one.
+        The answers, in the order of the questions; equal questions share one object.
 
     Raises:
-        FloatingPointError: the model's logits are not finite.
+        FloatingPointError: if the model's logits are NaN or infinite.
     """
     distinct = [question for question in dict.fromkeys(questions) if question.scored or question.max_new_tokens]
     if not distinct:
@@ -66,20 +64,14 @@ def generate_and_score(
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     most = MOST_TOKENS_ON_CPU if embedding.device.type == "cpu" else MOST_TOKENS
     max_tokens = max_tokens or max(1, min(most, MOST_LOGITS // embedding.shape[0]))
-    ends = StopCounter(tokenizer, whose=whose)
-    while True:
-        bar = tqdm(
-            total=len(distinct), desc=f"asking {whose}", leave=False, disable=not progress or len(distinct) < 100
-        )
-        try:
-            with bar, evaluating(model):
-                answers = _answer(model, distinct, embedding.device, max_tokens, ends, choose, bar)
-            break
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error) or max_tokens == 1:
-                raise
-        max_tokens = max_tokens // 2
-        logger.warning("Memory ran out: max_tokens_per_forward is %d from here on.", max_tokens)
+    ends = StopCounter(tokenizer, label=label)
+
+    def answer_all(max_tokens: int) -> list[Answer]:
+        hidden = not progress or len(distinct) < FEWEST_WITH_PROGRESS
+        with tqdm(total=len(distinct), desc=f"running {label}", leave=False, disable=hidden) as bar, evaluating(model):
+            return _answer(model, distinct, embedding.device, max_tokens, ends, choose, bar)
+
+    answers, _ = run_halving(answer_all, max_tokens, smallest=1, option="max_tokens_per_forward")
     by_question = dict(zip(distinct, answers, strict=True))
     return [by_question.get(question) or Answer() for question in questions]
 
@@ -100,10 +92,10 @@ def _answer(
 
 
 def check_fits(model: nn.Module, questions: Sequence[Question], tokenizer: Any) -> None:
-    """Check that a model knows the tokens of questions, and has positions enough for them and their answers.
+    """Check that a model's vocabulary has the tokens of all questions, and that prompts and answers fit its positions.
 
     Raises:
-        ValueError: if it does not; the first prompt that is too long is named.
+        ValueError: if they do not; it names the first prompt that is too long.
     """
     most = max_length(model)
     largest = 0
@@ -121,23 +113,23 @@ def check_fits(model: nn.Module, questions: Sequence[Question], tokenizer: Any) 
 
 
 def _packable_layers(model: nn.Module, questions: Sequence[Question], device: torch.device) -> nn.ModuleList | None:
-    """Return the decoder layers if packed tokens give the logits of padded ones, tried on short and long prompts."""
+    """Return the decoder layers; `None` if packing changes the logits of a short, a middle or a long prompt."""
     try:
         _, layers = find_decoder_layers(model)
     except ValueError:
         return None
     by_length = sorted({question.prompt for question in questions}, key=len)
-    # the tree leaves out the last token
+    # the tree leaves out the last token of each row
     trial = [(*prompt, 0) for prompt in {by_length[0], by_length[len(by_length) // 2], by_length[-1]}]
     tokens = torch.tensor([token for prompt in trial for token in prompt])
     offsets = torch.tensor([0, *map(len, trial)]).cumsum(0)
     numbers = torch.arange(len(trial))
     tree = PrefixTree.of(tokens, offsets, numbers)
-    found = find_packing(model, Replay(Tail(layers, 0), tree, device), numbers, narrow=False)
+    found = find_packing(model, ForwardPlan(Tail(layers, 0), tree, device), numbers, narrow=False)
     return layers if found.packed else None
 
 
-# ---------------------------------------------------------------------- padded: attention of a model's own
+# ---------------------------------------------------------------------- padded, for attention of a model's own
 
 
 def _answer_padded(
@@ -150,35 +142,22 @@ def _answer_padded(
     progress: tqdm[Any],
 ) -> list[Answer]:
     answers = [Answer() for _ in questions]
-    for batch in _by_length(questions, max_tokens):
+    for batch in batches_by_length([num_tokens(question) for question in questions], max_tokens):
         for number in batch:
-            answers[number].scores = _scores(model, questions[number], device, ends)
-        answering = [number for number in batch if questions[number].max_new_tokens]
-        if answering:
-            _generate(model, questions, answers, answering, device, ends, choose)
+            answers[number].scores = _score(model, questions[number], device, ends)
+        to_generate = [number for number in batch if questions[number].max_new_tokens]
+        if to_generate:
+            _generate(model, questions, answers, to_generate, device, ends, choose)
         progress.update(len(batch))
     return answers
 
 
-def _by_length(questions: Sequence[Question], max_tokens: int) -> Iterator[list[int]]:
-    order = sorted(range(len(questions)), key=lambda number: num_tokens(questions[number]))
-    batch: list[int] = []
-    for number in order:
-        if batch and (len(batch) + 1) * num_tokens(questions[number]) > max_tokens:
-            yield batch
-            batch = []
-        batch.append(number)
-    if batch:
-        yield batch
-
-
-def _scores(model: nn.Module, question: Question, device: torch.device, ends: StopCounter) -> list[Score]:
+def _score(model: nn.Module, question: Question, device: torch.device, ends: StopCounter) -> list[Score]:
     """Score the continuations of one question in one forward, padded on the right."""
     if not question.scored:
         return []
     rows = [torch.tensor(scored.token_ids) for scored in question.scored]
-    input_ids = pad_sequence(rows, batch_first=True).to(device)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device)
+    input_ids, mask = pad_right(rows, device)
     where = [(r, t) for r, scored in enumerate(question.scored) for t in range(scored.start, len(scored.token_ids))]
     row, column = torch.tensor(where, device=device).unbind(dim=1)
     inputs = {"input_ids": input_ids, "attention_mask": mask, "use_cache": False}
@@ -200,37 +179,38 @@ def _generate(
     ends: StopCounter,
     choose: Choice,
 ) -> None:
-    """Answer with `model.generate`, padded on the left, until every row has come to its end."""
-    asked = [questions[number] for number in batch]
-    width = max(len(question.prompt) for question in asked)
-    input_ids = torch.tensor([[0] * (width - len(question.prompt)) + list(question.prompt) for question in asked])
-    mask = torch.tensor([[0] * (width - len(question.prompt)) + [1] * len(question.prompt) for question in asked])
+    """Answer a batch with `model.generate`, padded on the left, until every answer ends."""
+    batch_questions = [questions[number] for number in batch]
+    prompts = [list(question.prompt) for question in batch_questions]
+    width = max(map(len, prompts))
+    input_ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
 
-    class Chooses(LogitsProcessor):
+    class ChoiceProcessor(LogitsProcessor):
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
             bad = (~scores.amax(dim=-1).isfinite()).nonzero().flatten().tolist()
             if bad:
-                raise ends.not_finite(asked[bad[0]])
+                raise ends.not_finite(batch_questions[bad[0]])
             tokens = choose(scores, [(number, input_ids.shape[1] - width) for number in batch])
             return torch.full_like(scores, -math.inf).scatter(1, tokens[:, None], 0.0)
 
-    class Ends(StoppingCriteria):
+    class EndOfAnswers(StoppingCriteria):
         def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-            rows = zip(asked, input_ids[:, width:].tolist(), strict=True)
-            return torch.tensor([ends.is_whole(question, row) for question, row in rows], device=input_ids.device)
+            rows = zip(batch_questions, input_ids[:, width:].tolist(), strict=True)
+            return torch.tensor([ends.is_finished(question, row) for question, row in rows], device=input_ids.device)
 
-    # the model's own configuration may sample, or penalise what the prompt has said; `ask` puts it back
+    # the model's own configuration may sample, or penalize repetition; `evaluating` restores it
     own = vars(model.generation_config)
     own.clear()
     own.update(vars(GenerationConfig(pad_token_id=0)))
     generated = model.generate(
         input_ids=input_ids.to(device),
         attention_mask=mask.to(device),
-        max_new_tokens=max(question.max_new_tokens for question in asked),
+        max_new_tokens=max(question.max_new_tokens for question in batch_questions),
         do_sample=False,
-        logits_processor=[Chooses()],
-        stopping_criteria=[Ends()],
+        logits_processor=[ChoiceProcessor()],
+        stopping_criteria=[EndOfAnswers()],
     )
-    for number, question, row in zip(batch, asked, generated[:, width:].tolist(), strict=True):
-        length = next((n for n in range(1, len(row)) if ends.is_whole(question, row[:n])), len(row))
+    for number, question, row in zip(batch, batch_questions, generated[:, width:].tolist(), strict=True):
+        length = next((n for n in range(1, len(row)) if ends.is_finished(question, row[:n])), len(row))
         answers[number].token_ids = row[:length]

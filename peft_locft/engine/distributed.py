@@ -1,4 +1,4 @@
-"""Several processes: steps that they take together, and leaving the group that a launcher made."""
+"""Several processes: steps that they take together, and how to leave the group of a launcher."""
 
 from __future__ import annotations
 
@@ -14,55 +14,57 @@ from torch import nn
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
-def missing_pieces(num_pieces: int, accelerator: Accelerator) -> int:
-    """Return how many forwards this process must add to its own: where weights are sharded, each needs all processes.
+def missing_forwards(num_forwards: int, accelerator: Accelerator) -> int:
+    """Return how many forwards this process must add, to run as many as the others.
+
+    Sharded weights need all processes in every forward; without sharding it is 0.
 
     Args:
-        num_pieces: of this process.
-        accelerator: what joins it to the others.
+        num_forwards: the number of this process' forwards.
+        accelerator: the trainer's accelerator.
     """
     if accelerator.distributed_type not in SHARDED:
         return 0
-    counts = accelerator.gather(torch.tensor([num_pieces], device=accelerator.device))
-    return int(counts.max()) - num_pieces
+    counts = accelerator.gather(torch.tensor([num_forwards], device=accelerator.device))
+    return int(counts.max()) - num_forwards
 
 
 def backward(loss: torch.Tensor, accelerator: Accelerator, is_last: bool) -> None:
-    """Add to the gradient, and take no step, which is decided after the last piece of a batch."""
+    """Add to the gradient without an optimizer step: whether there is one is decided after the last micro-batch."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         accelerator.backward(loss)
         return
-    # accelerate's own would take the step at once
+    # accelerate's own function would step at once
     engine = accelerator.deepspeed_engine_wrapped.engine
     engine.set_gradient_accumulation_boundary(is_last and accelerator.sync_gradients)
     engine.backward(loss, scale_wrt_gas=False)
 
 
 def end_step(model: nn.Module, accelerator: Accelerator, take_it: bool) -> None:
-    """Let the optimizer step that follows be one, or drop the gradient: without one, Adam stands still."""
+    """Allow the optimizer step that follows, or drop the gradient: Adam does nothing without one."""
     is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     engine: Any = accelerator.deepspeed_engine_wrapped.engine if is_deepspeed else None
     if not take_it:
         model.zero_grad()
-        if engine is not None:  # the shards of the gradient are kept elsewhere
+        if engine is not None:  # it stores the shards of the gradient elsewhere
             engine.optimizer.zero_grad()
             engine.optimizer.averaged_gradients.clear()
-    elif engine is not None:  # here and not when Trainer calls for it, which is without effect
+    elif engine is not None:  # here, since Trainer's own call has no effect
         engine.step()
 
 
 def check_not_sharded(accelerator: Accelerator, **arguments: Any) -> None:
-    """Raise a ValueError for the first argument that is set while weights are sharded between processes."""
+    """Raise a ValueError if weights are sharded between processes and one of these arguments is set."""
     if accelerator.distributed_type in SHARDED:
         for name, value in arguments.items():
             if value:
                 raise ValueError(
-                    f"BreadthFirstConfig.{name} needs the frozen layers whole in every process, and "
-                    f"{accelerator.distributed_type.value} shards them. Leave it out."
+                    f"BreadthFirstConfig.{name} needs whole frozen layers in every process, but "
+                    f"{accelerator.distributed_type.value} shards them. Unset it, or train without sharding."
                 )
 
 
-# what makes accelerate and torch join a group; of launchers' variables, those that say who is in it
+# the variables by which a launcher makes accelerate and torch join a group
 GROUP = (
     "RANK",
     "WORLD_SIZE",
@@ -78,16 +80,16 @@ DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
 def leave_group(environment: MutableMapping[str, str] = os.environ) -> int:
-    """Forget the group that a launcher has put this process into, and keep the one device that is its own.
+    """Leave the group of processes that a launcher made, and keep this process' own device.
 
-    To be called before anything of accelerate or torch has looked at the group: every process trains locations alone,
-    and gradients are not to be averaged between them.
+    Call it before accelerate or torch reads the group. Then every process trains by itself, and gradients are not
+    averaged.
 
     Args:
-        environment: where launchers say so.
+        environment: the environment variables.
 
     Returns:
-        The process' number in the group; 0 where there is none.
+        The process' rank in the group; 0 without a group.
     """
     rank = int(environment.get("RANK", 0))
     local_rank = environment.get("LOCAL_RANK")

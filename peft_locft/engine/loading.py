@@ -1,4 +1,4 @@
-"""A model and its tokenizer by name."""
+"""Load a model and its tokenizer by name."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def load_model(model_name_or_path: str | os.PathLike[str], dtype: str = "auto", **source: Any) -> tuple[Any, Any]:
-    """Load a model and its tokenizer.
+    """Return a model and its tokenizer.
 
     Args:
         model_name_or_path: a folder or a name on the Hub.
-        dtype: `"auto"` (as the checkpoint says), `"float32"`, `"bfloat16"` or `"float16"`.
-        source: `revision` and `trust_remote_code`, as transformers knows them.
+        dtype: `"auto"` (the checkpoint's), `"float32"`, `"bfloat16"` or `"float16"`.
+        source: `revision` and `trust_remote_code`, for `from_pretrained`.
 
     Raises:
-        OSError: if they cannot be loaded; the message names what was asked for.
+        OSError: if they cannot be loaded; the message names the model.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **source)
         return AutoModelForCausalLM.from_pretrained(model_name_or_path, dtype=dtype, **source), tokenizer
     except OSError as error:
-        # where there is no network, its message does not say what was asked for
+        # without network, transformers' message does not name the model
         raise OSError(f"{model_name_or_path}: the base model and its tokenizer cannot be loaded: {error}") from error

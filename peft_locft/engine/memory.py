@@ -1,4 +1,4 @@
-"""How many tokens a micro-batch should have in the memory that there is."""
+"""How many tokens a micro-batch should have, given the free memory."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-MOST_TOKENS = 8192  # more do not make an accelerator any faster
-# a CPU is as fast with little, and memory that is not asked for is there for others
+MOST_TOKENS = 8192  # more tokens do not make an accelerator faster
+# a CPU is as fast with few tokens, and this leaves memory to others
 CPU_BYTES = 208 * 2**20
 FEWEST_TOKENS_ON_CPU = 256
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that are free on a device."""
+    """Return the number of free bytes on a device."""
     if device.type == "cpu":
         return int(psutil.virtual_memory().available)
     if device.type == "cuda":
@@ -33,40 +33,43 @@ def free_memory(device: torch.device) -> int:
 
 
 def bytes_per_token(tail: Tail, head: nn.Module | None, share_scored: float) -> int:
-    """Estimate what a forward keeps for its backward, by token.
+    """Estimate the number of bytes that a forward stores for its backward, per token.
 
     Args:
-        tail: what is run; the input and output of every matrix in it are counted.
-        head: what makes the logits, of which a scored token has a row in float32.
-        share_scored: how many of the tokens are scored.
+        tail: the layers that run; the input and output of each of their matrices count.
+        head: the output embedding; each scored token has a row of logits in float32.
+        share_scored: the share of the tokens that are scored.
     """
-    kept = 0.0
+    stored = 0.0
     for layer in tail.layers[tail.first :]:
         for parameter in layer.parameters():
             if parameter.dim() > 1:
-                kept += sum(parameter.shape[-2:]) * parameter.itemsize
+                stored += sum(parameter.shape[-2:]) * parameter.itemsize
     vocabulary_size = max((parameter.shape[0] for parameter in head.parameters()), default=0) if head else 0
-    return max(1, int(kept + share_scored * 4 * vocabulary_size))
+    return max(1, int(stored + share_scored * 4 * vocabulary_size))
 
 
 def fitting_tokens(tail: Tail, head: nn.Module | None, share_scored: float, device: torch.device) -> int:
-    """Return how many tokens a micro-batch should have: as many as are of use, in half of the memory that is free."""
+    """Return the number of tokens for a micro-batch: as many as make it faster, in half of the free memory."""
     per_token = bytes_per_token(tail, head, share_scored)
     most = max(FEWEST_TOKENS_ON_CPU, CPU_BYTES // per_token) if device.type == "cpu" else MOST_TOKENS
     return max(1, min(most, MOST_TOKENS, free_memory(device) // 2 // per_token))
 
 
 def run_halving(run: Callable[[int], Result], max_tokens: int, *, smallest: int, option: str) -> tuple[Result, int]:
-    """Call `run` with a number of tokens, and with half of it each time that memory runs out.
+    """Call `run` with a number of tokens; call it again with half of them whenever memory runs out.
+
+    accelerate's `find_executable_batch_size` does the same, but collects garbage at the start of every call (0.15 s
+    each, and every training step is a call), and retries while the failed call's tensors are still referenced.
 
     Args:
-        run: what to do, given the most tokens of one forward; it starts anew at every call.
-        max_tokens: the number to begin with.
-        smallest: the number that is not halved any further; an error there is raised.
+        run: takes the largest number of tokens in one forward; each call starts from the beginning.
+        max_tokens: the first number to try.
+        smallest: the smallest number to try; running out of memory there is an error.
         option: the name of the number, for the warning.
 
     Returns:
-        The result, and the number of tokens that memory had room for.
+        The result, and the number of tokens that fitted.
     """
     while True:
         try:

@@ -1,10 +1,10 @@
-"""A model's state around training: dropout, configuration, and what it can take."""
+"""A model's state around training and evaluation: dropout, configuration, adapters, and checks of its inputs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,10 +14,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def dropout_off(model: nn.Module) -> None:
-    """Put the model into evaluation mode, and leave gradient checkpointing on where it was asked for."""
+    """Put a model into evaluation mode, but leave gradient checkpointing on."""
     model.eval()
     for module in model.modules():
-        # checkpointing happens in training mode alone; the layer's children, and their dropout, stay in evaluation
+        # checkpointing needs a layer in training mode; its children, and their dropout, stay in evaluation mode
         if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
             module.training = True
             for name, value in vars(module).items():
@@ -27,7 +27,7 @@ def dropout_off(model: nn.Module) -> None:
 
 @contextmanager
 def configuration_unchanged(model: nn.Module) -> Iterator[None]:
-    """Undo what `Trainer` does to the model's configuration: `use_cache`, and the tokenizer's special tokens."""
+    """Restore the model's configuration afterwards: `Trainer` changes `use_cache` and the special tokens."""
     configurations: list[Any] = [getattr(model, name, None) for name in ("config", "generation_config")]
     if hasattr(configurations[0], "get_text_config"):
         configurations.append(configurations[0].get_text_config())
@@ -35,83 +35,68 @@ def configuration_unchanged(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for attributes, kept in before:
+        for attributes, original in before:
             attributes.clear()
-            attributes.update(kept)
+            attributes.update(original)
 
 
 def max_length(model: nn.Module) -> int | None:
-    """Return how many positions the model has; `None` if its configuration does not say."""
+    """Return the number of positions of a model; `None` if its configuration has none."""
     config: Any = getattr(model, "config", None)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text_config, "max_position_embeddings", None)
 
 
 def check_vocabulary(model: Any, input_ids: torch.Tensor) -> None:
-    """Raise a ValueError if the model's embedding has no row for one of the token ids."""
+    """Raise a ValueError if a token id has no row in the model's embedding."""
     weight = model.get_input_embeddings().weight
-    # a model that was loaded under ZeRO-3 has its shapes here, and no rows
+    # ZeRO-3 leaves an empty tensor, and stores its shape here
     vocabulary_size = getattr(weight, "ds_shape", weight.shape)[0]
     largest = int(input_ids.max())
     if largest >= vocabulary_size:
         raise ValueError(
             f"The tokenizer gives token id {largest}, but the model's embedding has {vocabulary_size} rows: they do "
-            "not belong together. Load both from the same place."
+            "not belong together. Load both from one checkpoint."
         )
 
 
 class TrainingDivergedError(RuntimeError):
-    """The loss became NaN or infinite while a model was trained."""
+    """The loss became NaN or infinite during training."""
 
 
 def check_finite(loss: float, step: int, max_steps: int, learning_rate: float) -> None:
-    """Raise a RuntimeError if a loss is NaN or infinite; after the first step it is [`TrainingDivergedError`].
+    """Raise an error if a loss is NaN or infinite.
 
     Args:
-        loss: taken before a step.
-        step: the steps taken so far.
-        max_steps: those of the whole run.
-        learning_rate: of that step.
+        loss: the loss before a step.
+        step: the number of steps taken before.
+        max_steps: the number of steps of the whole run.
+        learning_rate: the learning rate of this step.
+
+    Raises:
+        RuntimeError: before the first step.
+        TrainingDivergedError: later.
     """
     if math.isfinite(loss):
         return
     if step == 0:
         raise RuntimeError(
-            f"The loss is {loss} before the first step: this model, in its dtype, gives no finite answer to these "
-            "edits. Load it in float32 or bfloat16."
+            f"The loss is {loss} before the first step: in its dtype, this model has no finite loss on these edits. "
+            "Load it in float32 or bfloat16."
         )
     raise TrainingDivergedError(
         f"The loss became {loss} at step {step + 1} of {max_steps}: the learning rate, {learning_rate:g}, is too high "
-        "for this model and location. Train again with a lower one."
+        "for this model and location. Train with a lower learning rate."
     )
-
-
-def disabling(model: nn.Module) -> Callable[[], AbstractContextManager[Any]] | None:
-    """Return what makes a model answer as its base for a while; `None` for a model without an adapter."""
-    if isinstance(model, PeftModel):
-        return model.disable_adapter
-    if not getattr(model, "_hf_peft_config_loaded", False):
-        return None
-
-    @contextmanager
-    def disabled() -> Iterator[None]:
-        # transformers' own integration of PEFT
-        model.disable_adapters()  # type: ignore[operator]
-        try:
-            yield
-        finally:
-            model.enable_adapters()  # type: ignore[operator]
-
-    return disabled
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode for a while, without gradients, its configuration restored afterwards."""
+    """Put a model into evaluation mode, without gradients; afterwards restore its mode and configuration."""
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        # a LocFT model composes W + delta once for all that is asked
+        # a LocFT model computes W + delta once for all forwards
         with torch.no_grad(), configuration_unchanged(model), getattr(model, "composed_once", nullcontext)():
             yield
     finally:
@@ -119,8 +104,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def has_adapter(model: nn.Module) -> bool:
+    """Whether a model has an adapter that PEFT, or transformers' own integration of PEFT, can disable."""
+    return isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False)
+
+
 @contextmanager
 def as_base(model: nn.Module) -> Iterator[None]:
-    """Let a model answer as its base for a while, if it has an adapter to disable."""
-    with (disabling(model) or nullcontext)():
+    """Disable a model's adapters for a while, so that it answers as its base."""
+    if isinstance(model, PeftModel):
+        with model.disable_adapter():
+            yield
+    elif has_adapter(model):
+        model.disable_adapters()  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            model.enable_adapters()  # type: ignore[operator]
+    else:
         yield

@@ -1,4 +1,4 @@
-"""Attention between the tokens of edits of which every distinct prefix was computed once."""
+"""Attention within edits whose distinct prefixes are computed once."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from .prefix_tree import Pack
 
 NAME = "locft_packed"
 
-# (module, query, key, value, **what the family gives it) to (1, N, heads, d)
+# (module, query, key, value, **the family's arguments) to (1, N, heads, d)
 Attention = Callable[..., torch.Tensor]
 
-# by the configuration that an attention module looks its implementation up in; backward may run in another thread
-_attending: dict[int, Attention] = {}
+# by the id of the configuration that names a module's attention; no context variable: backward may be another thread
+_attentions: dict[int, Attention] = {}
 
 
 @contextmanager
 def attending(layers: nn.ModuleList, attention: Attention) -> Iterator[None]:
-    """Let the layers attend as told, while their states are (1, N, hidden), a row a distinct prefix.
+    """Replace the layers' attention, for states (1, N, hidden) with one row for each distinct prefix.
 
-    Everything else in a decoder layer treats a token by itself, so that this is all a layer needs to know. It holds
-    for families that look their attention up in transformers' `AttentionInterface`; try it before you rely on it.
+    Everything else in a decoder layer works on each token by itself, so nothing else changes. This holds for families
+    that use transformers' `AttentionInterface`; check a model's logits before relying on it.
     """
     AttentionInterface.register(NAME, _attend)
     configs = {id(config): config for layer in layers for config in _configs(layer)}
     before = {key: config._attn_implementation for key, config in configs.items()}
     for key, config in configs.items():
         config._attn_implementation = NAME
-        _attending[key] = attention
+        _attentions[key] = attention
     try:
         yield
     finally:
         for key, config in configs.items():
             config._attn_implementation = before[key]
-            del _attending[key]
+            del _attentions[key]
 
 
 def packed_attention(layers: nn.ModuleList, pack: Pack) -> Any:
-    """Let the layers attend within each edit; a context, see [`attending`]."""
+    """Return a context in which the layers attend within each edit; see [`attending`]."""
     return attending(layers, partial(attend_within, pack))
 
 
@@ -64,7 +64,7 @@ def _attend(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    return _attending[id(module.config)](module, query, key, value, **kwargs), None
+    return _attentions[id(module.config)](module, query, key, value, **kwargs), None
 
 
 def attend_within(
@@ -76,10 +76,10 @@ def attend_within(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Lay queries, keys and values, (1, heads, N, d), out as edits, attend, and return (1, N, heads, d)."""
-    # measured on a processor alone; elsewhere each band would be more kernels to launch
+    """Return the attention within each edit, (1, N, heads, d), from queries, keys and values, (1, heads, N, d)."""
+    # faster on a CPU; on an accelerator, more rectangles are more kernels to launch
     layout = pack.bands if query.device.type == "cpu" else pack.whole
-    # backward through short rows of half precision takes a processor six times as long
+    # on a CPU, the backward through short rows takes six times as long in half precision
     in_float = query.device.type == "cpu" and query.itemsize < 4 and torch.is_grad_enabled()
     outputs = []
     for slots in (each.to(query.device) for each in layout.slots):
@@ -97,5 +97,5 @@ def attend_within(
 
 
 def take(rows: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """Return `rows[indices]`; an embedding's backward is many times faster than that of an index."""
+    """Return `rows[indices]`, by an embedding: its backward is many times faster than indexing's."""
     return F.embedding(indices, rows.flatten(1)).unflatten(-1, rows.shape[1:])

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens before, for answers that are under way."""
+"""Generate many answers at once, with packed prompts and a KV cache without padding."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ from .tail import logits_at
 
 @dataclass
 class ActiveSequence:
-    """An answer under way: where its tokens' keys and values are kept, but for the last."""
+    """An unfinished answer.
+
+    Args:
+        number: the index of its question.
+        answer: its tokens so far.
+        history: the slots in the KV cache of all its tokens, prompt included, but the last.
+    """
 
     number: int
     answer: Answer
@@ -29,44 +35,49 @@ class ActiveSequence:
 
 
 class PackedKVCache:
-    """Keys and values of tokens, by layer, (capacity, heads, d): written at the end, moved together when full."""
+    """Keys and values of tokens, by layer, (capacity, heads, d): appended, and compacted when full."""
 
     def __init__(self) -> None:
         self.layers: dict[nn.Module, list[torch.Tensor]] = {}
         self.used = 0
         self.capacity = 0
 
-    def make_room(self, num_tokens: int, running: Sequence[ActiveSequence]) -> None:
+    def make_room(self, num_tokens: int, active: Sequence[ActiveSequence]) -> None:
+        """Make room for more tokens; if needed, drop the tokens that no active sequence uses."""
         if self.used + num_tokens <= self.capacity:
             return
-        slots = torch.tensor([slot for row in running for slot in row.history], dtype=torch.int64)
+        slots = torch.tensor([slot for row in active for slot in row.history], dtype=torch.int64)
         live, inverse = torch.unique(slots, return_inverse=True)
         moved = iter(inverse.tolist())
-        for row in running:
+        for row in active:
             row.history = [next(moved) for _ in row.history]
         self.used = len(live)
         self.capacity = max(self.capacity, 2 * (self.used + num_tokens))
-        for kept in self.layers.values():
-            for index, tensor in enumerate(kept):
-                kept[index] = tensor.new_empty(self.capacity, *tensor.shape[1:])
-                kept[index][: self.used] = tensor[live.to(tensor.device)]
+        for cached in self.layers.values():
+            for index, tensor in enumerate(cached):
+                cached[index] = tensor.new_empty(self.capacity, *tensor.shape[1:])
+                cached[index][: self.used] = tensor[live.to(tensor.device)]
 
     def write(self, module: nn.Module, states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Keep a layer's keys and values, each (1, heads, N, d), behind the others; return all that it has."""
+        """Append a layer's keys and values, each (1, heads, N, d), and return all of the layer's."""
         rows = [tensor[0].transpose(0, 1) for tensor in states]
         if module not in self.layers:
             self.layers[module] = [tensor.new_empty(self.capacity, *tensor.shape[1:]) for tensor in rows]
-        for kept, tensor in zip(self.layers[module], rows, strict=True):
-            kept[self.used : self.used + len(tensor)] = tensor
+        for cached, tensor in zip(self.layers[module], rows, strict=True):
+            cached[self.used : self.used + len(tensor)] = tensor
         return self.layers[module]
 
 
 @dataclass(frozen=True)
 class QuestionTree:
-    """The sequences of token ids of some questions, as a tree: each continuation, and prompt and guess last."""
+    """The token ids of some questions as one prefix tree.
 
-    tree: PrefixTree
-    lengths: list[int]
+    Args:
+        prefixes: the rows of all questions. Those of a question are its continuations, then its prompt with its guess.
+        of_question: the rows of each question.
+    """
+
+    prefixes: PrefixTree
     of_question: list[range]
 
     @classmethod
@@ -78,26 +89,26 @@ class QuestionTree:
             rows += [scored.token_ids for scored in question.scored]
             rows.append(question.prompt + question.guess)
             of_question.append(range(first, len(rows)))
-        lengths = [len(row) for row in rows]
-        # of every row the tree leaves out the last token, which predicts nothing: here, one that is not there
+        # the tree leaves out the last token of each row, so append one
         tokens = torch.tensor([token for row in rows for token in (*row, 0)])
-        offsets = torch.tensor([0, *(length + 1 for length in lengths)]).cumsum(0)
-        return cls(PrefixTree.of(tokens, offsets, torch.arange(len(rows))), lengths, of_question)
+        offsets = torch.tensor([0, *(len(row) + 1 for row in rows)]).cumsum(0)
+        return cls(PrefixTree.of(tokens, offsets, torch.arange(len(rows))), of_question)
 
     def order(self) -> list[int]:
-        """Return the questions with those that begin alike next to each other."""
-        rank = self.tree.rank.tolist()
+        """Return the indices of the questions, with similar beginnings next to each other."""
+        rank = self.prefixes.rank.tolist()
         return sorted(range(len(self.of_question)), key=lambda number: rank[self.of_question[number][-1]])
 
 
 @dataclass
 class LogitsPlan:
-    """Which of a forward's tokens have their logits read, and for what. A place is an index in `columns`.
+    """Which logits of a forward are computed, and what for. A place is a row of these logits.
 
     Attributes:
-        columns: tokens of the forward.
-        targets: for each fresh question, the place and the token of every log p that is wanted.
-        answering: for each fresh question, the places at its prompt's end and along the guess.
+        columns: for each token of the forward whose logits are computed, its place.
+        targets: for each new question, the place and the token of every log p to return.
+        answering: for each new question, the places that choose its first tokens: at the prompt's end and along the
+            guess.
     """
 
     columns: dict[int, int] = field(default_factory=dict)
@@ -105,10 +116,11 @@ class LogitsPlan:
     answering: list[list[int]] = field(default_factory=list)
 
     def place(self, column: int) -> int:
+        """Return the place of a token of the forward."""
         return self.columns.setdefault(column, len(self.columns))
 
     def add(self, question: Question, rows: Sequence[list[int]]) -> None:
-        """Add a question, given the tokens of each of its branches."""
+        """Add a question, given the tokens of the forward that make up each of its rows."""
         targets = [
             (self.place(row[index - 1]), scored.token_ids[index])
             for scored, row in zip(question.scored, rows, strict=False)
@@ -116,38 +128,38 @@ class LogitsPlan:
         ]
         self.targets.append(targets)
         end = len(question.prompt)
-        wanted = rows[-1][end - 1 : end + len(question.guess)] if question.max_new_tokens else []
-        self.answering.append([self.place(column) for column in wanted])
+        columns = rows[-1][end - 1 : end + len(question.guess)] if question.max_new_tokens else []
+        self.answering.append([self.place(column) for column in columns])
 
 
 @dataclass(frozen=True)
 class Step:
-    """One forward: the tokens of whole prompts first, (F,), then one of each running answer, (R,).
+    """One forward: the tokens of new prompts, (F,), then one token of each active sequence, (R,).
 
     Args:
-        pack: the prompts, if there are any.
-        num_fresh: F.
-        history: (R, T) where the keys and values of each running answer's tokens are, its new one included.
-        lengths: (R,) how many of them it has; the rest of its row is padding.
+        pack: the new prompts; `None`: there are none.
+        num_new: F.
+        history: (R, T) the slots in the KV cache of each active sequence's tokens, the new one included.
+        lengths: (R,) the number of these tokens; the rest of the row is padding.
     """
 
     pack: Pack | None
-    num_fresh: int
+    num_new: int
     history: torch.Tensor
     lengths: torch.Tensor
 
 
 @dataclass
 class PackedDecoder:
-    """Answers questions with a model that `activation_cache.find_packing` has found to take packed tokens.
+    """Answers questions with a model for which `find_packing` allows packing.
 
     Args:
-        model: in evaluation mode.
+        model: the model, in evaluation mode.
         layers: its decoder layers.
         device: where forwards run.
-        max_tokens: in one forward; a question that is longer by itself is asked alone.
-        ends: where answers end.
-        choose: the next token from logits.
+        max_tokens: the largest number of tokens in one forward; a longer question is a forward by itself.
+        ends: finds where answers end.
+        choose: chooses the next token from logits.
     """
 
     model: nn.Module
@@ -156,24 +168,25 @@ class PackedDecoder:
     max_tokens: int
     ends: StopCounter
     choose: Choice
-    _kept: PackedKVCache = field(default_factory=PackedKVCache)
+    _cache: PackedKVCache = field(default_factory=PackedKVCache)
 
     @torch.no_grad()
     def answer(self, questions: Sequence[Question], progress: tqdm[Any]) -> list[Answer]:
         """Return the answers, in the order of the questions."""
-        branches = QuestionTree.of(questions)
-        waiting = branches.order()[::-1]
+        tree = QuestionTree.of(questions)
+        waiting = tree.order()[::-1]
         answers = [Answer() for _ in questions]
-        running: list[ActiveSequence] = []
-        while waiting or running:
-            fresh = self._admit(waiting, questions, self.max_tokens - len(running), must=not running)
-            rows = self._forward(questions, answers, branches, fresh, running)
-            running = [row for row in rows if not self.ends.is_whole(questions[row.number], row.answer.token_ids)]
-            progress.update(len(rows) - len(running))
+        active: list[ActiveSequence] = []
+        while waiting or active:
+            new = self._admit(waiting, questions, self.max_tokens - len(active), must=not active)
+            rows = self._forward(questions, answers, tree, new, active)
+            active = [row for row in rows if not self.ends.is_finished(questions[row.number], row.answer.token_ids)]
+            progress.update(len(rows) - len(active))
         return answers
 
     @staticmethod
     def _admit(waiting: list[int], questions: Sequence[Question], room: int, must: bool) -> list[int]:
+        """Take questions off the end of `waiting` while their tokens fit; at least one if `must`."""
         admitted: list[int] = []
         while waiting:
             room -= num_tokens(questions[waiting[-1]])
@@ -186,54 +199,53 @@ class PackedDecoder:
         self,
         questions: Sequence[Question],
         answers: Sequence[Answer],
-        branches: QuestionTree,
-        fresh: Sequence[int],
-        running: list[ActiveSequence],
+        tree: QuestionTree,
+        new: Sequence[int],
+        active: list[ActiveSequence],
     ) -> list[ActiveSequence]:
-        """Read fresh questions, and go on with running answers; return all of these with one more token at least."""
-        rows = [row for number in fresh for row in branches.of_question[number]]
-        pack = branches.tree.pack(torch.tensor(rows)) if rows else None
-        num_fresh = 0 if pack is None else len(pack.nodes)
-        self._kept.make_room(num_fresh + len(running), running)
-        first = self._kept.used
-        for offset, row in enumerate(running, start=first + num_fresh):
-            row.history.append(offset)
+        """Read new questions and continue active sequences; return all of them, each with one more token or more."""
+        rows = [row for number in new for row in tree.of_question[number]]
+        pack = tree.prefixes.pack(torch.tensor(rows)) if rows else None
+        num_new = 0 if pack is None else len(pack.nodes)
+        self._cache.make_room(num_new + len(active), active)
+        first = self._cache.used
+        for slot, row in enumerate(active, start=first + num_new):
+            row.history.append(slot)
 
-        read, slots = LogitsPlan(), iter(() if pack is None else pack.slots.tolist())
+        plan, slots = LogitsPlan(), iter(() if pack is None else pack.slots.tolist())
         begun = []
-        for number in fresh:
-            of_question = [next(slots) for _ in branches.of_question[number]]
-            read.add(questions[number], of_question)
+        for number in new:
+            of_question = [next(slots) for _ in tree.of_question[number]]
+            plan.add(questions[number], of_question)
             begun.append(ActiveSequence(number, answers[number], [first + slot for slot in of_question[-1]]))
-        for offset in range(len(running)):
-            read.place(num_fresh + offset)
+        for offset in range(len(active)):
+            plan.place(num_new + offset)
 
-        logits = self._logits(pack, num_fresh, running, list(read.columns))
-        _check_finite(logits, read, questions, fresh, running, self.ends)
-        self._read_fresh(questions, begun, read, logits)
-        if running:
-            places = [(row.number, len(row.answer.token_ids)) for row in running]
-            chosen = self.choose(logits[-len(running) :], places).tolist()
-            for row, token in zip(running, chosen, strict=True):
+        logits = self._logits(pack, num_new, active, list(plan.columns))
+        _check_finite(logits, plan, questions, new, active, self.ends)
+        self._read_new(questions, begun, plan, logits)
+        if active:
+            places = [(row.number, len(row.answer.token_ids)) for row in active]
+            chosen = self.choose(logits[-len(active) :], places).tolist()
+            for row, token in zip(active, chosen, strict=True):
                 row.answer.token_ids.append(token)
-        return running + begun
+        return active + begun
 
     def _logits(
-        self, pack: Pack | None, num_fresh: int, running: Sequence[ActiveSequence], columns: list[int]
+        self, pack: Pack | None, num_new: int, active: Sequence[ActiveSequence], columns: list[int]
     ) -> torch.Tensor:
-        tokens = torch.tensor([row.answer.token_ids[-1] for row in running], dtype=torch.int64)
-        lengths = torch.tensor([len(row.history) for row in running], dtype=torch.int64)
+        """Run one forward and return its logits at some tokens, (columns, V), in float32."""
+        tokens = torch.tensor([row.answer.token_ids[-1] for row in active], dtype=torch.int64)
+        lengths = torch.tensor([len(row.history) for row in active], dtype=torch.int64)
         positions = lengths - 1
         if pack is not None:
             tokens, positions = torch.cat([pack.token_ids, tokens]), torch.cat([pack.positions, positions])
-        history = (
-            pad_sequence([torch.tensor(row.history) for row in running], batch_first=True) if running else lengths
-        )
+        history = pad_sequence([torch.tensor(row.history) for row in active], batch_first=True) if active else lengths
         where = torch.tensor(columns, dtype=torch.int64, device=self.device)
         inputs = {"input_ids": tokens[None].to(self.device), "position_ids": positions[None].to(self.device)}
-        with attending(self.layers, partial(self._attend, Step(pack, num_fresh, history, lengths))):
+        with attending(self.layers, partial(self._attend, Step(pack, num_new, history, lengths))):
             outputs = logits_at(self.model, torch.zeros_like(where), where, inputs | {"use_cache": False})
-        self._kept.used += len(tokens)
+        self._cache.used += len(tokens)
         return outputs.logits.float()
 
     def _attend(
@@ -246,31 +258,31 @@ class PackedDecoder:
         sliding_window: int | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Let prompts attend within themselves, and each running answer's token to all before it."""
-        kept = self._kept.write(module, (key, value))
-        outputs, count = [], step.num_fresh
+        """Let new prompts attend within themselves, and the token of each active sequence to all tokens before it."""
+        cached = self._cache.write(module, (key, value))
+        outputs, count = [], step.num_new
         if step.pack is not None:
-            fresh = partial(attend_within, step.pack, module, sliding_window=sliding_window, **kwargs)
-            outputs.append(fresh(query=query[:, :, :count], key=key[:, :, :count], value=value[:, :, :count]))
+            attend = partial(attend_within, step.pack, module, sliding_window=sliding_window, **kwargs)
+            outputs.append(attend(query=query[:, :, :count], key=key[:, :, :count], value=value[:, :, :count]))
         if len(step.lengths):
             history, lengths = step.history.to(query.device), step.lengths.to(query.device)[:, None]
             positions = torch.arange(history.shape[1], device=query.device)
-            seen = positions < lengths
+            visible = positions < lengths
             if sliding_window is not None:
-                seen &= positions >= lengths - sliding_window
-            states = [take(tensor, history).transpose(1, 2) for tensor in kept]
+                visible &= positions >= lengths - sliding_window
+            states = [take(tensor, history).transpose(1, 2) for tensor in cached]
             one_each = query[0, :, count:].transpose(0, 1).unsqueeze(2)
-            output, _ = sdpa_attention_forward(module, one_each, *states, seen[:, None, None], **kwargs)
+            output, _ = sdpa_attention_forward(module, one_each, *states, visible[:, None, None], **kwargs)
             outputs.append(output.transpose(0, 1))
         return torch.cat(outputs, dim=1)
 
-    def _read_fresh(
-        self, questions: Sequence[Question], begun: Sequence[ActiveSequence], read: LogitsPlan, logits: torch.Tensor
+    def _read_new(
+        self, questions: Sequence[Question], begun: Sequence[ActiveSequence], plan: LogitsPlan, logits: torch.Tensor
     ) -> None:
-        """Fill in scores, and answers as far as their guesses are right; leave in each history what they rest on."""
+        """Set the scores, and the answers as far as their guesses are right; cut each history to match its answer."""
         best = logits.argmax(dim=-1).tolist()
-        log_probs = iter(_log_probs(logits, [target for targets in read.targets for target in targets]))
-        for row, targets, places in zip(begun, read.targets, read.answering, strict=True):
+        log_probs = iter(_log_probs(logits, [target for targets in plan.targets for target in targets]))
+        for row, targets, places in zip(begun, plan.targets, plan.answering, strict=True):
             question, pairs = questions[row.number], iter(targets)
             for scored in question.scored:
                 predicted = [best[next(pairs)[0]] for _ in scored.token_ids[scored.start :]]
@@ -281,13 +293,14 @@ class PackedDecoder:
                 if self.choose is not greedy:
                     chosen = int(self.choose(logits[place : place + 1], [(row.number, accepted)]))
                 row.answer.token_ids.append(chosen)
-                if (*question.guess, None)[accepted] != chosen or self.ends.is_whole(question, row.answer.token_ids):
+                is_right = (*question.guess, None)[accepted] == chosen
+                if not is_right or self.ends.is_finished(question, row.answer.token_ids):
                     break
             del row.history[len(question.prompt) + accepted :]
 
 
 def num_tokens(question: Question) -> int:
-    """Return how many tokens a question adds to a forward, at most."""
+    """Return the largest number of tokens that a question can add to a forward."""
     scored = sum(len(scored.token_ids) - scored.start for scored in question.scored)
     return len(question.prompt) + len(question.guess) + scored
 
@@ -301,16 +314,17 @@ def _log_probs(logits: torch.Tensor, targets: Sequence[tuple[int, int]]) -> list
 
 def _check_finite(
     logits: torch.Tensor,
-    read: LogitsPlan,
+    plan: LogitsPlan,
     questions: Sequence[Question],
-    fresh: Sequence[int],
-    running: Sequence[ActiveSequence],
+    new: Sequence[int],
+    active: Sequence[ActiveSequence],
     ends: StopCounter,
 ) -> None:
+    """Raise a FloatingPointError that names the first prompt with NaN or infinite logits."""
     bad = (~logits.amax(dim=-1).isfinite()).nonzero().flatten().tolist()
     if not bad:
         return
-    of_fresh = zip(fresh, read.targets, read.answering, strict=True)
-    numbers = {place: number for number, targets, places in of_fresh for place in (*places, *(p for p, _ in targets))}
-    number = numbers[bad[0]] if bad[0] in numbers else running[bad[0] - len(logits)].number
+    of_new = zip(new, plan.targets, plan.answering, strict=True)
+    numbers = {place: number for number, targets, places in of_new for place in (*places, *(p for p, _ in targets))}
+    number = numbers[bad[0]] if bad[0] in numbers else active[bad[0] - len(logits)].number
     raise ends.not_finite(questions[number])

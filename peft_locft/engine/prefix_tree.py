@@ -1,4 +1,4 @@
-"""Tokens that follow the same tokens have the same states: every distinct prefix of the edits, once."""
+"""Every distinct prefix of the edits, once: the same tokens before give the same hidden state."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-SORTED_LEVELS = 16  # tokens by which edits are put next to those that begin alike
-SAVED_BY_A_CUT = 0.25  # of the padded places, at the least
+SORTED_LEVELS = 16  # how many first tokens decide which edits are neighbours
+SAVED_BY_A_CUT = 0.25  # the smallest share of the padded places for which one more rectangle pays
 
 
 class Layout(NamedTuple):
     """Edits laid out as rectangles.
 
     Args:
-        slots: (B, T) for each of these, where in a pack's `nodes` every token is; on padding, the edit's last.
-        places: (N,) where in all of them, flattened and one after the other, each node occurs and is no padding.
+        slots: for each rectangle, (B, T), the index in a pack's `nodes` of every token; on padding, of the edit's last
+            token.
+        places: (N,) for each node, an index in all rectangles, flattened and concatenated, where it is no padding.
     """
 
     slots: Sequence[torch.Tensor]
@@ -28,14 +29,14 @@ class Layout(NamedTuple):
 
 @dataclass(frozen=True)
 class Pack:
-    """Some edits, each distinct prefix of them once.
+    """Some edits, with each of their distinct prefixes once.
 
     Args:
-        nodes: (N,) the distinct prefixes, as nodes of the tree that they are from.
-        token_ids: (N,) the last token of each.
-        positions: (N,) how many tokens come before that.
-        slots: (B, T) where in `nodes` each token of each edit is; on padding, the edit's last.
-        lengths: (B,) tokens of each edit.
+        nodes: (N,) the distinct prefixes, as nodes of their tree.
+        token_ids: (N,) the last token of each prefix.
+        positions: (N,) the position of that token.
+        slots: (B, T) the index in `nodes` of each token of each edit; on padding, of the edit's last token.
+        lengths: (B,) the number of tokens of each edit.
     """
 
     nodes: torch.Tensor
@@ -51,7 +52,7 @@ class Pack:
 
     @cached_property
     def bands(self) -> Layout:
-        """Edits of about one length as a rectangle each: more of these, and far less padding."""
+        """Edits of similar length in one rectangle each: more rectangles, far less padding."""
         return self._layout(_bands(self.lengths, torch.argsort(self.lengths, stable=True)))
 
     def _layout(self, bands: Sequence[torch.Tensor]) -> Layout:
@@ -67,7 +68,7 @@ class Pack:
 
 
 def _bands(lengths: torch.Tensor, rows: torch.Tensor) -> list[torch.Tensor]:
-    """Cut rows, from short to long, where that leaves the least padding, until that saves too little."""
+    """Cut rows, sorted from short to long, where this leaves the least padding, until a cut saves too little."""
     ordered, number = lengths[rows], torch.arange(1, len(rows))
     padded = number * ordered[:-1] + (len(rows) - number) * ordered[-1]
     if not len(padded) or padded.min() > (1 - SAVED_BY_A_CUT) * len(rows) * ordered[-1]:
@@ -78,15 +79,15 @@ def _bands(lengths: torch.Tensor, rows: torch.Tensor) -> list[torch.Tensor]:
 
 @dataclass(frozen=True)
 class PrefixTree:
-    """All distinct prefixes of some edits. The last token of an edit predicts nothing and is not part of it.
+    """All distinct prefixes of some edits, without the last token of each edit, which predicts nothing.
 
     Args:
-        nodes: (total tokens,) the node of every token; laid out as the tokens are. The last token of an edit has the
-            node of the one before it.
+        nodes: (total tokens,) the node of every token, in the order of the tokens. The last token of an edit has the
+            node of the token before it.
         token_ids: (nodes,) the last token of each prefix.
-        positions: (nodes,) how many tokens come before that.
-        offsets: (edits + 1,) where in `nodes` each edit begins.
-        rank: (edits,) the place of each edit in an order where those that begin alike are neighbours.
+        positions: (nodes,) the position of that token.
+        offsets: (edits + 1,) where each edit begins in `nodes`.
+        rank: (edits,) the place of each edit in an order in which edits that begin alike are neighbours.
     """
 
     nodes: torch.Tensor
@@ -97,12 +98,12 @@ class PrefixTree:
 
     @classmethod
     def of(cls, token_ids: torch.Tensor, offsets: torch.Tensor, indices: torch.Tensor) -> PrefixTree:
-        """Find the distinct prefixes, level by level.
+        """Find the distinct prefixes, token position by token position.
 
         Args:
-            token_ids: (total,) the tokens of all edits one after the other.
-            offsets: (edits + 1,) where each edit begins, and the total; no edit is shorter than 2 tokens.
-            indices: the edits that are asked for; what stands in `nodes` and `rank` of the others means nothing.
+            token_ids: (total,) the concatenated tokens of all edits.
+            offsets: (edits + 1,) where each edit begins, and the total; each edit has 2 tokens or more.
+            indices: the edits to use; `nodes` and `rank` of the others are not defined.
         """
         nodes = torch.zeros(len(token_ids), dtype=torch.int64)
         begin, steps = offsets[indices], offsets.diff()[indices] - 1
@@ -122,7 +123,7 @@ class PrefixTree:
             num_nodes += len(distinct)
         nodes[begin + steps] = nodes[begin + steps - 1]
         rank = torch.zeros(len(offsets) - 1, dtype=torch.int64)
-        # the last key counts first
+        # lexsort sorts by its last key first
         rank[indices[torch.from_numpy(np.lexsort([level.numpy() for level in reversed(order)]))]] = torch.arange(
             len(indices)
         )
@@ -133,7 +134,7 @@ class PrefixTree:
         return len(self.token_ids)
 
     def pack(self, indices: torch.Tensor) -> Pack:
-        """Return the distinct prefixes of some edits."""
+        """Return some edits with their distinct prefixes."""
         begin = self.offsets[indices]
         lengths = self.offsets[indices + 1] - begin - 1
         columns = torch.minimum(torch.arange(int(lengths.max())), lengths.unsqueeze(1))

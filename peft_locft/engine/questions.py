@@ -1,4 +1,4 @@
-"""What a model is asked, what it answers, and where an answer ends; token ids alone, no model."""
+"""Questions to a model, its answers, and where an answer ends: token ids only, no model."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 STOPS = (".", "\n")
-UNTIL_EOS = sys.maxsize  # more stops than an answer can have
+UNTIL_EOS = sys.maxsize  # more stops than any answer has
 
 
 class Continuation(NamedTuple):
-    """A text whose probability is wanted: `token_ids[start:]`, given what comes before."""
+    """A text to score: `token_ids[start:]`, given the tokens before."""
 
     token_ids: tuple[int, ...]
     start: int
@@ -24,17 +24,17 @@ class Continuation(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt, with the continuations to score, teacher-forced, and how to answer it.
+    """A prompt, the continuations to score (teacher-forced), and how long the answer may be.
 
     Args:
         prompt: token ids, at least one.
-        scored: continuations, of this prompt or one that begins like it.
-        guess: what the answer may begin with. It changes nothing but speed: a right one is checked in the forward that
-            reads the prompt, so that nothing is left to decode.
-        num_stops: the answer ends with this stop, or with EOS; 0 does not look for stops and goes on past EOS;
-            `UNTIL_EOS` goes on past stops alone.
-        max_new_tokens: in an answer at most; 0 for no answer.
-        sample: tells apart questions that are equal otherwise, so that each has an answer of its own.
+        scored: continuations of this prompt, or of a prompt that begins like it.
+        guess: the probable beginning of the answer. It changes only the speed: a right guess is checked in the forward
+            that reads the prompt, so nothing is left to decode.
+        num_stops: the answer ends with this many stops, or with EOS. 0: ignore stops and EOS. `UNTIL_EOS`: ignore
+            stops.
+        max_new_tokens: the largest number of tokens in the answer; 0: no answer.
+        sample: a number that makes otherwise equal questions differ, so that each gets its own answer.
     """
 
     prompt: tuple[int, ...]
@@ -46,7 +46,7 @@ class Question:
 
 
 class Score(NamedTuple):
-    """A continuation's tokens, each given those before it: log p in nats, and what greedy decoding would say."""
+    """For each token of a continuation, given the tokens before: log p in nats, and the token of greedy decoding."""
 
     log_probs: list[float]
     predicted: list[int]
@@ -54,9 +54,11 @@ class Score(NamedTuple):
 
 @dataclass(slots=True)
 class Answer:
-    """Attributes:
-    token_ids: as decoded, the token that ends it included.
-    scores: one for each of `Question.scored`.
+    """The answer to a question.
+
+    Attributes:
+        token_ids: the generated tokens, with the token that ends the answer.
+        scores: one for each continuation in `Question.scored`.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -64,11 +66,11 @@ class Answer:
 
 
 class StopCounter:
-    """Says where answers end: counts the stops in a token's text; EOS ends any answer."""
+    """Counts the stops in the text of a token, to find where answers end. EOS ends any answer."""
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = STOPS, whose: str = "the model") -> None:
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = STOPS, label: str = "the model") -> None:
         self.tokenizer = tokenizer
-        self.whose = whose
+        self.label = label
         self.stops = stops
         self._known: dict[int, float] = {}
 
@@ -83,18 +85,18 @@ class StopCounter:
         """Return the error for logits that are NaN or infinite."""
         prompt = self.tokenizer.decode(list(question.prompt))
         return FloatingPointError(
-            f"The logits of {self.whose} are NaN or infinite for the prompt {prompt!r}: nothing it answers means "
-            "anything. Load it in float32 or bfloat16, and check that its weights, and the adapter's, are finite."
+            f"The logits of {self.label} are NaN or infinite for the prompt {prompt!r}. Load the model in float32 "
+            "or bfloat16, and check that its weights and the adapter's are finite."
         )
 
-    def is_whole(self, question: Question, answer: Sequence[int]) -> bool:
-        """Whether an answer to a question has come to its end."""
+    def is_finished(self, question: Question, answer: Sequence[int]) -> bool:
+        """Whether an answer to a question is complete."""
         if len(answer) >= question.max_new_tokens:
             return True
         return question.num_stops > 0 and sum(map(self, answer)) >= question.num_stops
 
 
-# (B, V) logits, and for each row the number of its question and of the token in its answer, to (B,) token ids
+# (B, V) logits, and for each row the index of its question and of the token in its answer, to (B,) token ids
 Choice = Callable[[torch.Tensor, Sequence[tuple[int, int]]], torch.Tensor]
 
 
@@ -105,9 +107,9 @@ def greedy(logits: torch.Tensor, places: Sequence[tuple[int, int]]) -> torch.Ten
 
 @dataclass(frozen=True)
 class TopK:
-    """Chooses among the `k` most probable tokens by their probability.
+    """Samples from the `k` most probable tokens.
 
-    The noise follows from seed, question and token, so that an answer does not depend on what else is in its batch.
+    The noise depends only on the seed, the question and the position, so an answer does not depend on its batch.
     """
 
     k: int

@@ -1,7 +1,7 @@
-"""Where a model is cut in two, and ways to run only what is needed of it.
+"""Where a model is cut into trunk and tail, and ways to run only a part of it.
 
-Nothing here knows a model family: the model's own forward runs every time, and modules in it are shown other states,
-fewer rows, or are passed over.
+Nothing here depends on the model family. The model's own forward always runs; modules in it get other states or fewer
+rows, or are skipped.
 """
 
 from __future__ import annotations
@@ -18,20 +18,22 @@ from ..tuner.presets import find_decoder_layers
 
 
 class CacheUnusableError(Exception):
-    """Why the states before the first trained layer cannot stand for the trunk."""
+    """The states that enter the tail cannot replace the trunk; the message says why."""
 
 
 @dataclass(frozen=True)
 class Tail:
-    """Where a model is cut: the decoder layers before `first` are the trunk, everything after them is the tail.
+    """Where a model is cut: the decoder layers before `first` are the trunk, the rest is the tail.
 
     Args:
-        why_whole: where `first` is 0, the reason.
+        layers: all decoder layers.
+        first: the number of the first layer of the tail, the entry layer.
+        why_no_trunk: if there is no trunk, the reason.
     """
 
     layers: nn.ModuleList
     first: int
-    why_whole: str | None = None
+    why_no_trunk: str | None = None
 
     @property
     def trunk(self) -> list[nn.Module]:
@@ -64,13 +66,13 @@ def find_tail(model: nn.Module) -> Tail:
         if in_stack:
             first = min(first, int(key[len(name) + 1 :].split(".")[0]))
     if first == 0:
-        return Tail(layers, 0, f"layer 0 of {name} is trained, so that there is no trunk before it")
+        return Tail(layers, 0, f"layer 0 of {name} is trained")
     return Tail(layers, min(first, len(layers) - 1))
 
 
 @contextmanager
 def entering(layer: nn.Module, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
-    """Show `change` the states that come to a layer, (B, T, hidden); what it returns goes in instead."""
+    """Call `change` with the states that enter a layer, (B, T, hidden); states that it returns enter instead."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         states = change(args[0] if args else kwargs["hidden_states"])
@@ -86,29 +88,29 @@ def entering(layer: nn.Module, change: Callable[[torch.Tensor], torch.Tensor | N
 
 
 @contextmanager
-def passed_over(layers: list[nn.Module]) -> Iterator[None]:
-    """Let layers hand their input on unchanged. An instance's `forward` is found before its class's."""
+def skipped(layers: list[nn.Module]) -> Iterator[None]:
+    """Let layers return their input unchanged."""
     before = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
-        layer.forward = _hand_on
+        layer.forward = _return_input  # an instance's `forward` comes before its class's
     try:
         yield
     finally:
         for layer, forward in zip(layers, before, strict=True):
             del layer.forward
-            if forward is not None:  # accelerate's hooks put one there
+            if forward is not None:  # accelerate's hooks set one
                 layer.forward = forward
 
 
-def _hand_on(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _return_input(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     return hidden_states
 
 
 def logits_at(model: nn.Module, rows: torch.Tensor, columns: torch.Tensor, inputs: dict[str, Any]) -> Any:
-    """Run a forward whose logits are (positions, V), those at (rows, columns) alone.
+    """Run a forward and return its outputs, with logits, (positions, V), only at (rows, columns).
 
-    The model's own head and whatever scaling or soft-capping follows it are used, on those positions only: with a
-    vocabulary of 50,000 to 260,000 the logits of all positions are the largest cost of a step.
+    The model's own head, and its scaling or soft-capping, run on those positions only: with a vocabulary of 50,000 to
+    260,000, logits of all positions are the largest cost of a step.
     """
     unwrapped: Any = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     head = unwrapped.get_output_embeddings()
@@ -126,6 +128,6 @@ def logits_at(model: nn.Module, rows: torch.Tensor, columns: torch.Tensor, input
     finally:
         if handle is not None:
             handle.remove()
-    # squeezed, since the backward of an index would write all logits once more
+    # not indexed: the backward of an index would write all logits once more
     outputs.logits = outputs.logits.squeeze(0) if selected else outputs.logits[rows, columns]
     return outputs

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from typing import Any, TypeAlias
 
 import datasets
@@ -21,7 +22,7 @@ from ..data.encoding import encode_prompts
 from ..data.leaks import trained_prompts, without_leaks
 from ..data.texts import TextSource, text_windows
 from ..engine.decoding import check_fits, generate_and_score
-from ..engine.model_state import disabling
+from ..engine.model_state import as_base, has_adapter
 from ..engine.questions import STOPS, Answer, Choice, Question, TopK, greedy
 from ..tuner.model import differing_from_base
 from .config import EvaluationConfig
@@ -115,7 +116,7 @@ def find_base(
     """
     # PEFT puts an adapter into the base that it is given, so that object is the base only with the adapter disabled
     if base_model is None or any(module is base_model for module in model.modules()):
-        return model, disabling(model)
+        return model, partial(as_base, model) if has_adapter(model) else None
     return base_model, nullcontext
 
 
@@ -226,7 +227,7 @@ class EditEvaluator:
             questions,
             choose=choose,
             max_tokens=self.args.max_tokens_per_forward,
-            whose=whose,
+            label=whose,
             progress=self.progress,
         )
 

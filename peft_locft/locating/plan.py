@@ -126,13 +126,3 @@ def num_trained(ladder: Sequence[Rung], num_candidates: int, keep: int) -> int:
         total += count * rung.num_edits
         count = num_survivors(count, keep)
     return total
-
-
-def cost(ladder: Sequence[Rung], num_candidates: int, keep: int) -> float:
-    """Return `num_trained` in units of one training on all edits.
-
-    Example:
-        >>> round(cost(rungs(100, 20, 160, keep=5), num_candidates=160, keep=5), 1)
-        25.2
-    """
-    return num_trained(ladder, num_candidates, keep) / ladder[-1].num_edits

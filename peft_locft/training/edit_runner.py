@@ -1,42 +1,47 @@
-"""How a model is run on edits while it is trained: no further than it must be."""
+"""Runs a model on edits during training, and leaves out what does not change."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from ..data.encoding import EncodedEdits, collate
-from ..engine.activation_cache import Replay, Storage, cache_trunk, find_packing
-from ..engine.distributed import SHARDED, missing_pieces
-from ..engine.memory import FEWEST_TOKENS_ON_CPU, MOST_TOKENS, fitting_tokens
+from ..engine.activation_cache import cache_trunk
+from ..engine.activation_storage import SharedActivations, StateStorage
+from ..engine.distributed import SHARDED, missing_forwards
+from ..engine.forward_plan import ForwardPlan, find_packing
+from ..engine.memory import FEWEST_TOKENS_ON_CPU, MOST_TOKENS, fitting_tokens, run_halving
 from ..engine.prefix_tree import PrefixTree
-from ..engine.tail import CacheUnusableError, find_tail
+from ..engine.tail import CacheUnusableError, Tail, find_tail
 from .batches import micro_batches
 from .config import BreadthFirstConfig
 from .objectives import Objective, Scored, labels_for, scored_positions
 
 logger = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Some edits as one forward.
+    """Some rows as one forward.
 
     Args:
+        indices: (B,) the rows.
         labels: (B, T) token ids, -100 where nothing is scored.
         scored: which logits score which tokens.
-        inputs: the arguments of the forward.
-        where: (rows, columns) in its output, of the logits that are scored.
+        inputs: keyword arguments of the forward.
+        where: (rows, columns) of the scored logits in its output.
     """
 
+    indices: torch.Tensor
     labels: torch.Tensor
     scored: Scored
     inputs: dict[str, Any]
@@ -44,14 +49,15 @@ class MicroBatch:
 
 
 class EditRunner:
-    """Runs a model on edits: whole and padded, until `prepare` has found how to do with less.
+    """Runs a model on rows: the whole model on padded rows, until `prepare` has found out what can be left out.
 
     Args:
-        edits: the encoded edits.
-        own: (own edits,) indices of those that this process trains.
+        edits: the encoded rows.
+        own: (own rows,) indices of the rows that this process trains.
         objective: what is scored.
-        max_tokens: in one micro-batch; `None` for what memory has room for.
+        max_tokens: most tokens of a micro-batch; `None`: chosen from the free memory.
         device: where forwards run.
+        shared: where the states that leave the trunk are shared with other trainings on the same base.
     """
 
     def __init__(
@@ -61,6 +67,7 @@ class EditRunner:
         objective: Objective,
         max_tokens: int | None,
         device: torch.device,
+        shared: SharedActivations | None = None,
     ) -> None:
         self.edits = edits
         self.own = own
@@ -68,62 +75,60 @@ class EditRunner:
         self.max_tokens = max_tokens or (FEWEST_TOKENS_ON_CPU if device.type == "cpu" else MOST_TOKENS)
         self._choose_tokens = max_tokens is None
         self.device = device
-        self.replay: Replay | None = None
+        self.shared = shared
+        self.plan: ForwardPlan | None = None
         self.is_prepared = False
-        self._running: MicroBatch | None = None
 
     def prepare(self, model: nn.Module, args: BreadthFirstConfig, accelerator: Accelerator) -> None:
-        """Find out how little of the model must be run, and run its trunk over all the edits.
+        """Find out how little of the model must run, and run its trunk once over all the edits.
 
         Args:
-            model: the model, in evaluation mode, with what joins processes around it.
-            args: where the states that leave the trunk are kept. If that is left open and they cannot be, a warning
-                says why.
-            accelerator: what has put something around the model.
+            model: the model, in evaluation mode, as wrapped by `accelerator`.
+            args: where the states that leave the trunk are stored. If that is left open and they cannot be stored, a
+                warning says why.
+            accelerator: what wrapped the model.
 
         Raises:
-            ValueError: if the states cannot be kept and something in `args` needs them.
+            ValueError: if the states cannot be stored and something in `args` needs them.
         """
-        while True:
-            try:
-                self._prepare(model, args, accelerator)
-            except RuntimeError as error:
-                if not self.halve(error):
-                    raise
-            else:
-                self.is_prepared = True
-                return
-
-    def _prepare(self, model: nn.Module, args: BreadthFirstConfig, accelerator: Accelerator) -> None:
-        self.replay = None
+        self.plan = None
         unwrapped = accelerator.unwrap_model(model)
-        is_sharded = accelerator.distributed_type in SHARDED
-        # what shards weights must see every forward; what averages gradients must see none but those of training
-        model = model if is_sharded else unwrapped
         try:
             tail = find_tail(unwrapped)
             if self._choose_tokens:
                 head, share = unwrapped.get_output_embeddings(), self._share_scored()
                 self.max_tokens, self._choose_tokens = fitting_tokens(tail, head, share, self.device), False
-            if args.activation_cache == "off":
-                return
-            tree, trial = PrefixTree.of(self.edits.token_ids, self.edits.offsets, self.own), self._trial()
-            self.replay = find_packing(model, Replay(tail, tree, self.device), trial, narrow=not is_sharded)
-            pieces = self.pieces(self.own)
-            pieces += pieces[:1] * missing_pieces(len(pieces), accelerator)
-            storage = Storage(
-                args.activation_cache, args.output_dir, args.activation_cache_dir, quiet=bool(args.disable_tqdm)
-            )
-            self.replay = cache_trunk(model, self.replay, pieces, trial, storage)
+            if args.activation_cache != "off":
+                self.halving(lambda: self._cache(model, tail, args, accelerator))
         except CacheUnusableError as reason:
-            if args.activation_cache != "auto" or args.activation_cache_dir or args.trunk_residency != "full":
+            if args.activation_cache != "auto" or args.activation_cache_dir or args.offload_trunk:
                 raise ValueError(
                     f"The activation cache cannot be used with this model and location: {reason}. Leave "
-                    "activation_cache on 'auto', activation_cache_dir unset and trunk_residency on 'full'."
+                    "activation_cache on 'auto', activation_cache_dir unset and offload_trunk=False."
                 ) from None
             logger.warning("Every epoch runs the whole model: %s.", reason)
-            if self.replay is not None and not self.replay.packed:
-                self.replay = None
+            if self.plan is not None and not self.plan.packed:
+                self.plan = None
+        self.is_prepared = True
+
+    def _cache(self, model: nn.Module, tail: Tail, args: BreadthFirstConfig, accelerator: Accelerator) -> None:
+        """Find a packing, and store the states that leave the trunk."""
+        self.plan = None
+        is_sharded = accelerator.distributed_type in SHARDED
+        # a wrapper that shards weights must see every forward; one that averages gradients only those of training
+        model = model if is_sharded else accelerator.unwrap_model(model)
+        tree, trial = PrefixTree.of(self.edits.token_ids, self.edits.offsets, self.own), self._trial()
+        self.plan = find_packing(model, ForwardPlan(tail, tree, self.device), trial, narrow=not is_sharded)
+        batches = self.micro_batches(self.own)
+        batches += batches[:1] * missing_forwards(len(batches), accelerator)
+        storage = StateStorage(
+            args.activation_cache,
+            args.output_dir,
+            args.activation_cache_dir,
+            shared=self.shared,
+            progress=not args.disable_tqdm,
+        )
+        self.plan = cache_trunk(model, self.plan, batches, trial, storage)
 
     def _share_scored(self) -> float:
         scored = self.edits.lengths - (1 if self.objective == "full" else self.edits.target_starts)
@@ -135,41 +140,36 @@ class EditRunner:
         fitting = max(1, self.max_tokens // int(self.edits.lengths[by_length[0]]))
         return torch.cat([by_length[:1], by_length[-2:], by_length[1:2]])[:fitting].unique()
 
-    def halve(self, error: Exception) -> bool:
-        """Make micro-batches half as large after an error, if it says that memory ran out and they can be smaller."""
-        smallest = int(self.edits.lengths.max())
-        if not should_reduce_batch_size(error) or self.max_tokens <= smallest:
-            return False
-        self.max_tokens = max(self.max_tokens // 2, smallest)
-        logger.warning("Memory ran out: max_tokens_per_micro_batch is %d from here on.", self.max_tokens)
-        return True
+    def halving(self, run: Callable[[], Result]) -> Result:
+        """Call `run`; out of memory, call it again with micro-batches half as large, and keep that size."""
 
-    def pieces(self, indices: torch.Tensor) -> list[torch.Tensor]:
-        """Cut a batch into micro-batches."""
-        rank = self.replay.tree.rank if self.replay is not None and self.replay.packed else None
+        def run_with(max_tokens: int) -> Result:
+            self.max_tokens = max_tokens
+            return run()
+
+        smallest = int(self.edits.lengths.max())
+        result, _ = run_halving(run_with, self.max_tokens, smallest=smallest, option="max_tokens_per_micro_batch")
+        return result
+
+    def micro_batches(self, indices: torch.Tensor) -> list[torch.Tensor]:
+        """Split a batch into micro-batches."""
+        rank = self.plan.tree.rank if self.plan is not None and self.plan.packed else None
         return micro_batches(indices, self.edits.lengths, self.max_tokens, rank)
 
     @contextmanager
-    def running(self, indices: torch.Tensor) -> Iterator[MicroBatch]:
-        """Set the model up for forward and backward on some edits. Inside of itself it does nothing more."""
-        if self._running is not None:
-            yield self._running
-            return
+    def micro_batch(self, indices: torch.Tensor) -> Iterator[MicroBatch]:
+        """Set the model up for forward and backward on some rows, (B,), and yield what the forward takes."""
         batch = collate([self.edits[i] for i in indices.tolist()], pad_token_id=0)
         batch = {name: values.to(self.device) for name, values in batch.items()}
         labels = labels_for(self.objective, batch["input_ids"], batch["attention_mask"], batch["target_start"])
         scored = scored_positions(labels, self.objective)
         where = (scored.rows, scored.sources)
-        if self.replay is None:
+        if self.plan is None:
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask")} | {"use_cache": False}
             ready: AbstractContextManager[None] = nullcontext()
         else:
-            pack = self.replay.tree.pack(indices)
-            where = self.replay.where(pack, *where)
-            inputs, ready = self.replay.inputs(pack), self.replay.replayed(pack, where[1])
-        self._running = MicroBatch(labels, scored, inputs, where)
-        try:
-            with ready:
-                yield self._running
-        finally:
-            self._running = None
+            pack = self.plan.tree.pack(indices)
+            where = self.plan.output_places(pack, *where)
+            inputs, ready = self.plan.inputs(pack), self.plan.applied(pack, where[1])
+        with ready:
+            yield MicroBatch(indices, labels, scored, inputs, where)

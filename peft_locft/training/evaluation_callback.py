@@ -1,4 +1,4 @@
-"""Evaluates edits while they are trained: how they are memorised, generalise, and what is forgotten meanwhile."""
+"""Evaluates edits during training, and selects the best epoch."""
 
 from __future__ import annotations
 
@@ -31,27 +31,28 @@ CURVES_NAME = "evaluation_curves"
 
 
 class EvaluationCallback(TrainerCallback):
-    """Evaluates a sample of the edits every few epochs, and can end training at the best of them.
+    """Evaluates a sample of the edits every few epochs, and can restore the best epoch and stop early.
 
-    Each time, it writes `evaluation_curves.json` and, with `draw`, `evaluation_curves.png` to `args.output_dir`.
+    Each evaluation writes `evaluation_curves.json` and, with `draw`, `evaluation_curves.png` to `args.output_dir`.
+    Beside them it stores the trained weights of the best epoch alone, no checkpoint.
 
     Args:
-        edits: the sample, with rephrasings and probes; not all of the edits need be in training.
-        every: epochs between evaluations. There is one before the first epoch, too.
-        args: what is asked; the default leaves the probabilities out.
+        edits: the sample, with rephrasings and probes; they need not be in training.
+        every: epochs between evaluations. The first evaluation is before the first epoch.
+        args: the evaluation; the default computes no probabilities.
         text: for perplexity and KL, see `evaluate_edits`.
-        best_metric: the metric by which an epoch is the best; `None` trains to the end and keeps the last.
-        patience: evaluations without a better one after which training ends. Then, as at the end of training, the
-            weights of the best evaluated epoch are put back.
+        best_metric: metric that selects the best epoch; `None`: train to the end and use the last epoch.
+        patience: stop after this many evaluations without improvement. The weights of the best epoch are restored at
+            the end of training.
         draw: draws the curves to a file, such as `peft_locft.reporting.draw_curves`; `None`: no picture.
 
     Attributes:
-        curves: a dictionary an evaluation: `epoch`, `loss`, and every metric's value.
+        curves: one dictionary per evaluation: `epoch`, `loss`, and the value of every metric.
 
     Raises:
-        ValueError: if `every` or `patience` is below 1; when training begins, if `best_metric` is not among what is
-            measured, the model is not whole on its device (`trunk_residency="layerwise"`), or a rephrasing or probe is
-            trained on (see `EvaluationConfig.on_leak`).
+        ValueError: if `every` or `patience` is below 1; when training begins, if `best_metric` is not measured, the
+            trunk is offloaded (`offload_trunk=True`), or a rephrasing or probe is trained on (see
+            `EvaluationConfig.on_leak`).
 
     Example:
         >>> callback = EvaluationCallback(edits[:100], every=5, best_metric="generalization_exact_match")
@@ -81,7 +82,7 @@ class EvaluationCallback(TrainerCallback):
         self.curves: list[dict[str, float]] = []
         self._evaluator: EditEvaluator | None = None
 
-    # ------------------------------------------------------------------ what Trainer calls
+    # ------------------------------------------------------------------ events
 
     def on_train_begin(
         self,
@@ -92,15 +93,15 @@ class EvaluationCallback(TrainerCallback):
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
-        if getattr(args, "trunk_residency", "full") != "full":
+        if getattr(args, "offload_trunk", False):
             raise ValueError(
-                "EvaluationCallback asks the whole model, and trunk_residency='layerwise' keeps a part of it off the "
-                "device. Leave trunk_residency on 'full', or evaluate after training."
+                "EvaluationCallback needs the whole model on its device, but offload_trunk=True keeps a part of it "
+                "off the device. Set offload_trunk=False, or evaluate after training."
             )
         self._evaluator = EditEvaluator(
             model, processing_class, self.edits, self.args, text=self.text, progress=not args.disable_tqdm
         )
-        # of a run that is resumed
+        # a resumed run has some
         self.curves = list(state.stateful_callbacks.get(CURVES_KEY, {}).get("curves", []))
         if not self.curves:
             self._evaluate(args, state, model)
@@ -117,25 +118,25 @@ class EvaluationCallback(TrainerCallback):
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         best = self.best
-        kept = Path(args.output_dir, BEST_NAME)
-        if best is not None and kept.is_file():
+        stored = Path(args.output_dir, BEST_NAME)
+        if best is not None and stored.is_file():
             if best is not self.curves[-1]:
-                _restore(model, kept)
+                _restore(model, stored)
                 value = best[self.best_metric or ""]
-                logger.warning("Kept epoch %d, the best by %s: %.4f.", best["epoch"], self.best_metric, value)
-            state.stateful_callbacks[CURVES_KEY] = {"curves": self.curves, "kept_epoch": best["epoch"]}
+                logger.warning("Restored epoch %d, the best by %s: %.4f.", best["epoch"], self.best_metric, value)
+            state.stateful_callbacks[CURVES_KEY] = {"curves": self.curves, "best_epoch": best["epoch"]}
             if state.is_world_process_zero:
-                kept.unlink(missing_ok=True)
+                stored.unlink(missing_ok=True)
 
     # ------------------------------------------------------------------ the best epoch
 
     @property
     def best(self) -> dict[str, float] | None:
-        """The evaluation that is best by `best_metric`, the first of equals; `None` if there is no such metric."""
+        """The best evaluation by `best_metric`, the first of equal ones; `None` without a metric."""
         if self.best_metric is None or not self.curves:
             return None
         sign = -1 if self.best_metric in LOWER_IS_BETTER else 1
-        # before the first epoch nothing is learned, and nothing forgotten
+        # not the one before the first epoch: it has learned nothing, and forgotten nothing
         return max(self.curves[1:] or self.curves, key=lambda row: sign * row.get(self.best_metric or "", -math.inf))
 
     def _waited(self) -> int:
@@ -168,8 +169,8 @@ def _point(report: EvaluationReport, state: TrainerState) -> dict[str, float]:
 
 
 @torch.no_grad()
-def _restore(model: nn.Module, kept: Path) -> None:
+def _restore(model: nn.Module, stored: Path) -> None:
     parameters = dict(model.named_parameters())
-    with safe_open(kept, framework="pt") as file:
+    with safe_open(stored, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118  (no dictionary)
             parameters[name].copy_(file.get_tensor(name))

@@ -1,20 +1,16 @@
-"""Second moments of what comes into modules of a model over a text; computed once and cached on disk."""
+"""Second moments of the inputs of modules over a text; computed once and cached on disk."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -22,20 +18,17 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from ..engine.model_state import check_vocabulary, disabling, evaluating
-from ..engine.offload import OffloadedLayer
-from ..engine.tail import logits_at, passed_over
+from ..engine.fingerprint import layer_digests, sha256_of
+from ..engine.model_state import as_base, check_vocabulary, evaluating
+from ..engine.tail import logits_at, skipped
 from ..io.files import atomic_file
 from ..tuner.arithmetic import tensor_sha256
 from ..tuner.model import clean_name
 from ..tuner.presets import find_decoder_layers
 
-# of a model's configuration: where it lies, and what only generation reads
-WITHOUT_EFFECT = ("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype")
-
 
 def layer_numbers(model: nn.Module, locations: Sequence[str]) -> tuple[nn.ModuleList | None, dict[str, int | None]]:
-    """Return the decoder layers, and in which of them each location lies; `None` where it is in none."""
+    """Return the decoder layers, and the number of the layer that holds each location; `None` if none does."""
     try:
         stack_name, layers = find_decoder_layers(model)
     except ValueError:
@@ -47,62 +40,26 @@ def layer_numbers(model: nn.Module, locations: Sequence[str]) -> tuple[nn.Module
 
 
 def cache_keys(model: nn.Module, locations: Sequence[str], text: Sequence[torch.Tensor]) -> dict[str, str]:
-    """Return a sha256 for each location, of its name, the text, and the base model as far as the location's layer.
+    """Return a sha256 for each location, of its name, the text, and the base model up to the layer of the location.
 
-    An adapter is no part of it, so that runs on one base share what they keep.
+    Adapters are left out, so that all runs on one base share their statistics.
 
     Args:
         model: with or without an adapter.
         locations: names of modules in the base model.
-        text: rows of token ids, and of weights.
+        text: rows of token ids.
 
     Raises:
-        ValueError: if a weight is not there to be read.
+        ValueError: if a weight is offloaded.
     """
     layers, numbers = layer_numbers(model, locations)
     stack = list(layers or [])
-    inside = {id(tensor) for layer in stack for _, tensor in _tensors(layer)}
-    outside = [(name, tensor) for name, tensor in _tensors(model) if id(tensor) not in inside]
-    digest = _sha256(transformers.__version__, _configuration(model), *_described(outside))
-    by_layer = {}
-    for number in range(1 + max((len(stack) - 1 if n is None else n for n in numbers.values()), default=-1)):
-        digest = _sha256(digest, *_described(_tensors(stack[number])))
-        by_layer[number] = digest
+    # a module outside of the layers may come after all of them
+    ends = {name: len(stack) if number is None else number + 1 for name, number in numbers.items()}
+    digests = layer_digests(model, stack, max(ends.values(), default=0), "preserve_cache_dir")
     lengths = torch.tensor([len(row) for row in text])
-    read = [tensor_sha256(lengths), *(tensor_sha256(row) for row in text)]
-    # what lies in no layer may come after all of them
-    return {name: _sha256(name, digest if n is None else by_layer[n], *read) for name, n in numbers.items()}
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of a module without those of an adapter."""
-    whole = module.parked[0] if isinstance(module, OffloadedLayer) else module
-    for name, tensor in chain(whole.named_parameters(), whole.named_buffers()):
-        if "locft_" not in name and "lora_" not in name:
-            yield clean_name(name), tensor
-
-
-def _described(tensors: Sequence[tuple[str, torch.Tensor]] | Iterator[tuple[str, torch.Tensor]]) -> Iterator[str]:
-    for name, tensor in tensors:
-        if tensor.is_meta:
-            raise ValueError(
-                f"Statistics are kept by the weights that they depend on, and {name} is offloaded. Leave the cache "
-                "folder out, or load the model without offloading."
-            )
-        yield f"{name} {tensor.dtype} {tensor_sha256(tensor)}"
-
-
-def _configuration(model: nn.Module) -> str:
-    config: Any = getattr(model, "config", None)
-    settings = config.to_dict() if hasattr(config, "to_dict") else {}
-    kept = {
-        key: value for key, value in settings.items() if key not in WITHOUT_EFFECT and not key.endswith("_token_id")
-    }
-    return json.dumps(kept, sort_keys=True, default=str)
-
-
-def _sha256(*parts: str) -> str:
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    text_sha256 = [tensor_sha256(lengths), *(tensor_sha256(row) for row in text)]
+    return {name: sha256_of(name, digests[end], *text_sha256) for name, end in ends.items()}
 
 
 logger = logging.getLogger(__name__)
@@ -117,11 +74,11 @@ class InputStatistics:
 
     Args:
         second_moment: (d_in, d_in) `C = E[k kᵀ]`, float32, on the CPU.
-        num_tokens: how many inputs that is the mean of, or the sum of their weights.
+        num_tokens: the number of inputs.
     """
 
     second_moment: torch.Tensor
-    num_tokens: float
+    num_tokens: int
 
 
 def input_statistics(
@@ -129,68 +86,63 @@ def input_statistics(
     windows: Tokens,
     locations: Sequence[str],
     *,
-    token_weights: Sequence[Sequence[float]] | torch.Tensor | None = None,
     cache_dir: str | Path | None = None,
     max_tokens_per_forward: int = MAX_TOKENS_PER_FORWARD,
     progress: bool = True,
 ) -> dict[str, InputStatistics]:
-    """Return the second moment of what comes into modules of a base model while it reads a text.
+    """Return the second moments of the inputs of modules of a base model over a text.
 
-    The text is read once for all modules, with every adapter disabled, and not beyond the last decoder layer that has
-    one of them. Rows of one length are read together, so that there is no padding to be counted. Inputs are multiplied
-    in float32, 2,048 at a time, and the products added in float64: float32 holds a product of so few to 1e-6, far
-    below what another text would change, at the speed of float32, and the sum adds no error however long the text is.
+    The text is read once for all modules, with adapters disabled, up to the last decoder layer with one of them. Rows
+    of equal length are read together, so that there is no padding. Inputs are multiplied in float32, 2,048 at a time
+    (exact to 1e-6, far less than another text would change), and the products are added in float64.
 
     Args:
-        model: a decoder-only language model, with or without an adapter. It is left as it is.
-        windows: (windows, window) token ids, as `general_ability.text_windows` makes them, or prompts, lists of token
-            ids of any lengths. A row that is there twice counts twice.
-        locations: names of Linears or Conv1Ds, as `named_modules` of the base model gives them.
-        token_weights: how much each token counts, in the shape of `windows`; `None`: all the same.
-        cache_dir: a folder where the statistics are kept, one file a location, and taken from where model, text and
-            location are the same.
-        max_tokens_per_forward: tokens that are read at once; a longer row is read alone.
+        model: a decoder-only language model, with or without an adapter. It is not changed.
+        windows: (windows, window) token ids from `text_windows`, or lists of token ids of any length. A row that
+            occurs twice counts twice.
+        locations: names of Linears or Conv1Ds, as in `named_modules` of the base model.
+        cache_dir: folder that stores the statistics, one file per location, for later calls with the same model, text
+            and location.
+        max_tokens_per_forward: most tokens in a forward; a longer row is read alone.
         progress: show a progress bar.
 
     Returns:
         The statistics by location.
 
     Raises:
-        ValueError: if a location is not there, is no Linear or Conv1D, or takes no part in the text; if the text is
-            empty or has tokens that the model does not know; if weights do not fit or an adapter is merged.
+        ValueError: if a location does not exist, is no Linear or Conv1D, or gets no token of the text; if the text is
+            empty or has tokens that the model does not know; if an adapter is merged.
         FloatingPointError: if an input is not finite.
 
     Example:
         >>> windows = text_windows("wikitext.txt", tokenizer, window=512, max_tokens=32_768)
         >>> input_statistics(model, windows, ["model.layers.20.mlp.down_proj"])
-        {'model.layers.20.mlp.down_proj': InputStatistics(second_moment=tensor(…), num_tokens=32768.0)}
+        {'model.layers.20.mlp.down_proj': InputStatistics(second_moment=tensor(…), num_tokens=32768)}
     """
     modules = _located(model, locations)
     rows = _rows(windows)
     check_vocabulary(model, torch.cat(rows))
-    weights = None if token_weights is None else _weights(token_weights, rows)
     if cache_dir is None:
-        return _measure(model, rows, weights, modules, max_tokens_per_forward, progress)
+        return _measure(model, rows, modules, max_tokens_per_forward, progress)
     Path(cache_dir).mkdir(parents=True, exist_ok=True)
     paths = {
-        name: Path(cache_dir, f"{key}.safetensors")
-        for name, key in cache_keys(model, list(modules), [*rows, *(weights or [])]).items()
+        name: Path(cache_dir, f"{key}.safetensors") for name, key in cache_keys(model, list(modules), rows).items()
     }
-    found = {name: kept for name, path in paths.items() if (kept := _load(path)) is not None}
+    found = {name: stored for name, path in paths.items() if (stored := _load(path)) is not None}
     missing = {name: module for name, module in modules.items() if name not in found}
     if missing:
-        measured = _measure(model, rows, weights, missing, max_tokens_per_forward, progress)
+        measured = _measure(model, rows, missing, max_tokens_per_forward, progress)
         for name, statistics in measured.items():
             _save(paths[name], name, statistics)
         found |= measured
     return {name: found[name] for name in modules}
 
 
-# ---------------------------------------------------------------------- what is measured where
+# ---------------------------------------------------------------------- arguments
 
 
 def input_dimension(module: nn.Module) -> int | None:
-    """Return along which dimension of a module's weight its inputs lie; `None` if it is not of that kind."""
+    """Return the dimension of a module's weight along which its inputs lie; `None` if it is no Linear or Conv1D."""
     if isinstance(module, nn.Linear):
         return 1
     return 0 if isinstance(module, Conv1D) else None
@@ -203,23 +155,20 @@ def _located(model: nn.Module, locations: Sequence[str]) -> dict[str, nn.Module]
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and module.merged:
             raise ValueError(
-                f"{clean_name(name)} has an adapter merged into it, and the statistics are to be the base's. Unmerge "
-                "it first."
+                f"{clean_name(name)} has an adapter merged into it, and statistics need the base weight. Unmerge it "
+                "first."
             )
-        by_name[clean_name(name)] = module  # the innermost of what is wrapped around each other
+        by_name[clean_name(name)] = module  # the innermost of nested wrappers
     located = {}
     for location in locations:
         module = by_name.get(location)
         if module is None:
             raise ValueError(
-                f"locations: found {location!r}, which is no module of the model. Expected names as "
-                "`model.named_modules()` of the base model gives them."
+                f"locations: found {location!r}, which is no module of the model; expected names from "
+                "`named_modules()` of the base model."
             )
         if input_dimension(module) is None:
-            raise ValueError(
-                f"locations: found {location}, a {type(module).__name__}; expected a Linear or Conv1D, whose output "
-                "is its weight times its input."
-            )
+            raise ValueError(f"locations: found {location}, a {type(module).__name__}; expected a Linear or Conv1D.")
         located[location] = module
     return located
 
@@ -237,47 +186,33 @@ def _rows(windows: Tokens) -> list[torch.Tensor]:
     return rows
 
 
-def _weights(token_weights: Sequence[Sequence[float]] | torch.Tensor, rows: list[torch.Tensor]) -> list[torch.Tensor]:
-    weights = [torch.as_tensor(row, dtype=torch.float32) for row in token_weights]
-    shapes = [tuple(row.shape) for row in weights], [tuple(row.shape) for row in rows]
-    if shapes[0] != shapes[1]:
-        raise ValueError("token_weights: expected one number for each token of windows, in the same rows.")
-    flat = torch.cat(weights)
-    if not bool(torch.isfinite(flat).all()) or bool((flat < 0).any()) or not bool((flat > 0).any()):
-        raise ValueError("token_weights: expected finite numbers from 0 upwards, and one above it.")
-    return weights
-
-
 # ---------------------------------------------------------------------- measuring
 
 
 class _Sums:
-    """The running sums of one module."""
+    """Running sums of one module."""
 
     def __init__(self, num_features: int) -> None:
         self.products = torch.zeros(num_features, num_features, dtype=torch.float64)
-        self.num_tokens = 0.0
+        self.num_tokens = 0
 
-    def add(self, inputs: torch.Tensor, weights: torch.Tensor | None) -> None:
-        for begin in range(0, len(inputs), MAX_TOKENS_PER_FORWARD):
-            some = inputs[begin : begin + MAX_TOKENS_PER_FORWARD].float()
-            weighted = some
-            if weights is not None:
-                weighted = some * weights[begin : begin + MAX_TOKENS_PER_FORWARD, None].to(some.device)
-            self.products += (weighted.T @ some).cpu()
-        self.num_tokens += float(len(inputs) if weights is None else weights.double().sum())
+    def add(self, inputs: torch.Tensor) -> None:
+        for some in inputs.split(MAX_TOKENS_PER_FORWARD):
+            some = some.float()
+            self.products += (some.T @ some).cpu()
+        self.num_tokens += len(inputs)
 
     def mean(self, name: str) -> InputStatistics:
         if not self.num_tokens:
             raise ValueError(
-                f"locations: no token of the text comes to {name}, so that there is nothing to know of its inputs. "
-                "Give more text, or leave this module out of target_modules."
+                f"locations: {name} gets no token of the text. Use more text, or leave this module out of "
+                "target_modules."
             )
         mean = (self.products / self.num_tokens).float()
         if not bool(torch.isfinite(mean).all()):
             raise FloatingPointError(
-                f"What comes into {name} is not finite on the text. Load the model in float32 or bfloat16, and check "
-                "that its weights are finite."
+                f"{name} gets inputs that are NaN or infinite. Load the model in float32 or bfloat16, and check its "
+                "weights."
             )
         return InputStatistics((mean + mean.T) / 2, self.num_tokens)
 
@@ -285,29 +220,22 @@ class _Sums:
 def _measure(
     model: nn.Module,
     rows: list[torch.Tensor],
-    weights: list[torch.Tensor] | None,
     modules: dict[str, nn.Module],
     max_tokens: int,
     progress: bool,
 ) -> dict[str, InputStatistics]:
     sums: dict[str, _Sums] = {}
-    current: list[torch.Tensor | None] = [None]
 
     def take(name: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = args[0] if args else next(iter(kwargs.values()))
         inputs = inputs.detach().reshape(-1, inputs.shape[-1])
-        if current[0] is not None and len(current[0]) != len(inputs):
-            raise ValueError(
-                f"token_weights: {name} does not get every token, so that it is not known which weights are its own. "
-                "Leave token_weights out, or this module."
-            )
-        sums.setdefault(name, _Sums(inputs.shape[1])).add(inputs, current[0])
+        sums.setdefault(name, _Sums(inputs.shape[1])).add(inputs)
 
     batches = list(_batches(rows, max_tokens))
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    bar = tqdm(batches, desc="reading text to preserve", leave=False, disable=not progress or len(batches) < 4)
+    bar = tqdm(batches, desc="reading preserved text", leave=False, disable=not progress or len(batches) < 4)
     with ExitStack() as stack:
-        stack.enter_context((disabling(model) or nullcontext)())
+        stack.enter_context(as_base(model))
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.autocast(device.type, enabled=False))
         run = stack.enter_context(_no_further_than(model, list(modules)))
@@ -315,7 +243,6 @@ def _measure(
             hook = module.register_forward_pre_hook(partial(take, name), with_kwargs=True)
             stack.callback(hook.remove)
         for batch in bar:
-            current[0] = None if weights is None else torch.cat([weights[number] for number in batch])
             run({"input_ids": torch.stack([rows[number] for number in batch]).to(device), "use_cache": False})
     return {name: sums.get(name, _Sums(0)).mean(name) for name in modules}
 
@@ -331,18 +258,18 @@ def _batches(rows: list[torch.Tensor], max_tokens: int) -> Iterator[list[int]]:
 
 @contextmanager
 def _no_further_than(model: nn.Module, locations: list[str]) -> Iterator[Any]:
-    """Give a way to run the model in which the decoder layers behind the locations, and most of the head, are idle."""
+    """Yield a function that runs the model without the layers behind the locations and most of the head."""
     layers, numbers = layer_numbers(model, locations)
     if layers is None or None in numbers.values():
         yield lambda inputs: model(**inputs)
         return
     last = max(number for number in numbers.values() if number is not None)
     one = torch.zeros(1, dtype=torch.int64)
-    with passed_over(list(layers[last + 1 :])):
+    with skipped(list(layers[last + 1 :])):
         yield lambda inputs: logits_at(model, one, one, inputs)
 
 
-# ---------------------------------------------------------------------- kept on disk
+# ---------------------------------------------------------------------- files
 
 
 def _save(path: Path, name: str, statistics: InputStatistics) -> None:
@@ -359,9 +286,9 @@ def _load(path: Path) -> InputStatistics | None:
         return None
     try:
         tensors = load_file(path)
-        statistics = InputStatistics(tensors["second_moment"], float(tensors["num_tokens"]))
+        statistics = InputStatistics(tensors["second_moment"], int(tensors["num_tokens"]))
     except (SafetensorError, OSError, KeyError) as error:
-        logger.warning("%s holds no whole statistics (%s): they are made anew.", path, error)
+        logger.warning("%s is incomplete (%s); the statistics are computed again.", path, error)
         return None
-    logger.info("The statistics of the preserved text are taken from %s.", path)
+    logger.info("Read the statistics of the preserved text from %s.", path)
     return statistics

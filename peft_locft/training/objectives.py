@@ -11,16 +11,16 @@ Objective = Literal["target_new", "prompt_last", "full"]
 LossAveraging = Literal["edit", "token"]
 
 IGNORED = -100
-ROWS = 16  # logits are looked at so many at a time
+ROWS = 16  # of logits that are computed together
 
 
 def labels_for(
     objective: Objective, input_ids: torch.Tensor, attention_mask: torch.Tensor, target_start: torch.Tensor
 ) -> torch.Tensor:
-    """Return the token ids that an objective scores, and -100 everywhere else.
+    """Return the token ids that an objective scores, (B, T), and -100 everywhere else.
 
     Args:
-        objective: `"full"` scores every token, `"target_new"` and `"prompt_last"` the target alone.
+        objective: `"full"` scores every token, `"target_new"` and `"prompt_last"` only the target.
         input_ids: (B, T) token ids, padded on the right.
         attention_mask: (B, T), 0 on padding.
         target_start: (B,) position of the first target token.
@@ -29,7 +29,7 @@ def labels_for(
         (B, T) token ids.
     """
     if objective == "full":
-        # nothing comes before the first token, so nothing predicts it
+        # nothing predicts the first token
         scored = attention_mask.bool() & (torch.arange(input_ids.shape[1], device=input_ids.device) > 0)
     else:
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
@@ -46,18 +46,18 @@ class Scored(NamedTuple):
 
 
 def scored_positions(labels: torch.Tensor, objective: Objective) -> Scored:
-    """Return the positions that an objective scores.
+    """Return the positions that an objective scores, row by row.
 
     `"target_new"` (LocFT-BF with EOS, FT-M without) and `"full"` are autoregressive: the token at position t is scored
     by the logits at t - 1. `"prompt_last"` (FT-L) scores every target token by the logits of the last prompt token, as
-    EasyEdit does: -log p(y_t | x). That is no language model's likelihood once a target has two tokens; it is here as
-    the field's baseline.
+    EasyEdit does: -log p(y_t | x). For targets of two or more tokens that is no likelihood of a language model; it
+    is here as a baseline of the field.
 
     Args:
         labels: (B, T) token ids, -100 where nothing is scored; position 0 is never scored.
 
     Returns:
-        Three tensors of one length, an entry a scored token, row by row.
+        Three tensors, (scored tokens,) each.
     """
     rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
     columns = columns + 1
@@ -66,11 +66,10 @@ def scored_positions(labels: torch.Tensor, objective: Objective) -> Scored:
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor, scored: Scored) -> torch.Tensor:
-    """Return -log p of every scored token, in float32.
+    """Return -log p of every scored token, (B, T), in float32.
 
     Args:
-        logits: (scored tokens, V), at `scored.sources`; float32 ones that a model has computed are
-            overwritten.
+        logits: (scored tokens, V), at `scored.sources`; float32 logits of a model are overwritten.
         labels: (B, T) token ids, -100 where nothing is scored.
         scored: from [`scored_positions`].
 
@@ -82,10 +81,10 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor, scored: Scored) -> 
 
 
 def log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the log-probabilities of some tokens at every position, in float32.
+    """Return the log-probabilities of k tokens at every position, (positions, k), in float32.
 
     Args:
-        logits: (positions, V); float32 ones that a model has computed are overwritten.
+        logits: (positions, V); float32 logits of a model are overwritten.
         tokens: (positions, k) token ids, int64.
 
     Returns:
@@ -97,15 +96,14 @@ def log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tenso
 
 
 class _LogProbabilities(torch.autograd.Function):
-    """`logits.float().log_softmax(-1).gather(-1, tokens)` in one buffer, that of float32 logits themselves.
+    """`logits.float().log_softmax(-1).gather(-1, tokens)` in one buffer, the float32 logits themselves.
 
-    torch's makes three more of that size: with a large vocabulary, the largest tensors of a step. Its sums are less
-    exact, too.
+    torch's functions allocate three more of that size, the largest tensors of a step, and their sums are less exact.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        # should what made the logits need them for its backward, autograd will find them changed and say so
+        # if the function that made the logits needs them for its backward, autograd raises an error
         powers = logits.detach().float()
         log_probs, sums = [], []
         for rows, of_rows in zip(powers.split(ROWS), tokens.split(ROWS), strict=True):
@@ -121,17 +119,17 @@ class _LogProbabilities(torch.autograd.Function):
     def backward(ctx: Any, of_log_probs: torch.Tensor) -> tuple[torch.Tensor, None]:
         gradient = ctx.of_logits.mul_(-of_log_probs.sum(dim=1, keepdim=True) / ctx.sums)
         gradient.scatter_add_(1, ctx.tokens, of_log_probs)
-        del ctx.of_logits  # overwritten: there is no second backward
+        del ctx.of_logits  # overwritten, so that there is no second backward
         return gradient.to(ctx.dtype), None
 
 
 def row_counts(
     num_scored: torch.Tensor, loss_averaging: LossAveraging, weights: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return what the mean loss of each row counts in the loss of a batch.
+    """Return the weight of each row's mean loss in the loss of a batch, (B,).
 
-    The batch's loss is Σ_b c_b l_b / Σ_b c_b, where l_b = (1/|y_b|) Σ_t -log p(y_b,t): with `"edit"` every row counts
-    the same (the published loss), with `"token"` every scored token does.
+    The loss of a batch is Σ_b c_b l_b / Σ_b c_b, where l_b = (1/|y_b|) Σ_t -log p(y_b,t). With `"edit"` every row has
+    the same weight (the published loss), with `"token"` every scored token has.
 
     Args:
         num_scored: (B,) scored tokens of every row, |y_b|.

@@ -1,4 +1,4 @@
-"""Keeps the rest of a model while a trainer runs: acts on what is trained, after every step."""
+"""Protects the rest of a model during training: projects, bounds and sparsifies what is trained."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Projector: TypeAlias = NullSpaceProjector | SoftProjector
 
 
 class Preserver:
-    """What a trainer holds to keep the rest of the model: it is told of every step, and of the end.
+    """Protects the rest of a model: call it at every step and at the end of training.
 
-    It acts on LocFT deltas, and on weights of a plain model that were unfrozen. Make one with `prepare`.
+    It acts on LocFT deltas and on unfrozen weights of a plain model. Make one with `prepare`.
 
     Example:
         >>> preserver = Preserver.prepare(model, windows=windows, energy_share=0.5)
@@ -36,7 +36,7 @@ class Preserver:
     ) -> None:
         self.trained = list(trained)
         self._bound = bound
-        self._keep_share = density
+        self._density = density
 
     @classmethod
     def prepare(
@@ -48,39 +48,35 @@ class Preserver:
         soft_strength: float | None = None,
         bound: float | None = None,
         density: float | None = None,
-        token_weights: Sequence[Sequence[float]] | torch.Tensor | None = None,
         cache_dir: str | Path | None = None,
         progress: bool = True,
     ) -> Preserver:
-        """Find what is trained, and compute the projectors.
+        """Find the trained tensors, and compute their projectors.
 
-        Call it before a checkpoint is loaded into the model: what is there now is what training began from. A run that
-        is resumed then has the same origin and, from the same text, the same projectors, and ends with the same bits.
-        With several processes all of them call it; the first computes, and the others take what it has found.
+        Call it before a checkpoint is loaded: the current values are the origin of the training. A resumed run then
+        has the same origin and projectors, and ends with the same bits. With several processes, all of them call it;
+        the first one computes for all.
 
         Args:
-            model: with a LocFT adapter, or a plain one with some weights unfrozen; not wrapped for several processes.
+            model: with a LocFT adapter, or a plain model with unfrozen weights; not wrapped for several processes.
             windows: text to preserve, see `input_statistics`.
-            energy_share: for the null-space projector: the share of the inputs' energy, in (0, 1], whose directions
-                are closed to training; 0.5 is a good value. `None`: no projector.
-            soft_strength: in place of it, for the soft form of the projector: how strongly changes are damped, a
-                number above 0. Then `before_step` has to be called, too. `None`: no soft projector.
-            bound: the L-infinity bound on every value of `scale * delta`; `None`: none.
-            density: RECT's share of the values of each delta that are kept when training has ended; `None`: all.
-                What the projector holds is then held no longer exactly.
-            token_weights: of `windows`.
-            cache_dir: a folder where statistics are kept for later runs.
+            energy_share: for a null-space projector: the share of the inputs' energy, in (0, 1], whose directions are
+                closed to training; 0.5 is a good value. `None`: no such projector.
+            soft_strength: for a soft projector: strength of the damping, above 0. `before_step` must be called, too.
+                `None`: no soft projector.
+            bound: L-infinity bound on the values of `scale * delta`; `None`: no bound.
+            density: share of each delta's values that stay after training (RECT); `None`: all. A projector then no
+                longer holds exactly.
+            cache_dir: folder that stores the statistics for later runs.
             progress: show a progress bar.
 
         Raises:
-            ValueError: if an argument is out of range or has no effect; if two of projector, soft projector and bound
-                are asked for; if
-                a trained parameter is not one that these can act on: of LoRA or another PEFT method for all of them,
-                anything but the weight of a Linear or Conv1D for the projector; if one is sharded; and whatever
-                `input_statistics` raises.
+            ValueError: if an argument is out of range or has no effect; if more than one of energy_share,
+                soft_strength and bound is given; if a trained parameter is sharded, belongs to another PEFT method,
+                or (for a projector) is not the weight of a Linear or Conv1D; and as `input_statistics`.
             FloatingPointError: if an input is not finite on the text.
         """
-        _check(windows, energy_share, soft_strength, bound, density, token_weights)
+        _check(windows, energy_share, soft_strength, bound, density)
         if energy_share is soft_strength is bound is density is None:
             return cls([])
         trained = list(find_trained(model))
@@ -94,21 +90,19 @@ class Preserver:
             locations = list(dict.fromkeys(each.location for each in trained))
 
             def projectors() -> dict[str, Projector]:
-                found = input_statistics(
-                    model, windows, locations, token_weights=token_weights, cache_dir=cache_dir, progress=progress
-                )
+                found = input_statistics(model, windows, locations, cache_dir=cache_dir, progress=progress)
                 return {name: _projector(name, each, energy_share, soft_strength) for name, each in found.items()}
 
             _set_projectors(trained, _once(projectors))
         return cls(trained, bound, density)
 
     def before_step(self) -> None:
-        """Keep what a soft projector needs of the moment before the optimizer's step; else without effect."""
+        """Store the trained tensors for a soft projector; call it before the optimizer's step."""
         for each in self.trained:
             each.remember_before()
 
     def after_step(self, step_taken: bool = True) -> None:
-        """Act on what the optimizer has changed; it need not be called where it took no step."""
+        """Project and bound what the optimizer has changed; `step_taken=False` does nothing."""
         if not step_taken:
             return
         for each in self.trained:
@@ -117,41 +111,27 @@ class Preserver:
                 each.bound(self._bound)
 
     def after_training(self) -> None:
-        """Sparsify, where that was asked for."""
-        if self._keep_share is not None:
+        """Sparsify the deltas, if a density was given."""
+        if self._density is not None:
             for each in self.trained:
-                each.sparsify(self._keep_share)
-
-    def describe(self) -> dict[str, Any]:
-        """Return what is recorded of it: how many directions are closed at each location, of how many."""
-        closed = {
-            each.name: {"dropped": each.projector.basis.shape[1], "of": each.projector.basis.shape[0]}
-            for each in self.trained
-            if isinstance(each.projector, NullSpaceProjector)
-        }
-        return {"bound": self._bound, "density": self._keep_share, "closed_directions": closed}
+                each.sparsify(self._density)
 
 
-def prepare_preserver(
-    model: nn.Module, windows: Tokens | None, weights: Sequence[Sequence[float]] | None, args: BreadthFirstConfig
-) -> Preserver:
-    """Return the preserver that a recipe asks for; see [`Preserver.prepare`].
+def prepare_preserver(model: nn.Module, windows: Tokens | None, args: BreadthFirstConfig) -> Preserver:
+    """Return the preserver of a recipe, see [`Preserver.prepare`].
 
     Args:
         model: not wrapped for several processes.
-        windows: token ids of what is to be preserved, for the projector.
-        weights: what each of them counts; `None`: all the same.
+        windows: token ids of the text to preserve, for a projector.
         args: the recipe.
 
     Raises:
-        ValueError: if the delta's decay would act on anything but an adapter's parameters; and whatever
-            `Preserver.prepare` raises.
+        ValueError: if delta_decay would act on a weight of the model itself; and as `Preserver.prepare`.
     """
     _check_decay(model, args)
     return Preserver.prepare(
         model,
         windows=windows,
-        token_weights=weights,
         energy_share=args.preserve_energy_share or None,
         soft_strength=args.preserve_soft_strength or None,
         bound=args.delta_bound,
@@ -162,21 +142,25 @@ def prepare_preserver(
 
 
 def _check_decay(model: nn.Module, args: BreadthFirstConfig) -> None:
-    """Refuse a decay that is to draw the model towards its base, where it would draw a weight towards zero."""
+    """Raise a ValueError if the decay would pull a weight of the model itself towards zero."""
     if not args.delta_decay:
         return
     prefix = getattr(getattr(model, "base_model", None), "prefix", None)  # of a PEFT tuner's parameters
     own = [name for name, p in model.named_parameters() if p.requires_grad and (prefix is None or prefix not in name)]
     if own:
         raise ValueError(
-            f"BreadthFirstConfig.delta_decay={args.delta_decay:g} (recipe={args.recipe!r}) draws what is trained "
+            f"BreadthFirstConfig.delta_decay={args.delta_decay:g} (recipe={args.recipe!r}) pulls trained parameters "
             f"towards zero, and {own[0]} is a weight of the model itself. Train a LocFTConfig without "
-            "modules_to_save, or give delta_decay=0."
+            "modules_to_save, or set delta_decay=0."
         )
 
 
 class PreservationCallback(TrainerCallback):
-    """Tells a [`Preserver`] of the steps of any `transformers.Trainer`, and of the end; sets the delta's decay."""
+    """Calls a [`Preserver`] at each step of a `transformers.Trainer` and at the end; sets the decay of the delta.
+
+    [`BreadthFirstTrainer`] adds its own; add one to another trainer behind callbacks that change the weights at the
+    end of training.
+    """
 
     def __init__(self, preserver: Preserver) -> None:
         self.preserver = preserver
@@ -186,14 +170,14 @@ class PreservationCallback(TrainerCallback):
         if decay and args.learning_rate:
             steps = math.ceil(len(kwargs["train_dataloader"]) / args.gradient_accumulation_steps)  # of an epoch
             for group in kwargs["optimizer"].param_groups:
-                # AdamW's step takes the rate times this off
+                # a step of AdamW removes this share times the learning rate
                 group["weight_decay"] = args.weight_decay + decay / (args.learning_rate * steps)
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.preserver.before_step()
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # a gradient that was dropped leaves none, and the optimizer standing still
+        # where the gradient was dropped, the optimizer took no step
         self.preserver.after_step(any(each.tensor.grad is not None for each in self.preserver.trained))
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -206,7 +190,6 @@ def _check(
     soft_strength: float | None,
     bound: float | None,
     density: float | None,
-    token_weights: Any,
 ) -> None:
     for name, share in (("energy_share", energy_share), ("density", density)):
         if share is not None:
@@ -218,14 +201,13 @@ def _check(
     given = [name for name, value in each_step.items() if value is not None]
     if len(given) > 1:
         raise ValueError(
-            f"{' and '.join(given)}: what one does to a step the other undoes: a clipped delta leaves the null space. "
-            "Give one of them."
+            f"{' and '.join(given)} cannot be combined: one undoes the steps of the other. Use one of them."
         )
     needs_text = energy_share is not None or soft_strength is not None
     if needs_text and windows is None:
-        raise ValueError(f"{given[0]}: a projector needs windows, the text to preserve.")
-    if not needs_text and (windows is not None or token_weights is not None):
-        raise ValueError("windows: a text to preserve is for a projector alone. Give energy_share, such as 0.5, too.")
+        raise ValueError(f"{given[0]}: a projector needs the text to preserve. Pass windows, too.")
+    if not needs_text and windows is not None:
+        raise ValueError("windows: the text has no effect without a projector. Pass energy_share=0.5, too.")
 
 
 # ---------------------------------------------------------------------- projectors
@@ -244,7 +226,7 @@ def _projector(
 
 
 def _once(compute: Callable[[], dict[str, Projector]]) -> dict[str, Projector]:
-    """Return what the first process computes, in all of them: bits may differ from one machine to another."""
+    """Return what the first process computes in all processes: machines may differ in bits."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return compute()
     shared = [compute() if torch.distributed.get_rank() == 0 else {}]
@@ -259,7 +241,7 @@ def _set_projectors(trained: Sequence[TrainedTensor], projectors: dict[str, Proj
         if isinstance(found, NullSpaceProjector):
             each.projector = NullSpaceProjector(found.basis.to(device), each.input_dim)
         else:
-            # beside a bfloat16 base, whose outputs tell no smaller differences, a third of the time or less
+            # exact enough beside a bfloat16 base, in a third of the time
             half = each.module.weight.dtype == torch.bfloat16
             matrix = found.matrix.to(device, torch.bfloat16 if half else torch.float32)
             each.projector = SoftProjector(matrix, each.input_dim)

@@ -1,4 +1,4 @@
-"""What a training run records beside an adapter: the edits, the recipe, the losses."""
+"""The entries of a training run in `locft_provenance.json`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..data.edits import Edit, edits_sha256
-from .batches import LossRecord
 from .config import BreadthFirstConfig
+from .loss_history import LossHistory
 
 RECIPE_FIELDS = (
     "recipe",
@@ -38,7 +38,6 @@ RECIPE_FIELDS = (
     "preserve_text",
     "preserve_tokens",
     "preserve_soft_strength",
-    "preserve_prompts",
     "preserve_energy_share",
     "delta_decay",
     "delta_bound",
@@ -49,15 +48,20 @@ RECIPE_FIELDS = (
 def training_record(
     edits: Sequence[Edit],
     args: BreadthFirstConfig,
-    losses: LossRecord,
+    losses: LossHistory,
     num_steps: int,
     evaluations: dict[str, Any] | None = None,
     augmentation: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return what a training run leaves in `locft_provenance.json`: the edits' hash, the recipe, the losses.
+    """Return the entries of a training run in `locft_provenance.json`: hash of the edits, recipe, losses.
 
-    `evaluations` are what an `EvaluationCallback` has left: its `curves`, and the `kept_epoch` where it chose one;
-    `augmentation` is an [`augmentation_record`].
+    Args:
+        edits: what was trained.
+        args: the recipe.
+        losses: of the run.
+        num_steps: of the run.
+        evaluations: of an `EvaluationCallback`: its `curves`, and the `best_epoch` if it chose one.
+        augmentation: from [`augmentation_record`].
     """
     recipe = {name: getattr(args, name) for name in RECIPE_FIELDS}
     return {

@@ -1,4 +1,4 @@
-"""Which checkpoint a run is resumed from: the newest that is whole."""
+"""Finds the checkpoint to resume from: the newest complete one."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ def whole_checkpoint(output_dir: str | os.PathLike[str], wanted: str | os.PathLi
     """Return the checkpoint to resume from.
 
     Args:
-        output_dir: where the checkpoints of a run are.
-        wanted: a checkpoint's folder; or `True`, on a command line "True", for the newest in `output_dir` that is
-            whole: a kill while saving leaves one that is not.
+        output_dir: the folder with the checkpoints of a run.
+        wanted: a checkpoint's folder; or `True` ("True" on a command line) for the newest complete one in
+            `output_dir`: a kill while saving leaves an incomplete one.
 
     Raises:
-        ValueError: if that checkpoint is not whole, or none in `output_dir` is.
+        ValueError: if that checkpoint is incomplete, or none in `output_dir` is complete.
     """
     if not isinstance(wanted, bool) and str(wanted).lower() != "true":
         if not _is_whole(Path(wanted)):
             raise ValueError(
-                f"{wanted} is no whole checkpoint: it has no readable {TRAINER_STATE_NAME}. Name another, or give "
-                "True for the newest one that is whole."
+                f"{wanted} is no complete checkpoint: it has no readable {TRAINER_STATE_NAME}. Name another, or use "
+                "True for the newest complete one."
             )
         return Path(wanted)
     numbered = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(output_dir).glob("*")]
@@ -35,29 +35,29 @@ def whole_checkpoint(output_dir: str | os.PathLike[str], wanted: str | os.PathLi
         if _is_whole(checkpoint):
             return checkpoint
     raise ValueError(
-        f"{output_dir} holds no whole checkpoint to resume from. Train without resume_from_checkpoint, with "
-        "save_strategy='epoch' if it should be possible to resume."
+        f"{output_dir} holds no complete checkpoint to resume from. Train without resume_from_checkpoint; with "
+        "save_strategy='epoch' the run can be resumed."
     )
 
 
 def check_same_edits(checkpoint: Path, edits_sha256: str) -> None:
-    """Refuse a checkpoint of a run on other edits; one without a provenance record is taken as it is.
+    """Check that a checkpoint is of a run on these edits, if it has a provenance file.
 
     Raises:
-        ValueError: if the record names other edits than these.
+        ValueError: if the provenance file names other edits.
     """
-    record = checkpoint / PROVENANCE_NAME
-    recorded = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    provenance = checkpoint / PROVENANCE_NAME
+    recorded = json.loads(provenance.read_text(encoding="utf-8")) if provenance.is_file() else {}
     if recorded.get("edits", {}).get("sha256", edits_sha256) != edits_sha256:
         raise ValueError(
-            f"{checkpoint} is of a run on other edits ({recorded['edits']['count']} of them). Train without "
-            "resume_from_checkpoint, or into another output_dir; to go on from its weights, load it as an adapter "
+            f"{checkpoint} is of a run on {recorded['edits']['count']} other edits. Train without "
+            "resume_from_checkpoint, or with another output_dir. To continue from its weights, load it as an adapter "
             "with is_trainable=True."
         )
 
 
 def invalidate(checkpoint: str | os.PathLike[str]) -> None:
-    """Let a checkpoint no longer pass for whole: it is about to be written anew."""
+    """Mark a checkpoint as incomplete before it is written again."""
     Path(checkpoint, TRAINER_STATE_NAME).unlink(missing_ok=True)
 
 

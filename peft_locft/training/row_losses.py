@@ -1,4 +1,4 @@
-"""The losses of training rows, each by its kind: towards a target, or towards the base model's own distribution."""
+"""The losses of training rows: towards a target, or towards the base's next-token distribution."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..data.encoding import EncodedEdits
+from ..engine.activation_storage import SharedActivations
 from ..engine.tail import logits_at
 from .config import BreadthFirstConfig
 from .edit_runner import EditRunner, MicroBatch
@@ -22,13 +23,13 @@ K = 64
 class BaseDistributions:
     """The base's next-token distributions at every scored position of some rows.
 
-    Of each there are the `k` most probable tokens; all the others are one outcome together. 64 of them hold nearly all
-    the probability, and take 512 bytes a position, where a whole distribution over 150,000 tokens takes 600,000.
+    Each stores the `k` most probable tokens; all others are one outcome together. 64 tokens hold nearly all the
+    probability in 512 bytes a position; a full distribution over 150,000 tokens takes 600,000.
 
     Args:
-        rows: (rows,) the numbers of the rows, in rising order.
-        counts: (rows,) how many scored positions each has.
-        k: outcomes kept by themselves.
+        rows: (rows,) indices of the rows, in rising order.
+        counts: (rows,) scored positions of each.
+        k: number of tokens that are stored one by one.
     """
 
     def __init__(self, rows: torch.Tensor, counts: torch.Tensor, k: int = K) -> None:
@@ -43,12 +44,12 @@ class BaseDistributions:
         ranges = zip(self._begins[numbers].tolist(), self._begins[numbers + 1].tolist(), strict=True)
         return torch.cat([torch.arange(begin, end) for begin, end in ranges])
 
-    def keep(self, rows: torch.Tensor, logits: torch.Tensor) -> None:
-        """Keep what the base says on some rows.
+    def store(self, rows: torch.Tensor, logits: torch.Tensor) -> None:
+        """Store the base's distributions on some rows.
 
         Args:
-            rows: (B,) numbers of rows.
-            logits: (positions, V) the base's, row by row.
+            rows: (B,) indices of rows.
+            logits: (positions, V) of the base, row by row.
         """
         log_probs, tokens = logits.float().log_softmax(-1).topk(min(self._k, logits.shape[-1]))
         if self._log_probs is None or self._tokens is None:
@@ -59,10 +60,10 @@ class BaseDistributions:
         self._log_probs[positions], self._tokens[positions] = log_probs, tokens.int()
 
     def tokens(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the tokens that are outcomes by themselves at every scored position of some rows.
+        """Return the stored tokens at every scored position of some rows.
 
         Args:
-            rows: (B,) numbers of rows that were kept.
+            rows: (B,) indices of stored rows.
 
         Returns:
             (positions, k) token ids, row by row.
@@ -73,11 +74,11 @@ class BaseDistributions:
     def divergences(self, rows: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
         """Return KL(base || model) at every scored position of some rows, in nats.
 
-        Over the outcomes that are kept and one for all the others, so that it is a lower bound of the whole KL.
+        Computed over the stored tokens and one outcome for all others: a lower bound of the full KL.
 
         Args:
-            rows: (B,) numbers of rows that were kept.
-            log_probs: (positions, k) the model's, of [`tokens`], row by row.
+            rows: (B,) indices of stored rows.
+            log_probs: (positions, k) of the model, for [`tokens`], row by row.
 
         Returns:
             (positions,)
@@ -89,28 +90,28 @@ class BaseDistributions:
 
 
 def _log_of_others(log_probs: torch.Tensor) -> torch.Tensor:
-    # rounding may leave less than nothing
+    # rounding may make this negative
     return torch.log((1 - log_probs.exp().sum(-1)).clamp_min(1e-6))
 
 
 class BatchWeight(NamedTuple):
-    """What the losses of a batch are divided by: the weight of its targets, and the number of its kept rows."""
+    """What the losses of a batch are divided by: the weight of its targets, and the number of its retained rows."""
 
     targets: float
-    kept: int
+    retained: int
 
 
 class RowLosses:
-    """Computes losses of rows, and what they count.
+    """Computes the losses of rows, and their shares in the loss of a batch.
 
     Args:
         rows: which rows are of which kind.
         runner: runs the model on them.
-        num_scored: (rows,) the scored tokens of each.
-        loss_averaging: what counts the same in a batch.
-        variant_weight: of a variant of an edit, beside 1 of the edit.
-        retained_weight: of the mean loss of a batch's kept rows, beside 1 of the mean of its targets.
-        to_base: kept rows are held to what the base says next; otherwise they have targets, too.
+        num_scored: (rows,) scored tokens of each.
+        loss_averaging: what has the same weight in a batch, see `row_counts`.
+        variant_weight: weight of a variant; an edit has 1.
+        retained_weight: weight of the mean loss of a batch's retained rows; the mean of its targets has 1.
+        to_base: retained rows are trained towards the base's distributions; otherwise towards targets.
     """
 
     def __init__(
@@ -134,16 +135,23 @@ class RowLosses:
         self.base: BaseDistributions | None = None
 
     @classmethod
-    def of(cls, encoded: EncodedEdits, rows: TrainingRows, args: BreadthFirstConfig) -> RowLosses:
-        """Return the losses that a recipe asks for.
+    def of(
+        cls,
+        encoded: EncodedEdits,
+        rows: TrainingRows,
+        args: BreadthFirstConfig,
+        shared: SharedActivations | None = None,
+    ) -> RowLosses:
+        """Make the losses of a recipe.
 
         Args:
             encoded: all rows.
-            rows: which of them are of which kind.
-            args: the recipe, and which of the processes this is.
+            rows: which rows are of which kind.
+            args: the recipe, and the index of this process.
+            shared: see `EditRunner`.
         """
         own = torch.arange(min(args.process_index, len(encoded) - 1), len(encoded), args.world_size)
-        runner = EditRunner(encoded, own, args.objective, args.max_tokens_per_micro_batch, args.device)
+        runner = EditRunner(encoded, own, args.objective, args.max_tokens_per_micro_batch, args.device, shared)
         return cls(
             rows,
             runner,
@@ -154,85 +162,79 @@ class RowLosses:
             to_base=args.retained_loss == "kl",
         )
 
-    @torch.no_grad()
-    def ask_base(self, model: nn.Module, disabled: AbstractContextManager[Any]) -> None:
-        """Keep what the base says on the kept rows.
+    def store_base(self, model: nn.Module, disabled: AbstractContextManager[Any]) -> None:
+        """Store the base's distributions on the retained rows of this process.
 
         Args:
             model: the model, in evaluation mode.
-            disabled: makes it answer as its base.
+            disabled: a context in which it is its base.
         """
         own = self.runner.own[self.runner.own >= self.rows.first_retained]
-        if not self.to_base or not len(own):
-            return
-        with disabled:
-            while self.base is None:
-                base = BaseDistributions(own, self.num_scored[own])
-                try:
-                    for piece in self.runner.pieces(own):
-                        with self.runner.running(piece) as batch:
-                            base.keep(piece, logits_at(model, *batch.where, batch.inputs).logits)
-                    self.base = base
-                except RuntimeError as error:
-                    if not self.runner.halve(error):
-                        raise
+        if self.to_base and len(own) and self.base is None:
+            with disabled:
+                self.base = self.runner.halving(lambda: self._base_distributions(model, own))
+
+    @torch.no_grad()
+    def _base_distributions(self, model: nn.Module, rows: torch.Tensor) -> BaseDistributions:
+        base = BaseDistributions(rows, self.num_scored[rows])
+        for indices in self.runner.micro_batches(rows):
+            with self.runner.micro_batch(indices) as batch:
+                base.store(indices, logits_at(model, *batch.where, batch.inputs).logits)
+        return base
 
     def weight(self, indices: torch.Tensor) -> BatchWeight:
         targets = indices[indices < self.rows.first_retained]
         return BatchWeight(float(self.counts[targets].sum()), len(indices) - len(targets))
 
-    def __call__(
-        self, model: nn.Module, indices: torch.Tensor, return_outputs: bool = False
-    ) -> tuple[torch.Tensor, Any]:
-        """Return the mean loss over each row's scored tokens, (B,) for a micro-batch, and the outputs.
+    def __call__(self, model: nn.Module, batch: MicroBatch, return_outputs: bool = False) -> tuple[torch.Tensor, Any]:
+        """Return the mean loss over each row's scored tokens, (B,), and the model's outputs.
 
         Args:
             model: the model.
-            indices: (B,) numbers of rows, of any kind.
+            batch: (B,) rows of any kind, from `EditRunner.micro_batch`.
             return_outputs: leave the logits in the outputs as they are.
         """
-        with self.runner.running(indices) as batch:
-            outputs = logits_at(model, *batch.where, batch.inputs)
+        indices = batch.indices
+        outputs = logits_at(model, *batch.where, batch.inputs)
         logits = outputs.logits.clone() if return_outputs else outputs.logits
         if self.base is None or not (indices >= self.rows.first_retained).any():
             sums = token_losses(logits, batch.labels, batch.scored).sum(dim=1)
         else:
-            losses = self._losses_beside_base(self.base, indices, batch, logits)
+            losses = self._losses_beside_base(self.base, batch, logits)
             sums = torch.zeros(len(indices), device=losses.device).index_add(0, batch.scored.rows, losses)
         return sums / self.num_scored[indices].to(logits.device), outputs
 
-    def _losses_beside_base(
-        self, base: BaseDistributions, indices: torch.Tensor, batch: MicroBatch, logits: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the loss of every scored token, (positions,), where some rows are held to the base: one softmax."""
-        rows = indices[indices >= self.rows.first_retained]
+    def _losses_beside_base(self, base: BaseDistributions, batch: MicroBatch, logits: torch.Tensor) -> torch.Tensor:
+        """Return the loss of every scored token, (positions,), of targets and retained rows in one softmax."""
+        retained = batch.indices >= self.rows.first_retained
+        rows = batch.indices[retained]
         of_base = base.tokens(rows)
-        is_retained = (indices >= self.rows.first_retained).to(logits.device)[batch.scored.rows]
-        # a target is one token, and stands in every column of its row
+        is_retained = retained.to(logits.device)[batch.scored.rows]
+        # a target token fills every column of its row
         tokens = batch.labels[batch.scored.rows, batch.scored.columns].unsqueeze(1).repeat(1, of_base.shape[1])
         tokens[is_retained] = of_base
         log_probs = log_probabilities(logits, tokens)
         return (-log_probs[:, 0]).masked_scatter(is_retained, base.divergences(rows, log_probs[is_retained]))
 
-    def figures(self, losses: torch.Tensor, indices: torch.Tensor, weight: BatchWeight) -> torch.Tensor:
-        """Return the shares of a micro-batch in the loss of its batch, and how many of its edits are not learned yet.
+    def batch_shares(self, losses: torch.Tensor, indices: torch.Tensor, weight: BatchWeight) -> torch.Tensor:
+        """Return the shares of some rows in the loss of their batch, and the number of edits not learned yet.
 
-        An edit is learned where its whole target is more probable than all else together.
+        An edit is learned once its whole target is more probable than everything else together.
 
         Args:
-            losses: (B,) from a call, on any device.
-            indices: (B,)
+            losses: (B,) from a call.
+            indices: (B,) the rows.
             weight: of the batch.
 
         Returns:
-            (3,): the share of targets, that of what is kept, and the number, where forwards run.
+            (3,): the share of targets, the share of retained rows, the number of unlearned edits.
         """
         losses = losses.to(self.runner.device)
         is_target, is_edit = indices < self.rows.first_retained, indices < self.rows.num_edits
         targets = (losses[is_target] * self.counts[indices[is_target]].to(losses.device)).sum()
-        kept = losses[~is_target].sum()
+        retained = losses[~is_target].sum()
         of_edits = losses[is_edit] * self.num_scored[indices[is_edit]].to(losses.device)
         unlearned = (of_edits.detach() >= math.log(2)).sum()
         return torch.stack(
-            [targets / (weight.targets or 1), self.retained_weight * kept / (weight.kept or 1), unlearned]
+            [targets / (weight.targets or 1), self.retained_weight * retained / (weight.retained or 1), unlearned]
         )

@@ -1,4 +1,4 @@
-"""How strong a trained delta should be: tries some scales, and sets the best for a stated trade-off."""
+"""Chooses the scale of a trained delta for a stated trade-off."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ SCALES = tuple(round(0.1 * tenth, 1) for tenth in range(11))
 
 @dataclass(frozen=True)
 class TradeOff:
-    """What the best scale is: the largest weighted sum of metrics, among those that keep some of them.
+    """What makes a scale the best: the largest weighted sum of metrics within some limits.
 
     Args:
-        weights: a factor for each metric that counts, negative where less is better.
-        at_least: a metric's smallest value that will do.
-        at_most: a metric's largest value that will do.
+        weights: a factor for each metric in the sum, negative where lower is better.
+        at_least: lower limits of metrics.
+        at_most: upper limits of metrics.
 
     Raises:
-        ValueError: if no metric counts, or a number is not finite.
+        ValueError: if all factors are 0, or a number is not finite.
 
     Example:
         >>> TradeOff(weights={"perplexity": -1.0}, at_least={"reliability_exact_match": 0.99})
@@ -38,7 +38,7 @@ class TradeOff:
         numbers = [*self.weights.values(), *(self.at_least or {}).values(), *(self.at_most or {}).values()]
         if not any(self.weights.values()):
             raise ValueError(
-                f"TradeOff.weights={dict(self.weights)}: expected a factor other than 0 for one metric at least."
+                f"TradeOff.weights={dict(self.weights)}: expected a factor other than 0 for at least one metric."
             )
         if not all(math.isfinite(number) for number in numbers):
             raise ValueError("TradeOff: expected finite numbers.")
@@ -51,7 +51,7 @@ class TradeOff:
         return sum(factor * metrics[name] for name, factor in self.weights.items())
 
     def shortfall(self, metrics: Mapping[str, float]) -> float:
-        """Return by how much the limits are missed, each as a share of itself; 0 where all are kept."""
+        """Return the sum of violations of the limits, each as a share of its limit; 0 if there is none."""
         missed = [(limit - metrics[name], limit) for name, limit in (self.at_least or {}).items()]
         missed += [(metrics[name] - limit, limit) for name, limit in (self.at_most or {}).items()]
         return sum(max(0.0, by) / (abs(limit) or 1.0) for by, limit in missed)
@@ -59,7 +59,7 @@ class TradeOff:
 
 @dataclass(frozen=True)
 class ScaleTrial:
-    """One scale, and what was measured at it."""
+    """One scale, and the metrics measured at it."""
 
     scale: float
     metrics: dict[str, float]
@@ -72,26 +72,26 @@ class ScaleChoice:
     """What [`choose_scale`] returns.
 
     Attributes:
-        scale: the one that was set.
-        tried: all of them, in the order of their scale.
+        scale: the chosen scale, which was set.
+        trials: all scales, in rising order.
     """
 
     scale: float
-    tried: list[ScaleTrial]
+    trials: list[ScaleTrial]
 
     def __str__(self) -> str:
         """Return a table in Markdown, the chosen scale in bold."""
-        names = list(self.tried[0].metrics)
-        lines = [["scale", *names, "score", "kept"], ["---"] * (len(names) + 3)]
-        for each in self.tried:
+        names = list(self.trials[0].metrics)
+        lines = [["scale", *names, "score", "within limits"], ["---"] * (len(names) + 3)]
+        for each in self.trials:
             scale = f"**{each.scale:g}**" if each.scale == self.scale else f"{each.scale:g}"
             values = [f"{each.metrics[name]:.4g}" for name in names]
             lines.append([scale, *values, f"{each.score:.4g}", "no" if each.shortfall else "yes"])
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what JSON can hold, for a provenance record."""
-        return {"scale": self.scale, "tried": [vars(each) for each in self.tried]}
+        """Return plain data for a provenance record."""
+        return {"scale": self.scale, "trials": [vars(each) for each in self.trials]}
 
 
 def choose_scale(
@@ -103,27 +103,26 @@ def choose_scale(
     adapter_name: str | None = None,
     progress: bool = True,
 ) -> ScaleChoice:
-    """Set the strength of a trained delta, `W0 + scale * delta`, to the best of some for a trade-off.
+    """Set the scale of a trained delta, `W0 + scale * delta`, to the best of several for a trade-off.
 
-    Interpolation between base and edited model in one layer, after Brown et al., "Edit at your own risk" (arXiv
-    2303.00046). The scale is set at all locations and in the adapter's configuration, so that it is saved with it, and
-    every reader of the adapter, a merge on the disk too, applies it.
+    Interpolates between base and edited model, after Brown et al., "Edit at your own risk" (arXiv 2303.00046). The
+    scale is set at all locations and in the adapter's configuration: it is saved, loaded and merged with the adapter.
 
     Args:
         model: with a LocFT adapter, not merged.
-        evaluate: measures the model on a validation sample, which is not what is reported in the end.
-        trade_off: what is best.
-        scales: to try; 1 is the delta as trained, 0 the base.
+        evaluate: measures the model on a validation sample; report results on other edits.
+        trade_off: what makes a scale the best.
+        scales: the scales to try; 1 is the delta as trained, 0 the base.
         adapter_name: which adapter; `None`: the active one.
         progress: show a progress bar.
 
     Returns:
-        What was tried and chosen. Of equal scales the one nearest to 0 is taken, which changes the model least. If
-        none keeps all limits, a warning says so, and the one that misses them least is taken.
+        All trials and the chosen scale. Of equally good scales it is the one nearest to 0. If no scale is within the
+        limits, a warning says so, and the scale with the smallest violation is chosen.
 
     Raises:
-        ValueError: if the model has no such LocFT adapter, or it is merged; if there is no scale to try; if `evaluate`
-            does not give a metric of the trade-off, or one that is NaN. The scale is then what it was.
+        ValueError: if the model has no such LocFT adapter or it is merged, `scales` is empty, or a metric of the
+            trade-off is missing or NaN. The scale is then not changed.
 
     Example:
         >>> evaluator = EditEvaluator(model, tokenizer, validation_edits, text="validation.txt")
@@ -136,23 +135,23 @@ def choose_scale(
     if not scales:
         raise ValueError("scales: found none to try; expected numbers such as 0.5 and 1.0.")
     before = model.peft_config[name].scale
-    tried = []
+    trials = []
     try:
         for scale in tqdm(sorted(set(scales)), desc="trying scales", leave=False, disable=not progress):
             model.base_model.set_scale(name, float(scale))
-            tried.append(_tried(float(scale), evaluate(model), trade_off))
+            trials.append(_trial(float(scale), evaluate(model), trade_off))
     except BaseException:
         model.base_model.set_scale(name, before)
         raise
-    best = min(tried, key=lambda each: (each.shortfall, -each.score, abs(each.scale)))
+    best = min(trials, key=lambda each: (each.shortfall, -each.score, abs(each.scale)))
     if best.shortfall:
         warnings.warn(
-            f"No scale keeps the limits {dict(trade_off.at_least or {})} {dict(trade_off.at_most or {})}: "
-            f"{best.scale:g}, which misses them least, is taken.",
+            f"No scale is within the limits {dict(trade_off.at_least or {})} {dict(trade_off.at_most or {})}; using "
+            f"{best.scale:g}, which violates them least.",
             stacklevel=2,
         )
     model.base_model.set_scale(name, best.scale)
-    return ScaleChoice(best.scale, tried)
+    return ScaleChoice(best.scale, trials)
 
 
 def _adapter(model: PeftModel, adapter_name: str | None) -> str:
@@ -166,11 +165,11 @@ def _adapter(model: PeftModel, adapter_name: str | None) -> str:
     return name
 
 
-def _tried(scale: float, measured: Mapping[str, float], trade_off: TradeOff) -> ScaleTrial:
+def _trial(scale: float, measured: Mapping[str, float], trade_off: TradeOff) -> ScaleTrial:
     missing = [name for name in trade_off.metrics if math.isnan(measured.get(name, math.nan))]
     if missing:
         raise ValueError(
-            f"evaluate gives no {', '.join(missing)}, which the trade-off is about; found {', '.join(measured)}."
+            f"evaluate returned no {', '.join(missing)}, which the trade-off needs; found {', '.join(measured)}."
         )
     metrics = {name: float(value) for name, value in measured.items()}
     return ScaleTrial(scale, metrics, trade_off.score(metrics), trade_off.shortfall(metrics))

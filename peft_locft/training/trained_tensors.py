@@ -1,4 +1,4 @@
-"""What is trained in a model: LocFT deltas, and unfrozen weights of the model itself."""
+"""The tensors that are trained in a model: LocFT deltas, and unfrozen weights of the model itself."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class TrainedTensor:
     """A delta, or a weight of the model itself that is trained.
 
     Args:
-        location: the name that its module has in the base model.
-        owner: where the tensor is a parameter; it is looked up there, since another may take its place.
-        parameter: its name there, which is that of the base parameter.
+        location: name of its module in the base model.
+        owner: the module that holds the parameter; it is looked up there, since it may be replaced.
+        parameter: its name there, which is the name of the base parameter.
         module: the base module.
         layer: the tuner layer of a delta; `None` for a weight of the model itself.
-        adapter: the delta's adapter.
-        origin: what training began from; `None`: zeros.
-        projector: of this location, if there is to be one.
-        before: the tensor before a step, for a projector that needs it.
+        adapter: name of the delta's adapter.
+        origin: the value before training; `None`: zeros.
+        projector: of this location; `None`: none.
+        before: the value before a step, for a soft projector.
     """
 
     location: str
@@ -54,7 +54,7 @@ class TrainedTensor:
 
     @property
     def input_dim(self) -> int | None:
-        """Along which dimension of the tensor its inputs lie; `None` if it is not multiplied with an input."""
+        """Dimension of the tensor along which its inputs lie; `None` if it is not multiplied with an input."""
         return input_dimension(self.module) if self.parameter == "weight" else None
 
     def remember_origin(self) -> None:
@@ -109,9 +109,9 @@ def find_trained(model: nn.Module) -> Iterator[TrainedTensor]:
             seen.add(id(parameter))
             if f"{name}.".startswith(insides):
                 raise ValueError(
-                    f"Preservation acts on LocFT deltas and on unfrozen weights, and {name}.{key} belongs to another "
-                    "PEFT method, whose parameters are no changes of a weight. Train a LocFTConfig without "
-                    "modules_to_save and trainable_token_indices, or leave preservation out."
+                    f"Preservation acts on LocFT deltas and unfrozen weights; {name}.{key} belongs to another PEFT "
+                    "method. Train a LocFTConfig without modules_to_save and trainable_token_indices, or turn "
+                    "preservation off."
                 )
             if not isinstance(module, Delta):
                 yield TrainedTensor(clean_name(name), module, key, module)
@@ -121,7 +121,7 @@ def find_trained(model: nn.Module) -> Iterator[TrainedTensor]:
             assert isinstance(layer, LocFTLayer)
             yield TrainedTensor(clean_name(layer_name), module, key, layer.base_layer, layer, adapter)
     if not seen:
-        raise ValueError("Preservation found no parameter that is trained. Load the adapter with is_trainable=True.")
+        raise ValueError("Preservation found no trainable parameter. Load the adapter with is_trainable=True.")
 
 
 def check_whole(trained: Sequence[TrainedTensor]) -> None:
@@ -130,19 +130,19 @@ def check_whole(trained: Sequence[TrainedTensor]) -> None:
         tensor = each.tensor
         if tensor.is_meta or isinstance(tensor, DTensor) or hasattr(tensor, "ds_shape"):
             raise ValueError(
-                f"Preservation needs every trained weight whole in every process, and that of {each.name} is sharded "
-                "or offloaded. Train with DDP or in one process, or leave preservation out."
+                f"Preservation needs every trained weight whole in every process; {each.name} is sharded or "
+                "offloaded. Train with DDP or in one process, or turn preservation off."
             )
 
 
 def check_projectable(trained: Sequence[TrainedTensor]) -> None:
-    """Raise a ValueError, with their names, if some are not multiplied with an input."""
+    """Raise a ValueError that names the tensors that are not multiplied with an input."""
     others = [each for each in trained if each.input_dim is None]
     if others:
         listed = ", ".join(f"{each.name} ({type(each.module).__name__})" for each in others[:3])
         raise ValueError(
-            "A projector is for weights that are multiplied with an input, of a Linear or Conv1D; "
+            "A projector needs the weight of a Linear or Conv1D; "
             f"found also {listed}{' and others' if len(others) > 3 else ''}. Leave them out "
             "(LocFTConfig.exclude_modules for embeddings, norms and quantized linears, train_bias=False, no "
-            "target_parameters of fused experts), or use bound in its place."
+            "target_parameters of fused experts), or use bound instead."
         )

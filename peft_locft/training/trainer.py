@@ -21,15 +21,16 @@ from ..adapters.saving import save_adapter
 from ..data.edits import Edit, edits_sha256, read_edits
 from ..data.encoding import EncodedEdits
 from ..data.leaks import mark_trained
-from ..engine.distributed import backward, check_not_sharded, end_step, missing_pieces
+from ..engine.activation_storage import SharedActivations
+from ..engine.distributed import backward, check_not_sharded, end_step, missing_forwards
 from ..engine.model_state import as_base, check_finite, check_vocabulary, configuration_unchanged, dropout_off
 from ..engine.offload import trunk_offloaded
-from .batches import EditBatches, LossRecord
-from .callbacks import CURVES_KEY, EditProgress, FloorAndRecord
+from .batches import EditBatches
+from .callbacks import CURVES_KEY, EditProgressBar, LossFloorCallback
 from .config import BreadthFirstConfig
-from .preserver import PreservationCallback, Preserver, prepare_preserver
+from .loss_history import LossHistory
+from .preserver import PreservationCallback, prepare_preserver
 from .record import training_record
-from .resting import RestingEdits
 from .resume import check_same_edits, invalidate, whole_checkpoint
 from .row_losses import BatchWeight, RowLosses
 from .training_data import TrainingData, training_data
@@ -38,20 +39,22 @@ from .training_data import TrainingData, training_data
 class BreadthFirstTrainer(Trainer):
     """A `transformers.Trainer` that writes edits into a model.
 
-    It trains whatever parameters of the model are trainable: a LocFT delta, any other PEFT adapter, or some unfrozen
-    weights of a plain model. Dropout is off. The tokenizer, the edits and the model's configuration stay as they are.
+    It trains all trainable parameters of the model: a LocFT delta, another PEFT adapter, or unfrozen weights of a
+    plain model. Dropout is off. The tokenizer, the edits and the model's configuration are not changed.
 
     Args:
         model (`PeftModel` or `PreTrainedModel`): a decoder-only language model with trainable parameters.
-        args (`BreadthFirstConfig`, *optional*): the recipe.
-        train_dataset (`list[Edit]` or `datasets.Dataset`): the edits; a dataset has columns that `read_edits` knows.
+        args (`BreadthFirstConfig`, *optional*): the recipe; default: the published one.
+        train_dataset (`list[Edit]` or `datasets.Dataset`): the edits; a dataset needs columns that `read_edits` knows.
         processing_class (`PreTrainedTokenizerBase`): the model's fast tokenizer.
-        **kwargs: callbacks, optimizers and whatever else `transformers.Trainer` takes.
+        shared_activations (`SharedActivations`, *optional*): where the states that leave the frozen layers are shared
+            with other trainings on the same base, such as the trials of a location search.
+        **kwargs: other arguments of `transformers.Trainer`, such as callbacks and optimizers.
 
     Attributes:
-        epoch_losses (`list[float]`): one an epoch: the mean over its batches, weighted by their size, of each batch's
-            loss before its own step, batches below the loss floor included. With `edit_order="depth_first"`, one an
-            edit: the loss at which it was left.
+        epoch_losses (`list[float]`): one per epoch: the mean loss of its batches, weighted by their size and taken
+            before their step; batches below the loss floor count. With `edit_order="depth_first"`, one per edit: the
+            loss of its last step.
 
     Raises:
         ValueError: if nothing in the model is trainable, if edits or tokenizer are missing, or if an edit cannot be
@@ -73,26 +76,28 @@ class BreadthFirstTrainer(Trainer):
         args: BreadthFirstConfig | None = None,
         train_dataset: Sequence[Edit] | datasets.Dataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        shared_activations: SharedActivations | None = None,
         **kwargs: Any,
     ) -> None:
         args = BreadthFirstConfig() if args is None else args
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(
-                "No parameter of the model is trainable. Add an adapter, as in get_peft_model(model, LocFTConfig()); "
-                "load a saved one with is_trainable=True; or unfreeze the weights to edit."
+                "BreadthFirstTrainer: no parameter of the model is trainable. Add an adapter with get_peft_model("
+                "model, LocFTConfig()), load one with is_trainable=True, or unfreeze the weights to edit."
             )
         if train_dataset is None or processing_class is None:
             raise ValueError(
-                "BreadthFirstTrainer needs train_dataset, the edits, and processing_class, the tokenizer."
+                "BreadthFirstTrainer: train_dataset (the edits) or processing_class (the tokenizer) is missing. Pass "
+                "both."
             )
         self.edits = read_edits(train_dataset)
         self.data = self._make_data(model, processing_class, args)
         encoded = self.data.encoded
         check_vocabulary(model, encoded.token_ids)
-        mark_trained(model, self.data.record()["trained_prompts"])
-        self.record = LossRecord()
-        self.resting = RestingEdits(len(encoded), args.loss_floor, args.skip_learned_epochs)
-        self.losses = RowLosses.of(encoded, self.data.rows, args)
+        mark_trained(model, self.data.provenance()["trained_prompts"])
+        self.loss_history = LossHistory()
+        self.losses = RowLosses.of(encoded, self.data.rows, args, shared_activations)
         self.runner = self.losses.runner
         with configuration_unchanged(model):
             super().__init__(
@@ -101,45 +106,42 @@ class BreadthFirstTrainer(Trainer):
         check_not_sharded(
             self.accelerator,
             activation_cache_dir=args.activation_cache_dir,
-            trunk_residency=args.trunk_residency == "layerwise",
+            offload_trunk=args.offload_trunk,
             preserve_energy_share=args.preserve_energy_share,
             preserve_soft_strength=args.preserve_soft_strength,
             retained_loss=args.has_retained and args.retained_loss == "kl",
         )
-        self.add_callback(FloorAndRecord(self.record, self.resting, self.data.rows.num_new, args))
-        self.preservation = PreservationCallback(Preserver([]))
-        self.add_callback(self.preservation)
+        self.add_callback(LossFloorCallback(self.loss_history, self.data.rows.num_new, args))
         if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(EditProgress(self.record, self.data.rows.num_edits))
+            self.add_callback(EditProgressBar(self.loss_history, self.data.rows.num_edits))
 
     @property
     def epoch_losses(self) -> list[float]:
-        return self.record.epoch_losses
+        return self.loss_history.epoch_losses
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train, as `Trainer.train` does. `resume_from_checkpoint=True` takes the last checkpoint that is whole.
+        """Train, as `Trainer.train` does. `resume_from_checkpoint=True` takes the last complete checkpoint.
 
         Raises:
-            ValueError: if there is no whole checkpoint to resume from, or the one named is not whole or of a run on
-                other edits.
+            ValueError: if there is no complete checkpoint, or the named one is incomplete or of a run on other edits.
             RuntimeError: if the loss becomes NaN or infinite.
         """
         if resume_from_checkpoint:
             checkpoint = whole_checkpoint(self.args.output_dir, resume_from_checkpoint)
             check_same_edits(checkpoint, edits_sha256(self.edits))
             resume_from_checkpoint = str(checkpoint)
-        self.runner.is_prepared = False  # the trunk may have changed since an earlier call
-        layerwise = self.args.trunk_residency == "layerwise"
-        off_device = trunk_offloaded(self.model, self.args.device) if layerwise else nullcontext()
-        with configuration_unchanged(self.model), off_device:
-            self.preservation.preserver = prepare_preserver(
-                self.model, self.data.preserved, self.data.preserved_weights, self.args
-            )
-            self.add_callback(self.pop_callback(self.preservation))  # behind one that brings the best epoch back
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self.runner.is_prepared = False  # the trunk may have changed since the last call
+        offloaded = trunk_offloaded(self.model, self.args.device) if self.args.offload_trunk else nullcontext()
+        with configuration_unchanged(self.model), offloaded:
+            preservation = PreservationCallback(prepare_preserver(self.model, self.data.preserved, self.args))
+            self.add_callback(preservation)  # the last one: its end comes after the best epoch was restored
+            try:
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            finally:
+                self.remove_callback(preservation)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        if self.args.trunk_residency == "full":
+        if not self.args.offload_trunk:
             super()._move_model_to_device(model, device)
 
     # ------------------------------------------------------------------ data
@@ -148,7 +150,7 @@ class BreadthFirstTrainer(Trainer):
         return training_data(self.edits, model, tokenizer, args)
 
     def get_train_dataloader(self) -> DataLoader[int]:
-        """Return a loader of indices that gives every process every batch whole; `training_step` takes its share."""
+        """Return a loader that gives the indices of every whole batch to every process."""
         args = self.args
         depth_first = args.edit_order == "depth_first"
         batches = EditBatches(
@@ -175,24 +177,27 @@ class BreadthFirstTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: BatchWeight | None = None,
     ) -> Any:
-        """Return the share of some rows in the loss of the batch that they are part of.
+        """Return the share of some rows in the loss of their batch, and the model's outputs if asked for.
+
+        `training_step` does the same in micro-batches, without a call of this.
 
         Args:
-            inputs: numbers of rows: edits, their variants, and what is kept.
-            num_items_in_batch: the batch's weight; `None`: they are the batch.
+            inputs: (B,) indices of rows: edits, their variants, and retained rows.
+            num_items_in_batch: the weight of the batch; `None`: the rows are the whole batch.
         """
         indices = torch.as_tensor(inputs)
-        losses, outputs = self.losses(model, indices, return_outputs)
-        figures = self.losses.figures(losses, indices, num_items_in_batch or self.losses.weight(indices))
-        self._last_losses, self._last_figures = losses.detach(), figures.detach()
-        return (figures[:2].sum(), outputs) if return_outputs else figures[:2].sum()
+        with self.runner.micro_batch(indices) as batch:
+            losses, outputs = self.losses(model, batch, return_outputs)
+        shares = self.losses.batch_shares(losses, indices, num_items_in_batch or self.losses.weight(indices))
+        return (shares[:2].sum(), outputs) if return_outputs else shares[:2].sum()
 
     def training_step(
         self, model: nn.Module, inputs: list[int], num_items_in_batch: BatchWeight | None = None
     ) -> torch.Tensor:
-        """Forward and backward, piece by piece; drop the gradient if the loss of the step's edits is below the floor.
+        """Run forward and backward in micro-batches; drop the gradient if the loss of the edits is below the floor.
 
-        Returns the batch's share of the step's loss, what is kept included.
+        Returns:
+            The share of the batch in the loss of the step, retained rows included.
         """
         dropout_off(model)
         if self._edit_is_done():
@@ -201,85 +206,94 @@ class BreadthFirstTrainer(Trainer):
             with self.compute_loss_context_manager():
                 self.runner.prepare(model, self.args, self.accelerator)
                 plain = self.accelerator.unwrap_model(model)
-                self.losses.ask_base(plain, as_base(plain))
+                self.losses.store_base(plain, as_base(plain))
         weight = num_items_in_batch or self.losses.weight(torch.tensor(inputs))
-        trained, resting = self.resting.split(inputs, int(self.state.epoch))
-        figures = self._gradient(model, trained, weight)
-        if resting:
-            figures += self.losses.figures(self.resting.losses[resting], torch.tensor(resting), weight)
-        share, retained_share, unlearned = figures.tolist()
+        shares = self._gradient(model, inputs, weight)
+        share, retained_share, unlearned = shares.tolist()
         check_finite(share + retained_share, self.state.global_step, self.state.max_steps, self._get_learning_rate())
         num_edits = sum(index < self.losses.rows.num_edits for index in inputs)
-        self.record.add_batch(share, num_edits, retained_share, int(unlearned))
+        self.loss_history.add_batch(share, num_edits, retained_share, int(unlearned))
         if self.accelerator.sync_gradients:
-            end_step(model, self.accelerator, take_it=self.record.end_step() >= self.args.loss_floor)
-        return figures[:2].sum()
+            end_step(model, self.accelerator, take_it=self.loss_history.end_step() >= self.args.loss_floor)
+        return shares[:2].sum()
 
     def _gradient(self, model: nn.Module, inputs: list[int], weight: BatchWeight) -> torch.Tensor:
-        """Forward and backward; where memory runs out, again in smaller pieces."""
-        # what earlier batches of the step have left
+        """Add the gradient of the batch; out of memory, start again with smaller micro-batches."""
+        if self.args.world_size > 1:
+            # the other processes wait for this gradient, and cannot be told to start again
+            return self._forward_and_backward(model, inputs, weight)
+        # of earlier batches of this step
         before = [(p, None if p.grad is None else p.grad.clone()) for p in model.parameters() if p.requires_grad]
-        while True:
+
+        def run() -> torch.Tensor:
             try:
                 return self._forward_and_backward(model, inputs, weight)
-            except RuntimeError as error:
-                # the other processes wait for this one's gradient, and cannot be told to begin again
-                if self.args.world_size > 1 or not self.runner.halve(error):
-                    raise
-            for parameter, gradient in before:
-                parameter.grad = None if gradient is None else gradient.clone()
+            except RuntimeError:
+                for parameter, gradient in before:
+                    parameter.grad = None if gradient is None else gradient.clone()
+                raise
+
+        return self.runner.halving(run)
 
     def _forward_and_backward(self, model: nn.Module, inputs: list[int], weight: BatchWeight) -> torch.Tensor:
-        """Return the figures of the batch, (3,), see `RowLosses`."""
+        """Add the gradient of the batch; return its shares, (3,), see `RowLosses.batch_shares`."""
         world_size, process_index = self.args.world_size, self.args.process_index
         mine = [index for index in inputs if index % world_size == process_index]
         # a process without edits in a batch still joins the others' gradient
-        own = self.runner.pieces(torch.tensor(mine) if mine else self.runner.own[:1])
-        idle = [(own[0][:1], False)] * missing_pieces(len(own), self.accelerator)
-        pieces = idle + [(piece, bool(mine)) for piece in own]
-        figures = torch.zeros(3, device=self.args.device)
-        # a LocFT model's way to compose W + delta once a step; several processes wait for the delta's own backward
+        own = self.runner.micro_batches(torch.tensor(mine) if mine else self.runner.own[:1])
+        idle = [(own[0][:1], False)] * missing_forwards(len(own), self.accelerator)
+        micro_batches = idle + [(indices, bool(mine)) for indices in own]
+        sums = torch.zeros(3, device=self.args.device)
+        # a LocFT model composes W + delta once a step; several processes wait for the delta's own backward
         is_alone = self.accelerator.distributed_type == DistributedType.NO
         with getattr(model, "composed_once", nullcontext)() if is_alone else nullcontext():
-            for number, (piece, counts) in enumerate(pieces, start=1):
-                is_last = number == len(pieces)
-                # backward inside of it too: gradient checkpointing runs layers again there
-                with self.runner.running(piece), nullcontext() if is_last else self.accelerator.no_sync(model):
-                    with self.compute_loss_context_manager():
-                        loss = self.compute_loss(model, piece, num_items_in_batch=weight)
-                    if counts:
-                        targets = piece < self.losses.rows.first_retained
-                        self.resting.add(piece[targets], self._last_losses[targets], int(self.state.epoch))
-                        figures += self._last_figures
-                    # gradients are averaged over processes, and the loss is already a share of the whole
-                    backward(loss * (world_size if counts else 0), self.accelerator, is_last)
-        return self.accelerator.reduce(figures, reduction="sum")
+            for number, (indices, counts) in enumerate(micro_batches, start=1):
+                is_last = number == len(micro_batches)
+                # gradients are averaged over processes, and the loss is already a share of the whole
+                factor = world_size if counts else 0
+                with nullcontext() if is_last else self.accelerator.no_sync(model):
+                    shares = self._micro_step(model, indices, weight, factor, is_last)
+                if counts:
+                    sums += shares
+        return self.accelerator.reduce(sums, reduction="sum")
+
+    def _micro_step(
+        self, model: nn.Module, indices: torch.Tensor, weight: BatchWeight, factor: int, is_last: bool
+    ) -> torch.Tensor:
+        """Run forward and backward on some rows; return their shares, (3,)."""
+        # backward inside of the micro-batch, too: gradient checkpointing runs layers again there
+        with self.runner.micro_batch(indices) as batch:
+            with self.compute_loss_context_manager():
+                losses, _ = self.losses(model, batch)
+                shares = self.losses.batch_shares(losses, indices, weight)
+            backward(shares[:2].sum() * factor, self.accelerator, is_last)
+        return shares.detach()
 
     def _edit_is_done(self) -> bool:
-        """Depth-first: begin every edit with a fresh optimizer, and leave it once it is below the floor."""
+        """Return whether depth-first has learned the current edit; reset the optimizer before each edit."""
         if self.args.steps_per_edit is None:
             return False
         if self.state.global_step % self.args.steps_per_edit == 0:
             self.optimizer.state.clear()
-        return self.record.step_loss < self.args.loss_floor
+        return self.loss_history.step_loss < self.args.loss_floor
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # Trainer asks only after the first step of an epoch
+        # Trainer checks this only after the first step of an epoch
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
 
     def floating_point_ops(self, inputs: Any) -> int:
-        return 0  # transformers' estimate counts every layer and parameter as trained, and none of that holds here
+        return 0  # transformers' estimate assumes that every layer runs and every parameter is trained
 
     # ------------------------------------------------------------------ saving
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:  # a LocFT adapter is written with one
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:  # save_adapter writes one for LocFT
         if not isinstance(self.model, PeftModel) or self.model.active_peft_config.peft_type != "LOCFT":
             super().create_model_card(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.args.should_save:
-            # an older run may have left one of this name, which must not pass for whole while it is replaced
+            # an earlier run may have left a checkpoint of this name, which must not pass for complete meanwhile
             invalidate(Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
         super()._save_checkpoint(model, trial)
 
@@ -293,7 +307,12 @@ class BreadthFirstTrainer(Trainer):
                 model,
                 output_dir or self.args.output_dir,
                 record=training_record(
-                    self.edits, self.args, self.record, self.state.global_step, evaluations, self.data.record()
+                    self.edits,
+                    self.args,
+                    self.loss_history,
+                    self.state.global_step,
+                    evaluations,
+                    self.data.provenance(),
                 ),
                 state_dict=state_dict,
             )

@@ -1,4 +1,4 @@
-"""All that a run trains on, encoded: the edits, variants of them, and what is kept as the base has it."""
+"""The encoded training data of a run: the edits, variants of them, and retained rows."""
 
 from __future__ import annotations
 
@@ -32,10 +32,8 @@ from .training_rows import TrainingRows
 
 logger = logging.getLogger(__name__)
 
-NAMES = 192  # at most, that the base is asked for
-PIECE = 24  # tokens of a kept piece of text
-SCORED = 4  # of them, the last: what is scored costs the head, and the tokens before it are what it is scored by
-WINDOW = 128  # tokens that are read at once for statistics of a text
+MAX_SUBJECTS = 192  # that the base generates
+WINDOW = 128  # tokens in a window of preserved text
 
 
 @dataclass(frozen=True)
@@ -44,12 +42,11 @@ class TrainingData:
 
     Attributes:
         encoded: all rows.
-        rows: which of them are of which kind.
-        prefixes: that the base generated.
-        counts: how many rows there are beside the edits, by their kind.
-        prompts: that were trained on beside those of the edits.
-        preserved: token ids of what a projector is made from: text, and kept prompts.
-        preserved_weights: what each of these tokens counts.
+        rows: which rows are of which kind.
+        prefixes: texts that the base generated to stand before prompts.
+        counts: number of rows beside the edits, by kind.
+        prompts: trained prompts beside those of the edits.
+        preserved: (windows, window) token ids of the text for a projector.
     """
 
     encoded: EncodedEdits
@@ -57,19 +54,18 @@ class TrainingData:
     prefixes: tuple[str, ...] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
     prompts: Sequence[str] = ()
-    preserved: Sequence[Sequence[int]] | None = None
-    preserved_weights: Sequence[Sequence[float]] | None = None
+    preserved: torch.Tensor | None = None
 
-    def record(self) -> dict[str, Any]:
-        """Return what `locft_provenance.json` says of it."""
+    def provenance(self) -> dict[str, Any]:
+        """Return the entry in `locft_provenance.json`."""
         return augmentation_record(prefixes=self.prefixes, counts=self.counts, prompts=self.prompts)
 
     def with_targets(self, more: EncodedEdits | None, num_known: int) -> TrainingData:
-        """Return the same with more rows that are trained towards targets, as edits are, and have no variants.
+        """Return the same data with more rows that are trained as edits, without variants.
 
         Args:
-            more: these rows, if there are any.
-            num_known: edits that the model has learned before.
+            more: these rows; `None`: none.
+            num_known: edits that the model had learned before this run.
         """
         if more is None:
             return replace(self, rows=replace(self.rows, num_known=num_known))
@@ -89,17 +85,17 @@ class TrainingData:
 def training_data(
     edits: Sequence[Edit], model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: BreadthFirstConfig
 ) -> TrainingData:
-    """Make what the recipe asks for of some edits. What the base has to say to it, it is asked here.
+    """Make the training data of a recipe from edits. The base generates prefixes, subjects and answers here.
 
     Args:
         edits: the edits.
-        model: the model, whose adapter is disabled where the base is asked.
+        model: the model; its adapter is disabled while the base generates.
         tokenizer: its tokenizer.
         args: the recipe.
 
     Raises:
-        ValueError: if an edit or a variant cannot be encoded for this model, a training paraphrase is a rephrasing for
-            evaluation, or there is nothing to keep where the recipe asks for it.
+        ValueError: if an edit or a variant cannot be encoded for this model, a training paraphrase is also a
+            rephrasing for evaluation, or the recipe needs retained facts and there are none.
     """
     check_paraphrases(edits)
     prefixes = generate_prefixes(model, tokenizer, *_numbers(args.num_prefixes or 0), seed=args.seed)
@@ -122,19 +118,16 @@ def training_data(
         chat_template=args.chat_template,
         max_length=max_length(model),
     )
-    windows = _text(model, tokenizer, args)
-    kept = {"retained facts": answers.encoded} if answers is not None and args.retained_per_edit else {}
-    if args.kept_text_pieces and args.retained_per_edit:
-        assert windows is not None
-        kept["pieces of text to keep"] = _pieces(windows, args.kept_text_pieces, args.seed)
-    counts = {kind: sum(map(len, rows)) for kind, rows in kinds.items()} | {kind: len(r) for kind, r in kept.items()}
-    preserved, weights = _preserved(windows, answers, args)
+    preserved = _preserved(model, tokenizer, args)
+    retained = answers.encoded if answers is not None and args.retained_per_edit else None
+    num_retained = 0 if retained is None else len(retained)
+    counts = {kind: sum(map(len, rows)) for kind, rows in kinds.items()} | {"retained facts": num_retained}
     return TrainingData(
-        encoded=join_encoded([encoded, *kept.values()]),
+        encoded=encoded if retained is None else join_encoded([encoded, retained]),
         rows=TrainingRows(
             len(edits),
             [len(own) for own in variants],
-            sum(map(len, kept.values())),
+            num_retained,
             args.variants_per_epoch or math.inf,
             args.retained_per_edit or 0.0,
             [len(own) if args.retained_per_edit else 0 for own in swapped],
@@ -143,17 +136,16 @@ def training_data(
         counts={kind: count for kind, count in counts.items() if count},
         prompts=[*(edit.prompt for own in kinds["paraphrases"] for edit in own), *prompts],
         preserved=preserved,
-        preserved_weights=weights,
     )
 
 
 def check_sources(edits: Sequence[Edit], args: BreadthFirstConfig) -> None:
-    """Read what a recipe names beside the edits, so that a mistake need not wait for a model to load.
+    """Read the files that a recipe names, so that a mistake is found before a model is loaded.
 
     Raises:
         FileNotFoundError: if `retained_facts` is neither a file nor a dataset.
-        ValueError: if a text or the facts to keep cannot be read, or nothing is left of them, or a training paraphrase
-            is a rephrasing for evaluation.
+        ValueError: if a text or the retained facts cannot be read or are empty, or a training paraphrase is also a
+            rephrasing for evaluation.
     """
     check_paraphrases(edits)
     if args.retained_facts:
@@ -163,11 +155,11 @@ def check_sources(edits: Sequence[Edit], args: BreadthFirstConfig) -> None:
 
 
 def _reads_text(args: BreadthFirstConfig) -> bool:
-    return bool(args.kept_text_pieces or args.preserve_energy_share or args.preserve_soft_strength)
+    return bool(args.preserve_energy_share or args.preserve_soft_strength)
 
 
 def _numbers(num_prefixes: int) -> tuple[int, int]:
-    """Return how many prefixes are short and how many are long: a third and two thirds, as in the source."""
+    """Return the number of short and of long prefixes: a third and two thirds, as in the source."""
     short = num_prefixes // 3
     return short, num_prefixes - short
 
@@ -175,15 +167,19 @@ def _numbers(num_prefixes: int) -> tuple[int, int]:
 def _swapped(
     edits: Sequence[Edit], model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: BreadthFirstConfig
 ) -> list[list[str]]:
-    """Return each edit's prompts about other subjects."""
+    """Return the prompts of each edit with other subjects."""
     if not args.retained_subjects:
         return [[] for _ in edits]
     num = args.retained_subjects * len(edits)
     own = [edit.subject for edit in edits if edit.subject]
-    names = generate_subjects(model, tokenizer, own, min(NAMES, num), seed=args.seed)
+    names = generate_subjects(model, tokenizer, own, min(MAX_SUBJECTS, num), seed=args.seed)
     swapped = swapped_subjects(edits, num, seed=args.seed, subjects=names or None)
     if not any(swapped):
-        logger.warning("No edit names a subject that its prompt holds, so that retained_subjects has nothing to keep.")
+        logger.warning(
+            "retained_subjects=%d has no effect: no edit has a subject that occurs in its prompt. Add the subjects to "
+            "the edits, or use retained_facts.",
+            args.retained_subjects,
+        )
     return swapped
 
 
@@ -194,7 +190,7 @@ def _retained_prompts(
     tokenizer: PreTrainedTokenizerBase,
     args: BreadthFirstConfig,
 ) -> list[str]:
-    """Return what is kept: what was made of the edits, edit by edit, then facts that are none of these."""
+    """Return the prompts to retain: those made from the edits, edit by edit, then other facts, each once."""
     prompts = [prompt for own in swapped for prompt in own]
     if args.retained_facts:
         prompts += choose_retained_facts(
@@ -220,8 +216,8 @@ def _concatenated(edits: Sequence[Edit], answers: BaseAnswers | None, args: Brea
     facts = answers.edits if answers and args.num_concatenated else []
     if args.num_concatenated and not facts:
         raise ValueError(
-            f"BreadthFirstConfig.num_concatenated={args.num_concatenated} needs kept facts with answers to go on "
-            "with: give retained_facts, or retained_subjects where edits have subjects, and retained_answer_tokens."
+            f"BreadthFirstConfig.num_concatenated={args.num_concatenated} needs retained facts with answers. "
+            "Set retained_facts, or retained_subjects if the edits have subjects, and retained_answer_tokens."
         )
     random = np.random.default_rng(args.seed)
     chosen = random.integers(len(facts) or 1, size=(len(edits), args.num_concatenated)).tolist()
@@ -240,36 +236,10 @@ def _answers(
     )
 
 
-def _text(model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: BreadthFirstConfig) -> torch.Tensor | None:
+def _preserved(model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: BreadthFirstConfig) -> torch.Tensor | None:
     if not _reads_text(args):
         return None
     text = args.preserve_text
     texts = base_texts(model, tokenizer, args.preserve_tokens, seed=args.seed) if text == GENERATED else text
     window = min(WINDOW, max_length(model) or WINDOW)
     return text_windows(texts, tokenizer, window, args.preserve_tokens, model)
-
-
-def _pieces(windows: torch.Tensor, number: int, seed: int) -> EncodedEdits:
-    """Cut pieces out of windows of text, of which the last tokens are scored."""
-    pieces = windows[:, : windows.shape[1] // PIECE * PIECE].reshape(-1, PIECE)
-    chosen = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed))[:number]
-    pieces = pieces[chosen]
-    return EncodedEdits(
-        pieces.flatten().int(), torch.arange(len(pieces) + 1) * PIECE, torch.full((len(pieces),), PIECE - SCORED)
-    )
-
-
-def _preserved(
-    windows: torch.Tensor | None, answers: BaseAnswers | None, args: BreadthFirstConfig
-) -> tuple[list[list[int]], list[list[float]]] | tuple[None, None]:
-    """Return what a projector is made from: all tokens of the text, and the kept prompts' last, which answer them."""
-    if windows is None or not (args.preserve_energy_share or args.preserve_soft_strength):
-        return None, None
-    tokens: list[list[int]] = windows.tolist()
-    weights = [[1 / windows.numel()] * windows.shape[1]] * len(windows)
-    if answers is not None and args.preserve_prompts:
-        starts = answers.encoded.target_starts.tolist()
-        prompts = [answers.encoded[n].input_ids[:start].tolist() for n, start in enumerate(starts)]
-        tokens += prompts
-        weights += [[0.0] * (len(prompt) - 1) + [args.preserve_prompts / len(prompts)] for prompt in prompts]
-    return tokens, weights

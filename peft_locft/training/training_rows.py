@@ -1,4 +1,4 @@
-"""What a run trains on beside its edits: variants of them, and prompts whose answers it keeps."""
+"""Which rows of the training data are edits, variants or retained, and which of them make up a batch."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import torch
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """Which rows of what is encoded are edits, which are variants of them, and which are kept as the base has them.
+    """Which encoded rows are edits, variants of edits, or retained rows.
 
-    The edits come first, then the variants, edit by edit, then what is kept: first what was made of an edit, edit by
-    edit, then all else.
+    Their order: the edits; the variants, edit by edit; the retained rows that were made from edits, edit by edit; the
+    other retained rows.
 
     Args:
-        num_edits: rows that are edits.
-        num_variants: (edits,) rows that are variants of each.
-        num_retained: rows that are kept.
-        variants_per_epoch: of each edit's, drawn anew every epoch, 0.5 for one of every second edit's.
-        retained_per_edit: kept rows beside every edit of a batch.
-        num_own_retained: (edits,) retained rows made of each edit. They go into the batches that their
-            edit is in: what an update changes first is what is asked as its edits ask.
+        num_edits: number of edits.
+        num_variants: (edits,) variants of each edit.
+        num_retained: number of retained rows.
+        variants_per_epoch: variants of each edit in an epoch, drawn anew; 0.5 means one for every second edit.
+        retained_per_edit: retained rows per edit in a batch.
+        num_own_retained: (edits,) retained rows made from each edit. They go into the batches of their edit, whose
+            step changes the answers to similar prompts most.
         num_known: edits that the model had learned before this run.
     """
 
@@ -44,21 +44,21 @@ class TrainingRows:
 
     @cached_property
     def first_retained(self) -> int:
-        """The number of rows that are trained towards a target, before those that are kept."""
+        """Index of the first retained row: the number of rows that are trained towards a target."""
         return self.num_edits + sum(self.num_variants)
 
     def companions(self, batches: Sequence[list[int]], generator: torch.Generator) -> list[list[int]]:
-        """Return the variants and kept rows that go with each batch of an epoch.
+        """Return the variants and retained rows of each batch of an epoch.
 
         Args:
-            batches: of edits, an epoch of them.
-            generator: the order follows from it alone.
+            batches: the edits of each batch.
+            generator: decides the order alone.
         """
         variants = self._drawn_variants(generator) or [[]] * self.num_edits
-        kept = self._drawn_retained(batches, generator) if self.num_retained else [[]] * len(batches)
+        retained = self._drawn_retained(batches, generator) if self.num_retained else [[]] * len(batches)
         return [
             [row for edit in batch for row in variants[edit]] + beside
-            for batch, beside in zip(batches, kept, strict=True)
+            for batch, beside in zip(batches, retained, strict=True)
         ]
 
     def _drawn_variants(self, generator: torch.Generator) -> list[list[int]]:
@@ -79,19 +79,19 @@ class TrainingRows:
         return min(int(whole) + more, count)
 
     def _drawn_retained(self, batches: Sequence[list[int]], generator: torch.Generator) -> list[list[int]]:
-        """Draw the kept rows of each batch: its edits' own for their share of all, and what is no edit's in turn."""
+        """Draw the retained rows of each batch: those of its edits by their share of all, then others in turn."""
         own, begin = [], self.first_retained
         for count in self.num_own_retained or [0] * self.num_edits:
             own.append((begin + torch.randperm(count, generator=generator)).tolist())
             begin += count
         own_share = (begin - self.first_retained) / self.num_retained
-        # where all are some edit's, a batch whose edits have too few takes those of others
+        # if all belong to edits, a batch whose edits have too few takes those of other edits
         others = self._in_turn(self.first_retained if own_share == 1 else begin, generator)
         drawn, edits_so_far, taken = [], 0, 0
         for batch in batches:
             edits_so_far += len(batch)
             until = round(self.retained_per_edit * edits_so_far)
-            # one of each edit's, then a second; the edits of a batch are in random order
+            # one of each edit, then a second; the edits of a batch are in random order
             rounds = (row for of_round in zip_longest(*(own[edit] for edit in batch)) for row in of_round)
             num_own = round(own_share * until) - round(own_share * taken)
             rows = list(islice((row for row in rounds if row is not None), num_own))
@@ -100,7 +100,7 @@ class TrainingRows:
         return drawn
 
     def _in_turn(self, begin: int, generator: torch.Generator) -> Iterator[int]:
-        """Yield the kept rows from `begin` on, none a second time before all the others were."""
+        """Yield the retained rows from `begin` on in random order, each once before any repeats."""
         while True:
             yield from (
                 begin + torch.randperm(self.first_retained + self.num_retained - begin, generator=generator)

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.edits import Edit, edits_sha256, read_edits
 from ..data.texts import TextSource
+from ..engine.activation_storage import SharedActivations
 from ..engine.loading import load_model
-from ..engine.shared_states import sharing_states
 from ..evaluation.config import EvaluationConfig
 from ..evaluation.evaluator import EditSource
 from ..locating.module_kinds import KINDS, location_of
@@ -122,11 +122,11 @@ def search_locations(
     folder = Path(args.output_dir)
     progress = not args.disable_tqdm if show_progress is None else show_progress
     rates = plan.learning_rates or {}
-    trials = LocationTrials(model, tokenizer, sample, args, ladder, weights, evaluation, text, rates)
+    shared = SharedActivations(folder / STATES, layers)
+    trials = LocationTrials(model, tokenizer, sample, args, ladder, weights, evaluation, text, rates, shared)
     setting = _setting(model, sample, args, plan, layers, ladder, weights, trials)
     trials.begin(folder, setting)
-    with sharing_states(folder / STATES, layers):
-        found = trials.search(plan.modules, layers, coarse, plan.stride, plan.keep, progress)
+    found = trials.search(plan.modules, layers, coarse, plan.stride, plan.keep, progress)
     search = LocationSearchResult(found, setting, model_shape(model.config))
     search.save(folder)
     if can_draw():
@@ -195,7 +195,7 @@ def _setting(
     trials: LocationTrials,
 ) -> dict[str, Any]:
     """Return everything that the results depend on, as plain data."""
-    recipe = {name: getattr(args, name) for name in (*RECIPE_FIELDS, "skip_learned_epochs")}
+    recipe = {name: getattr(args, name) for name in RECIPE_FIELDS}
     return {
         "model": getattr(model.config, "name_or_path", ""),
         "shape": model_shape(model.config),

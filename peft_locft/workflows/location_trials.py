@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.edits import Edit
 from ..data.texts import TextSource
+from ..engine.activation_storage import SharedActivations
 from ..engine.memory import free_memory
 from ..engine.model_state import TrainingDivergedError
 from ..evaluation.config import EvaluationConfig
@@ -50,6 +51,7 @@ class LocationTrials:
         evaluation: how the last rung is evaluated.
         text: for perplexity and KL.
         learning_rates: by module, if not the recipe's.
+        shared_activations: of the base, for all trials; `None`: each runs the frozen layers itself.
     """
 
     model: PreTrainedModel
@@ -61,6 +63,7 @@ class LocationTrials:
     evaluation: EvaluationConfig
     text: TextSource | None
     learning_rates: Mapping[str, float]
+    shared_activations: SharedActivations | None = None
     _folder: Path = Path()
     _evaluators: dict[int, EditEvaluator] = field(default_factory=dict)
 
@@ -185,7 +188,8 @@ class LocationTrials:
         }
         begun = time.perf_counter()
         try:
-            trial = try_adapter(self.model, self.tokenizer, edits, config_of(location), args, self._evaluator(rung))
+            config, evaluator = config_of(location), self._evaluator(rung)
+            trial = try_adapter(self.model, self.tokenizer, edits, config, args, evaluator, self.shared_activations)
         except (TrainingDivergedError, FloatingPointError) as error:
             logger.warning("%s: %s", candidate, error)
             nothing: dict[str, Any] = {"score": 0.0, "metrics": {}, "before": {}, "epochs": 0, "evaluation_seconds": 0}

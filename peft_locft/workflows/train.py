@@ -1,4 +1,4 @@
-"""One call from a model's name and a file of edits to a saved adapter: what `locft train` does."""
+"""Trains edits into a model and saves the adapter: what `locft train` does."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from ..tuner.presets import default_location
 
 logger = logging.getLogger(__name__)
 
-WEAKER = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+WEAKER_SCALES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 def train_edits(
@@ -60,29 +60,29 @@ def train_edits(
 
     Args:
         model_name_or_path: the base model: a folder or a name on the Hub.
-        edits: whatever `read_edits` reads.
-        peft_config: what to train; `None` is `LocFTConfig()`. Any other PEFT method works too, and so does what
-            `locft locate` has found.
-        args: the recipe, and where to save; `None` is the published one.
+        edits: anything that `read_edits` reads.
+        peft_config: what to train: a `LocFTConfig`, the configuration of another PEFT method, or the preset that
+            `locft locate` found. `None`: `LocFTConfig()`.
+        args: the recipe and the output folder; `None`: the published recipe.
         revision: branch, tag or commit of the base model on the Hub.
-        dtype: `"auto"` (as the checkpoint says), `"float32"`, `"bfloat16"` or `"float16"`, for the base model.
-        trust_remote_code: run the code that comes with the base model; leave it off unless you have read that code.
-        on_conflict: what to do about one prompt with two targets, see `read_edits`.
-        num_edits: take so many from the beginning; `None`: all.
-        evaluate_every: epochs between evaluations while training; 0 for none. See `EvaluationCallback`.
-        evaluate_num_edits: edits that are evaluated, chosen by `args.seed`.
-        best_metric: the metric by which an epoch is the best; its weights are kept.
-        patience: evaluations without a better one after which training ends.
-        keep_reliability: after training, take the weakest delta, `scale` from 0.5 to 1, whose reliability on
-            `evaluate_num_edits` edits is still this; see `choose_scale`.
-        ship_edits: save the edits in the adapter's folder, too: whoever has the adapter can read them then, and
-            `update_adapter` needs nothing else.
+        dtype: of the base model: `"auto"` (as in the checkpoint), `"float32"`, `"bfloat16"` or `"float16"`.
+        trust_remote_code: run the code that comes with the base model. Read that code first.
+        on_conflict: what to do about a prompt with two targets, see `read_edits`.
+        num_edits: use only the first N edits; `None`: all.
+        evaluate_every: epochs between evaluations during training; 0: no evaluation. See `EvaluationCallback`.
+        evaluate_num_edits: number of edits to evaluate, drawn with `args.seed`.
+        best_metric: metric that selects the best epoch; enables early stopping.
+        patience: stop after this many evaluations without improvement.
+        keep_reliability: after training, set the smallest `scale` from 0.5 to 1 at which the reliability on
+            `evaluate_num_edits` edits is at least this, see `choose_scale`.
+        ship_edits: save the edits in the adapter folder. Everyone with the adapter can read them, and
+            `update_adapter` then needs no other file.
 
     Returns:
-        What was saved.
+        A summary of the saved adapter.
 
     Raises:
-        ValueError: if the edits, the location or the recipe cannot be used; nothing is trained or written then.
+        ValueError: if the edits, the location or the recipe cannot be used. Nothing is trained or written then.
         NotADirectoryError: if `args.output_dir` is a file.
         OSError: if the base model or its tokenizer cannot be loaded.
 
@@ -93,9 +93,9 @@ def train_edits(
     args = BreadthFirstConfig() if args is None else args
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     peft_config = _what_to_train(peft_config, model_name_or_path, source)
-    # a mistake should not wait for a large model to load, or to be trained
+    # find mistakes before a large model is loaded or trained
     if best_metric is not None and not evaluate_every:
-        raise ValueError(f"best_metric={best_metric!r} needs evaluations while training: give evaluate_every.")
+        raise ValueError(f"best_metric={best_metric!r} needs evaluations during training. Set evaluate_every, too.")
     _check(args, peft_config, keep_reliability)
     read = first_edits(edits, num_edits, on_conflict)
     check_sources(read, args)
@@ -119,45 +119,49 @@ def train_edits(
     trainer.save_model()
     if ship_edits and args.should_save:
         describe_adapter(args.output_dir, edits=trainer.edits)
-    trainer.accelerator.wait_for_everyone()  # one process writes what all of them read now
+    trainer.accelerator.wait_for_everyone()  # one process has written what all read now
     return inspect_adapter(args.output_dir)
 
 
 def _check(args: BreadthFirstConfig, peft_config: PeftConfig, keep_reliability: float | None) -> None:
     if keep_reliability is not None and not (0 < keep_reliability <= 1 and isinstance(peft_config, LocFTConfig)):
-        raise ValueError(f"keep_reliability={keep_reliability!r}: expected above 0 and up to 1, of a LocFT adapter.")
+        raise ValueError(
+            f"keep_reliability={keep_reliability!r}: expected a number above 0, at most 1, and a LocFTConfig."
+        )
     check_folder(args.output_dir, "an adapter")
     if args.resume_from_checkpoint:
         whole_checkpoint(args.output_dir, args.resume_from_checkpoint)
 
 
 def _evaluation(sample: Sequence[Edit], args: BreadthFirstConfig, **fields: Any) -> EvaluationCallback:
-    asked = EvaluationConfig(protocols=["generation", "token_accuracy"], chat_template=args.chat_template)
-    return EvaluationCallback(sample, args=asked, draw=draw_curves if can_draw() else None, **fields)
+    evaluation = EvaluationConfig(protocols=["generation", "token_accuracy"], chat_template=args.chat_template)
+    return EvaluationCallback(sample, args=evaluation, draw=draw_curves if can_draw() else None, **fields)
 
 
 def _weaken(trainer: BreadthFirstTrainer, sample: Sequence[Edit], reliability: float) -> None:
-    """Set the smallest scale of the delta that keeps a reliability on a sample of the edits."""
+    """Set the smallest scale of the delta at which a sample of the edits keeps its reliability."""
     model, args = trainer.accelerator.unwrap_model(trainer.model), trainer.args
     prompts = [replace(edit, rephrasings=(), locality=(), portability=()) for edit in sample]
-    asked = EvaluationConfig(protocols=["generation"], chat_template=args.chat_template)
-    evaluator = EditEvaluator(model, trainer.processing_class, prompts, asked, progress=not args.disable_tqdm)
+    evaluation = EvaluationConfig(protocols=["generation"], chat_template=args.chat_template)
+    evaluator = EditEvaluator(model, trainer.processing_class, prompts, evaluation, progress=not args.disable_tqdm)
 
     def measured(weaker: PeftModel) -> dict[str, float]:
         found = evaluator.evaluate(weaker).results["reliability_exact_match"].after.value
         return {"reliability": found, "scale": weaker.peft_config[weaker.active_adapter].scale}
 
     trade_off = TradeOff({"scale": -1.0}, at_least={"reliability": reliability})
-    chosen = choose_scale(model, measured, trade_off, WEAKER, progress=not args.disable_tqdm)
-    logger.warning("The delta's scale is %g, the smallest that keeps the reliability.\n%s", chosen.scale, chosen)
+    chosen = choose_scale(model, measured, trade_off, WEAKER_SCALES, progress=not args.disable_tqdm)
+    logger.warning(
+        "Set the scale of the delta to %g, the smallest that keeps the reliability.\n%s", chosen.scale, chosen
+    )
 
 
 def _what_to_train(
-    asked: PeftConfig | LocationPreset | None, model_name_or_path: str | os.PathLike[str], source: dict[str, Any]
+    wanted: PeftConfig | LocationPreset | None, model_name_or_path: str | os.PathLike[str], source: dict[str, Any]
 ) -> PeftConfig:
-    if isinstance(asked, LocationPreset):
-        return asked.config_for(AutoConfig.from_pretrained(model_name_or_path, **source))
-    config = LocFTConfig() if asked is None else copy.deepcopy(asked)
+    if isinstance(wanted, LocationPreset):
+        return wanted.config_for(AutoConfig.from_pretrained(model_name_or_path, **source))
+    config = LocFTConfig() if wanted is None else copy.deepcopy(wanted)
     if config.task_type is None:
         config.task_type = "CAUSAL_LM"  # lets AutoPeftModelForCausalLM load it
     return config

@@ -1,4 +1,4 @@
-"""One trial of many: an adapter is trained on a base, evaluated, and taken off again."""
+"""A trial: an adapter is trained on a base, evaluated, and removed again."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from peft import PeftConfig, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
 from ..data.edits import Edit
+from ..engine.activation_storage import SharedActivations
 from ..evaluation.evaluator import EditEvaluator
 from ..evaluation.report import EvaluationReport
 from ..training.config import BreadthFirstConfig
@@ -22,13 +23,13 @@ from ..training.trainer import BreadthFirstTrainer
 
 @dataclass(frozen=True)
 class TrialResult:
-    """What a trial has found.
+    """The result of a trial.
 
     Attributes:
-        report: its evaluation.
+        report: the evaluation of the adapter.
         epoch_losses: of the training.
-        training_seconds: with all that had to be made ready.
-        evaluation_seconds: of the adapter, and of the base where it was the first to be evaluated.
+        training_seconds: of the training and its preparation.
+        evaluation_seconds: of the adapter; in the first trial of the base, too.
     """
 
     report: EvaluationReport
@@ -44,25 +45,33 @@ def try_adapter(
     config: PeftConfig,
     args: BreadthFirstConfig,
     evaluator: EditEvaluator,
+    shared_activations: SharedActivations | None = None,
 ) -> TrialResult:
     """Train an adapter and evaluate it.
 
     Args:
-        model: the base, which is left as it was.
+        model: the base; it is not changed.
         tokenizer: its tokenizer.
-        edits: what is trained.
-        config: the adapter; its own for every trial, since PEFT writes into it.
+        edits: the edits to train.
+        config: of the adapter; a new one for every trial, since PEFT writes into it.
         args: the recipe.
-        evaluator: of the base, shared by all trials: the base is asked once.
+        evaluator: of the base, shared by all trials, so that the base is evaluated once.
+        shared_activations: of the base, shared by all trials; `None`: each runs the frozen layers itself.
 
     Raises:
         RuntimeError: if the loss becomes NaN or infinite.
-        FloatingPointError: if the logits of the edited model are.
+        FloatingPointError: if the logits of the edited model are NaN or infinite.
     """
     edited = get_peft_model(model, config)
     begun = time.perf_counter()
     try:
-        trainer = BreadthFirstTrainer(model=edited, args=args, train_dataset=edits, processing_class=tokenizer)
+        trainer = BreadthFirstTrainer(
+            model=edited,
+            args=args,
+            train_dataset=edits,
+            processing_class=tokenizer,
+            shared_activations=shared_activations,
+        )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         trained = time.perf_counter()
@@ -71,15 +80,15 @@ def try_adapter(
     finally:
         edited.unload()
         trainer = None  # type: ignore[assignment]
-        gc.collect()  # trainer and model hold each other
+        gc.collect()  # trainer and model refer to each other
     return TrialResult(report, losses, trained - begun, time.perf_counter() - trained)
 
 
 def known_result(path: Path, cell: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the result in a file if it is that of this cell, whose settings it begins with; else `None`."""
+    """Return the result in a file if it has the settings of this cell; else `None`."""
     if not path.is_file():
         return None
     row: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    # through JSON and back, as the file has been
+    # through JSON and back, as the file was
     expected = json.loads(json.dumps(cell))
     return row if {name: row.get(name) for name in expected} == expected else None

@@ -1,4 +1,4 @@
-"""Update a saved adapter: add, replace and withdraw edits by training on from its delta."""
+"""Updates a saved adapter: adds, replaces and withdraws edits by training on from its delta."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ from ..training.trainer import BreadthFirstTrainer
 from ..training.training_data import TrainingData, check_sources
 from ..tuner.model import differing_from_base
 
-ANSWER_TOKENS = 32  # of the base, as many as the published protocol looks at
-SHARE_CHANGED = 0.1  # of the rows of an epoch, at least
+ANSWER_TOKENS = 32  # of the base, as in the published protocol
+SHARE_CHANGED = 0.1  # smallest share of changed rows in an epoch
 COUNTED = ("added", "replaced", "withdrawn")
 
 
 class ContinuedTrainer(BreadthFirstTrainer):
-    """A `BreadthFirstTrainer` of an adapter that was trained before.
+    """A `BreadthFirstTrainer` that updates an adapter.
 
     Args:
         model: with the adapter, trainable and active.
         args: the recipe.
-        plan: what becomes of the adapter's edits.
+        plan: the edits to keep, add, replace and withdraw.
         processing_class: the model's fast tokenizer.
-        earlier: the content of the adapter's `locft_provenance.json`.
-        ship_edits: whether what is saved has the edits in it.
+        earlier: content of the adapter's `locft_provenance.json`.
+        ship_edits: save the edits in the adapter folder.
     """
 
     def __init__(
@@ -72,14 +72,14 @@ class ContinuedTrainer(BreadthFirstTrainer):
         super().__init__(model=model, args=args, train_dataset=plan.edits, processing_class=processing_class)
 
     def _make_data(self, model: Any, tokenizer: PreTrainedTokenizerBase, args: BreadthFirstConfig) -> TrainingData:
-        """Add the base's answers to withdrawn prompts, and repeat what is new as often as needed."""
+        """Add the base's answers to withdrawn prompts, and repeat changed rows as often as needed."""
         data = super()._make_data(model, tokenizer, args)
         prompts = encode_prompts(self.plan.restored_prompts, tokenizer, chat_template=args.chat_template)
         self.questions = [Question(tuple(ids), num_stops=UNTIL_EOS, max_new_tokens=ANSWER_TOKENS) for ids in prompts]
         check_fits(model, self.questions, tokenizer)
         with as_base(model):
             answers = generate_and_score(
-                model, tokenizer, self.questions, whose="the base model", progress=not args.disable_tqdm
+                model, tokenizer, self.questions, label="the base model", progress=not args.disable_tqdm
             )
         self.base_answers = [answer.token_ids for answer in answers]
         answered = [
@@ -91,19 +91,19 @@ class ContinuedTrainer(BreadthFirstTrainer):
         return data.with_targets(more, num_known=len(self.edits) - num_new)
 
     def count_as_base(self) -> int | None:
-        """Return how many withdrawn prompts are answered with the base's tokens; None where the model is sharded."""
+        """Return the number of withdrawn prompts with the base's answer; `None` if the model is sharded."""
         if self.accelerator.distributed_type in SHARDED:
             return None
         model = self.accelerator.unwrap_model(self.model)
-        found = generate_and_score(model, self.processing_class, self.questions, progress=not self.args.disable_tqdm)
-        return sum(mine.token_ids == base for mine, base in zip(found, self.base_answers, strict=True))
+        answers = generate_and_score(model, self.processing_class, self.questions, progress=not self.args.disable_tqdm)
+        return sum(mine.token_ids == base for mine, base in zip(answers, self.base_answers, strict=True))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if output_dir not in (None, self.args.output_dir):
             super()._save(output_dir, state_dict)  # a checkpoint
         elif self.args.should_save:
             record = training_record(
-                self.edits, self.args, self.record, self.state.global_step, augmentation=self.data.record()
+                self.edits, self.args, self.loss_history, self.state.global_step, augmentation=self.data.provenance()
             )
             save_adapter(
                 self.accelerator.unwrap_model(self.model, keep_torch_compile=False),
@@ -117,17 +117,17 @@ class ContinuedTrainer(BreadthFirstTrainer):
 def _repeated(
     rows: EncodedEdits, num_edits: int, num_new: int, answered: Sequence[tuple[list[int], int]]
 ) -> EncodedEdits | None:
-    """Return the rows to be added to edits, of which the last `num_new` are new: answered prompts, and repetitions.
+    """Return the rows to add to the edits: answered prompts, and repetitions of them and of the `num_new` last edits.
 
-    The new ones and the answered prompts are repeated until they are a tenth of all, or more. Rows that begin alike
-    are computed once, so that this costs next to nothing.
+    They are repeated until they make up a tenth of all rows, or more. Shared prefixes are computed once, so that this
+    costs almost nothing.
     """
-    num_retained = num_edits - num_new
-    new = [(rows[n].input_ids.tolist(), rows[n].target_start) for n in range(num_retained, num_edits)]
+    num_known = num_edits - num_new
+    new = [(rows[n].input_ids.tolist(), rows[n].target_start) for n in range(num_known, num_edits)]
     changed = [*new, *answered]
     if not changed:
         return None
-    times = math.ceil(SHARE_CHANGED / (1 - SHARE_CHANGED) * num_retained / len(changed)) - 1
+    times = math.ceil(SHARE_CHANGED / (1 - SHARE_CHANGED) * num_known / len(changed)) - 1
     added = [*answered, *(changed * times)]
     return flatten_rows([tokens for tokens, _ in added], [start for _, start in added]) if added else None
 
@@ -137,15 +137,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class UpdateSummary:
-    """What `update_adapter` did.
+    """The result of `update_adapter`.
 
     Attributes:
-        plan: the edits, and what became of them.
-        num_restored: prompts of withdrawn edits that the base is to answer again.
-        num_as_base: those of them that are answered token for token as the base answers, at most 32 tokens; `None` if
-            the model was spread over processes, so that it could not be asked.
-        trained_edits: the file with the edits that the new adapter holds, for the next time; `None` if it ships them.
-        adapter: what was saved.
+        plan: the edits kept, added, replaced and withdrawn.
+        num_restored: withdrawn prompts, trained towards the base's answer.
+        num_as_base: withdrawn prompts whose first 32 tokens of answer equal the base's; `None` if the model was
+            sharded and could not generate.
+        trained_edits: file with the edits of the new adapter, for the next update; `None` if the adapter ships them.
+        adapter: summary of the saved adapter.
     """
 
     plan: EditPlan
@@ -161,9 +161,9 @@ class UpdateSummary:
     def __str__(self) -> str:
         lines = [f"edits: {self.plan}"]
         if self.num_restored and self.num_as_base is not None:
-            lines.append(f"{self.num_as_base} of {self.num_restored} withdrawn prompts are answered as by the base")
+            lines.append(f"{self.num_as_base} of {self.num_restored} withdrawn prompts have the base's answer again")
         if self.trained_edits is not None:
-            lines.append(f"the edits that the adapter holds, which it does not ship: {self.trained_edits}")
+            lines.append(f"edits of the adapter, needed for the next update: {self.trained_edits}")
         return "\n".join([*lines, "", str(self.adapter)])
 
 
@@ -184,48 +184,47 @@ def update_adapter(
 ) -> UpdateSummary:
     """Add, replace and withdraw edits of a saved adapter, and save the new one to `args.output_dir`.
 
-    Training begins with the adapter's delta and a fresh optimizer, over all the edits that are held in the end. The
-    prompts of withdrawn edits are trained towards what the base itself answers, greedily, and are no edits afterwards.
-    What is new or withdrawn makes up a tenth of every epoch at least, by repetition, so that the loss floor does not
-    end training while a few of it are lost among thousands that are known. For the same reason the share in
-    `stop_at_learned` is of these rows: no more of all may be unlearned than it leaves of them.
+    Training continues from the adapter's delta with a fresh optimizer, over all edits of the new adapter. Prompts of
+    withdrawn edits are trained towards the base's greedy answer, and are no edits afterwards. New and withdrawn edits
+    are repeated until they make up a tenth of every epoch, so that the loss floor does not end training before they
+    are learned. For the same reason `stop_at_learned` is a share of these rows.
 
     Args:
-        adapter: a local adapter folder, of any PEFT method. It is left as it is, until the new one is whole, if
-            `args.output_dir` is the same folder.
-        edits: new ones, whatever `read_edits` reads; one with another target for a known prompt replaces that.
-        forget: which to withdraw: a text file or lines, see `merge_edit_lists`.
-        args: the recipe, and where to save; `None` is the published one. What edits look like to the model
-            (`append_eos`, `chat_template`) must be as the adapter was trained.
+        adapter: a local adapter folder of any PEFT method. If `args.output_dir` is the same folder, the new adapter
+            replaces it once it is complete.
+        edits: new edits, anything that `read_edits` reads. One with another target for a known prompt replaces it.
+        forget: edits to withdraw: a text file or lines, see `merge_edit_lists`.
+        args: the recipe and the output folder; `None`: the published recipe. `append_eos` and `chat_template` must be
+            as in the adapter's training.
         trained_edits: the edits that the adapter was trained on, if it does not ship them, see `adapter_edits`.
-        ship_edits: whether the new adapter ships its edits; `None` is as the old one does. Otherwise they are written
-            beside `args.output_dir`, to a file that is named by their sha256, and is `trained_edits` the next time.
-        model_name_or_path: the base model; `None` is the one that the adapter names.
-        revision: branch, tag or commit of the base on the Hub; `None` is the one that the adapter names.
+        ship_edits: save the edits in the new adapter folder; `None`: as the old one. Without, they are written to a
+            file beside `args.output_dir`, named by their sha256: `trained_edits` of the next update.
+        model_name_or_path: the base model; `None`: the one that the adapter names.
+        revision: branch, tag or commit of the base on the Hub; `None`: the one that the adapter names.
         dtype: as in `train_edits`.
         trust_remote_code: as in `train_edits`.
-        on_conflict: what to do about one prompt with two targets among the new edits, see `read_edits`.
-        num_edits: take so many of the new edits from the beginning; `None`: all.
+        on_conflict: what to do about a new prompt with two targets, see `read_edits`.
+        num_edits: use only the first N new edits; `None`: all.
 
     Returns:
-        What was saved, and how many withdrawn prompts are answered as the base answers.
+        A summary of the saved adapter and of the withdrawn prompts.
 
     Raises:
-        ValueError: if there is nothing to do; if the adapter is refused by `check_adapter`, belongs to another base or
-            was trained with another form of edits; if the edits cannot be used, or `adapter_edits` or
-            `merge_edit_lists` refuses them; if `args` are of depth-first order. Nothing is trained or written then.
+        ValueError: if there is nothing to do; `check_adapter`, `adapter_edits` or `merge_edit_lists` refuses its
+            input; the adapter belongs to another base or was trained with other `append_eos` or `chat_template`; or
+            the recipe is depth-first. Nothing is trained or written then.
         NotADirectoryError: if `args.output_dir` is a file.
         OSError: if a file, the base model or its tokenizer cannot be read.
 
     Example:
         >>> print(update_adapter("out", None, ["The capital of Norway is"], BreadthFirstConfig(output_dir="out")))
         edits: 99 kept, 0 added, 0 replaced, 1 withdrawn
-        1 of 1 withdrawn prompts are answered as by the base
+        1 of 1 withdrawn prompts have the base's answer again
         …
     """
     args = BreadthFirstConfig() if args is None else args
     if edits is None and forget is None:
-        raise ValueError("update_adapter: found neither new edits nor edits to forget; expected one of them, or both.")
+        raise ValueError("update_adapter: found neither edits nor forget. Pass one of them, or both.")
     check_folder(args.output_dir, "an adapter")
     checked = check_adapter(adapter, method=None)
     _check_recipe(checked, args)
@@ -240,7 +239,7 @@ def update_adapter(
     config = checked.config
     base, revision = model_name_or_path or config.base_model_name_or_path, revision or config.revision
     if base is None:
-        raise ValueError(f"{adapter}: it does not say which base model it belongs to; give model_name_or_path.")
+        raise ValueError(f"{adapter}: the adapter names no base model. Pass model_name_or_path.")
     model, tokenizer = load_model(base, dtype, revision=revision, trust_remote_code=trust_remote_code)
     peft_model = _with_trainable_adapter(model, checked)
     with warnings.catch_warnings():
@@ -250,28 +249,28 @@ def update_adapter(
     num_restored, num_as_base = len(trainer.questions), trainer.count_as_base()
     if num_as_base is not None and num_as_base < num_restored:
         logger.warning(
-            "%d of %d withdrawn prompts are not answered as by the base. Train longer, or to a lower loss_floor.",
+            "%d of %d withdrawn prompts do not have the base's answer. Train longer, or to a lower loss_floor.",
             num_restored - num_as_base,
             num_restored,
         )
     file = None if ship_edits else _write_beside(args, plan.edits)
     trainer.save_model()
-    trainer.accelerator.wait_for_everyone()  # one process writes what all of them read now
+    trainer.accelerator.wait_for_everyone()  # one process has written what all read now
     return UpdateSummary(plan, num_restored, num_as_base, file, inspect_adapter(args.output_dir))
 
 
 def _check_recipe(adapter: CheckedAdapter, args: BreadthFirstConfig) -> None:
     if args.edit_order != "breadth_first":
         raise ValueError(
-            f"BreadthFirstConfig.edit_order={args.edit_order!r}: an adapter is trained on over all its edits "
-            "together. Give 'breadth_first'."
+            f"BreadthFirstConfig.edit_order={args.edit_order!r}: an update trains all edits of the adapter together. "
+            "Use 'breadth_first'."
         )
     for name in ("append_eos", "chat_template"):
         found, recorded = getattr(args, name), adapter.facts.get("recipe", {}).get(name, getattr(args, name))
         if found != recorded:
             raise ValueError(
-                f"BreadthFirstConfig.{name}={found}: {adapter.folder} was trained with {recorded}, and its edits "
-                f"would look different to the model. Give {name}={recorded}."
+                f"BreadthFirstConfig.{name}={found}: {adapter.folder} was trained with {name}={recorded}. "
+                f"Use {name}={recorded}."
             )
 
 
@@ -285,14 +284,14 @@ def _with_trainable_adapter(model: nn.Module, adapter: CheckedAdapter) -> PeftMo
     differing = differing_from_base(peft_model, "default", adapter.config)
     if differing:
         raise ValueError(
-            f"{adapter.folder} was trained on another base: {', '.join(differing[:3])} differ from the weights that "
-            "its deltas belong to. Give its own base, at the revision and dtype that it was trained on."
+            f"{adapter.folder} was trained on another base: {', '.join(differing[:3])} differ from the weights of its "
+            "training. Pass the base, revision and dtype that it was trained on."
         )
     return peft_model
 
 
 def _write_beside(args: Any, edits: Sequence[Edit]) -> Path:
-    """Write the list that the new adapter does not ship; its name keeps it from replacing an older adapter's."""
+    """Write the edits that the new adapter does not ship to a file named by their hash; return the file."""
     folder = Path(args.output_dir).resolve()
     file = folder.with_name(f"{folder.name}.edits-{edits_sha256(edits)[:12]}.jsonl")
     if args.should_save:

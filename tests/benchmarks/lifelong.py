@@ -65,7 +65,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--withdraw", type=int, nargs="*", default=[1, 5], help="edits to withdraw, a case each")
     parser.add_argument("--add", type=int, default=10, help="edits to add, in one case with those that are replaced")
     parser.add_argument("--replace", type=int, default=5, help="edits that get another target")
-    parser.add_argument("--skip_learned_epochs", type=int, default=0, help="of the adapter that is trained on")
     return parser.parse_args()
 
 
@@ -106,7 +105,7 @@ def trained(arguments: argparse.Namespace, edits: Sequence[Edit], out: Path) -> 
 
 
 def updated(arguments: argparse.Namespace, new: Sequence[Edit], forget: Sequence[str], out: Path) -> None:
-    args = recipe(arguments, out, skip_learned_epochs=arguments.skip_learned_epochs)
+    args = recipe(arguments, out)
     update_adapter(arguments.output / "first", new or None, forget or None, args)
 
 

@@ -20,7 +20,7 @@ from peft_locft import BreadthFirstConfig, EvaluationConfig, read_edits
 from peft_locft.cli.arguments import named_numbers
 from peft_locft.evaluation import EditEvaluator
 from peft_locft.locating.module_kinds import config_of, location_of
-from peft_locft.locating.plan import Candidate, cost, rungs
+from peft_locft.locating.plan import Candidate, num_trained, rungs
 from peft_locft.locating.score import LocationScore
 from peft_locft.workflows.locate import SearchPlan, search_locations
 from peft_locft.workflows.trials import try_adapter
@@ -140,7 +140,7 @@ def of_32_layers(num_edits: int, batch_size: int, keep: int) -> str:
         ladder = rungs(edits, batch_size, count, keep)
         words = ", ".join(f"{rung.num_edits}" for rung in ladder)
         lines.append(
-            f"5 kinds of modules in 32 layers, rungs of {words} edits: {cost(ladder, count, keep):.1f} "
+            f"5 kinds of modules in 32 layers, rungs of {words} edits: {num_trained(ladder, count, keep) / edits:.1f} "
             f"trainings in full, of {count}, and what a step costs beside what it computes."
         )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Every distinct prefix once, and the edits put together from them again."""
+"""Every distinct prefix once, and every edit complete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""States in a file: taken by a later run if they are what it would make, and never half-written."""
+"""States in a file: a later run uses them only if it would compute the same, and no file is half-written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from safetensors import safe_open
 from tiny_training import EDITS, make_trainer, peft_model
 
 from peft_locft import LocFTConfig
-from peft_locft.engine.activation_storage import NAME, fingerprint, new_file
+from peft_locft.engine.activation_storage import NAME, new_states_file, state_files
+from peft_locft.engine.prefix_tree import PrefixTree
 from peft_locft.engine.tail import find_tail
 
 
@@ -31,7 +32,7 @@ def files(folder: Path) -> list[Path]:
 
 
 def is_reused(caplog: pytest.LogCaptureFixture) -> bool:
-    said = "taken from" in caplog.text
+    said = "Using the activations" in caplog.text
     caplog.clear()
     return said
 
@@ -41,7 +42,7 @@ def _log(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "peft_locft")
 
 
-def test_a_later_run_takes_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_later_run_uses_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = train(tmp_path)
     assert not is_reused(caplog)
     [file] = files(tmp_path)
@@ -52,10 +53,10 @@ def test_a_later_run_takes_them(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert is_reused(caplog)
     assert (file.read_bytes(), file.stat().st_mtime_ns) == before
     with safe_open(file, framework="pt") as opened:
-        assert torch.equal(opened.get_tensor(NAME), first.runner.replay.states)
+        assert torch.equal(opened.get_tensor(NAME), first.runner.plan.states)
 
 
-def test_they_are_not_taken_for_another_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_run_does_not_use_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train(tmp_path)
     trunk = peft_model("llama", LocFTConfig(task_type="CAUSAL_LM", layers_to_transform=[1]))
     trunk.get_base_model().model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
@@ -76,13 +77,13 @@ def test_they_are_not_taken_for_another_run(tmp_path: Path, caplog: pytest.LogCa
         assert len(files(tmp_path)) == number, other
 
 
-def test_a_parked_trunk_is_known_by_its_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_offloaded_trunk_is_known_by_its_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train(tmp_path, layer=2)
-    train(tmp_path, layer=2, trunk_residency="layerwise")
+    train(tmp_path, layer=2, offload_trunk=True)
     assert is_reused(caplog)
     model = peft_model("llama", LocFTConfig(task_type="CAUSAL_LM", layers_to_transform=[2]))
     model.get_base_model().model.layers[1].mlp.up_proj.weight.data[0, 0] += 1
-    train(tmp_path, model, trunk_residency="layerwise")
+    train(tmp_path, model, offload_trunk=True)
     assert not is_reused(caplog)
 
 
@@ -95,44 +96,45 @@ def test_what_comes_after_the_trunk_does_not_matter(tmp_path: Path, caplog: pyte
 
 
 @pytest.mark.parametrize("damage", ["cut short", "empty", "another shape"])
-def test_a_file_that_is_not_whole_is_made_anew(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_incomplete_file_is_computed_again(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     expected = train(tmp_path).epoch_losses
     [file] = files(tmp_path)
     content = file.read_bytes()
     if damage == "another shape":
-        with new_file(file, (3, 32), torch.float32) as states:
+        with new_states_file(file, (3, 32), torch.float32) as states:
             states.zero_()
     else:
         file.write_bytes(content[: len(content) - 8] if damage == "cut short" else b"")
     assert train(tmp_path).epoch_losses == expected
-    assert "made anew" in caplog.text
+    assert "computed again" in caplog.text
     assert file.read_bytes() == content
 
 
 def test_nothing_half_written_has_the_name(tmp_path: Path) -> None:
     path = tmp_path / "states" / "x.safetensors"
-    with pytest.raises(KeyboardInterrupt), new_file(path, (4, 2), torch.bfloat16) as states:
+    with pytest.raises(KeyboardInterrupt), new_states_file(path, (4, 2), torch.bfloat16) as states:
         states.fill_(1)
         assert not path.exists()
         raise KeyboardInterrupt
     assert files(tmp_path) == []
 
 
-def test_what_a_killed_run_left_is_cleared_away_after_a_day(tmp_path: Path) -> None:
+def test_the_file_of_a_killed_run_is_deleted_after_a_day(tmp_path: Path) -> None:
     folder = tmp_path / "states"
     folder.mkdir()
-    old, young = folder / ".partial-old", folder / ".partial-young"
+    old, young = folder / ".x.safetensors-old", folder / ".y.safetensors-young"
     for file in (old, young):
         file.write_bytes(b"x")
     yesterday = time.time() - 25 * 3600
     os.utime(old, (yesterday, yesterday))
-    with new_file(folder / "x.safetensors", (4, 2), torch.float32) as states:
+    with new_states_file(folder / "x.safetensors", (4, 2), torch.float32) as states:
         states.fill_(1)
-    assert [file.name for file in files(tmp_path)] == [".partial-young", "x.safetensors"]
+    assert [file.name for file in files(tmp_path)] == [".y.safetensors-young", "x.safetensors"]
 
 
 def test_an_offloaded_weight_cannot_be_hashed(tmp_path: Path) -> None:
     model = peft_model("llama", LocFTConfig(task_type="CAUSAL_LM", layers_to_transform=[1]))
     model.get_base_model().model.layers[0].to("meta")
-    with pytest.raises(ValueError, match=r"activation_cache_dir .*0 .* is offloaded"):
-        fingerprint(model, find_tail(model), None, torch.device("cpu"))  # type: ignore[arg-type]
+    tree = PrefixTree.of(torch.arange(4), torch.tensor([0, 4]), torch.tensor([0]))
+    with pytest.raises(ValueError, match=r"activation_cache_dir: .*\.weight is offloaded"):
+        state_files(tmp_path, model, find_tail(model), tree, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""A process leaves the group that a launcher has put it into."""
+"""A process leaves the group of its launcher."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ def test_it_forgets_the_group_and_keeps_its_device() -> None:
     assert environment == {"HOME": "/home", "CUDA_VISIBLE_DEVICES": "1"}
 
 
-def test_it_takes_one_of_the_devices_that_it_may_see() -> None:
+def test_it_keeps_one_of_its_visible_devices() -> None:
     environment = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "4,6"}
     assert leave_group(environment) == 1
     assert environment == {"CUDA_VISIBLE_DEVICES": "6"}
 
 
-def test_alone_it_changes_nothing() -> None:
+def test_without_a_group_nothing_changes() -> None:
     environment = {"HOME": "/home", "CUDA_VISIBLE_DEVICES": "4,6"}
     assert leave_group(environment) == 0
     assert environment == {"HOME": "/home", "CUDA_VISIBLE_DEVICES": "4,6"}
