@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 from ..tuner.arithmetic import tensor_sha256
-from ..tuner.base_weights import clean_name
+from ..tuner.model import clean_name
 from .offload import whole_layer
 
 # configuration that no hidden state depends on; the weights' dtype is hashed with the weights
