@@ -401,7 +401,7 @@ def test_where_the_values_lie(adapter: Path) -> None:
     assert checked.tensors == {NAME: TensorEntry("F32", (32, 48), size - NUM_BYTES, size)}
     assert checked.num_bytes == size
     assert checked.deltas == {PARAMETER: NAME}
-    assert checked.facts["format"] == 1
+    assert checked.provenance.versions and checked.provenance.to_dict()["format"] == 1
 
 
 def test_files_of_the_trainer_are_left_closed(adapter: Path) -> None:

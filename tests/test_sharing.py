@@ -110,7 +110,7 @@ def test_an_adapter_without_a_card_is_not_pushed(tmp_path: Path) -> None:
     save_adapter(peft_model(), tmp_path)
     (tmp_path / "README.md").unlink()
     with pytest.raises(
-        ValueError, match=r"has no README\.md, the model card\. Write it with describe_adapter, or your own"
+        ValueError, match=r"has no README\.md, the model card\. Write it with describe_adapter, or by hand"
     ):
         push_adapter(tmp_path, "somebody/edits")
 

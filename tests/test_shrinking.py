@@ -103,7 +103,7 @@ def test_what_was_done_and_what_is_kept_is_recorded(tmp_path: Path) -> None:
         f"deltas in bfloat16, the 20% of values that are largest beside their weight; kept {kept:.4%} of the squared"
     )
     assert f"| Made smaller | {said}" in (tmp_path / "small" / "README.md").read_text()
-    assert f"smaller     {said}" in str(inspect_adapter(tmp_path / "small"))
+    assert f"made smaller   {said}" in str(inspect_adapter(tmp_path / "small"))
     assert "shrunk" not in json.loads((tmp_path / "adapter" / FACTS).read_text())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,9 @@ from ..io.files import atomic_file
 from ..tuner.config import DELTA_DTYPES
 from .base_tensors import BaseTensors, edited_tensors
 from .claims import MODEL
-from .provenance import provenance
+from .provenance import ExportDetails, Provenance
 from .reading import CheckedAdapter, check_adapter
 from .saving import atomic_folder, write_description
-
-# an export that answers otherwise is not what was evaluated
-OF_THE_EDIT = ("edits", "recipe", "training", "augmentation")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +89,7 @@ def export_peft(
         )
     config = LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=modules, **base_fields(checked, base))
     named = {f"{MODEL}{name}": tensor for name, tensor in tensors.items()}
-    return write_adapter(checked, out, config, named, to="peft")
+    return write_adapter(checked, out, config, named, ExportDetails("peft"))
 
 
 def export_weights(
@@ -197,15 +194,19 @@ def write_adapter(
     out: str | os.PathLike[str],
     config: PeftConfig,
     tensors: dict[str, torch.Tensor],
-    **export: Any,
+    export: ExportDetails,
 ) -> Export:
     """Write an adapter folder of another PEFT method, whole, with what is known of the LocFT adapter and `export`."""
-    facts = provenance(config, {name: adapter.facts[name] for name in OF_THE_EDIT if name in adapter.facts})
-    facts |= {"base_sha256": getattr(adapter.config, "base_sha256", None) or {}, "export": export}
+    # without the evaluation: an export that answers otherwise is not what was evaluated
+    provenance = replace(
+        Provenance.of_config(config, adapter.provenance.run),
+        base_sha256=getattr(adapter.config, "base_sha256", None) or {},
+        export=export,
+    )
     with atomic_folder(out) as staging:
         save_file(tensors, staging / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(staging))
-        write_description(staging, config, facts)
+        write_description(staging, config, provenance)
     return Export(Path(out), _described(tensors), (Path(out) / SAFETENSORS_WEIGHTS_NAME).stat().st_size)
 
 

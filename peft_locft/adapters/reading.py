@@ -16,6 +16,7 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..io.checkpoint import StoredTensor
+from ..io.json_checks import is_sha256
 from ..io.safetensors_header import (
     DTYPES,
     TensorEntry,
@@ -26,10 +27,11 @@ from ..io.safetensors_header import (
     unique_pairs,
 )
 from ..tuner.config import LocFTConfig
-from .claims import PROVENANCE_NAME, check_config, check_facts, delta_names, is_sha256
+from .claims import check_config, delta_names
+from .provenance import PROVENANCE_NAME, Provenance
 
 MAX_CONFIG_BYTES = 4_000_000
-MAX_FACTS_BYTES = 16_000_000  # depth-first runs list a loss for every edit
+MAX_PROVENANCE_BYTES = 16_000_000  # depth-first runs list a loss for every edit
 PICKLES = (".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth")
 # what transformers' Trainer leaves beside an adapter; nothing here opens them
 TRAINER_FILES = ("optimizer.bin", "optimizer.pt", "scaler.pt", "scheduler.pt", "training_args.bin")
@@ -47,7 +49,7 @@ class CheckedAdapter:
         deltas: the name in the weights file of every delta, by the name of the base parameter that it belongs to;
             empty for any other method than LocFT.
         num_bytes: size of the weights file.
-        facts: its `locft_provenance.json`; empty where it has none.
+        provenance: what is recorded of it; nothing if it has no `locft_provenance.json`.
     """
 
     folder: Path
@@ -55,7 +57,7 @@ class CheckedAdapter:
     tensors: dict[str, TensorEntry]
     deltas: dict[str, str]
     num_bytes: int
-    facts: dict[str, Any]
+    provenance: Provenance
     _identity: tuple[int, ...]
 
     @property
@@ -134,15 +136,12 @@ def check_adapter(folder: str | os.PathLike[str], *, method: str | None = "LOCFT
     _check_no_pickle(folder)
     settings = read_json(folder, CONFIG_NAME, MAX_CONFIG_BYTES)
     config = check_config(settings, folder / CONFIG_NAME, method)
-    facts = {}
-    if os.path.lexists(folder / PROVENANCE_NAME):
-        facts = read_json(folder, PROVENANCE_NAME, MAX_FACTS_BYTES)
-        check_facts(facts, folder / PROVENANCE_NAME)
+    provenance = read_provenance(folder)
     with open_inside(folder, SAFETENSORS_WEIGHTS_NAME) as file:
         tensors = read_header(file, folder / SAFETENSORS_WEIGHTS_NAME)
         num_bytes, identity = file.seek(0, os.SEEK_END), _identity(file)
     deltas = delta_names(tensors, config, folder / SAFETENSORS_WEIGHTS_NAME) if config.peft_type == "LOCFT" else {}
-    return CheckedAdapter(folder, config, tensors, deltas, num_bytes, facts, identity)
+    return CheckedAdapter(folder, config, tensors, deltas, num_bytes, provenance, identity)
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
@@ -159,6 +158,18 @@ def read_adapter(folder: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """
     adapter = check_adapter(folder)
     return {parameter: adapter.read_delta(parameter) for parameter in adapter.deltas}
+
+
+def read_provenance(folder: Path) -> Provenance:
+    """Return what is recorded of the adapter in a folder; nothing if it has no `locft_provenance.json`.
+
+    Raises:
+        ValueError: if the file is refused by `read_json` or `Provenance.from_dict`.
+    """
+    if not os.path.lexists(folder / PROVENANCE_NAME):
+        return Provenance()
+    content = read_json(folder, PROVENANCE_NAME, MAX_PROVENANCE_BYTES)
+    return Provenance.from_dict(content, folder / PROVENANCE_NAME)
 
 
 def read_json(folder: Path, name: str, max_bytes: int) -> dict[str, Any]:

@@ -12,9 +12,9 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -25,8 +25,7 @@ from ..evaluation.report import EvaluationReport
 from ..io.files import check_folder, current_umask, sha256_of_file, write_atomically
 from ..tuner.base_weights import locft_layers
 from .card import CARD_NAME, location_of, model_card
-from .claims import PROVENANCE_NAME
-from .provenance import evaluation_record, provenance
+from .provenance import PROVENANCE_NAME, Provenance, TrainingRun
 from .reading import check_adapter
 from .shipped_edits import EDITS_NAME, ship_edits
 from .shrinking import check_shrinking, shrink_files
@@ -38,7 +37,7 @@ def save_adapter(
     model: PeftModel,
     folder: str | os.PathLike[str],
     *,
-    record: dict[str, Any] | None = None,
+    record: TrainingRun | None = None,
     report: EvaluationReport | None = None,
     edits: Sequence[Edit] | None = None,
     state_dict: dict[str, torch.Tensor] | None = None,
@@ -53,7 +52,7 @@ def save_adapter(
     Args:
         model: the model whose adapters to save.
         folder: where to; it is made if it is not there.
-        record: what is known of the training run, see `adapter_facts.training_record`.
+        record: the training run that made the active adapters, see `training.record.training_record`.
         report: what an evaluation of the active adapters found, for the card.
         edits: those that the active adapters were trained on, to ship them beside the weights. Whoever has the adapter
             can read them then.
@@ -84,15 +83,15 @@ def save_adapter(
             config = PeftConfig.from_pretrained(str(config_file.parent))
             # the run is known of the adapters that it trained, not of others that were loaded beside them
             active = adapter_name in model.active_adapters
-            measured = evaluation_record(report) if report is not None and active else {}
-            facts = provenance(config, (record or {}) | measured if active else None)
+            provenance = Provenance.of_config(config, record if active else None, report if active else None)
             if smaller:
                 base = partial(_base_weight, model, adapter_name)
                 found = check_adapter(config_file.parent)
-                facts["shrunk"] = shrink_files(found, config_file.parent, base, delta_dtype, density)
+                shrunk = shrink_files(found, config_file.parent, base, delta_dtype, density)
+                provenance = replace(provenance, shrunk=shrunk)
             if edits is not None and active:
-                ship_edits(config_file.parent, edits, facts.get("edits"))
-            write_description(config_file.parent, config, facts)
+                ship_edits(config_file.parent, edits, provenance.run)
+            write_description(config_file.parent, config, provenance)
 
 
 def describe_adapter(
@@ -112,26 +111,31 @@ def describe_adapter(
         >>> describe_adapter("out", report=evaluate_edits(model, tokenizer, "edits.jsonl"))
     """
     adapter = check_adapter(folder, method=None)
-    facts = provenance(adapter.config, None)
-    # more of the base may be known by now; of the rest, what was recorded
-    facts |= {name: value for name, value in adapter.facts.items() if name != "base_model"}
+    recorded, now = adapter.provenance, Provenance.of_config(adapter.config)
     if edits is not None:
-        ship_edits(adapter.folder, edits, facts.get("edits"))
-    write_description(adapter.folder, adapter.config, facts | ({} if report is None else evaluation_record(report)))
+        ship_edits(adapter.folder, edits, recorded.run)
+    provenance = replace(
+        recorded,
+        base_model=now.base_model,  # more of the base may be known by now
+        base_sha256=recorded.base_sha256 or now.base_sha256,
+        evaluation=report or recorded.evaluation,
+        versions=recorded.versions or now.versions,
+    )
+    write_description(adapter.folder, adapter.config, provenance)
 
 
-def write_description(folder: Path, config: PeftConfig, facts: dict[str, Any]) -> None:
+def write_description(folder: Path, config: PeftConfig, provenance: Provenance) -> None:
     """Write what is known of an adapter beside its files: `locft_provenance.json`, and the card.
 
     The card of another method's adapter is left to PEFT, unless it is an export of ours.
     """
     files = {SAFETENSORS_WEIGHTS_NAME: sha256_of_file(folder / SAFETENSORS_WEIGHTS_NAME)}
-    write_atomically(folder / PROVENANCE_NAME, json.dumps(facts | {"files": files}, indent=2) + "\n")
-    if config.peft_type == "LOCFT" or "export" in facts:
+    content = replace(provenance, files=files).to_dict()
+    write_atomically(folder / PROVENANCE_NAME, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    if config.peft_type == "LOCFT" or provenance.export is not None:
         ships_edits = (folder / EDITS_NAME).is_file()
-        write_atomically(
-            folder / CARD_NAME, model_card(config, facts, location_of(config, facts), ships_edits=ships_edits)
-        )
+        card = model_card(config, provenance, location_of(config, provenance), ships_edits=ships_edits)
+        write_atomically(folder / CARD_NAME, card)
 
 
 def _base_weight(model: PeftModel, adapter_name: str, parameter: str) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,9 +11,9 @@ from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from .base_tensors import BaseTensors, weights_and_deltas
-from .exports import OF_THE_EDIT, base_of, checked_apart
+from .exports import base_of, checked_apart
 from .inspection import size
-from .provenance import provenance
+from .provenance import Provenance
 from .saving import atomic_folder, write_description
 from .shrinking import check_shrinking, shrink_files
 
@@ -86,7 +86,8 @@ def export_small(
     with atomic_folder(out) as staging:
         shrunk = shrink_files(checked, staging, weights.__getitem__, delta_dtype, density)
         config = PeftConfig.from_pretrained(str(staging))
-        kept = {name: checked.facts[name] for name in OF_THE_EDIT if name in checked.facts}
-        write_description(staging, config, provenance(config, kept | {"shrunk": shrunk}))
+        # without the evaluation: a smaller delta that answers otherwise is not what was evaluated
+        provenance = replace(Provenance.of_config(config, checked.provenance.run), shrunk=shrunk)
+        write_description(staging, config, provenance)
     num_bytes = (Path(out) / SAFETENSORS_WEIGHTS_NAME).stat().st_size
-    return SmallAdapter(Path(out), shrunk["share_kept"], num_bytes, checked.num_bytes)
+    return SmallAdapter(Path(out), shrunk.share_kept, num_bytes, checked.num_bytes)

@@ -89,7 +89,7 @@ class BreadthFirstTrainer(Trainer):
         self.data = self._make_data(model, processing_class, args)
         encoded = self.data.encoded
         check_vocabulary(model, encoded.token_ids)
-        mark_trained(model, self.data.record()["trained_prompts"])
+        mark_trained(model, self.data.record().trained_prompts)
         self.record = LossRecord()
         self.resting = RestingEdits(len(encoded), args.loss_floor, args.skip_learned_epochs)
         self.losses = RowLosses.of(encoded, self.data.rows, args)

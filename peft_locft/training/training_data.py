@@ -6,14 +6,13 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..adapters.provenance import augmentation_record
+from ..adapters.provenance import Augmentation
 from ..data.augmentation import concatenated, paraphrased, swapped_subjects, with_prefix
 from ..data.edits import Edit
 from ..data.encoding import EncodedEdits, encode_edits
@@ -62,9 +61,9 @@ class TrainingData:
     preserved: Sequence[Sequence[int]] | None = None
     preserved_weights: Sequence[Sequence[float]] | None = None
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Augmentation:
         """Return what `locft_provenance.json` says of it."""
-        return augmentation_record(prefixes=self.prefixes, counts=self.counts, prompts=self.prompts)
+        return Augmentation.of_rows(prefixes=self.prefixes, counts=self.counts, prompts=self.prompts)
 
     def with_targets(self, more: EncodedEdits | None, num_known: int) -> TrainingData:
         """Return the same with more rows that are trained towards targets, as edits are, and have no variants.
