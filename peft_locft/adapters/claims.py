@@ -6,13 +6,13 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unicodedata import category
 
-from peft import PeftConfig
-
-from ..io.safetensors_header import TensorEntry, one_line, refusal, shortened
-from ..tuner.base_weights import clean_name
+from ..io.parameter_names import clean_name
+from ..io.safetensors_file import StoredTensor, refusal
+from ..io.untrusted_json import one_line, shortened
 
 PROVENANCE_NAME = "locft_provenance.json"
 PROVENANCE_FORMAT = 1
@@ -86,12 +86,14 @@ _are_edits = _has(count=is_count, sha256=is_sha256)
 _are_trained_prompts = _has(count=is_count, sha256=_is_list(_is_short_hash))
 _is_augmentation = _has(prefixes=_is_list(is_text), counts=_is_dict(is_count), trained_prompts=_are_trained_prompts)
 _is_shrunk = _has(delta_dtype=_or_none(is_text), density=_or_none(is_number), share_kept=is_number)
+# PEFT's TaskType
+TASK_TYPES = (None, "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 # of LocFTConfig and of what PEFT has in every configuration: the check, and what to write
 CONFIG_FIELDS: dict[str, tuple[Check, str]] = {
     "auto_mapping": (_or_none(_is_dict(is_text)), "names of a class and its library, or null"),
     "base_model_name_or_path": (_or_none(is_text), "a name or null"),
     "base_sha256": (_or_none(_is_dict(is_sha256)), "64 hexadecimal digits a tensor, or null"),
-    "delta_dtype": (is_text, "a name"),
+    "delta_dtype": (lambda value: value in ("float32", "bfloat16", "float16"), "float32, bfloat16 or float16"),
     "exclude_modules": (TEXTS, "a name, names or null"),
     "inference_mode": (_is_flag, "true or false"),
     "init_weights": (_is_flag, "true or false"),
@@ -104,9 +106,18 @@ CONFIG_FIELDS: dict[str, tuple[Check, str]] = {
     "scale": (is_number, "a finite number"),
     "target_modules": (TEXTS, "a name, names or null"),
     "target_parameters": (_or_none(_is_list(is_text)), "names or null"),
-    "task_type": (_or_none(is_text), "a name or null"),
+    "task_type": (lambda value: value in TASK_TYPES, f"null or one of {', '.join(TASK_TYPES[1:])}"),
     "train_bias": (_is_flag, "true or false"),
     "trainable_token_indices": (_or_none(_any_of(COUNTS, _is_dict(COUNTS))), "token numbers or null"),
+}
+# what a field is where the file does not name it, as in LocFTConfig
+CONFIG_DEFAULTS: dict[str, Any] = {
+    **dict.fromkeys(CONFIG_FIELDS),
+    "delta_dtype": "float32",
+    "inference_mode": False,
+    "init_weights": True,
+    "scale": 1.0,
+    "train_bias": False,
 }
 
 
@@ -182,7 +193,7 @@ PROVENANCE_FIELDS: dict[str, tuple[Check, str]] = {
 }
 
 
-def check_config(settings: dict[str, Any], where: Path, method: str | None) -> PeftConfig:
+def check_config(settings: dict[str, Any], where: Path, method: str | None) -> Any:
     """Return an adapter's configuration, made of the content of its `adapter_config.json`.
 
     Raises:
@@ -196,6 +207,9 @@ def check_config(settings: dict[str, Any], where: Path, method: str | None) -> P
         )
     if found == "LOCFT":
         _check_fields(settings, CONFIG_FIELDS, where)
+        return SimpleNamespace(**CONFIG_DEFAULTS | settings)
+    from peft import PeftConfig
+
     try:
         return PeftConfig.from_peft_type(**{"peft_type": None} | settings)
     except Exception as error:  # other methods' classes raise whatever a value of the wrong type makes them
@@ -222,7 +236,7 @@ def check_facts(facts: dict[str, Any], where: Path) -> None:
         )
 
 
-def delta_names(tensors: Mapping[str, TensorEntry], config: Any, where: Path) -> dict[str, str]:
+def delta_names(tensors: Mapping[str, StoredTensor], config: Any, where: Path) -> dict[str, str]:
     """Return the name in the weights file of every delta, by the name of the base parameter that it belongs to.
 
     Raises:

@@ -11,9 +11,10 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
+from ..io.checkpoint import Checkpoint
 from ..io.files import sha256_of_file
-from .base_tensors import BaseTensors, weights_and_deltas
 from .card import evaluation_report, shrunk_in_words, usage_lines
+from .edited_parameters import edited_parameters
 from .reading import CheckedAdapter, check_adapter
 from .shipped_edits import EDITS_NAME, shipped_edits
 
@@ -158,8 +159,8 @@ def _verified_base(adapter: CheckedAdapter, base: str | os.PathLike[str], revisi
             f"{adapter.folder} does not record which base tensors it was trained on, so that {base} cannot be "
             "verified. Leave the base out."
         )
-    found = [parameter for parameter, *_ in weights_and_deltas(adapter, BaseTensors(base, revision))]
-    count = sum(parameter in recorded for parameter in found)
+    found = edited_parameters(Checkpoint(base, revision), [adapter])
+    count = sum(parameter.name in recorded for parameter in found)
     return f"{count} of {len(adapter.deltas)} edited tensors in {base} are those that it was trained on"
 
 
