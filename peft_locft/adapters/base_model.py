@@ -7,9 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-
 LICENCE_FIELDS = ("license", "license_name", "license_link")
 MAX_CARD_BYTES = 1_000_000
 
@@ -53,6 +50,9 @@ class BaseModel:
 
 
 def _known_file(base: str | None, name: str, revision: str | None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
     if not base:
         return None
     file = Path(base) / name
@@ -66,6 +66,8 @@ def _known_file(base: str | None, name: str, revision: str | None) -> Path | Non
 
 
 def _licence(card: Path) -> dict[str, str]:
+    from huggingface_hub import ModelCard
+
     with card.open("rb") as file:
         text = file.read(MAX_CARD_BYTES).decode("utf-8", errors="replace")
     try:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-
-from peft import PeftConfig
 
 from ..io.json_checks import (
     Fields,
@@ -21,8 +20,9 @@ from ..io.json_checks import (
     list_of,
     or_none,
 )
-from ..io.safetensors_header import TensorEntry, one_line, refusal, shortened
-from ..tuner.base_weights import clean_name
+from ..io.parameter_names import clean_name
+from ..io.safetensors_file import StoredTensor, refusal
+from ..io.untrusted_json import one_line, shortened
 
 DELTA_DTYPES = ("F32", "BF16", "F16")
 MODEL = "base_model.model."
@@ -31,12 +31,14 @@ TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 
 TEXTS = or_none(any_of(is_text, list_of(is_text)))
 COUNTS = list_of(is_count)
+# PEFT's TaskType
+TASK_TYPES = (None, "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 # of LocFTConfig and of every PEFT configuration: the check, and the expected value in words
 CONFIG_FIELDS: Fields = {
     "auto_mapping": (or_none(dict_of(is_text)), "names of a class and its library, or null"),
     "base_model_name_or_path": (or_none(is_text), "a name or null"),
     "base_sha256": (or_none(dict_of(is_sha256)), "64 hexadecimal digits a tensor, or null"),
-    "delta_dtype": (is_text, "a name"),
+    "delta_dtype": (lambda value: value in ("float32", "bfloat16", "float16"), "float32, bfloat16 or float16"),
     "exclude_modules": (TEXTS, "a name, names or null"),
     "inference_mode": (is_flag, "true or false"),
     "init_weights": (is_flag, "true or false"),
@@ -49,13 +51,22 @@ CONFIG_FIELDS: Fields = {
     "scale": (is_number, "a finite number"),
     "target_modules": (TEXTS, "a name, names or null"),
     "target_parameters": (or_none(list_of(is_text)), "names or null"),
-    "task_type": (or_none(is_text), "a name or null"),
+    "task_type": (lambda value: value in TASK_TYPES, f"null or one of {', '.join(TASK_TYPES[1:])}"),
     "train_bias": (is_flag, "true or false"),
     "trainable_token_indices": (or_none(any_of(COUNTS, dict_of(COUNTS))), "token numbers or null"),
 }
+# the value of a field that the file does not name, as in LocFTConfig
+CONFIG_DEFAULTS: dict[str, Any] = {
+    **dict.fromkeys(CONFIG_FIELDS),
+    "delta_dtype": "float32",
+    "inference_mode": False,
+    "init_weights": True,
+    "scale": 1.0,
+    "train_bias": False,
+}
 
 
-def check_config(settings: dict[str, Any], where: Path, method: str | None) -> PeftConfig:
+def check_config(settings: dict[str, Any], where: Path, method: str | None) -> Any:
     """Return an adapter's configuration, made of the content of its `adapter_config.json`.
 
     Raises:
@@ -69,6 +80,9 @@ def check_config(settings: dict[str, Any], where: Path, method: str | None) -> P
         )
     if found == "LOCFT":
         check_fields(settings, CONFIG_FIELDS, where)
+        return SimpleNamespace(**CONFIG_DEFAULTS | settings)
+    from peft import PeftConfig
+
     try:
         return PeftConfig.from_peft_type(**{"peft_type": None} | settings)
     except Exception as error:  # other methods' classes raise whatever a value of the wrong type makes them
@@ -78,7 +92,7 @@ def check_config(settings: dict[str, Any], where: Path, method: str | None) -> P
         ) from None
 
 
-def delta_names(tensors: Mapping[str, TensorEntry], config: Any, where: Path) -> dict[str, str]:
+def delta_names(tensors: Mapping[str, StoredTensor], config: Any, where: Path) -> dict[str, str]:
     """Return the name in the weights file of every delta, by the name of the base parameter that it belongs to.
 
     Raises:

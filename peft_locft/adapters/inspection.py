@@ -6,18 +6,14 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-
+from ..io.checkpoint import Checkpoint
 from ..io.files import sha256_of_file
 from .card import usage_lines
 from .provenance import Provenance, printable
-from .reading import CheckedAdapter, check_adapter
+from .reading import SAFETENSORS_WEIGHTS_NAME, CheckedAdapter, check_adapter
 from .shipped_edits import EDITS_NAME, shipped_edits
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
 
 LABEL_WIDTH = 15
 
@@ -28,7 +24,7 @@ class AdapterSummary:
 
     Attributes:
         folder: where it is.
-        config: its `adapter_config.json`.
+        config: its `adapter_config.json`, see `CheckedAdapter`.
         tensors: dtype and shape of every tensor in the weights file, by name.
         num_bytes: size of the weights file.
         provenance: its `locft_provenance.json`; nothing is recorded in it if there is no such file.
@@ -36,7 +32,7 @@ class AdapterSummary:
     """
 
     folder: Path
-    config: PeftConfig
+    config: Any
     tensors: dict[str, tuple[str, tuple[int, ...]]]
     num_bytes: int
     provenance: Provenance
@@ -130,7 +126,7 @@ def _verified_edits(adapter: CheckedAdapter) -> str | None:
 
 
 def _verified_base(adapter: CheckedAdapter, base: str | os.PathLike[str], revision: str | None) -> str:
-    from .base_tensors import BaseTensors, weights_and_deltas
+    from .edited_parameters import edited_parameters
 
     recorded = getattr(adapter.config, "base_sha256", None)
     if not recorded:
@@ -138,6 +134,6 @@ def _verified_base(adapter: CheckedAdapter, base: str | os.PathLike[str], revisi
             f"{adapter.folder} does not record which base tensors it was trained on, so {base} cannot be verified. "
             "Leave out the base."
         )
-    found = [parameter for parameter, *_ in weights_and_deltas(adapter, BaseTensors(base, revision))]
-    count = sum(parameter in recorded for parameter in found)
+    found = edited_parameters(Checkpoint(base, revision), [adapter])
+    count = sum(parameter.name in recorded for parameter in found)
     return f"{count} of {len(adapter.deltas)} edited tensors in {base} are those that it was trained on"

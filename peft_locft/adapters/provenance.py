@@ -21,7 +21,7 @@ from ..io.json_checks import (
     list_of,
     or_none,
 )
-from ..io.safetensors_header import shortened
+from ..io.untrusted_json import shortened
 from .base_model import BaseModel
 
 if TYPE_CHECKING:

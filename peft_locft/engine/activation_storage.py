@@ -19,6 +19,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..io.safetensors_file import DTYPE_NAMES
 from ..tuner.arithmetic import tensor_sha256
 from .offload import OffloadedLayer
 from .prefix_tree import PrefixTree
@@ -30,7 +31,6 @@ logger = logging.getLogger(__name__)
 NAME = "states"
 PARTIAL = ".partial-"
 STALE = 24 * 3600  # seconds after which an unfinished file is nobody's any more
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def allocate(shape: tuple[int, int], dtype: torch.dtype, place: str, folder: str) -> torch.Tensor:
@@ -108,7 +108,7 @@ def new_file(path: Path, shape: tuple[int, int], dtype: torch.dtype) -> Iterator
         if time.time() - old.stat().st_mtime > STALE:  # of a run that was killed
             old.unlink(missing_ok=True)
     size = shape[0] * shape[1] * dtype.itemsize
-    entry = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [0, size]}
+    entry = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [0, size]}
     header = json.dumps({NAME: entry}).encode()
     header += b" " * (-len(header) % 8)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=PARTIAL, delete=False) as file:

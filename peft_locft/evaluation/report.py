@@ -14,7 +14,7 @@ from typing import Any
 
 from ..io.files import check_folder, write_atomically
 from ..io.json_checks import dict_of, has_fields, is_count, is_metric_value, is_number, is_prose, is_sha256, is_text
-from ..io.safetensors_header import shortened
+from ..io.untrusted_json import shortened
 from .intervals import Estimate
 
 DASH = "-"

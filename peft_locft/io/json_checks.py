@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from unicodedata import category
 
-from .safetensors_header import shortened
+from .untrusted_json import shortened
 
 Check = Callable[[Any], bool]
 # by name, the check of a field's value, and the expected value in words

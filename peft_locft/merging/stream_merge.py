@@ -23,8 +23,7 @@ from ..adapters.shipped_edits import Conflicts, find_conflicts
 from ..io.checkpoint import INDEX_NAME, OTHER_WEIGHTS, Checkpoint, local_folder
 from ..io.copies import Link, Progress, locked, place_file, sync_folder
 from ..io.files import current_umask, write_atomically
-from .edited_weights import MergePlan, plan_edits, write_edited_shard
-from .in_place_undo import IN_PLACE_FOLDER
+from .plan import IN_PLACE_FOLDER, MergePlan, plan_edits, write_edited_shard
 
 RECORD_NAME = "locft_merge.json"
 STAGING_PREFIX = ".locft-"

@@ -1,56 +1,5 @@
-"""The arithmetic of an edited weight, and the fingerprint of a base weight. No model needed."""
+"""The arithmetic of an edited weight. It is in `io`, so that a merge on disk need not load PEFT."""
 
-from __future__ import annotations
+from ..io.arithmetic import compose_weight, tensor_sha256
 
-import hashlib
-from collections.abc import Sequence
-
-import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-
-HASHED_AT_ONCE = 1 << 22  # values; a wider copy of a whole tensor would cost its memory again
-
-
-def compose_weight(weight: torch.Tensor, deltas: Sequence[tuple[torch.Tensor, float]]) -> torch.Tensor:
-    """Return `(W.float() + Σ scale · delta.float()).to(W.dtype)`: the one arithmetic of every edited weight.
-
-    The unmerged forward, the merge and a merge on disk all call this, so their results are the same bits: what was
-    evaluated is what is deployed. There is one rounding to the base's dtype, at the end.
-
-    Args:
-        weight: the base weight, any shape, any float dtype (float64 is computed in float64).
-        deltas: pairs of a delta, of the weight's shape, and its scale.
-
-    Returns:
-        A tensor of the weight's shape, dtype and device. Gradients flow to the deltas.
-    """
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    total = weight.to(wide)
-    for delta, scale in deltas:
-        step = delta.to(device=weight.device, dtype=wide)
-        total = total + (step if scale == 1.0 else scale * step)
-    return total.to(weight.dtype)
-
-
-def tensor_sha256(tensor: torch.Tensor) -> str:
-    """Return the sha256 of a tensor's values, in row-major order.
-
-    A float tensor is hashed as float32 (float64 as itself), so that a bfloat16 checkpoint has one hash whether it was
-    loaded as bfloat16 or as float32; any other tensor, such as a quantized one, by its raw bytes; one that is made of
-    others (torchao's) by theirs.
-    """
-    if is_traceable_wrapper_subclass(tensor):
-        inside = [tensor_sha256(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
-        return hashlib.sha256("".join(inside).encode()).hexdigest()
-    digest = hashlib.sha256()
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    for start in range(0, flat.numel(), HASHED_AT_ONCE):
-        digest.update(hashed_bytes(flat[start : start + HASHED_AT_ONCE]))
-    return digest.hexdigest()
-
-
-def hashed_bytes(values: torch.Tensor) -> memoryview:
-    """Return the bytes that `tensor_sha256` hashes of some of a tensor's values: flat, on the CPU, contiguous."""
-    if values.is_floating_point() and values.dtype != torch.float64:
-        values = values.to(torch.float32)
-    return values.view(torch.uint8).numpy().data
+__all__ = ["compose_weight", "tensor_sha256"]

@@ -9,16 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .arithmetic import tensor_sha256
+from ..io.arithmetic import tensor_sha256
+from ..io.parameter_names import clean_name
 from .config import LocFTConfig
 from .layer import LocFTLayer
-
-
-def clean_name(name: str) -> str:
-    """Return the name that a module or parameter has in the base model, without what PEFT and FSDP put around it."""
-    for added in (".base_layer", "_fsdp_wrapped_module.", "._fsdp_wrapped_module", "_orig_mod."):
-        name = name.replace(added, "")
-    return name.removeprefix("base_model.model.")
 
 
 def locft_layers(model: nn.Module) -> Iterator[tuple[str, LocFTLayer]]:
