@@ -261,16 +261,16 @@ HOSTILE: dict[str, tuple[Spoil, str]] = {
     "name of thousands": (with_tensors(named={"a" * 5000: entry()}), UNREADABLE + "a tensor named 'aaaa.*up to 500 c"),
     "a weight of the base": (
         added_tensor("base_model.model.lm_head.weight"),
-        r"model\.lm_head\.weight is no delta, and in no module that modules_to_save names.*the place of a weight of t",
+        r"model\.lm_head\.weight is not a delta, and belongs to no module in modules_to_save.*could replace a weight",
     ),
     "a delta elsewhere": (
-        added_tensor(NAME.replace("down", "up")), r"up_proj\.locft_delta\.weight is in no module that target_modules o"
+        added_tensor(NAME.replace("down", "up")), r"up_proj\.locft_delta\.weight belongs to no target in target_mod"
     ),
     "a delta of an ending": (
-        added_tensor(NAME.replace("down_proj", "xdown_proj")), r"xdown_proj\.locft_delta\.weight is in no module that "
+        added_tensor(NAME.replace("down_proj", "xdown_proj")), r"xdown_proj\.locft_delta\.weight belongs to no target"
     ),
     "a delta of a buffer": (
-        added_tensor(NAME.replace(".weight", ".running_mean")), r"locft_delta\.running_mean is in no module that targe"
+        added_tensor(NAME.replace(".weight", ".running_mean")), r"locft_delta\.running_mean belongs to no target in"
     ),
     "two deltas of one weight": (
         added_tensor(NAME.replace("down_proj.", "down_proj.base_layer."), torch.ones(32, 48)),
@@ -278,7 +278,7 @@ HOSTILE: dict[str, tuple[Spoil, str]] = {
     ),
     "token rows unannounced": (
         added_tensor("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"),
-        "trainable_tokens_delta is no delta, and in no module that modules_to_save names",
+        "trainable_tokens_delta is not a delta, and belongs to no module in modules_to_save",
     ),
     # values
     "NaN": (with_value(float("nan")), rf"{re.escape(NAME)} holds NaN or infinite values.*train it again at a lower"),
@@ -529,7 +529,7 @@ def test_an_adapter_of_another_method_is_checked_where_it_is_asked_for(tmp_path:
     assert checked.config.peft_type == "LORA"
     assert len(checked.tensors) == 6 and not checked.deltas
     with pytest.raises(
-        ValueError, match=r"is the configuration of 'LORA'; expected 'LOCFT'\. Give a LocFT adapter, or"
+        ValueError, match=r"is the configuration of 'LORA'; expected 'LOCFT'\. Give a LocFT adapter\. An"
     ):
         check_adapter(tmp_path)
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -135,6 +137,16 @@ def test_the_base_is_verified_where_it_is_given(tmp_path: Path) -> None:
     build("llama", seed=1).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=r"weight of \S*/other is not the weight that \S*adapter was trained on"):
         inspect_adapter(adapter, tmp_path / "other")
+
+
+def test_inspecting_a_locft_adapter_does_not_wait_for_peft(tmp_path: Path) -> None:
+    code = (
+        "import sys; from peft_locft import inspect_adapter; print(inspect_adapter(sys.argv[1]));"
+        "print([name for name in ('peft', 'transformers', 'datasets', 'accelerate') if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, str(make(tmp_path))]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert result.stdout.startswith("method         LOCFT\n") and result.stdout.endswith("\n[]\n")
 
 
 def test_a_base_cannot_be_verified_without_a_record_of_it(tmp_path: Path) -> None:

@@ -70,13 +70,13 @@ def check_config(settings: dict[str, Any], where: Path, method: str | None) -> A
     """Return an adapter's configuration, made of the content of its `adapter_config.json`.
 
     Raises:
-        ValueError: if it is of another method than `method`, of none that PEFT knows, or has a field of another type.
+        ValueError: if it is of another method than `method` or of an unknown one, or a field has another type.
     """
     found = settings.get("peft_type")
     if method is not None and found != method:
         raise ValueError(
-            f"{where} is the configuration of {shortened(found)}; expected {method!r}. Give a LocFT adapter, or merge "
-            "this one with PEFT's own merge_and_unload."
+            f"{where} is the configuration of {shortened(found)}; expected {method!r}. Give a LocFT adapter. An "
+            "adapter of another method merges with PEFT's own merge_and_unload."
         )
     if found == "LOCFT":
         check_fields(settings, CONFIG_FIELDS, where)
@@ -85,7 +85,7 @@ def check_config(settings: dict[str, Any], where: Path, method: str | None) -> A
 
     try:
         return PeftConfig.from_peft_type(**{"peft_type": None} | settings)
-    except Exception as error:  # other methods' classes raise whatever a value of the wrong type makes them
+    except Exception as error:  # a value of the wrong type can raise anything in other methods' classes
         raise ValueError(
             f"{where} is not the configuration of a PEFT method ({type(error).__name__}: {one_line(error)}). "
             "Download or save it again, or upgrade peft."
@@ -96,8 +96,8 @@ def delta_names(tensors: Mapping[str, StoredTensor], config: Any, where: Path) -
     """Return the name in the weights file of every delta, by the name of the base parameter that it belongs to.
 
     Raises:
-        ValueError: if there is none, or a tensor is no delta and nothing else that the configuration names, belongs
-            to no module that it names, has another dtype than a delta may have, or has no values.
+        ValueError: if there is no delta; if a tensor is neither a delta nor of a module in `modules_to_save`; if a
+            delta belongs to no target of the configuration, has a dtype other than `DELTA_DTYPES`, or is empty.
     """
     targets = _Targets(config)
     found: dict[str, str] = {}
@@ -105,11 +105,11 @@ def delta_names(tensors: Mapping[str, StoredTensor], config: Any, where: Path) -
         module, mark, parameter = name.removeprefix(MODEL).rpartition(DELTA_MARK)
         if not name.startswith(MODEL) or not mark or "." in parameter:
             if not targets.hold_whole(name):
-                raise _stranger(where, name, "is no delta, and in no module that modules_to_save names")
+                raise _stranger(where, name, "is not a delta, and belongs to no module in modules_to_save")
             continue
         base_name = f"{clean_name(module)}.{parameter}"
         if not targets.hold_delta(clean_name(module), parameter):
-            raise _stranger(where, name, "is in no module that target_modules or target_parameters names")
+            raise _stranger(where, name, "belongs to no target in target_modules or target_parameters")
         if base_name in found:
             raise refusal(where, f"{found[base_name]} and {name}", f"one delta of {base_name}")
         if entry.dtype not in DELTA_DTYPES or 0 in entry.shape or not entry.shape:
@@ -122,10 +122,10 @@ def delta_names(tensors: Mapping[str, StoredTensor], config: Any, where: Path) -
 
 
 class _Targets:
-    """What a configuration says that its adapter changes."""
+    """The modules and parameters that an adapter may change, by its configuration."""
 
     def __init__(self, config: Any) -> None:
-        # a regular expression from anywhere is not run: it may take forever
+        # a regular expression that nobody vouches for is not run: it may take forever
         self.any_module = isinstance(config.target_modules, str)
         self.modules = frozenset(() if self.any_module else config.target_modules or ())
         self.parameters = frozenset(config.target_parameters or ())
@@ -151,6 +151,6 @@ def _endings(name: str) -> list[str]:
 
 def _stranger(where: Path, name: str, why: str) -> ValueError:
     return ValueError(
-        f"{where}: {name} {why}, says the configuration beside it. Loading could put it in the place of a weight of "
-        "the base model. Do not use this adapter, or save it again."
+        f"{where}: {name} {why} in adapter_config.json. Loading it could replace a weight of the base model. Do not "
+        "use this adapter, or save it again."
     )
