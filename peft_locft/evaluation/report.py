@@ -275,9 +275,9 @@ def _check_parts(data: Any, summary: bool) -> None:
     if "edits" in settings and not has_fields(count=is_count, sha256=is_sha256)(settings["edits"]):
         raise ValueError(f"settings: found edits {shortened(settings['edits'])}; expected their count and sha256")
     if not dict_of(is_prose)(data["missing"]):
-        raise ValueError("missing: expected the reason for each metric that was not measured")
+        raise ValueError(f"missing: found {shortened(data['missing'])}; expected a reason for each metric")
     if not all(map(is_prose, data["notes"])):
-        raise ValueError("notes: expected texts")
+        raise ValueError(f"notes: found {shortened(data['notes'])}; expected texts")
     for number, row in enumerate(data.get("rows", [])):
         if not isinstance(row, dict) or not {"edit", "kind", "prompt"} <= set(row):
             raise ValueError(f"rows[{number}]: expected a row with edit, kind and prompt")
