@@ -22,7 +22,7 @@ from .claims import MODEL
 from .edited_parameters import edited_parameters
 from .provenance import provenance
 from .reading import CheckedAdapter, check_adapter
-from .saving import atomic_folder, write_description
+from .saving import adapter_folder, write_description
 
 # an export that answers otherwise is not what was evaluated
 OF_THE_EDIT = ("edits", "recipe", "training", "augmentation")
@@ -211,7 +211,7 @@ def write_adapter(
     """Write an adapter folder of another PEFT method, whole, with what is known of the LocFT adapter and `export`."""
     facts = provenance(config, {name: adapter.facts[name] for name in OF_THE_EDIT if name in adapter.facts})
     facts |= {"base_sha256": getattr(adapter.config, "base_sha256", None) or {}, "export": export}
-    with atomic_folder(out) as staging:
+    with adapter_folder(out) as staging:
         save_file(tensors, staging / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(staging))
         write_description(staging, config, facts)
