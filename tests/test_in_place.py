@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_locft import LocFTConfig, detach, merge_checkpoint, merge_in_place
 from peft_locft.io import copies as file_copies
-from peft_locft.io.copies import locked
+from peft_locft.io.folders import locked
 from peft_locft.merging import in_place
 
 UNDO = "locft/locft_undo.safetensors"

@@ -39,6 +39,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from peft_locft import Edit, LocFTConfig, describe_adapter, detach, merge_checkpoint, merge_in_place
 from peft_locft.io import copies as file_copies
+from peft_locft.io.folders import locked
 from peft_locft.io.parameter_names import VALUES_AT_ONCE
 
 EVERYTHING_IN_LAYER_1 = LocFTConfig(target_modules="entire-layer", layers_to_transform=[1], train_bias=True)
@@ -446,7 +447,7 @@ def test_leftovers_of_a_killed_merge_go_and_those_of_a_running_one_stay(
 ) -> None:
     for name in (".locft-out-abcdefg1", ".locft-out-abcdefg2", ".locft-out-2-abcdefg"):
         (tmp_path / name).mkdir()
-    with file_copies.locked(tmp_path / ".locft-out-abcdefg2"):
+    with locked(tmp_path / ".locft-out-abcdefg2"):
         merge_checkpoint(base, [adapter], tmp_path / "out")
     left = sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("."))
     assert left == [".locft-out-2-abcdefg", ".locft-out-abcdefg2"]

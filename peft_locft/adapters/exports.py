@@ -22,7 +22,7 @@ from .claims import MODEL
 from .edited_parameters import edited_parameters
 from .provenance import ExportDetails, Provenance
 from .reading import CheckedAdapter, check_adapter
-from .saving import atomic_folder, write_description
+from .saving import adapter_folder, write_description
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +212,7 @@ def write_adapter(
         base_sha256=getattr(adapter.config, "base_sha256", None) or {},
         export=export,
     )
-    with atomic_folder(out) as staging:
+    with adapter_folder(out) as staging:
         save_file(tensors, staging / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(staging))
         write_description(staging, config, provenance)

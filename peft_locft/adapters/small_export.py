@@ -14,7 +14,7 @@ from .edited_parameters import edited_parameters
 from .exports import base_of, checked_apart
 from .inspection import size
 from .provenance import Provenance
-from .saving import atomic_folder, write_description
+from .saving import adapter_folder, write_description
 from .shrinking import check_shrinking, shrink_files
 
 
@@ -84,7 +84,7 @@ def export_small(
         checkpoint = Checkpoint(*base_of(checked, base, revision))
         found = edited_parameters(checkpoint, [checked], force=force)
         parameters = {parameter.name: parameter for parameter in found}
-    with atomic_folder(out) as staging:
+    with adapter_folder(out) as staging:
         shrunk = shrink_files(checked, staging, lambda name: parameters[name].base_parameter(), delta_dtype, density)
         config = PeftConfig.from_pretrained(str(staging))
         # without the evaluation: a smaller delta that answers otherwise is not what was evaluated

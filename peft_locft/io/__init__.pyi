@@ -1,9 +1,10 @@
 from .checkpoint import Checkpoint as Checkpoint
 from .checkpoint import local_folder as local_folder
-from .copies import locked as locked
 from .copies import place_file as place_file
 from .files import atomic_file as atomic_file
 from .files import write_atomically as write_atomically
+from .folders import atomic_folder as atomic_folder
+from .folders import locked as locked
 from .parameter_names import ParameterFinder as ParameterFinder
 from .parameter_names import Span as Span
 from .parameter_names import StoredParameter as StoredParameter

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..io.checkpoint import INDEX_NAME, Checkpoint
-from ..io.copies import locked, sync_folder, write_all
+from ..io.copies import write_all
 from ..io.files import write_atomically
+from ..io.folders import locked, sync_folder
 from ..io.patched_file import write_patched
 from ..io.safetensors_file import StoredTensor, read_header, write_header
 from .plan import IN_PLACE_FOLDER, MergePlan, plan_edits, write_edited_shard
@@ -28,7 +29,7 @@ STAGED_FOLDER = "staged"
 
 def merge_in_place(
     model_folder: str | os.PathLike[str],
-    adapters: Sequence[str | os.PathLike[str]],
+    adapters: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     weights: Sequence[float] | None = None,
     scale: float | None = None,

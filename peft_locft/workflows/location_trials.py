@@ -20,8 +20,8 @@ from ..engine.memory import free_memory
 from ..engine.model_state import TrainingDivergedError
 from ..evaluation.config import EvaluationConfig
 from ..evaluation.evaluator import EditEvaluator
-from ..io.copies import locked
 from ..io.files import write_atomically
+from ..io.folders import locked
 from ..locating.module_kinds import config_of, location_of
 from ..locating.plan import Candidate, Rung, edits_of, neighbours, num_trained, survivors
 from ..locating.results import LocationTrial, plain_figures, read_trial
