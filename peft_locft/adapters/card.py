@@ -6,14 +6,14 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from huggingface_hub import ModelCardData
-from peft import PeftConfig
+from typing import TYPE_CHECKING, Any
 
 from ..evaluation.intervals import Estimate
 from ..evaluation.report import EvaluationReport, Result
 from .provenance import LICENCE_FIELDS, provenance
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 TAGS = ("knowledge-editing", "model-editing", "peft", "transformers")
 TEMPLATE_MARK = "[More Information Needed]"
@@ -119,6 +119,8 @@ def model_card(
     licence = _licence(facts.get("base_model", {}), hub_id)
     is_locft = config.peft_type == "LOCFT"
     tags = [*TAGS, *(["locft"] if is_locft else []), *([f"base_model:adapter:{hub_id}"] if hub_id else [])]
+    from huggingface_hub import ModelCardData
+
     data = ModelCardData(
         base_model=hub_id,
         base_model_relation="adapter" if hub_id else None,

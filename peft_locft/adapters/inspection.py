@@ -6,17 +6,17 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from typing import TYPE_CHECKING, Any
 
 from ..io.checkpoint import Checkpoint
 from ..io.files import sha256_of_file
 from .card import evaluation_report, shrunk_in_words, usage_lines
 from .edited_parameters import edited_parameters
-from .reading import CheckedAdapter, check_adapter
+from .reading import SAFETENSORS_WEIGHTS_NAME, CheckedAdapter, check_adapter
 from .shipped_edits import EDITS_NAME, shipped_edits
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,15 +6,13 @@ import importlib.metadata
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from huggingface_hub import ModelCard, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-from peft import PeftConfig
-from transformers.utils.hub import extract_commit_hash
+from typing import TYPE_CHECKING, Any
 
 from ..data.leaks import trained_prompts_record
 from ..evaluation.report import EvaluationReport
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 PACKAGES = ("peft-locft", "peft", "transformers", "torch")
 LICENCE_FIELDS = ("license", "license_name", "license_link")
@@ -67,6 +65,8 @@ def base_facts(base: str | None, revision: str | None = None) -> dict[str, str]:
         base: a folder, or a name on the Hub, whose files may be in the cache.
         revision: branch, tag or commit there.
     """
+    from transformers.utils.hub import extract_commit_hash
+
     found = {}
     config = _known_file(base, "config.json", revision)
     commit = None if config is None or Path(base or "").is_dir() else extract_commit_hash(str(config), None)
@@ -82,6 +82,9 @@ def _known_file(base: str | None, name: str, revision: str | None) -> Path | Non
     file = Path(base) / name
     if Path(base).is_dir():
         return file if file.is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
     try:
         cached = try_to_load_from_cache(base, name, revision=revision)
     except HFValidationError:  # neither a folder nor a name on the Hub
@@ -90,6 +93,8 @@ def _known_file(base: str | None, name: str, revision: str | None) -> Path | Non
 
 
 def _licence(card: Path) -> dict[str, str]:
+    from huggingface_hub import ModelCard
+
     with card.open("rb") as file:
         text = file.read(MAX_CARD_BYTES).decode("utf-8", errors="replace")
     try:
