@@ -6,7 +6,7 @@ pytest runs it for seconds, by way of test_adapter_fuzz.py. For longer: `python 
 from __future__ import annotations
 
 import argparse
-import io
+import atexit
 import json
 import math
 import resource
@@ -30,11 +30,15 @@ from saving_process import make_adapter
 
 from peft_locft import save_adapter
 from peft_locft.adapters import check_adapter
-from peft_locft.io.safetensors_header import DTYPES, read_header
+from peft_locft.adapters.reading import MAX_HEADER_BYTES
+from peft_locft.io.safetensors_file import DTYPES, check_tensors, read_header
 
 CONFIG, WEIGHTS, FACTS = "adapter_config.json", "adapter_model.safetensors", "locft_provenance.json"
 # Python's own objects around a file of some kilobytes; what a header could claim begins far above
 ALLOWANCE = 400_000
+FOLDER = tempfile.TemporaryDirectory()
+atexit.register(FOLDER.cleanup)
+FILE = Path(FOLDER.name) / "file"
 
 numbers = st.one_of(
     st.integers(0, 64),
@@ -109,9 +113,11 @@ headers = st.one_of(tensor_files(), mutated(WHOLE_FILE), st.binary(max_size=64))
 
 def check_header(data: bytes) -> bool:
     """Read a file's header; what is accepted must be read alike by safetensors itself. Returns whether it was."""
+    FILE.write_bytes(data)
     tracemalloc.start()
     try:
-        found = read_header(io.BytesIO(data), "file")
+        found, _ = read_header(FILE, max_header_bytes=MAX_HEADER_BYTES)
+        check_tensors(found, FILE)
     except ValueError as error:
         assert "is not a readable safetensors file: found " in str(error)
         return False
@@ -124,7 +130,7 @@ def check_header(data: bytes) -> bool:
         name: (said["dtype"], said["shape"]) for name, said in theirs.items()
     }
     for name, entry in found.items():
-        assert data[entry.start : entry.end] == theirs[name]["data"]
+        assert data[entry.start : entry.start + entry.num_bytes] == theirs[name]["data"]
         # what reads the values goes on to give them their shape
         assert torch.zeros(math.prod(entry.shape), dtype=torch.bool).reshape(entry.shape).shape == entry.shape
     return True

@@ -86,7 +86,7 @@ def read(folder: Path) -> None:
 
     snapshot = Path(snapshot_download(EDITS))
     assert (snapshot / "adapter_model.safetensors").is_symlink()
-    print(list(read_adapter(snapshot)), check_adapter(snapshot).facts["edits"]["count"])
+    print(list(read_adapter(snapshot)), check_adapter(snapshot).provenance.to_dict()["edits"]["count"])
 
 
 if __name__ == "__main__":

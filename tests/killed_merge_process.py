@@ -32,7 +32,8 @@ from tiny_checkpoints import ONE_FILE, edit, save_base, snapshot
 from transformers import AutoModelForCausalLM
 
 from peft_locft import LocFTConfig, detach, merge_checkpoint, merge_in_place
-from peft_locft.merging import edited_weights, in_place_undo
+from peft_locft.io import patched_file
+from peft_locft.merging import in_place
 
 SYSTEM_CALLS = ("chmod", "copy_file_range", "fsync", "link", "mkdir", "rename", "replace", "rmdir", "unlink")
 
@@ -139,7 +140,7 @@ def die_at(num_calls: int) -> None:
 
     for name in SYSTEM_CALLS:
         setattr(os, name, counted(getattr(os, name)))
-    for module in (edited_weights, in_place_undo):
+    for module in (patched_file, in_place):
         setattr(module, "write_all", counted(module.write_all))  # noqa: B010  (of a module)
 
 

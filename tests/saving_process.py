@@ -24,7 +24,7 @@ from peft import PeftModel, get_peft_model
 from tiny_models import build, randomize
 
 from peft_locft import LocFTConfig, save_adapter
-from peft_locft.adapters import saving as adapter_folder
+from peft_locft.io import folders
 
 # at different locations, so that the weights of one do not belong to the configuration of the other
 LOCATIONS = {"down": ("down_proj", 1), "up": ("up_proj", 2)}
@@ -56,7 +56,7 @@ def die_at(num_calls: int) -> None:
 
     for name in SYSTEM_CALLS:
         setattr(os, name, counted(getattr(os, name)))
-    adapter_folder._swap = counted(adapter_folder._swap)
+    folders._swap = counted(folders._swap)
 
 
 def obey(order: dict[str, Any], models: dict[str, PeftModel]) -> None:

@@ -11,9 +11,8 @@ from test_adapter_reading import HOSTILE
 from tiny_checkpoints import edit, save_base, snapshot, stored
 
 from peft_locft import LocFTConfig, merge_checkpoint, merge_in_place, save_adapter
-from peft_locft.adapters import read_adapter
-from peft_locft.adapters.reading import read_deltas
-from peft_locft.tuner.arithmetic import compose_weight
+from peft_locft.adapters import check_adapter, read_adapter
+from peft_locft.io.arithmetic import compose_weight
 
 PARAMETER = "model.layers.1.mlp.down_proj.weight"
 
@@ -28,9 +27,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_deltas_are_where_a_checked_adapter_has_them(whole: Path, tmp_path: Path) -> None:
-    found = read_deltas(whole / "adapter")
-    assert list(found.deltas) == [PARAMETER]
-    delta = found.deltas[PARAMETER]
+    found = check_adapter(whole / "adapter").delta_tensors
+    assert list(found) == [PARAMETER]
+    delta = found[PARAMETER]
     expected = read_adapter(whole / "adapter")[PARAMETER]
     assert delta.shape == expected.shape
     assert delta.read(0, delta.num_values).tolist() == expected.flatten().tolist()
@@ -58,7 +57,7 @@ def test_a_link_that_is_changed_after_the_check_is_not_followed(whole: Path, tmp
     weights = adapter / "adapter_model.safetensors"
     weights.rename(adapter / "kept")
     weights.symlink_to("kept")
-    delta = read_deltas(adapter).deltas[PARAMETER]
+    delta = check_adapter(adapter).delta_tensors[PARAMETER]
     expected = delta.read(0, 3).tolist()
     weights.unlink()
     weights.symlink_to("/dev/zero")
@@ -69,4 +68,4 @@ def test_what_is_more_than_deltas_is_named(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     edit(base, tmp_path / "more", LocFTConfig(layers_to_transform=[1], modules_to_save=["lm_head"]))
     with pytest.raises(ValueError, match=r"holds base_model\.model\.lm_head\.weight, where only deltas are expected"):
-        read_deltas(tmp_path / "more")
+        check_adapter(tmp_path / "more").refuse_all_but_deltas()

@@ -19,8 +19,8 @@ from tiny_models import assert_same_tensors, build, logits
 from tiny_training import EDITS, make_trainer, peft_model, trained
 
 from peft_locft import LocFTConfig, save_adapter
-from peft_locft.adapters import saving as adapter_folder
 from peft_locft.data import edits_sha256
+from peft_locft.io import folders
 from peft_locft.tuner import tensor_sha256
 
 ADAPTER_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "locft_provenance.json"}
@@ -147,7 +147,7 @@ def test_where_folders_cannot_be_exchanged_files_are_replaced(
     if existing:
         saved(folder, "down")
     own_mkdtemp = tempfile.mkdtemp
-    monkeypatch.setattr(adapter_folder, "_swap", fail if failing == "_swap" else adapter_folder._swap)
+    monkeypatch.setattr(folders, "_swap", fail if failing == "_swap" else folders._swap)
     monkeypatch.setattr(os, "link", fail if failing == "link" else os.link)
     if failing == "mkdtemp":  # the folder alone can be written to
         monkeypatch.setattr(

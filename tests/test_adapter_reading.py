@@ -22,7 +22,8 @@ from tiny_models import build, same_bits
 
 from peft_locft import LocFTConfig, inspect_adapter, save_adapter
 from peft_locft.adapters import check_adapter, read_adapter
-from peft_locft.io.safetensors_header import MAX_HEADER_BYTES, TensorEntry
+from peft_locft.adapters.reading import MAX_HEADER_BYTES
+from peft_locft.io.safetensors_file import StoredTensor
 
 CONFIG, WEIGHTS, FACTS = "adapter_config.json", "adapter_model.safetensors", "locft_provenance.json"
 NAME = "base_model.model.model.layers.1.mlp.down_proj.locft_delta.weight"
@@ -135,6 +136,9 @@ def cut(num_bytes: int) -> Spoil:
 NESTED = b"[" * 100_000
 HUGE = "1" * 4000
 UNREADABLE = rf"{re.escape(WEIGHTS)} is not a readable safetensors file: found "
+ENTRY = json.dumps(entry())
+REFUSED = UNREADABLE + r"a header that safetensors refuses \("
+BAD_JSON = REFUSED + "invalid JSON in header: "
 TWO = {NAME: entry(), NAME.replace("weight", "bias"): entry(shape=[32], offsets=[NUM_BYTES, NUM_BYTES + 128])}
 
 HOSTILE: dict[str, tuple[Spoil, str]] = {
@@ -173,78 +177,79 @@ HOSTILE: dict[str, tuple[Spoil, str]] = {
     "header too long": (
         with_header(b" " * (MAX_HEADER_BYTES + 1)), UNREADABLE + "a header of 8000001 bytes; expected 8000000 at most"
     ),
-    "not UTF-8": (with_header(b'{"\xff": 1}'), UNREADABLE + "a header that is not UTF-8; expected JSON in UTF-8"),
-    "not JSON": (with_header("{nonsense"), UNREADABLE + "a header that is no JSON"),
-    "NaN in JSON": (with_header('{"a": NaN}'), UNREADABLE + "a header that is no JSON .*NaN is no JSON"),
-    "nested": (with_header(NESTED), UNREADABLE + "a header that is no JSON .*recursion"),
-    "digits without end": (with_header('{"a": %s}' % (HUGE * 2)), UNREADABLE + "a header that is no JSON .*limit"),
-    "no object": (with_header("[1]"), UNREADABLE + r"a header that is \[1\]; expected a JSON object"),
+    "not UTF-8": (with_header(b'{"\xff": 1}'), REFUSED + r"invalid UTF-8 in header"),
+    "not JSON": (with_header("{nonsense"), BAD_JSON + r"key must be a string"),
+    "NaN in JSON": (with_header('{"a": NaN}'), BAD_JSON + r"expected value"),
+    "nested": (with_header(NESTED), BAD_JSON + r"invalid type: sequence"),
+    "digits without end": (with_header('{"a": %s}' % (HUGE * 2)), BAD_JSON + r"number out of range"),
+    "no object": (with_header("[1]"), BAD_JSON + r"invalid type: sequence"),
     "said twice": (
-        with_header(f'{{"{NAME}": {{}}, "{NAME}": {{}}}}'), UNREADABLE + "a header that is no JSON .*is there twice"
+        with_header(f'{{"{NAME}": {ENTRY}, "{NAME}": {ENTRY}}}', bytes(NUM_BYTES)),
+        UNREADABLE + "a header that is not JSON .*is there twice"
     ),
     "field said twice": (
-        with_header(f'{{"{NAME}": {{"dtype": "F32", "dtype": "F64"}}}}'), "no JSON .*'dtype' is there twice"
+        with_header(f'{{"{NAME}": {{"dtype": "F32", "dtype": "F64"}}}}'), BAD_JSON + "duplicate field"
     ),
-    "metadata no texts": (with_tensors(0, __metadata__={"a": 1}), UNREADABLE + r"__metadata__ \{'a': 1\}; expected n"),
-    "metadata no object": (with_tensors(0, __metadata__=[3]), UNREADABLE + r"__metadata__ \[3\]; expected names and "),
+    "metadata no texts": (with_tensors(0, __metadata__={"a": 1}), BAD_JSON + r"invalid type: integer `1`, expec"),
+    "metadata no object": (with_tensors(0, __metadata__=[3]), BAD_JSON + r"invalid type: sequence, expected a map"),
     "no tensors": (with_tensors(0), UNREADABLE + r"no delta; expected tensors named base_model\.model\.<module>\.loc"),
-    "entry no object": (with_tensors(0, named={NAME: 3}), UNREADABLE + r"\S*locft_delta\.weight: 3; expected dtype, "),
+    "entry no object": (with_tensors(0, named={NAME: 3}), BAD_JSON + r"invalid type: integer `3`"),
     "entry too much": (
         with_tensors(named={NAME: entry() | {"strides": [1]}}), UNREADABLE + r".*expected dtype, shape and data_offset"
     ),
-    "unknown dtype": (with_one(dtype="F7"), UNREADABLE + r"\S*weight: dtype 'F7'; expected one of BOOL, U8,"),
-    "dtype no text": (with_one(dtype=["F32"]), UNREADABLE + r"\S*weight: dtype \['F32'\]; expected one of BOOL"),
-    "dtype in small letters": (swapped_bytes, UNREADABLE + r"\S*weight: dtype 'f32'; expected one of BOOL"),
-    "dtype of another size": (with_one(dtype="BF16"), UNREADABLE + r".*weight: 6144 bytes; expected 3072 for BF16 of"),
+    "unknown dtype": (with_one(dtype="F7"), BAD_JSON + r"unknown variant `F7`"),
+    "dtype no text": (with_one(dtype=["F32"]), BAD_JSON + r"invalid type: sequence"),
+    "dtype in small letters": (swapped_bytes, BAD_JSON + r"unknown variant `f32`"),
+    "dtype of another size": (with_one(dtype="BF16"), REFUSED + r"invalid shape, data type, or offset for tensor"),
     "dtype of integers": (with_one(dtype="I32"), UNREADABLE + r"\S*: I32 of shape \(32, 48\); expected values of one"),
-    "negative shape": (with_one(shape=[-32, -48]), UNREADABLE + r".*shape \[-32, -48\]; expected a list of up to 8 s"),
-    "shape of fractions": (with_one(shape=[32.0, 48]), UNREADABLE + r".*shape \[32\.0, 48\]; expected a list of up t"),
-    "shape of truths": (with_one(shape=[True] * 2), UNREADABLE + r".*shape \[True, True\]; expected a list of up to "),
-    "too many dimensions": (with_one(shape=[1] * 7 + SHAPE), UNREADABLE + r".*shape \[1, .*; expected a list of up t"),
-    "shape beyond the file": (with_one(shape=[2**20, 2**20]), UNREADABLE + ".*6144 bytes; expected 4398046511104 for"),
-    "shape beyond all files": (with_one(shape=[2**40, 2**40]), UNREADABLE + ".*expected 9223372036854775807 bytes at"),
+    "negative shape": (with_one(shape=[-32, -48]), BAD_JSON + r"invalid value: integer `-32`"),
+    "shape of fractions": (with_one(shape=[32.0, 48]), BAD_JSON + r"invalid type: floating point"),
+    "shape of truths": (with_one(shape=[True] * 2), BAD_JSON + r"invalid type: boolean `true`"),
+    "too many dimensions": (with_one(shape=[1] * 7 + SHAPE), UNREADABLE + r".*shape \[1, .*; expected 8 dimensions"),
+    "shape beyond the file": (with_one(shape=[2**20, 2**20]), REFUSED + r"invalid shape, data type, or offset"),
+    "shape beyond all files": (with_one(shape=[2**40, 2**40]), REFUSED + r"overflow computing buffer size"),
     "shape beyond all files by nothing": (
         with_one(0, shape=[0, 2**40, 2**40], offsets=[0, 0]), UNREADABLE + ".*expected 9223372036854775807 bytes at mo"
     ),
     "size beyond all integers": (
-        with_one(0, shape=[0, 2**64], offsets=[0, 0]), UNREADABLE + r".*shape \[0, 18446744073709551616\]; expected a "
+        with_one(0, shape=[0, 2**64], offsets=[0, 0]), BAD_JSON + r"invalid type: floating point"
     ),
     "offsets beyond all integers": (
-        with_one(0, shape=[0], offsets=[2**64, 2**64]), UNREADABLE + r".*data_offsets \[18446744073709551616, 18446744"
+        with_one(0, shape=[0], offsets=[2**64, 2**64]), BAD_JSON + r"invalid type: floating point"
     ),
     "shape beyond all numbers": (
         with_header(f'{{"{NAME}": {{"dtype": "F32", "shape": [{HUGE}, {HUGE}], "data_offsets": [0, 4]}}}}', bytes(4)),
-        UNREADABLE + r".*shape \[a number of many digits, a number of many digits\]; expected a list of up to 8 sizes",
+        BAD_JSON + r"number out of range",
     ),
     "no values": (with_one(0, shape=[0, 48], offsets=[0, 0]), UNREADABLE + r"\S*: F32 of shape \(0, 48\); expected v"),
     "a single number": (with_one(4, shape=[], offsets=[0, 4]), UNREADABLE + r"\S*: F32 of shape \(\); expected value"),
-    "offsets reversed": (with_one(offsets=[NUM_BYTES, 0]), UNREADABLE + r".*data_offsets \[6144, 0\]; expected where"),
-    "offsets negative": (with_one(offsets=[-NUM_BYTES, 0]), UNREADABLE + r".*data_offsets \[-6144, 0\]; expected whe"),
-    "three offsets": (with_one(offsets=[0, 1, 2]), UNREADABLE + r".*data_offsets \[0, 1, 2\]; expected where its byt"),
+    "offsets reversed": (with_one(offsets=[NUM_BYTES, 0]), REFUSED + r"invalid offset for tensor"),
+    "offsets negative": (with_one(offsets=[-NUM_BYTES, 0]), BAD_JSON + r"invalid value: integer"),
+    "three offsets": (with_one(offsets=[0, 1, 2]), BAD_JSON + r"invalid length 3"),
     "offsets into the header": (
-        with_one(shape=[32, 48], offsets=[0.0, NUM_BYTES]), UNREADABLE + r".*data_offsets \[0\.0, 6144\]; expected whe"
+        with_one(shape=[32, 48], offsets=[0.0, NUM_BYTES]), BAD_JSON + r"invalid type: floating point"
     ),
     "values overlap": (
         with_tensors(named=TWO | {NAME.replace("weight", "bias"): entry(shape=[32], offsets=[64, 192])}),
-        UNREADABLE + r".*locft_delta\.bias: values that overlap those before; expected every byte",
+        REFUSED + r"invalid offset for tensor `\S*locft_delta.bias`",
     ),
     "values twice": (
         with_tensors(named={NAME: entry(), NAME.replace("down", "up"): entry()}),
-        UNREADABLE + r".*up_proj\.locft_delta\.weight: values that overlap those before; expected every byte",
+        REFUSED + r"invalid offset for tensor `\S*(up|down)_proj.locft_delta.weight`",
     ),
     "a hole at the beginning": (
-        with_one(NUM_BYTES + 8, offsets=[8, NUM_BYTES + 8]), UNREADABLE + ".*weight: a hole before its values; expecte"
+        with_one(NUM_BYTES + 8, offsets=[8, NUM_BYTES + 8]), REFUSED + r"invalid offset for tensor `\S*weight`"
     ),
     "a hole between": (
         with_tensors(NUM_BYTES + 136, named=TWO | {
             NAME.replace("weight", "bias"): entry(shape=[32], offsets=[NUM_BYTES + 8, NUM_BYTES + 136])
         }),
-        UNREADABLE + r".*locft_delta\.bias: a hole before its values; expected every byte to belong to one tensor",
+        REFUSED + r"invalid offset for tensor `\S*locft_delta.bias`",
     ),
-    "bytes of no tensor": (with_one(NUM_BYTES + 1), UNREADABLE + r"\d+ bytes; expected \d+: it has bytes that belong"),
-    "grown to 32 MB": (grown(WEIGHTS, 32_000_000), UNREADABLE + "32000000 bytes; expected .*: it has bytes that belo"),
-    "cut by a byte": (cut(1), UNREADABLE + r"\d+ bytes; expected \d+: it is cut off\. Download or save it again"),
-    "cut in half": (cut(NUM_BYTES // 2), UNREADABLE + r"\d+ bytes; expected \d+: it is cut off\. Download or save it"),
+    "bytes of no tensor": (with_one(NUM_BYTES + 1), REFUSED + r"incomplete metadata, file not fully covered"),
+    "grown to 32 MB": (grown(WEIGHTS, 32_000_000), REFUSED + r"incomplete metadata, file not fully covered"),
+    "cut by a byte": (cut(1), REFUSED + r"incomplete metadata, file not fully covered.*cut off or dam"),
+    "cut in half": (cut(NUM_BYTES // 2), REFUSED + r"incomplete metadata, file not fully covered.*cut off or dam"),
     # names
     "name climbs": (with_tensors(named={"../../etc/passwd": entry()}), UNREADABLE + r"a tensor named '\.\./\.\./etc/"),
     "name climbs with dots": (with_tensors(named={f"..{NAME}": entry()}), UNREADABLE + r"a tensor named '\.\.base_mo"),
@@ -253,19 +258,19 @@ HOSTILE: dict[str, tuple[Spoil, str]] = {
     "name writes on the terminal": (
         with_tensors(named={"\x1b[31mred": entry()}), UNREADABLE + r"a tensor named '\\x1b\[31mred'; expected module n"
     ),
-    "name of thousands": (with_tensors(named={"a" * 5000: entry()}), UNREADABLE + "a tensor named 'aaaa.*up to 500 l"),
+    "name of thousands": (with_tensors(named={"a" * 5000: entry()}), UNREADABLE + "a tensor named 'aaaa.*up to 500 c"),
     "a weight of the base": (
         added_tensor("base_model.model.lm_head.weight"),
-        r"model\.lm_head\.weight is no delta, and in no module that modules_to_save names.*the place of a weight of t",
+        r"model\.lm_head\.weight is not a delta, and belongs to no module in modules_to_save.*could replace a weight",
     ),
     "a delta elsewhere": (
-        added_tensor(NAME.replace("down", "up")), r"up_proj\.locft_delta\.weight is in no module that target_modules o"
+        added_tensor(NAME.replace("down", "up")), r"up_proj\.locft_delta\.weight belongs to no target in target_mod"
     ),
     "a delta of an ending": (
-        added_tensor(NAME.replace("down_proj", "xdown_proj")), r"xdown_proj\.locft_delta\.weight is in no module that "
+        added_tensor(NAME.replace("down_proj", "xdown_proj")), r"xdown_proj\.locft_delta\.weight belongs to no target"
     ),
     "a delta of a buffer": (
-        added_tensor(NAME.replace(".weight", ".running_mean")), r"locft_delta\.running_mean is in no module that targe"
+        added_tensor(NAME.replace(".weight", ".running_mean")), r"locft_delta\.running_mean belongs to no target in"
     ),
     "two deltas of one weight": (
         added_tensor(NAME.replace("down_proj.", "down_proj.base_layer."), torch.ones(32, 48)),
@@ -273,7 +278,7 @@ HOSTILE: dict[str, tuple[Spoil, str]] = {
     ),
     "token rows unannounced": (
         added_tensor("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"),
-        "trainable_tokens_delta is no delta, and in no module that modules_to_save names",
+        "trainable_tokens_delta is not a delta, and belongs to no module in modules_to_save",
     ),
     # values
     "NaN": (with_value(float("nan")), rf"{re.escape(NAME)} holds NaN or infinite values.*train it again at a lower"),
@@ -289,7 +294,7 @@ HOSTILE: dict[str, tuple[Spoil, str]] = {
     "configuration a list": (replaced(CONFIG, b"[1]"), r"adapter_config\.json is not readable: found \[1\]; expected"),
     "configuration nested": (replaced(CONFIG, NESTED), r"adapter_config\.json is not readable: found no JSON \(.*rec"),
     "configuration twice": (replaced(CONFIG, b'{"a": 1, "a": 2}'), r"found no JSON \('a' is there twice\); expected "),
-    "configuration NaN": (replaced(CONFIG, b'{"scale": NaN}'), r"found no JSON \(NaN is no JSON\); expected a JSON o"),
+    "configuration NaN": (replaced(CONFIG, b'{"scale": NaN}'), r"found no JSON \(NaN is not JSON\); expected a JSO"),
     "no method": (replaced(CONFIG, b"{}"), r"is the configuration of None; expected 'LOCFT'\. Give a LocFT adapter"),
     "another method": (changed_json(CONFIG, peft_type="LORA"), "is the configuration of 'LORA'; expected 'LOCFT'. Gi"),
     "method no text": (changed_json(CONFIG, peft_type={"a": 1}), r"is the configuration of \{'a': 1\}; expected 'LOC"),
@@ -311,9 +316,9 @@ HOSTILE: dict[str, tuple[Spoil, str]] = {
         changed_json(CONFIG, base_model_name_or_path=7), "base_model_name_or_path is 7; expected a name or null"
     ),
     "unknown delta dtype": (
-        changed_json(CONFIG, delta_dtype="int4"), r"is not the configuration of a PEFT method \(ValueError: .*int4"
+        changed_json(CONFIG, delta_dtype="int4"), "delta_dtype is 'int4'; expected float32, bfloat16 or float16. Dow"
     ),
-    "unknown task": (changed_json(CONFIG, task_type="EVIL"), r"is not the configuration of a PEFT method \(ValueErro"),
+    "unknown task": (changed_json(CONFIG, task_type="EVIL"), "task_type is 'EVIL'; expected null or one of SEQ_CLS, "),
     # the provenance
     "provenance no JSON": (replaced(FACTS, b'{"edits": '), r"locft_provenance\.json is not readable: found no JSON"),
     "provenance a number": (replaced(FACTS, b"3"), r"locft_provenance\.json is not readable: found 3; expected a JSO"),
@@ -398,10 +403,12 @@ def test_a_regular_expression_of_a_stranger_is_not_run(adapter: Path) -> None:
 def test_where_the_values_lie(adapter: Path) -> None:
     checked = check_adapter(adapter)
     size = (adapter / WEIGHTS).stat().st_size
-    assert checked.tensors == {NAME: TensorEntry("F32", (32, 48), size - NUM_BYTES, size)}
+    assert checked.tensors == {
+        NAME: StoredTensor(adapter.resolve() / WEIGHTS, "F32", (32, 48), size - NUM_BYTES, NUM_BYTES)
+    }
     assert checked.num_bytes == size
     assert checked.deltas == {PARAMETER: NAME}
-    assert checked.facts["format"] == 1
+    assert checked.provenance.versions and checked.provenance.to_dict()["format"] == 1
 
 
 def test_files_of_the_trainer_are_left_closed(adapter: Path) -> None:
@@ -522,7 +529,7 @@ def test_an_adapter_of_another_method_is_checked_where_it_is_asked_for(tmp_path:
     assert checked.config.peft_type == "LORA"
     assert len(checked.tensors) == 6 and not checked.deltas
     with pytest.raises(
-        ValueError, match=r"is the configuration of 'LORA'; expected 'LOCFT'\. Give a LocFT adapter, or"
+        ValueError, match=r"is the configuration of 'LORA'; expected 'LOCFT'\. Give a LocFT adapter\. An"
     ):
         check_adapter(tmp_path)
 
@@ -533,13 +540,13 @@ def test_an_adapter_of_another_method_is_checked_where_it_is_asked_for(tmp_path:
         (with_tensors(named={"../x": entry()}), r"a tensor named '\.\./x'; expected module names with dots between"),
         (
             with_tensors(0, x=entry(shape=[0, 2**64], offsets=[0, 0])),
-            r"x: shape \[0, 18446744073709551616\]; expected a",
+            r"a header that safetensors refuses \(invalid JSON in header: invalid type: floating",
         ),
         (
             with_tensors(0, x=entry(shape=[0, 2**40, 2**40], offsets=[0, 0])),
             "expected 9223372036854775807 bytes at mos",
         ),
-        (cut(1), r"it is cut off\. Download or save it again"),
+        (cut(1), r"It is cut off or damaged\. Download or save it again"),
         (
             added_tensor("base_model.model.x", torch.tensor([float("nan")])),
             "x holds NaN or infinite values, and with t",

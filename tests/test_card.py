@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from jinja2 import UndefinedError
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
 from safetensors.torch import load_file
 from tiny_models import assert_same_tensors
@@ -17,8 +20,9 @@ from tokenizers_for_tests import make_tokenizer
 
 from peft_locft import LocFTConfig, describe_adapter, export_lora, export_peft, inspect_adapter, save_adapter
 from peft_locft.adapters import check_adapter
-from peft_locft.adapters.card import evaluation_report, model_card, usage_lines
-from peft_locft.adapters.provenance import base_facts, evaluation_record, provenance
+from peft_locft.adapters.base_model import BaseModel
+from peft_locft.adapters.card import _template, model_card, usage_lines
+from peft_locft.adapters.provenance import Provenance
 from peft_locft.evaluation.config import EvaluationConfig
 from peft_locft.evaluation.evaluator import evaluate_edits
 from peft_locft.evaluation.intervals import Estimate
@@ -29,7 +33,7 @@ LOCATION = ["model.layers.22.mlp.down_proj.weight"]
 
 def card_of(base: str | None, **fields: Any) -> str:
     config = LocFTConfig(base_model_name_or_path=base, target_modules=["down_proj"], **fields)
-    return model_card(config, provenance(config, None), LOCATION)
+    return model_card(config, Provenance.of_config(config), LOCATION)
 
 
 def header(card: str) -> dict[str, object]:
@@ -175,8 +179,10 @@ def test_commit_and_licence_of_a_base_in_the_hub_cache_are_known(
     assert f"| Licence of the base | [own]({link}), as the base model's card says |\n" in card
     assert header(card)["license_link"] == link
     assert f"(https://huggingface.co/somebody/model) at `{commit}` |\n" in card
-    assert base_facts("somebody/model", "another-branch") == {}
-    assert base_facts("somebody/other") == base_facts("not a name") == base_facts(None) == {}
+    unknown = BaseModel("somebody/model", "another-branch")
+    assert BaseModel.known_here("somebody/model", "another-branch") == unknown
+    for name in ("somebody/other", "not a name", None):
+        assert BaseModel.known_here(name) == BaseModel(name, None)
 
 
 # ---------------------------------------------------------------------- figures
@@ -188,7 +194,7 @@ def test_an_evaluation_is_in_the_card_and_its_answers_are_not(tmp_path: Path) ->
     assert "| reliability_exact_match | 0.000 [0.000, 0.100] | 0.900 [0.800, 1.000] | - | 10 edits |\n" in card
     assert "Not measured: fluency: not asked for." in card
     assert all("secret" not in file.read_text("latin-1") for file in tmp_path.iterdir())
-    found = evaluation_report(check_adapter(tmp_path).facts)
+    found = check_adapter(tmp_path).provenance.evaluation
     assert found is not None and found.to_markdown() == report().to_markdown()
 
 
@@ -198,7 +204,7 @@ def test_figures_that_json_has_no_number_for_come_back(tmp_path: Path) -> None:
     facts["evaluation"]["results"]["reliability_exact_match"]["after"] |= {"value": "inf", "high": "nan"}
     facts["evaluation"]["notes"] = ["a note\nof two lines"]
     (tmp_path / "locft_provenance.json").write_text(json.dumps(facts))
-    found = evaluation_report(check_adapter(tmp_path).facts)
+    found = check_adapter(tmp_path).provenance.evaluation
     assert found is not None and found["reliability_exact_match"].after.value == float("inf")
     describe_adapter(tmp_path)
     assert "| inf [0.800, nan] |" in (tmp_path / "README.md").read_text()
@@ -215,7 +221,7 @@ def test_an_adapter_is_described_anew_after_it_was_measured(tmp_path: Path) -> N
     describe_adapter(tmp_path, report=measured)
     card = (tmp_path / "README.md").read_text()
     assert f"On 8 edits, those of this adapter:\n\n{measured.to_markdown()}\n" in card
-    recorded = json.loads(json.dumps(evaluation_record(measured)))
+    recorded = json.loads(json.dumps({"evaluation": measured.summary_to_dict()}))
     assert json.loads((tmp_path / "locft_provenance.json").read_text()) == before | recorded
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == weights
     # without a report it stays
@@ -278,7 +284,8 @@ def test_exports_say_what_they_are(tmp_path: Path) -> None:
     assert f"by matrices of rank 4, which keep {export.share_kept:.1%} of the change (of its squared" in lora
     assert export.after is not None and export.after.to_markdown() in lora
     for name in ("peft", "lora"):
-        assert inspect_adapter(tmp_path / name).facts["export"]["to"] == name
+        export_details = inspect_adapter(tmp_path / name).provenance.export
+        assert export_details is not None and export_details.to == name
 
 
 def test_describing_changes_no_weight(tmp_path: Path) -> None:
@@ -291,6 +298,29 @@ def test_describing_changes_no_weight(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_adapter_is_not_described(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is no adapter folder: it has no adapter_config\.json and no adapter_model"):
         describe_adapter(tmp_path)
+
+
+# ---------------------------------------------------------------------- what a stranger wrote
+
+
+def test_a_hostile_name_adds_nothing_to_the_card() -> None:
+    hostile = "a`|<script>alert(1)</script>[x](http://evil)_*\n# B"
+    config = LocFTConfig(base_model_name_or_path=f"./{hostile.replace('/', '')}", target_modules=["down_proj"])
+    recorded = replace(Provenance.of_config(config), versions={hostile: hostile}, base_sha256={hostile: "0" * 64})
+    evaluation = replace(report(), missing={hostile: hostile}, notes=[hostile])
+    card = model_card(config, replace(recorded, evaluation=evaluation), [hostile])
+    body = card.partition("\n---\n")[2]
+    without_code = re.sub(r"```.*?```|`[^`\n]*`", "", body, flags=re.DOTALL)
+    assert "<" not in without_code
+    before_figures = without_code.partition("## Measured")[0]
+    assert "[x](" not in before_figures and "# B" not in [line.strip() for line in before_figures.splitlines()]
+    table = [line for line in body.splitlines() if line.startswith("| ") and "metric" not in line]
+    assert [len(re.findall(r"(?<!\\)\|", line)) for line in table[:5]] == [3] * 5
+
+
+def test_a_template_without_a_value_is_an_error() -> None:
+    with pytest.raises(UndefinedError, match="is undefined"):
+        _template().render()
 
 
 # ---------------------------------------------------------------------- lines of Python

@@ -80,10 +80,10 @@ def test_train_prints_what_was_done_and_how_to_load_it(
     size = (tmp_path / "out" / "adapter_model.safetensors").stat().st_size
     losses = json.loads((tmp_path / "out" / "locft_provenance.json").read_text())["training"]["epoch_losses"]
     assert re.search(rf"^Trained in \d+ s, saved to {tmp_path}/out$", printed, re.MULTILINE)
-    assert f"\nbase model  {model_folder}\n" in printed
-    assert f"\nsize        {size / 1e3:.1f} kB\n" in printed
-    assert "\ntrained     model.layers.1.mlp.down_proj.locft_delta.weight  F32 32 x 48\n" in printed
-    assert f"\nloss        {losses[0]:.4f} → {losses[1]:.4f} in 2 epochs\n" in printed
+    assert f"\nbase model     {model_folder}\n" in printed
+    assert f"\nsize           {size / 1e3:.1f} kB\n" in printed
+    assert "\ntrained        model.layers.1.mlp.down_proj.locft_delta.weight  F32 32 x 48\n" in printed
+    assert f"\ntraining loss  {losses[0]:.4f} → {losses[1]:.4f} in 2 epochs\n" in printed
 
     # a fresh process that knows nothing but the printed lines
     lines = printed.rpartition("Load it with:")[2].strip().splitlines()
@@ -134,7 +134,7 @@ def test_a_config_file_gives_flags_and_the_command_line_goes_before_it(
         "disable_tqdm": True,
     }
     assert main(["train", "--config", write_yaml(tmp_path, content), "--num-train-epochs", "1"]) == 0
-    recipe = inspect_adapter(tmp_path / "out").facts["recipe"]
+    recipe = inspect_adapter(tmp_path / "out").provenance.to_dict()["recipe"]
     assert (recipe["num_train_epochs"], recipe["learning_rate"], recipe["append_eos"]) == (1, 1e-3, False)
     assert "model.layers.1.mlp.up_proj" in capsys.readouterr().out
 
@@ -257,7 +257,7 @@ def test_the_last_of_conflicting_targets_can_be_kept(call: Words, edits_file: Pa
     with edits_file.open("a") as file:
         file.write("\n" + json.dumps({"prompt": EDITS[0].prompt, "target_new": "Paris"}))
     assert main([*call, "--on_conflict", "last"]) == 0
-    assert inspect_adapter(tmp_path / "out").facts["edits"]["count"] == len(EDITS)
+    assert inspect_adapter(tmp_path / "out").provenance.to_dict()["edits"]["count"] == len(EDITS)
 
 
 def test_a_run_is_resumed(call: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -282,7 +282,7 @@ def test_edits_can_be_handed_over_as_they_are(model_folder: Path, tmp_path: Path
     args = BreadthFirstConfig(output_dir=str(tmp_path), num_train_epochs=1, use_cpu=True, disable_tqdm=True)
     edits = [Edit(prompt="The river is", target="Dave")]
     summary = train_edits(str(model_folder), edits, args=args, dtype="bfloat16")
-    assert summary.facts["edits"]["count"] == 1
+    assert summary.provenance.to_dict()["edits"]["count"] == 1
     assert summary.config.task_type == "CAUSAL_LM"
 
 
@@ -326,7 +326,7 @@ def test_train_evaluates_on_the_way(call: Words, tmp_path: Path) -> None:
     assert main([*call, *flags]) == 0
     curves = json.loads((tmp_path / "out" / "evaluation_curves.json").read_text())
     assert [point["epoch"] for point in curves] == [0, 1, 2]
-    assert inspect_adapter(tmp_path / "out").facts["training"]["curves"] == curves
+    assert inspect_adapter(tmp_path / "out").provenance.to_dict()["training"]["curves"] == curves
 
 
 def test_a_best_metric_needs_evaluations(call: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -361,7 +361,7 @@ def test_inspect_reads_other_methods(tmp_path: Path, capsys: pytest.CaptureFixtu
 
     save_adapter(get_peft_model(base_model(), LoraConfig(target_modules=["down_proj"])), tmp_path)
     assert main(["inspect", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.startswith("method      LORA\n")
+    assert capsys.readouterr().out.startswith("method         LORA\n")
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])

@@ -38,7 +38,7 @@ def test_what_is_found_is_trained(call: list[str], tmp_path: Path, capsys: pytes
     assert main(["train", *call, "--output_dir", str(tmp_path / "out"), "--location", str(best)]) == 0
     summary = inspect_adapter(tmp_path / "out")
     assert set(summary.config.target_modules) == {"model.layers.2.mlp.up_proj"}
-    assert summary.facts["recipe"]["learning_rate"] == 3e-3
+    assert summary.provenance.to_dict()["recipe"]["learning_rate"] == 3e-3
 
 
 def test_a_rate_that_is_given_goes_before_that_of_the_location(tmp_path: Path) -> None:

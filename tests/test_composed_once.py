@@ -11,7 +11,8 @@ from peft import get_peft_model
 from tiny_models import build, every_family, logits, randomize, same_bits, token_ids
 
 from peft_locft import LocFTConfig
-from peft_locft.tuner import arithmetic, layer
+from peft_locft.io import arithmetic
+from peft_locft.tuner import layer
 
 
 def gradients(model: Any, *, once: bool) -> list[torch.Tensor]:

@@ -131,7 +131,7 @@ def test_the_curves_go_into_the_provenance_record(tmp_path: Path, monkeypatch: p
     trainer = make_trainer(tmp_path, callbacks=[callback])
     trainer.train()
     trainer.save_model()
-    training = inspect_adapter(tmp_path).facts["training"]
+    training = inspect_adapter(tmp_path).provenance.to_dict()["training"]
     assert training["curves"] == callback.curves
     assert training["best_epoch"] == 1
 

@@ -144,7 +144,7 @@ def test_another_base_is_refused_unless_forced(kind: str, made: tuple[Path, Peft
     folder, _ = made
     build("llama", seed=1).save_pretrained(folder / "other")
     with pytest.raises(
-        ValueError, match=r"down_proj\.weight in \S*/other has other values than the one that \S*adapter w"
+        ValueError, match=r"down_proj\.weight of \S*/other is not the weight that \S*adapter was trained on\. Use"
     ):
         export(kind, folder, base=folder / "other")
     assert sorted(path.name for path in folder.iterdir()) == ["adapter", "base", "other"]
@@ -154,7 +154,9 @@ def test_another_base_is_refused_unless_forced(kind: str, made: tuple[Path, Peft
 @both
 def test_a_base_loaded_in_another_dtype_is_another_base(kind: str, made: tuple[Path, PeftModel]) -> None:
     folder, _ = made
-    with pytest.raises(ValueError, match=r"at the revision and dtype that it was trained on, or force it"):
+    with pytest.raises(
+        ValueError, match=r"at the revision and dtype that it was trained on and without other edits, or force it"
+    ):
         export(kind, folder, dtype="bfloat16")
 
 
@@ -163,7 +165,7 @@ def test_a_base_of_other_sizes_is_refused(kind: str, made: tuple[Path, PeftModel
     folder, _ = made
     build("llama", intermediate_size=64).save_pretrained(folder / "other")
     with pytest.raises(
-        ValueError, match=r"weight is 32 x 64 in \S*other and 32 x 48 in .*: the adapter belongs to another"
+        ValueError, match=r"\S*other has the shape \[32, 64\], but the delta of .* has \[32, 48\]: the adapter belongs"
     ):
         export(kind, folder, base=folder / "other", force=True)
 
@@ -173,18 +175,9 @@ def test_a_base_without_the_tensor_is_refused(kind: str, made: tuple[Path, PeftM
     folder, _ = made
     build("gpt2").save_pretrained(folder / "other")
     with pytest.raises(
-        ValueError, match=rf"/other has no tensor that could be {PARAMETER}\. Expected one: a checkpoint"
+        ValueError, match=rf"/other holds no {PARAMETER}.*: the adapter belongs to another model, or to one whose"
     ):
         export(kind, folder, base=folder / "other")
-
-
-@both
-def test_fused_experts_that_the_checkpoint_holds_in_parts_are_refused(kind: str, tmp_path: Path) -> None:
-    make(tmp_path, "mixtral", "float32", "float32", {"target_parameters": ["layers.1.mlp.experts.down_proj"]})
-    with pytest.raises(
-        ValueError, match=r"has no tensor that could be model\.layers\.1\.mlp\.experts\.down_proj.*merge_an"
-    ):
-        export(kind, tmp_path)
 
 
 @both
@@ -194,7 +187,7 @@ def test_a_quantized_base_is_refused(kind: str, made: tuple[Path, PeftModel]) ->
     weights[PARAMETER] = weights[PARAMETER].to(torch.float8_e4m3fn)
     save_file(weights, folder / "base" / "model.safetensors")
     with pytest.raises(
-        ValueError, match=r"is float8_e4m3fn, as in a quantized model\. Expected one of float32, bfloat16,"
+        ValueError, match=r"is quantized \(F8_E4M3\): a delta cannot be added.*Expected one of F64, F32, F16, BF16: "
     ):
         export(kind, folder)
 
@@ -204,7 +197,7 @@ def test_a_base_without_safetensors_is_refused(kind: str, made: tuple[Path, Peft
     folder, _ = made
     (folder / "base" / "model.safetensors").rename(folder / "base" / "pytorch_model.bin")
     with pytest.raises(
-        ValueError, match=r"/base has no model\.safetensors and no model\.safetensors\.index\.json\. Expec"
+        ValueError, match=r"/base has neither model\.safetensors nor model\.safetensors\.index\.json: expec"
     ):
         export(kind, folder)
 
@@ -214,12 +207,13 @@ def test_a_broken_shard_is_named(kind: str, made: tuple[Path, PeftModel]) -> Non
     folder, _ = made
     index = {"weight_map": {PARAMETER: "model-00001-of-00002.safetensors"}}
     (folder / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "base" / "model.safetensors").unlink()
     with pytest.raises(
-        ValueError, match=r"/base has no model-00001-of-00002\.safetensors, which its index names\. Downl"
+        ValueError, match=r"/base lacks model-00001-of-00002\.safetensors, of 1 files that its index names\. Downl"
     ):
         export(kind, folder)
     (folder / "base" / "model-00001-of-00002.safetensors").write_bytes(b"half")
-    with pytest.raises(ValueError, match=r"model-00001-of-00002\.safetensors is not a readable safetensors file \("):
+    with pytest.raises(ValueError, match=r"model-00001-of-00002\.safetensors is not a readable safetensors file: "):
         export(kind, folder)
 
 
@@ -237,7 +231,7 @@ def test_an_adapter_that_names_no_base_needs_one(kind: str, made: tuple[Path, Pe
 def test_what_is_no_delta_cannot_be_exported(kind: str, tmp_path: Path) -> None:
     make(tmp_path, "llama", "float32", "float32", DOWN | {"modules_to_save": ["lm_head"]})
     with pytest.raises(
-        ValueError, match=r"holds base_model\.model\.lm_head\.weight beside its deltas \(modules_to_save"
+        ValueError, match=r"holds base_model\.model\.lm_head\.weight, where only deltas .*\(modules_to_save"
     ):
         export(kind, tmp_path)
 

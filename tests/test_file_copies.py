@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from peft_locft.io import copies as file_copies
-from peft_locft.io.copies import clone, copy_ranges, gaps, locked, place_file, write_all
+from peft_locft.io import folders
+from peft_locft.io.copies import clone, copy_ranges, gaps, place_file, write_all
+from peft_locft.io.folders import locked
 
 CONTENT = os.urandom(1 << 20)
 
@@ -77,10 +79,10 @@ def test_a_placed_file_has_the_bytes_and_the_mode(link: Any, source: Path, tmp_p
 def test_a_file_system_without_reflinks_is_told_by_nothing_left(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(file_copies.fcntl, "ioctl", fail(errno.EOPNOTSUPP))
+    monkeypatch.setattr(folders.fcntl, "ioctl", fail(errno.EOPNOTSUPP))
     assert not clone(source, tmp_path / "target")
     assert not (tmp_path / "target").exists()
-    monkeypatch.setattr(file_copies.fcntl, "ioctl", fail(errno.EIO))
+    monkeypatch.setattr(folders.fcntl, "ioctl", fail(errno.EIO))
     with pytest.raises(OSError, match="Input/output error"):
         clone(source, tmp_path / "target")
 
@@ -125,7 +127,7 @@ def test_all_is_written_of_what_is_taken_in_parts() -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from peft_locft.io.copies import locked
+from peft_locft.io.folders import locked
 with locked(Path(sys.argv[1])) as has_it:
     print(has_it, flush=True)
     time.sleep(60)
@@ -146,9 +148,9 @@ def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
 
 
 def test_where_there_are_no_locks_everybody_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_copies.fcntl, "flock", fail(errno.ENOLCK))
+    monkeypatch.setattr(folders.fcntl, "flock", fail(errno.ENOLCK))
     with locked(tmp_path) as has_it:
         assert has_it
-    monkeypatch.setattr(file_copies.fcntl, "flock", fail(errno.EIO))
+    monkeypatch.setattr(folders.fcntl, "flock", fail(errno.EIO))
     with pytest.raises(OSError, match="Input/output"), locked(tmp_path):
         pass

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from peft_locft import LocFTConfig, detach, merge_checkpoint, merge_in_place
 from peft_locft.io import copies as file_copies
-from peft_locft.io.copies import locked
+from peft_locft.io.folders import locked
+from peft_locft.merging import in_place
 
 UNDO = "locft/locft_undo.safetensors"
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -240,16 +241,12 @@ def test_an_error_while_writing_leaves_nothing(
     model: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = snapshot(model)
-    monkeypatch.setattr(
-        "peft_locft.merging.edited_weights.write_all", lambda writer, part: writer.write(bytes(len(part)))
-    )
+    monkeypatch.setattr("peft_locft.io.patched_file.write_all", lambda writer, part: writer.write(bytes(len(part))))
     with pytest.raises(OSError, match="reads differently from what was written to it"):
         merge_in_place(model, [adapter])
     assert snapshot(model) == before
     monkeypatch.undo()
-    monkeypatch.setattr(
-        "peft_locft.merging.in_place_undo.write_all", lambda writer, part: writer.write(bytes(len(part)))
-    )
+    monkeypatch.setattr("peft_locft.merging.in_place.write_all", lambda writer, part: writer.write(bytes(len(part))))
     with pytest.raises(OSError, match=r"locft_undo.safetensors reads differently from what was written to it"):
         merge_in_place(model, [adapter])
     assert snapshot(model) == before
@@ -260,7 +257,7 @@ def test_a_disk_without_room_is_told_before_it_is_full(
 ) -> None:
     before = snapshot(model)
     monkeypatch.setattr(file_copies, "clone", lambda *_: False)
-    monkeypatch.setattr("peft_locft.merging.edited_weights.clone", lambda *_: False)
+    monkeypatch.setattr("peft_locft.io.patched_file.clone", lambda *_: False)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(OSError, match=r"No space left on device: 0.1 MB are to be written to .* 0.0 MB are free"):
         merge_in_place(model, [adapter])
@@ -350,16 +347,30 @@ def test_what_was_not_removed_after_the_exchange_is_by_the_next_call(
     merged = snapshot(model)
     detach(model)
     # as if the process had been killed there
-    monkeypatch.setattr("peft_locft.merging.in_place.settle", lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        merge_in_place(model, [adapter])
+    killed_in_settle(lambda: merge_in_place(model, [adapter]), monkeypatch)
     assert snapshot(model).keys() > merged.keys()
     assert_ends_in(merged, "has an edit merged in place already", lambda: merge_in_place(model, [adapter]), model)
-    with pytest.raises(ZeroDivisionError):
-        detach(model)
+    killed_in_settle(lambda: detach(model), monkeypatch, has_undo=True)
     assert snapshot(model).keys() > before.keys()
     message = "nothing is merged in place there, and what was left of one that was interrupted is removed"
     assert_ends_in(before, message, lambda: detach(model), model)
+
+
+def killed_in_settle(call: Callable[[], object], monkeypatch: pytest.MonkeyPatch, has_undo: bool = False) -> None:
+    """End a call where it would remove what belongs to the other model, but not where it ends what another left."""
+    own = in_place.settle
+    calls = iter([own, None] if has_undo else [None])
+
+    def dying(*arguments: Any, **options: Any) -> None:
+        settle = next(calls)
+        if settle is None:
+            raise ZeroDivisionError
+        settle(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(in_place, "settle", dying)
+        with pytest.raises(ZeroDivisionError):
+            call()
 
 
 def assert_ends_in(expected: dict[str, str], match: str, call: Callable[[], object], model: Path) -> None:

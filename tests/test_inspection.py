@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from tiny_training import EDITS, make_trainer
 
 from peft_locft import LocFTConfig, describe_adapter, inspect_adapter, save_adapter
 from peft_locft.adapters.inspection import size
+from peft_locft.adapters.provenance import Provenance
 from peft_locft.evaluation.intervals import Estimate
 from peft_locft.evaluation.report import EvaluationReport, MetricResult
 
@@ -25,17 +28,17 @@ def test_inspecting_says_what_the_folder_holds(tmp_path: Path) -> None:
     assert summary.tensors == {name: ("F32", tuple(tensor.shape)) for name, tensor in tensors.items()}
     assert summary.num_bytes == (tmp_path / "adapter_model.safetensors").stat().st_size
     text = str(summary)
-    assert f"size        {summary.num_bytes / 1e3:.1f} kB" in text
+    assert f"size           {summary.num_bytes / 1e3:.1f} kB" in text
     sha256 = hashlib.sha256((tmp_path / "adapter_model.safetensors").read_bytes()).hexdigest()
-    assert "verified    all values of 1 tensors are finite\n" in text
-    assert f"verified    the weights are as they were saved, sha256 {sha256[:16]}…\n" in text
-    assert "made with   peft-locft 0." in text
-    assert "trained     model.layers.1.mlp.down_proj.locft_delta.weight  F32 32 x 48" in text
-    assert "method      LOCFT" in text
-    assert "base model  not recorded" in text
-    assert f"edits       {len(EDITS)}" in text
+    assert "verified       all values of 1 tensors are finite\n" in text
+    assert f"verified       the weights are as they were saved, sha256 {sha256[:16]}…\n" in text
+    assert "made with      peft-locft 0." in text
+    assert "trained        model.layers.1.mlp.down_proj.locft_delta.weight  F32 32 x 48" in text
+    assert "method         LOCFT" in text
+    assert "base model     not recorded" in text
+    assert f"edits          {len(EDITS)}" in text
     first, *_, last = trainer.epoch_losses
-    assert f"loss        {first:.4f} → {last:.4f} in 3 epochs" in text
+    assert f"training loss  {first:.4f} → {last:.4f} in 3 epochs" in text
     assert "learning_rate 0.005" in text
     assert text.endswith(
         "import peft_locft  # registers LOCFT with PEFT\n"
@@ -55,9 +58,9 @@ def test_inspecting_lora_needs_no_import_of_ours(tmp_path: Path) -> None:
     config = LoraConfig(target_modules=["down_proj"], task_type="CAUSAL_LM")
     get_peft_model(build("llama"), config).save_pretrained(tmp_path)
     text = str(inspect_adapter(str(tmp_path)))
-    assert "method      LORA" in text
+    assert "method         LORA" in text
     assert "import peft_locft" not in text and "edits" not in text
-    assert text.count("trained ") == 6
+    assert text.count("trained  ") == 6
 
 
 # ---------------------------------------------------------------------- what the card says too
@@ -76,11 +79,11 @@ def test_the_facts_of_the_card_are_printed(tmp_path: Path) -> None:
     config.base_model_name_or_path = str(tmp_path / "base")
     save_adapter(model, tmp_path / "out", report=report)
     text = str(inspect_adapter(tmp_path / "out"))
-    assert f"base model  {tmp_path / 'base'} at v2\n" in text
-    assert "licence     own, of the base model\n" in text
-    assert "scale       0.5\n" in text
-    assert "measured    reliability_contains  0.000 [0.000, 0.000] → 1.000 [1.000, 1.000]\n" in text
-    assert "measured    perplexity  20 [19, 21]\n" in text
+    assert f"base model     {tmp_path / 'base'} at v2\n" in text
+    assert "licence        own, of the base model\n" in text
+    assert "scale          0.5\n" in text
+    assert "measured       reliability_contains  0.000 [0.000, 0.000] → 1.000 [1.000, 1.000]\n" in text
+    assert "measured       perplexity  20 [19, 21]\n" in text
 
 
 @pytest.mark.parametrize(
@@ -123,7 +126,7 @@ def test_an_adapter_without_a_record_is_read_all_the_same(tmp_path: Path) -> Non
     (adapter / "locft_provenance.json").unlink()
     summary = inspect_adapter(adapter)
     assert summary.verified == ("all values of 1 tensors are finite",)
-    assert summary.facts == {}
+    assert summary.provenance == Provenance()
 
 
 def test_the_base_is_verified_where_it_is_given(tmp_path: Path) -> None:
@@ -132,17 +135,25 @@ def test_the_base_is_verified_where_it_is_given(tmp_path: Path) -> None:
     said = f"1 of 1 edited tensors in {tmp_path / 'base'} are those that it was trained on"
     assert summary.verified[-1] == said
     build("llama", seed=1).save_pretrained(tmp_path / "other")
-    with pytest.raises(
-        ValueError, match=r"weight in \S*/other has other values than the one that \S*adapter was trained on"
-    ):
+    with pytest.raises(ValueError, match=r"weight of \S*/other is not the weight that \S*adapter was trained on"):
         inspect_adapter(adapter, tmp_path / "other")
+
+
+def test_inspecting_a_locft_adapter_does_not_wait_for_peft(tmp_path: Path) -> None:
+    code = (
+        "import sys; from peft_locft import inspect_adapter; print(inspect_adapter(sys.argv[1]));"
+        "print([name for name in ('peft', 'transformers', 'datasets', 'accelerate') if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, str(make(tmp_path))]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert result.stdout.startswith("method         LOCFT\n") and result.stdout.endswith("\n[]\n")
 
 
 def test_a_base_cannot_be_verified_without_a_record_of_it(tmp_path: Path) -> None:
     make(tmp_path)
     get_peft_model(build("llama"), LoraConfig(target_modules=["down_proj"])).save_pretrained(tmp_path / "lora")
     with pytest.raises(
-        ValueError, match=r"lora does not record which base tensors it was trained on, so that \S*base cann"
+        ValueError, match=r"lora does not record which base tensors it was trained on, so \S*base cannot be"
     ):
         inspect_adapter(tmp_path / "lora", tmp_path / "base")
 
@@ -153,7 +164,7 @@ def test_what_another_method_writes_does_not_reach_the_terminal(tmp_path: Path) 
     config |= {"base_model_name_or_path": "a\x1b[2Jb", "revision": "\n"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     text = str(inspect_adapter(tmp_path))
-    assert "base model  a?[2Jb at ?\n" in text and "\x1b" not in text
+    assert "base model     a?[2Jb at ?\n" in text and "\x1b" not in text
 
 
 def test_names_may_have_other_spaces_and_settings_of_the_future_any_value(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from peft_locft import (
     inspect_adapter,
     save_adapter,
 )
-from peft_locft.adapters.provenance import augmentation_record
+from peft_locft.adapters.provenance import Augmentation
 from peft_locft.data import edits_sha256
 from peft_locft.data.leaks import check_paraphrases, mark_trained, trained_prompts, trained_prompts_record
 from peft_locft.evaluation import EditEvaluator
@@ -132,10 +132,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     model.peft_config["default"].base_model_name_or_path = str(base)
     trainer = make_trainer(adapter, model)
     counts = {"retained_facts": 1, "swapped_subjects": 0}
-    more = augmentation_record(prefixes=["In the city", "They"], counts=counts, prompts=["Dave is"])
-    save_adapter(
-        model, adapter, record=training_record(EDITS, trainer.args, trainer.loss_history, 3, augmentation=more)
-    )
+    more = Augmentation.of_rows(prefixes=["In the city", "They"], counts=counts, prompts=["Dave is"])
+    record = training_record(EDITS, trainer.args, trainer.loss_history, 3, augmentation=more)
+    save_adapter(model, adapter, record=record)
     return base, adapter
 
 
@@ -153,9 +152,11 @@ def test_a_folder_shows_what_was_added_and_no_prompt_of_it(folders: tuple[Path, 
     facts = (adapter / "locft_provenance.json").read_text()
     assert "Dave is" not in facts and "They" in facts
     text = str(inspect_adapter(adapter))
-    assert "augmented   2 prefixes, 1 retained facts\nprefix      In the city\nprefix      They\n" in text
+    assert f"{'augmentation':<15}2 prefixes, 1 retained facts\n{'prefix':<15}In the city\n{'prefix':<15}They\n" in text
     export_small(adapter, tmp_path / "small", delta_dtype="bfloat16")
-    assert inspect_adapter(tmp_path / "small").facts["augmentation"] == json.loads(facts)["augmentation"]
+    assert (
+        inspect_adapter(tmp_path / "small").provenance.to_dict()["augmentation"] == json.loads(facts)["augmentation"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -184,4 +185,4 @@ def test_a_record_that_lies_is_refused(folders: tuple[Path, Path], tmp_path: Pat
 
 def test_a_run_without_augmentation_records_none(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
-    assert "augmentation" not in training_record(EDITS, trainer.args, trainer.loss_history, 1)
+    assert training_record(EDITS, trainer.args, trainer.loss_history, 1).augmentation is None

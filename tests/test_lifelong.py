@@ -106,7 +106,7 @@ def test_edits_come_are_replaced_and_go(base: Path, learned: Path, tmp_path: Pat
     assert str(summary).startswith(
         "edits: 6 kept, 1 added, 1 replaced, 1 withdrawn\n1 of 1 withdrawn prompts have the base's answer again\n\n"
     )
-    assert "\ncontinued   1 times, 1 added, 1 replaced, 1 withdrawn\n" in str(summary)
+    assert "\ncontinued      1 times, 1 added, 1 replaced, 1 withdrawn\n" in str(summary)
     assert summary.folder == tmp_path / "next" and summary.trained_edits is None
 
     model, tokenizer = load_model(base)
@@ -130,7 +130,8 @@ def test_a_list_that_is_not_shipped_is_written_beside(base: Path, tmp_path: Path
         out, forget=[edit_id(EDITS[1])], args=recipe(out), trained_edits=first.trained_edits, ship_edits=True
     )
     assert second.trained_edits is None and shipped_edits(out) == EDITS[2:]
-    assert second.adapter.facts["continued"] == {"times": 2, "added": 0, "replaced": 0, "withdrawn": 2}
+    run = second.adapter.provenance.run
+    assert run is not None and run.continued == {"times": 2, "added": 0, "replaced": 0, "withdrawn": 2}
 
 
 def test_what_has_changed_is_a_tenth_of_the_rows_at_least() -> None:
@@ -153,7 +154,7 @@ def test_repeated_rows_have_the_losses_of_the_plain_model(base: Path, learned: P
         model, tokenizer = load_model(base)
         peft_model = PeftModel.from_pretrained(model, learned, is_trainable=True)
         args = recipe(tmp_path / "out", activation_cache=cache, learning_rate=0.0, per_device_train_batch_size=5)
-        trainer = ContinuedTrainer(peft_model, args, plan, tokenizer, earlier={}, ship_edits=False)
+        trainer = ContinuedTrainer(peft_model, args, plan, tokenizer, earlier=None, ship_edits=False)
         assert len(trainer.train_dataset) == 27 + 3
         trainer.train()
         losses.append(trainer.epoch_losses[0])
@@ -166,7 +167,7 @@ def test_a_new_edit_among_known_ones_is_learned_before_training_stops(
     plan = merge_edit_lists(EDITS, [Edit(prompt="Who is Dave?", target="the river")])
     peft_model = PeftModel.from_pretrained(load_model(base)[0], learned, is_trainable=True)
     args = recipe(tmp_path / "out", stop_at_learned=0.5, num_train_epochs=40, loss_floor=0.0)
-    trainer = ContinuedTrainer(peft_model, args, plan, load_model(base)[1], earlier={}, ship_edits=False)
+    trainer = ContinuedTrainer(peft_model, args, plan, load_model(base)[1], earlier=None, ship_edits=False)
     trainer.train()
     unlearned = trainer.loss_history.unlearned
     assert 1 <= unlearned[0] <= len(EDITS) / 2, "it must not stop where half of all edits are learned"

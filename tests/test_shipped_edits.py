@@ -11,10 +11,10 @@ from saving_process import make_adapter
 from tiny_training import EDITS, make_trainer, peft_model
 
 from peft_locft import Edit, Probe, describe_adapter, find_conflicts, inspect_adapter, read_edits, save_adapter
-from peft_locft.adapters import saving as adapter_folder
 from peft_locft.adapters import shipped_edits
 from peft_locft.cli.commands import main
 from peft_locft.data import edits_sha256
+from peft_locft.io import folders
 
 NAME = "locft_edits.jsonl"
 FULL = Edit(
@@ -65,7 +65,7 @@ def test_edits_of_a_run_are_added_afterwards_if_they_are_its_own(tmp_path: Path)
     describe_adapter(folder, edits=EDITS)
     found = shipped_edits(folder)
     assert found is not None and edits_sha256(found) == edits_sha256(EDITS)
-    assert f"verified    8 edits in {NAME}, those that it was trained on\n" in str(inspect_adapter(folder))
+    assert f"verified       8 edits in {NAME}, those that it was trained on\n" in str(inspect_adapter(folder))
     # what is there is kept, and said
     describe_adapter(folder)
     assert "They are in `locft_edits.jsonl`." in (folder / "README.md").read_text()
@@ -81,7 +81,7 @@ def test_edits_of_the_adapter_that_is_replaced_do_not_stay(
     exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not exchange:
-        monkeypatch.setattr(adapter_folder, "_exchange", lambda staging, folder: False)
+        monkeypatch.setattr(folders, "_exchange", lambda *_: False)
     shipping(tmp_path / "out", ("a b", "x"))
     (tmp_path / "out" / "notes.txt").write_text("mine")
     save_adapter(make_adapter("up"), tmp_path / "out")
@@ -147,10 +147,10 @@ def test_prompts_with_several_targets_are_found(tmp_path: Path) -> None:
     assert found.without_edits == [str(tmp_path / "silent")]
     assert found.num_edits == {str(monday): 3, str(tuesday): 2, str(friday): 1}
     assert str(found) == (
-        "1 prompts have different targets in several adapters, 1 the same; of "
+        "1 prompts have different targets in several adapters, 1 have the same; compared: "
         f"3 edits in {monday}, 2 edits in {tuesday}, 1 edits in {friday}\n"
         f"  'The capital of Norway is': 'Bergen' in {monday}, 'Tromsø' in {tuesday}\n"
-        f"{tmp_path / 'silent'} ships no edits: nothing is known of its prompts"
+        f"{tmp_path / 'silent'} ships no edits: its prompts are unknown"
     )
 
 
@@ -175,7 +175,7 @@ def test_other_methods_ship_edits_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("adapters", [[], ["one"], ["one", "one"]])
 def test_one_alone_has_no_conflicts(adapters: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"adapters=\[.*\]: expected at least two different ones to compare"):
+    with pytest.raises(ValueError, match=r"adapters=\[.*\]: expected at least two different adapters"):
         find_conflicts(adapters)
 
 

@@ -39,7 +39,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from peft_locft import Edit, LocFTConfig, describe_adapter, detach, merge_checkpoint, merge_in_place
 from peft_locft.io import copies as file_copies
-from peft_locft.merging.edited_weights import VALUES_AT_ONCE
+from peft_locft.io.folders import locked
+from peft_locft.io.parameter_names import VALUES_AT_ONCE
 
 EVERYTHING_IN_LAYER_1 = LocFTConfig(target_modules="entire-layer", layers_to_transform=[1], train_bias=True)
 every_layout = pytest.mark.parametrize("shard_size", [ONE_FILE, SHARDS], ids=["one file", "shards"])
@@ -268,7 +269,7 @@ def test_a_file_that_shares_blocks_is_written_where_it_is_edited(
         shutil.copyfile(source, target)  # not its mode, as the system's call does
         return True
 
-    for module in ("io.copies", "merging.edited_weights"):
+    for module in ("io.copies", "io.patched_file"):
         monkeypatch.setattr(f"peft_locft.{module}.clone", shared)
     done = merge_checkpoint(base, [tmp_path / "adapter"], tmp_path / "out")
     assert done.placed == {"reflink": len(list(base.iterdir())) - len(done.written)}
@@ -322,9 +323,9 @@ def test_a_base_and_an_adapter_of_the_hub_come_from_its_cache(tmp_path: Path, mo
 
 def test_what_is_neither_here_nor_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(ValueError, match="somebody/model is no folder here, and was not found on the Hub or in its"):
+    with pytest.raises(ValueError, match="somebody/model is not a folder here, and was not found on the Hub or in"):
         merge_checkpoint("somebody/model", [tmp_path / "adapter"], tmp_path / "out")
-    with pytest.raises(ValueError, match=f"{tmp_path}/none is no folder here"):
+    with pytest.raises(ValueError, match=f"{tmp_path}/none is not a folder here"):
         merge_checkpoint(tmp_path / "none", [tmp_path / "adapter"], tmp_path / "out")
     base = save_base(tmp_path / "base")
     with pytest.raises(ValueError, match=r"revision='main' has no meaning for a local folder"):
@@ -355,9 +356,7 @@ def assert_refused(match: str, base: Path, adapters: list[Path], out: Path | Non
 
 def test_another_base_is_refused_unless_forced(base: Path, adapter: Path, tmp_path: Path) -> None:
     other = save_base(tmp_path / "other", seed=1)
-    message = (
-        r"down_proj.weight of .*other is not the weight that .*adapter was trained on\. Merge into .*base, at the"
-    )
+    message = r"down_proj.weight of .*other is not the weight that .*adapter was trained on\. Use .*base, at the"
     assert_refused(message, other, [adapter])
     merge_checkpoint(other, [adapter], tmp_path / "out", force=True)
     model = PeftModel.from_pretrained(build("llama"), adapter)
@@ -373,7 +372,7 @@ def test_an_edited_base_is_another_one(base: Path, adapter: Path, tmp_path: Path
 def test_a_base_that_was_loaded_in_another_dtype_is_known(base: Path, tmp_path: Path) -> None:
     edit(base, tmp_path / "narrow", dtype=torch.bfloat16)
     assert_refused(
-        "but is, once it is rounded to bfloat16: the base was loaded in that dtype", base, [tmp_path / "narrow"]
+        "but it is once it is rounded to bfloat16: the base was loaded in that dtype", base, [tmp_path / "narrow"]
     )
     narrow = save_base(tmp_path / "narrow base", dtype=torch.bfloat16)
     edit(narrow, tmp_path / "wide", dtype=torch.float32)
@@ -448,16 +447,14 @@ def test_leftovers_of_a_killed_merge_go_and_those_of_a_running_one_stay(
 ) -> None:
     for name in (".locft-out-abcdefg1", ".locft-out-abcdefg2", ".locft-out-2-abcdefg"):
         (tmp_path / name).mkdir()
-    with file_copies.locked(tmp_path / ".locft-out-abcdefg2"):
+    with locked(tmp_path / ".locft-out-abcdefg2"):
         merge_checkpoint(base, [adapter], tmp_path / "out")
     left = sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("."))
     assert left == [".locft-out-2-abcdefg", ".locft-out-abcdefg2"]
 
 
 def test_what_was_written_is_read_again(base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "peft_locft.merging.edited_weights.write_all", lambda writer, part: writer.write(bytes(len(part)))
-    )
+    monkeypatch.setattr("peft_locft.io.patched_file.write_all", lambda writer, part: writer.write(bytes(len(part))))
     with pytest.raises(
         OSError, match=r"model.safetensors reads differently from what was written to it: model.layers"
     ):

@@ -6,6 +6,8 @@ from .inspection import AdapterSummary as AdapterSummary
 from .inspection import inspect_adapter as inspect_adapter
 from .lora_export import LoraExport as LoraExport
 from .lora_export import export_lora as export_lora
+from .provenance import Provenance as Provenance
+from .provenance import TrainingRun as TrainingRun
 from .reading import CheckedAdapter as CheckedAdapter
 from .reading import check_adapter as check_adapter
 from .reading import read_adapter as read_adapter

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,15 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.torch import save_file
 
+from ..io.checkpoint import Checkpoint
 from ..io.files import atomic_file
+from ..io.parameter_names import ParameterFinder
 from ..tuner.config import DELTA_DTYPES
-from .base_tensors import BaseTensors, edited_tensors
 from .claims import MODEL
-from .provenance import provenance
+from .edited_parameters import edited_parameters
+from .provenance import ExportDetails, Provenance
 from .reading import CheckedAdapter, check_adapter
-from .saving import atomic_folder, write_description
-
-# an export that answers otherwise is not what was evaluated
-OF_THE_EDIT = ("edits", "recipe", "training", "augmentation")
+from .saving import adapter_folder, write_description
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,8 @@ def export_peft(
         force: also use a base of other values than the adapter was trained on.
 
     Raises:
-        ValueError: if the adapter is refused by `check_adapter`, the base by `edited_tensors`, or the adapter holds
-            more than deltas or a module inside of another.
+        ValueError: if the adapter is refused by `check_adapter`, the base by `edited_parameters`, or the adapter holds
+            more than deltas or a module inside of another; if the checkpoint lacks a tensor of an edited module.
         NotADirectoryError: if `out` or one above it is a file.
         OSError: if the base cannot be downloaded.
 
@@ -77,22 +77,20 @@ def export_peft(
         >>> AutoPeftModelForCausalLM.from_pretrained("out-stock")  # in a process without peft_locft
     """
     checked = deltas_alone(adapter, out)
-    source = BaseTensors(*base_of(checked, base, revision))
-    tensors = dict(edited_tensors(checked, source, dtype_of(dtype), force=force))
+    checkpoint = Checkpoint(*base_of(checked, base, revision))
+    parameters = edited_parameters(checkpoint, [checked], dtype=dtype_of(dtype), force=force)
+    tensors = {parameter.name: parameter.edited_parameter() for parameter in parameters}
     modules = sorted({name.rpartition(".")[0] for name in tensors})
-    # PEFT misses what a module that is saved whole has beside the edited weight, such as a bias
-    beside = {name: there for parameter in tensors for name, there in source.others_beside(parameter).items()}
-    for name in beside.keys() - tensors.keys():
-        tensors[name] = source.read(beside[name], dtype_of(dtype))
     nested = [inner for inner in modules for outer in modules if inner.startswith(f"{outer}.")]
     if nested:
         raise ValueError(
             f"{checked.folder}: {nested[0]} is inside of another edited module, and PEFT saves modules whole, each "
             "once. Merge the adapter and save the model instead."
         )
+    tensors |= _beside(checkpoint, tensors, dtype_of(dtype))
     config = LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=modules, **base_fields(checked, base))
     named = {f"{MODEL}{name}": tensor for name, tensor in tensors.items()}
-    return write_adapter(checked, out, config, named, to="peft")
+    return write_adapter(checked, out, config, named, ExportDetails("peft"))
 
 
 def export_weights(
@@ -127,13 +125,26 @@ def export_weights(
     if path.suffix != ".safetensors" or path.is_dir():
         raise ValueError(f"{path}: expected the name of a file to write, as in edited.safetensors.")
     checked = deltas_alone(adapter, out)
-    source = BaseTensors(*base_of(checked, base, revision))
-    edited = edited_tensors(checked, source, dtype_of(dtype), force=force)
-    tensors = {source.name_of(parameter): tensor for parameter, tensor in edited}
+    checkpoint = Checkpoint(*base_of(checked, base, revision))
+    parameters = edited_parameters(checkpoint, [checked], dtype=dtype_of(dtype), force=force)
+    tensors = {span.name: parameter.edited_tensor(span) for parameter in parameters for span in parameter.base.spans}
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as staged:
         save_file(tensors, staged, metadata={"format": "pt"})
     return Export(path, _described(tensors), path.stat().st_size)
+
+
+def _beside(
+    checkpoint: Checkpoint, edited: Mapping[str, torch.Tensor], dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    """Return what the edited modules have beside their edited parameters, such as biases; PEFT would miss it."""
+    finder = ParameterFinder(checkpoint)
+    found = {name: stored for parameter in edited for name, stored in finder.find_beside(parameter).items()}
+    tensors = {name: stored.read() for name, stored in found.items() if name not in edited}
+    return {
+        name: tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+        for name, tensor in tensors.items()
+    }
 
 
 def checked_apart(adapter: str | os.PathLike[str], out: str | os.PathLike[str]) -> CheckedAdapter:
@@ -155,12 +166,7 @@ def deltas_alone(adapter: str | os.PathLike[str], out: str | os.PathLike[str]) -
         ValueError: if it is refused, holds more, or is there.
     """
     checked = checked_apart(adapter, out)
-    others = sorted(checked.tensors.keys() - set(checked.deltas.values()))
-    if others:
-        raise ValueError(
-            f"{checked.folder} holds {others[0]} beside its deltas (modules_to_save or trainable_token_indices). "
-            "Expected deltas alone. Merge the adapter and save the model instead."
-        )
+    checked.refuse_all_but_deltas()
     return checked
 
 
@@ -197,15 +203,19 @@ def write_adapter(
     out: str | os.PathLike[str],
     config: PeftConfig,
     tensors: dict[str, torch.Tensor],
-    **export: Any,
+    export: ExportDetails,
 ) -> Export:
     """Write an adapter folder of another PEFT method, whole, with what is known of the LocFT adapter and `export`."""
-    facts = provenance(config, {name: adapter.facts[name] for name in OF_THE_EDIT if name in adapter.facts})
-    facts |= {"base_sha256": getattr(adapter.config, "base_sha256", None) or {}, "export": export}
-    with atomic_folder(out) as staging:
+    # without the evaluation: an export that answers otherwise is not what was evaluated
+    provenance = replace(
+        Provenance.of_config(config, adapter.provenance.run),
+        base_sha256=getattr(adapter.config, "base_sha256", None) or {},
+        export=export,
+    )
+    with adapter_folder(out) as staging:
         save_file(tensors, staging / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(staging))
-        write_description(staging, config, facts)
+        write_description(staging, config, provenance)
     return Export(Path(out), _described(tensors), (Path(out) / SAFETENSORS_WEIGHTS_NAME).stat().st_size)
 
 

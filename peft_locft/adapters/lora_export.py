@@ -21,6 +21,7 @@ from ..evaluation.report import EvaluationReport
 from ..tuner.model import locft_layers
 from .claims import MODEL
 from .exports import base_fields, base_of, deltas_alone, dtype_of, write_adapter
+from .provenance import ExportDetails
 from .reading import CheckedAdapter
 from .saving import describe_adapter
 
@@ -122,7 +123,7 @@ def export_lora(
         **base_fields(checked, base),
     )
     share = _share(sum(lost for lost, _ in kept), sum(norm for _, norm in kept))
-    written = write_adapter(checked, out, config, tensors, to="lora", rank=rank, share_kept=share)
+    written = write_adapter(checked, out, config, tensors, ExportDetails("lora", rank, share))
     before, after = (None, None) if asked is None else _evaluate(checked, out, source, asked, dtype)
     if after is not None:
         describe_adapter(out, report=after)
@@ -224,7 +225,8 @@ def _evaluate(
     base, revision = source
     model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(base, revision=revision)
-    chat_template = bool(adapter.facts.get("recipe", {}).get("chat_template"))
+    run = adapter.provenance.run
+    chat_template = run is not None and bool(run.recipe.get("chat_template"))
     args = EvaluationConfig(protocols=["generation"], chat_template=chat_template)
     edited = PeftModel.from_pretrained(model, adapter.folder)
     before = evaluate_edits(edited, tokenizer, edits, args, progress=False)

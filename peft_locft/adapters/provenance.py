@@ -1,104 +1,406 @@
-"""What `locft_provenance.json` records of an adapter: what it belongs to, how it was made, what was measured."""
+"""The provenance of an adapter, `locft_provenance.json`: its base model, how it was made, what was measured."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
-
-from huggingface_hub import ModelCard, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-from peft import PeftConfig
-from transformers.utils.hub import extract_commit_hash
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 from .._version import package_versions
-from ..data.leaks import trained_prompts_record
-from ..evaluation.report import EvaluationReport
+from ..evaluation.report import EvaluationReport, curves_from_json, curves_to_json
+from ..io.json_checks import (
+    Fields,
+    check_fields,
+    dict_of,
+    has_fields,
+    is_count,
+    is_number,
+    is_sha256,
+    is_text,
+    list_of,
+    or_none,
+)
+from ..io.untrusted_json import shortened
+from .base_model import BaseModel
 
-LICENCE_FIELDS = ("license", "license_name", "license_link")
-MAX_CARD_BYTES = 1_000_000
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+PROVENANCE_NAME = "locft_provenance.json"
+FORMAT = 1
+RECIPE_NUMBERS = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "seed")
+RECIPE_NAMES = ("edit_order", "objective")
+# a run has all of the first three, and the others only beside them
+RUN = ("edits", "recipe", "training")
+BESIDE_RUN = ("augmentation", "continued")
 
 
-def augmentation_record(
-    *, prefixes: Sequence[str] = (), counts: Mapping[str, int] | None = None, prompts: Iterable[str] = ()
-) -> dict[str, Any]:
-    """Return what is recorded of the rows that a run trained on beyond its edits.
+@dataclass(frozen=True, slots=True)
+class TrainedEdits:
+    """Which edits an adapter was trained on.
 
-    Args:
-        prefixes: those that were put before prompts, as they are.
+    Attributes:
+        count: their number.
+        sha256: see `edits_sha256`.
+        others: fields of a later version.
+    """
+
+    count: int
+    sha256: str
+    others: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingResult:
+    """The course of a training run.
+
+    Attributes:
+        epoch_losses: the mean loss of each epoch; of each edit, in depth-first order.
+        steps: optimizer steps.
+        curves: metrics by epoch, each with an `epoch`, from an `EvaluationCallback`.
+        best_epoch: the epoch whose weights the adapter has, if the callback chose one.
+        others: fields of a later version.
+    """
+
+    epoch_losses: Sequence[float]
+    steps: int | None = None
+    curves: list[dict[str, float]] = field(default_factory=list)
+    best_epoch: float | None = None
+    others: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Augmentation:
+    """The rows that a run trained on beyond its edits.
+
+    Attributes:
+        prefixes: texts that were put before prompts.
         counts: rows by their kind, such as `{"paraphrases": 120, "retained_facts": 400}`.
-        prompts: those of all these rows, of which hashes are recorded: see `leaks.trained_prompts_record`.
+        trained_prompts: hashes of the prompts of these rows, see `leaks.trained_prompts_record`.
+        others: fields of a later version.
     """
-    trained = trained_prompts_record(prompts)
-    return {"prefixes": list(prefixes), "counts": dict(counts or {}), "trained_prompts": trained}
+
+    prefixes: list[str]
+    counts: dict[str, int]
+    trained_prompts: dict[str, Any]
+    others: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_rows(
+        cls, *, prefixes: Sequence[str] = (), counts: Mapping[str, int] | None = None, prompts: Iterable[str] = ()
+    ) -> Augmentation:
+        """Return the record of rows with these prefixes, counts and prompts; the prompts are only hashed."""
+        from ..data.leaks import trained_prompts_record
+
+        return cls(list(prefixes), dict(counts or {}), trained_prompts_record(prompts))
 
 
-def evaluation_record(report: EvaluationReport) -> dict[str, Any]:
-    """Return what an evaluation leaves there: its figures and settings, and none of the prompts and answers."""
-    found = report.to_dict()
-    return {"evaluation": {name: found[name] for name in ("settings", "results", "missing", "notes")}}
+@dataclass(frozen=True, slots=True)
+class TrainingRun:
+    """The training run that made an adapter.
 
-
-def provenance(config: PeftConfig, record: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the content of `locft_provenance.json`: what the adapter belongs to and how it was made.
-
-    Args:
-        config: the adapter's configuration, as it is being saved.
-        record: what [`training_record`] and [`evaluation_record`] returned, where a run of ours made the adapter.
+    Attributes:
+        edits: which edits it trained.
+        recipe: settings by name, see `training.record.RECIPE_FIELDS`; those of a later version too.
+        training: how the loss went.
+        augmentation: the rows beyond the edits, if there were any.
+        continued: how often the adapter was trained on, and how many edits that added, replaced and withdrew.
     """
-    base, revision = config.base_model_name_or_path, config.revision
-    return {
-        "format": 1,
-        "base_model": {"name_or_path": base, "revision": revision} | base_facts(base, revision),
-        "base_sha256": getattr(config, "base_sha256", None) or {},
-        **(record or {}),
-        "versions": package_versions(),
-    }
+
+    edits: TrainedEdits
+    recipe: dict[str, Any]
+    training: TrainingResult
+    augmentation: Augmentation | None = None
+    continued: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def is_depth_first(self) -> bool:
+        return bool(self.recipe["edit_order"] == "depth_first")
+
+    def rows(self, *, detailed: bool) -> Iterator[tuple[str, str]]:
+        yield "edits", f"{self.edits.count:,} (sha256 `{self.edits.sha256[:16]}…`)"
+        if self.continued:
+            yield "continued", ", ".join(f"{count} {printable(name)}" for name, count in self.continued.items())
+        recipe, losses = self.recipe, self.training.epoch_losses
+        # adapters from before there were two recipes do not name theirs
+        name = "balanced, " if recipe.get("recipe") == "balanced" else ""
+        order = printable(recipe["edit_order"]).replace("_", "-")
+        yield (
+            "recipe",
+            f"{name}{order}, objective `{printable(recipe['objective'])}`, learning rate "
+            f"{recipe['learning_rate']:g}, batches of {recipe['per_device_train_batch_size']}, "
+            f"{recipe['num_train_epochs']:g} epochs at most, seed {recipe['seed']}",
+        )
+        if detailed:
+            yield "settings", ", ".join(f"{printable(key)} {printable(value)}" for key, value in recipe.items())
+        if losses:
+            unit = "edits" if self.is_depth_first else "epochs"
+            yield "training loss", f"{losses[0]:.4f} → {losses[-1]:.4f} in {len(losses)} {unit}"
+        if self.augmentation is not None:
+            counts = {"prefixes": len(self.augmentation.prefixes)} | self.augmentation.counts
+            words = [f"{count} {printable(kind).replace('_', ' ')}" for kind, count in counts.items() if count]
+            if words or detailed:
+                yield "augmentation", ", ".join(words) or "none"
+            if detailed:
+                yield from (("prefix", printable(prefix)) for prefix in self.augmentation.prefixes)
 
 
-def base_facts(base: str | None, revision: str | None = None) -> dict[str, str]:
-    """Return what is known on this machine of a base model: its commit on the Hub, the licence that its card names.
+@dataclass(frozen=True, slots=True)
+class Shrinking:
+    """How the deltas were made smaller.
 
-    The Hub itself is not asked, and what is not known is left out.
-
-    Args:
-        base: a folder, or a name on the Hub, whose files may be in the cache.
-        revision: branch, tag or commit there.
+    Attributes:
+        delta_dtype: the dtype they were saved in; `None` if it was not changed.
+        density: the share of values that were kept; `None` if all were.
+        share_kept: of the deltas' squared Frobenius norm; 1 is everything.
+        others: fields of a later version.
     """
-    found = {}
-    config = _known_file(base, "config.json", revision)
-    commit = None if config is None or Path(base or "").is_dir() else extract_commit_hash(str(config), None)
-    if commit is not None:
-        found["commit"] = commit
-    card = _known_file(base, "README.md", revision)
-    return found | ({} if card is None else _licence(card))
+
+    delta_dtype: str | None
+    density: float | None
+    share_kept: float
+    others: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        parts = [f"deltas in {printable(self.delta_dtype)}"] if self.delta_dtype else []
+        if self.density:
+            parts.append(f"the {self.density:.0%} of values that are largest beside their weight")
+        return f"{', '.join(parts)}; kept {self.share_kept:.4%} of the squared Frobenius norm"
 
 
-def _known_file(base: str | None, name: str, revision: str | None) -> Path | None:
-    if not base:
+@dataclass(frozen=True, slots=True)
+class ExportDetails:
+    """The form that a LocFT adapter was exported to.
+
+    Attributes:
+        to: `"peft"`, whole weights; or `"lora"`.
+        rank: of the LoRA matrices.
+        share_kept: of the deltas' squared Frobenius norm, by the LoRA matrices; 1 is everything.
+        others: fields of a later version.
+    """
+
+    to: str
+    rank: int | None = None
+    share_kept: float | None = None
+    others: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lora = f" of rank {self.rank}, keeps {self.share_kept:.2%}" if self.to == "lora" else ""
+        return f"of a LocFT adapter, to {self.to}{lora}"
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """What is recorded of an adapter. `Provenance()` records nothing.
+
+    Attributes:
+        base_model: the model that it edits.
+        base_sha256: sha256 of each base tensor that a delta belongs to, by the name of the parameter.
+        run: the training run that made it; `None` if it was not one of ours.
+        evaluation: what was measured, without prompts and answers; `None` if nothing was.
+        shrunk: how its deltas were made smaller, if they were.
+        export: the form that it was exported to, if it was.
+        versions: of the packages that made it.
+        files: sha256 of its files, by their names.
+        others: fields of a later version, which are written again as they were read.
+    """
+
+    base_model: BaseModel = field(default_factory=lambda: BaseModel(None, None))
+    base_sha256: dict[str, str] = field(default_factory=dict)
+    run: TrainingRun | None = None
+    evaluation: EvaluationReport | None = None
+    shrunk: Shrinking | None = None
+    export: ExportDetails | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    others: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_config(
+        cls, config: PeftConfig, run: TrainingRun | None = None, evaluation: EvaluationReport | None = None
+    ) -> Provenance:
+        """Return the provenance of an adapter that is being saved with this configuration."""
+        return cls(
+            base_model=BaseModel.known_here(config.base_model_name_or_path, config.revision),
+            base_sha256=getattr(config, "base_sha256", None) or {},
+            run=run,
+            evaluation=evaluation,
+            versions=package_versions(),
+        )
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], where: object) -> Provenance:
+        """Return the provenance that [`Provenance.to_dict`] gave, from a file that nobody vouches for.
+
+        Unknown fields are kept, so that a later version's are not lost when this one writes the file again. An unknown
+        format, and unknown fields of a metric, are refused.
+
+        Args:
+            data: the content of `locft_provenance.json`.
+            where: the file, for messages.
+
+        Raises:
+            ValueError: if a field is missing or has another form.
+        """
+        if "format" not in data:
+            raise ValueError(f"{where}: found no format; expected {FORMAT}. Download it again, or remove it.")
+        check_fields(data, FIELDS, where)
+        found = set(data) & {*RUN, *BESIDE_RUN}
+        if found and not set(RUN) <= found:
+            raise ValueError(
+                f"{where}: found {', '.join(sorted(found))} alone; expected all of {', '.join(RUN)}, or none. "
+                "Download it again, or remove it."
+            )
+        parts = {"base_model": BaseModel, "shrunk": Shrinking, "export": ExportDetails}
+        read: dict[str, Any] = {name: _part(kind, data[name]) for name, kind in parts.items() if name in data}
+        read |= {name: data[name] for name in ("base_sha256", "versions", "files") if name in data}
+        others = {name: value for name, value in data.items() if name not in FIELDS}
+        return cls(run=_run(data, where), evaluation=_evaluation(data, where), others=others, **read)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of `locft_provenance.json`."""
+        content: dict[str, Any] = {
+            "format": FORMAT,
+            "base_model": _plain(self.base_model),
+            "base_sha256": self.base_sha256,
+        }
+        if self.run is not None:
+            curves = {"curves": curves_to_json(self.run.training.curves)} if self.run.training.curves else {}
+            content |= {
+                "edits": _plain(self.run.edits),
+                "recipe": self.run.recipe,
+                "training": _plain(self.run.training) | curves,
+            }
+            if self.run.augmentation is not None:
+                content["augmentation"] = _plain(self.run.augmentation)
+            if self.run.continued:
+                content["continued"] = self.run.continued
+        if self.evaluation is not None:
+            content["evaluation"] = self.evaluation.summary_to_dict()
+        content |= {name: _plain(part) for name in ("shrunk", "export") if (part := getattr(self, name)) is not None}
+        content["versions"] = self.versions
+        return content | ({"files": self.files} if self.files else {}) | self.others
+
+    def rows(self, *, detailed: bool) -> list[tuple[str, str]]:
+        """Return what is recorded, for people: a label and a text each. Names are in backticks.
+
+        Args:
+            detailed: whether to list all settings, prefixes and metrics too.
+        """
+        rows = [] if self.run is None else list(self.run.rows(detailed=detailed))
+        rows += [("made smaller", str(self.shrunk))] if self.shrunk is not None else []
+        rows += [("export", str(self.export))] if self.export is not None else []
+        if detailed and self.evaluation is not None:
+            for name, result in self.evaluation.results.items():
+                before = f"{result.before} → " if result.before else ""
+                rows.append(("measured", f"{printable(name)}  {before}{result.after}"))
+        versions = ", ".join(f"{printable(name)} {printable(version)}" for name, version in self.versions.items())
+        return [*rows, ("made with", versions)] if versions else rows
+
+
+def printable(value: object) -> str:
+    """Return a value as a text that a terminal may show, and that may stand between backticks."""
+    return "".join(letter if letter.isprintable() and letter != "`" else "?" for letter in str(value))
+
+
+def _is_recipe(value: Any) -> bool:
+    return (
+        dict_of(lambda item: True)(value)
+        and all(is_number(value.get(name)) for name in RECIPE_NUMBERS)
+        and all(is_text(value.get(name)) for name in RECIPE_NAMES)
+    )
+
+
+def _is_export(value: Any) -> bool:
+    if not isinstance(value, dict) or value.get("to") not in ("peft", "lora"):
+        return False
+    return value["to"] == "peft" or (is_count(value.get("rank")) and is_number(value.get("share_kept")))
+
+
+def _is_short_hash(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value) is not None
+
+
+# every field but "evaluation", which has a parser of its own
+FIELDS: Fields = {
+    "format": (lambda value: type(value) is int and value == FORMAT, str(FORMAT)),
+    "augmentation": (
+        has_fields(
+            prefixes=list_of(is_text),
+            counts=dict_of(is_count),
+            trained_prompts=has_fields(count=is_count, sha256=list_of(_is_short_hash)),
+        ),
+        "prefixes, counts and the hashes of trained_prompts",
+    ),
+    "base_model": (dict_of(or_none(is_text)), "names"),
+    "base_sha256": (dict_of(is_sha256), "64 hexadecimal digits a tensor"),
+    "edits": (has_fields(count=is_count, sha256=is_sha256), "their count and sha256"),
+    "evaluation": (lambda value: True, ""),
+    "continued": (dict_of(is_count), "counts of edits"),
+    "recipe": (_is_recipe, f"settings, {', '.join(RECIPE_NUMBERS)} and others"),
+    "export": (_is_export, "to peft, or to lora with a rank and the share_kept"),
+    "files": (dict_of(is_sha256), "64 hexadecimal digits a file"),
+    "shrunk": (
+        has_fields(delta_dtype=or_none(is_text), density=or_none(is_number), share_kept=is_number),
+        "delta_dtype, density and share_kept",
+    ),
+    "training": (
+        has_fields(
+            epoch_losses=list_of(is_number),
+            steps=or_none(is_count),
+            curves=or_none(lambda value: isinstance(value, list)),
+            best_epoch=or_none(is_number),
+        ),
+        "epoch_losses, a list of finite numbers; and steps, curves and best_epoch where there are any",
+    ),
+    "versions": (dict_of(is_text), "versions"),
+}
+
+
+def _run(data: dict[str, Any], where: object) -> TrainingRun | None:
+    if "edits" not in data:
         return None
-    file = Path(base) / name
-    if Path(base).is_dir():
-        return file if file.is_file() else None
+    training = dict(data["training"])
     try:
-        cached = try_to_load_from_cache(base, name, revision=revision)
-    except HFValidationError:  # neither a folder nor a name on the Hub
+        training["curves"] = curves_from_json(training.get("curves") or [])
+    except ValueError as error:
+        raise ValueError(f"{where}: training: {error}. Download or save it again.") from None
+    augmentation = _part(Augmentation, data["augmentation"]) if "augmentation" in data else None
+    return TrainingRun(
+        _part(TrainedEdits, data["edits"]),
+        data["recipe"],
+        _part(TrainingResult, training),
+        augmentation,
+        data.get("continued", {}),
+    )
+
+
+def _evaluation(data: dict[str, Any], where: object) -> EvaluationReport | None:
+    if "evaluation" not in data:
         return None
-    return Path(cached) if isinstance(cached, str) else None
-
-
-def _licence(card: Path) -> dict[str, str]:
-    with card.open("rb") as file:
-        text = file.read(MAX_CARD_BYTES).decode("utf-8", errors="replace")
     try:
-        data = ModelCard(text, ignore_metadata_errors=True).data
-    except Exception:  # YAML that somebody wrote by hand: no licence is known from it
-        return {}
-    named = {field: getattr(data, field, None) for field in LICENCE_FIELDS}
-    # it goes into other cards, so that it may hold nothing but names and links
-    return {field: value for field, value in named.items() if isinstance(value, str) and _is_plain(value)}
+        return EvaluationReport.from_dict(data["evaluation"], summary=True)
+    except ValueError as error:
+        raise ValueError(
+            f"{where}: evaluation is {shortened(data['evaluation'])}; expected results, settings, notes and what is "
+            f"missing ({error}). Download or save it again."
+        ) from None
 
 
-def _is_plain(value: str) -> bool:
-    return re.fullmatch(r"[\w.,:/?=#& +-]{1,200}", value) is not None
+def _part(kind: Any, data: dict[str, Any]) -> Any:
+    """Return a part of a provenance. A required field that is missing becomes None; unknown ones go to `others`."""
+    names = {each.name: _is_required(each) for each in fields(kind) if each.name != "others"}
+    known = {name: data.get(name) for name, required in names.items() if required or name in data}
+    return kind(**known, others={name: value for name, value in data.items() if name not in names})
+
+
+def _plain(part: Any) -> dict[str, Any]:
+    """Return a part as plain data for JSON, without what is not known."""
+    values = {each.name: getattr(part, each.name) for each in fields(part) if each.name != "others"}
+    required = {each.name for each in fields(part) if _is_required(each)}
+    return {name: value for name, value in values.items() if name in required or value not in (None, [])} | part.others
+
+
+def _is_required(each: Any) -> bool:
+    return each.default is MISSING and each.default_factory is MISSING

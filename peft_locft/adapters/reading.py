@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
-from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from ..io.checkpoint import StoredTensor
-from ..io.safetensors_header import (
-    DTYPES,
-    TensorEntry,
-    one_line,
-    read_header,
-    refuse_constant,
-    shortened,
-    unique_pairs,
-)
-from ..tuner.config import LocFTConfig
-from .claims import PROVENANCE_NAME, check_config, check_facts, delta_names, is_sha256
+from ..io.json_checks import is_sha256
+from ..io.safetensors_file import DTYPES, StoredTensor, check_tensors, read_header
+from ..io.untrusted_json import json_object, one_line, shortened
+from .claims import check_config, delta_names
+from .provenance import PROVENANCE_NAME, Provenance
 
+# PEFT's names, here so that reading an adapter need not load PEFT
+CONFIG_NAME = "adapter_config.json"
+SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
+# an adapter has some hundreds of tensors, with 150 bytes of header each; this is enough for 50,000
+MAX_HEADER_BYTES = 8_000_000
 MAX_CONFIG_BYTES = 4_000_000
-MAX_FACTS_BYTES = 16_000_000  # depth-first runs list a loss for every edit
+MAX_PROVENANCE_BYTES = 16_000_000  # depth-first runs list a loss for every edit
 PICKLES = (".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth")
 # what transformers' Trainer leaves beside an adapter; nothing here opens them
 TRAINER_FILES = ("optimizer.bin", "optimizer.pt", "scaler.pt", "scheduler.pt", "training_args.bin")
@@ -42,25 +36,41 @@ class CheckedAdapter:
 
     Attributes:
         folder: where it is.
-        config: its configuration, of the class of its PEFT method.
+        config: its configuration: of a LocFT adapter, the fields of `LocFTConfig`; of another, PEFT's configuration.
         tensors: what its weights file holds, by name.
-        deltas: the name in the weights file of every delta, by the name of the base parameter that it belongs to;
-            empty for any other method than LocFT.
+        deltas: name of every delta in the weights file, by the name of the base parameter that it belongs to; empty
+            for any other method than LocFT.
         num_bytes: size of the weights file.
-        facts: its `locft_provenance.json`; empty where it has none.
+        provenance: what is recorded of it; nothing if it has no `locft_provenance.json`.
     """
 
     folder: Path
-    config: PeftConfig
-    tensors: dict[str, TensorEntry]
+    config: Any
+    tensors: dict[str, StoredTensor]
     deltas: dict[str, str]
     num_bytes: int
-    facts: dict[str, Any]
+    provenance: Provenance
     _identity: tuple[int, ...]
 
     @property
     def weights_file(self) -> Path:
         return self.folder / SAFETENSORS_WEIGHTS_NAME
+
+    @property
+    def delta_tensors(self) -> dict[str, StoredTensor]:
+        """Where every delta is stored, by the name of the base parameter that it belongs to."""
+        return {parameter: self.tensors[name] for parameter, name in self.deltas.items()}
+
+    def refuse_all_but_deltas(self) -> None:
+        """Raise a ValueError if the adapter holds whole weights beside its deltas."""
+        others = sorted(self.tensors.keys() - self.deltas.values())
+        if others:
+            raise ValueError(
+                f"{self.weights_file} holds {', '.join(others[:3])}, where only deltas are expected: whole weights "
+                "(modules_to_save, trainable_token_indices) are neither exported nor merged on disk. Merge this "
+                "adapter with "
+                "AutoPeftModelForCausalLM.from_pretrained(adapter).merge_and_unload().save_pretrained(out)."
+            )
 
     def open_weights(self) -> BufferedReader:
         """Open the weights file, if it is still the one that was checked.
@@ -85,21 +95,21 @@ class CheckedAdapter:
         Raises:
             ValueError: if the file has changed since it was checked, or a value is NaN or infinite.
         """
-        entry = self.tensors[name]
+        stored = self.tensors[name]
         # read and not mapped into memory: a mapped file that somebody truncates kills the process
-        content = bytearray(entry.end - entry.start)
+        content = bytearray(stored.num_bytes)
         with self.open_weights() as file:
-            file.seek(entry.start)
+            file.seek(stored.start)
             if file.readinto(content) != len(content):
                 raise ValueError(f"{self.weights_file} ended early. Check it again, while nobody writes.")
-        dtype = DTYPES[entry.dtype]
+        dtype = DTYPES[stored.dtype]
         tensor = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
         if not _is_finite(tensor):
             raise ValueError(
                 f"{self.weights_file}: {name} holds NaN or infinite values, and with them the model would answer with "
                 "noise. Download the adapter again; if it was saved so, train it again at a lower learning rate."
             )
-        return tensor.reshape(entry.shape)
+        return tensor.reshape(stored.shape)
 
     def read_delta(self, parameter: str) -> torch.Tensor:
         """Return the delta of one base parameter, without the adapter's scale; see `read`."""
@@ -134,15 +144,16 @@ def check_adapter(folder: str | os.PathLike[str], *, method: str | None = "LOCFT
     _check_no_pickle(folder)
     settings = read_json(folder, CONFIG_NAME, MAX_CONFIG_BYTES)
     config = check_config(settings, folder / CONFIG_NAME, method)
-    facts = {}
-    if os.path.lexists(folder / PROVENANCE_NAME):
-        facts = read_json(folder, PROVENANCE_NAME, MAX_FACTS_BYTES)
-        check_facts(facts, folder / PROVENANCE_NAME)
+    provenance = read_provenance(folder)
     with open_inside(folder, SAFETENSORS_WEIGHTS_NAME) as file:
-        tensors = read_header(file, folder / SAFETENSORS_WEIGHTS_NAME)
         num_bytes, identity = file.seek(0, os.SEEK_END), _identity(file)
+        # a link that is changed from here on is not followed
+        weights = (folder / SAFETENSORS_WEIGHTS_NAME).resolve()
+        where = folder / SAFETENSORS_WEIGHTS_NAME
+        tensors, _ = read_header(weights, where=where, max_header_bytes=MAX_HEADER_BYTES)
+        check_tensors(tensors, where)
     deltas = delta_names(tensors, config, folder / SAFETENSORS_WEIGHTS_NAME) if config.peft_type == "LOCFT" else {}
-    return CheckedAdapter(folder, config, tensors, deltas, num_bytes, facts, identity)
+    return CheckedAdapter(folder, config, tensors, deltas, num_bytes, provenance, identity)
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
@@ -161,6 +172,18 @@ def read_adapter(folder: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     return {parameter: adapter.read_delta(parameter) for parameter in adapter.deltas}
 
 
+def read_provenance(folder: Path) -> Provenance:
+    """Return what is recorded of the adapter in a folder; nothing if it has no `locft_provenance.json`.
+
+    Raises:
+        ValueError: if the file is refused by `read_json` or `Provenance.from_dict`.
+    """
+    if not os.path.lexists(folder / PROVENANCE_NAME):
+        return Provenance()
+    content = read_json(folder, PROVENANCE_NAME, MAX_PROVENANCE_BYTES)
+    return Provenance.from_dict(content, folder / PROVENANCE_NAME)
+
+
 def read_json(folder: Path, name: str, max_bytes: int) -> dict[str, Any]:
     """Return a JSON object from a file of the folder.
 
@@ -168,13 +191,13 @@ def read_json(folder: Path, name: str, max_bytes: int) -> dict[str, Any]:
         ValueError: if the file is no regular file inside, larger than `max_bytes`, not UTF-8, no JSON, says something
             twice, or holds something else than an object.
     """
-    return _parsed(_content(folder, name, max_bytes), folder / name)
+    return json_object(_content(folder, name, max_bytes), folder / name)
 
 
 def read_lines(folder: Path, name: str, max_bytes: int) -> list[dict[str, Any]]:
     """Return the JSON objects of a file of the folder that has one on each line; errors as of `read_json`."""
     lines = _content(folder, name, max_bytes).split(b"\n")
-    return [_parsed(line, f"{folder / name}, line {number}") for number, line in enumerate(lines, start=1) if line]
+    return [json_object(line, f"{folder / name}, line {number}") for number, line in enumerate(lines, start=1) if line]
 
 
 def _content(folder: Path, name: str, max_bytes: int) -> bytes:
@@ -186,21 +209,6 @@ def _content(folder: Path, name: str, max_bytes: int) -> bytes:
                 "save it again."
             )
         return file.read(num_bytes)
-
-
-def _parsed(content: bytes, where: object) -> dict[str, Any]:
-    try:
-        found = json.loads(content.decode("utf-8"), object_pairs_hook=unique_pairs, parse_constant=refuse_constant)
-    except (ValueError, RecursionError) as error:
-        why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else one_line(error)
-        raise ValueError(
-            f"{where} is not readable: found no JSON ({why}); expected a JSON object. Download or save it again."
-        ) from None
-    if not isinstance(found, dict):
-        raise ValueError(
-            f"{where} is not readable: found {shortened(found)}; expected a JSON object. Download or save it again."
-        )
-    return found
 
 
 def open_inside(folder: Path, name: str) -> BufferedReader:
@@ -272,46 +280,3 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     # in pieces, since the test itself allocates; float8 has none of its own
     wide = torch.float32 if tensor.itemsize == 1 else tensor.dtype
     return all(bool(torch.isfinite(piece.to(wide)).all()) for piece in tensor.split(FINITE_CHECK_ELEMENTS))
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterDeltas:
-    """What a merge needs of an adapter.
-
-    Attributes:
-        folder: where it is.
-        config: its `adapter_config.json`.
-        deltas: where each delta lies, by the name of the base parameter that it belongs to.
-    """
-
-    folder: Path
-    config: LocFTConfig
-    deltas: Mapping[str, StoredTensor]
-
-
-def read_deltas(folder: Path) -> AdapterDeltas:
-    """Check an adapter folder, and find its deltas without reading their values.
-
-    Args:
-        folder: a local adapter folder, as `save_pretrained` or `save_adapter` wrote it.
-
-    Raises:
-        ValueError: if it is refused by `check_adapter`, or holds more than deltas.
-    """
-    adapter = check_adapter(folder)
-    assert isinstance(adapter.config, LocFTConfig)
-    others = sorted(adapter.tensors.keys() - adapter.deltas.values())
-    if others:
-        raise ValueError(
-            f"{adapter.weights_file} holds {', '.join(others[:3])}, where only deltas are expected: whole "
-            "weights (modules_to_save, trainable_token_indices) are not merged on disk. Merge this adapter with "
-            "AutoPeftModelForCausalLM.from_pretrained(adapter).merge_and_unload().save_pretrained(out)."
-        )
-    # a link that is changed from here on is not followed
-    weights = adapter.weights_file.resolve()
-    entries = {parameter: adapter.tensors[name] for parameter, name in adapter.deltas.items()}
-    deltas = {
-        parameter: StoredTensor(weights, entry.dtype, entry.shape, entry.start, entry.end - entry.start)
-        for parameter, entry in entries.items()
-    }
-    return AdapterDeltas(folder, adapter.config, deltas)

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import json
 import os
-import re
-import shutil
-import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -22,23 +15,24 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..data.edits import Edit
 from ..evaluation.report import EvaluationReport
-from ..io.files import check_folder, current_umask, sha256_of_file, write_atomically
+from ..io.files import sha256_of_file, write_atomically
+from ..io.folders import atomic_folder
 from ..tuner.model import locft_layers
 from .card import CARD_NAME, location_of, model_card
-from .claims import PROVENANCE_NAME
-from .provenance import evaluation_record, provenance
+from .provenance import PROVENANCE_NAME, Provenance, TrainingRun
 from .reading import check_adapter
 from .shipped_edits import EDITS_NAME, ship_edits
 from .shrinking import check_shrinking, shrink_files
 
-STAGING_PREFIX = ".locft-"
+# an adapter's folder, put in place at once: weights and configuration belong together
+adapter_folder = partial(atomic_folder, what="an adapter", main_file=CONFIG_NAME, optional_files=(EDITS_NAME,))
 
 
 def save_adapter(
     model: PeftModel,
     folder: str | os.PathLike[str],
     *,
-    record: dict[str, Any] | None = None,
+    record: TrainingRun | None = None,
     report: EvaluationReport | None = None,
     edits: Sequence[Edit] | None = None,
     state_dict: dict[str, torch.Tensor] | None = None,
@@ -53,7 +47,7 @@ def save_adapter(
     Args:
         model: the model whose adapters to save.
         folder: where to; it is made if it is not there.
-        record: what is known of the training run, see `adapter_facts.training_record`.
+        record: the training run that made the active adapters, see `training.record.training_record`.
         report: what an evaluation of the active adapters found, for the card.
         edits: those that the active adapters were trained on, to ship them beside the weights. Whoever has the adapter
             can read them then.
@@ -77,22 +71,22 @@ def save_adapter(
             "report: it is of the deltas as they are, and delta_dtype or density saves others. Save the adapter, "
             "load and evaluate that, and give its report to describe_adapter."
         )
-    with atomic_folder(folder) as staging:
+    with adapter_folder(folder) as staging:
         model.save_pretrained(str(staging), state_dict=state_dict)
         for config_file in list(staging.rglob(CONFIG_NAME)):
             adapter_name = "default" if config_file.parent == staging else config_file.parent.name
             config = PeftConfig.from_pretrained(str(config_file.parent))
             # the run is known of the adapters that it trained, not of others that were loaded beside them
             active = adapter_name in model.active_adapters
-            measured = evaluation_record(report) if report is not None and active else {}
-            facts = provenance(config, (record or {}) | measured if active else None)
+            provenance = Provenance.of_config(config, record if active else None, report if active else None)
             if smaller:
                 base = partial(_base_weight, model, adapter_name)
                 found = check_adapter(config_file.parent)
-                facts["shrunk"] = shrink_files(found, config_file.parent, base, delta_dtype, density)
+                shrunk = shrink_files(found, config_file.parent, base, delta_dtype, density)
+                provenance = replace(provenance, shrunk=shrunk)
             if edits is not None and active:
-                ship_edits(config_file.parent, edits, facts.get("edits"))
-            write_description(config_file.parent, config, facts)
+                ship_edits(config_file.parent, edits, provenance.run)
+            write_description(config_file.parent, config, provenance)
 
 
 def describe_adapter(
@@ -112,26 +106,31 @@ def describe_adapter(
         >>> describe_adapter("out", report=evaluate_edits(model, tokenizer, "edits.jsonl"))
     """
     adapter = check_adapter(folder, method=None)
-    facts = provenance(adapter.config, None)
-    # more of the base may be known by now; of the rest, what was recorded
-    facts |= {name: value for name, value in adapter.facts.items() if name != "base_model"}
+    recorded, now = adapter.provenance, Provenance.of_config(adapter.config)
     if edits is not None:
-        ship_edits(adapter.folder, edits, facts.get("edits"))
-    write_description(adapter.folder, adapter.config, facts | ({} if report is None else evaluation_record(report)))
+        ship_edits(adapter.folder, edits, recorded.run)
+    provenance = replace(
+        recorded,
+        base_model=now.base_model,  # more of the base may be known by now
+        base_sha256=recorded.base_sha256 or now.base_sha256,
+        evaluation=report or recorded.evaluation,
+        versions=recorded.versions or now.versions,
+    )
+    write_description(adapter.folder, adapter.config, provenance)
 
 
-def write_description(folder: Path, config: PeftConfig, facts: dict[str, Any]) -> None:
+def write_description(folder: Path, config: PeftConfig, provenance: Provenance) -> None:
     """Write what is known of an adapter beside its files: `locft_provenance.json`, and the card.
 
     The card of another method's adapter is left to PEFT, unless it is an export of ours.
     """
     files = {SAFETENSORS_WEIGHTS_NAME: sha256_of_file(folder / SAFETENSORS_WEIGHTS_NAME)}
-    write_atomically(folder / PROVENANCE_NAME, json.dumps(facts | {"files": files}, indent=2) + "\n")
-    if config.peft_type == "LOCFT" or "export" in facts:
+    content = replace(provenance, files=files).to_dict()
+    write_atomically(folder / PROVENANCE_NAME, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    if config.peft_type == "LOCFT" or provenance.export is not None:
         ships_edits = (folder / EDITS_NAME).is_file()
-        write_atomically(
-            folder / CARD_NAME, model_card(config, facts, location_of(config, facts), ships_edits=ships_edits)
-        )
+        card = model_card(config, provenance, location_of(config, provenance), ships_edits=ships_edits)
+        write_atomically(folder / CARD_NAME, card)
 
 
 def _base_weight(model: PeftModel, adapter_name: str, parameter: str) -> torch.Tensor:
@@ -143,133 +142,3 @@ def _base_weight(model: PeftModel, adapter_name: str, parameter: str) -> torch.T
         f"density: {parameter} is not here in full (quantized, offloaded or sharded), and what is kept depends "
         "on it. Save the adapter as it is, and use export_small with the base's checkpoint."
     )
-
-
-@contextmanager
-def atomic_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield an empty folder for an adapter's files, and put them into `folder` at once when all of them are written.
-
-    Args:
-        folder: made if it is not there; its other files stay.
-
-    Raises:
-        NotADirectoryError: if `folder` or one above it is a file.
-    """
-    # a link to a folder must stay one, and what is exchanged below is the folder
-    folder = Path(folder).resolve()
-    check_folder(folder, "an adapter")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder)
-    inside = folder if folder.exists() else folder.parent
-    staging = Path(tempfile.mkdtemp(prefix=f"{STAGING_PREFIX}{folder.name}-", dir=inside))
-    try:
-        yield staging
-        for file in _files(staging):
-            file.chmod(0o666 & ~current_umask())  # safetensors makes its files private
-        _sync(staging)
-        _put_in_place(staging, folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what saves that were killed left in `folder` and beside it."""
-    # the ending as mkdtemp makes it: a save into "run-2" may be under way beside this one into "run"
-    staging = re.compile(re.escape(f"{STAGING_PREFIX}{folder.name}-") + "[a-z0-9_]{8}")
-    for place in (folder, folder.parent):
-        for leftover in list(place.iterdir()) if place.is_dir() else []:
-            if staging.fullmatch(leftover.name):
-                shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _put_in_place(staging: Path, folder: Path) -> None:
-    if not folder.exists():
-        staging.chmod(0o777 & ~current_umask())  # mkdtemp makes it private
-        os.rename(staging, folder)
-    elif not _replaces_an_adapter(staging, folder) or not _exchange(staging, folder):
-        for stale in _stale_edits(staging):
-            (folder / stale).unlink(missing_ok=True)
-        # without its configuration a folder is no adapter, so a new one appears with the last of these
-        for file in sorted(_files(staging), key=lambda path: path.name == CONFIG_NAME):
-            target = folder / file.relative_to(staging)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, target)
-    _sync_folder(folder)
-    _sync_folder(folder.parent)
-
-
-def _replaces_an_adapter(staging: Path, folder: Path) -> bool:
-    return any((folder / config.relative_to(staging)).exists() for config in staging.rglob(CONFIG_NAME))
-
-
-def _exchange(staging: Path, folder: Path) -> bool:
-    """Swap the whole folder, in one step, for one with the new files and hard links to all others.
-
-    Weights and configuration are two files, and an adapter that moved to another location needs both: replacing one
-    after the other would have a moment at which they do not belong together. Returns False, with nothing changed,
-    where the system cannot do it (another file system, a mount point, the process works inside the folder).
-    """
-    if Path.cwd().is_relative_to(folder):
-        return False  # the working directory would be gone
-    try:
-        complete = Path(tempfile.mkdtemp(prefix=f"{STAGING_PREFIX}{folder.name}-", dir=folder.parent))
-    except OSError:
-        return False  # the folder alone can be written to
-    try:
-        new_files = {file.relative_to(staging) for file in _files(staging)} | _stale_edits(staging)
-        ignored = [str(folder / name) for name in new_files] + [str(staging)]
-
-        def ignore(directory: str, names: list[str]) -> list[str]:
-            return [name for name in names if os.path.join(directory, name) in ignored]
-
-        shutil.copytree(folder, complete, copy_function=os.link, symlinks=True, dirs_exist_ok=True, ignore=ignore)
-        shutil.copytree(staging, complete, copy_function=os.link, dirs_exist_ok=True)
-        shutil.copystat(folder, complete)
-        _sync_folder(complete)
-        _swap(complete, folder)
-    except (OSError, shutil.Error):
-        return False
-    finally:
-        # after the swap this is the old folder, before it the unused new one
-        shutil.rmtree(complete, ignore_errors=True)
-    return True
-
-
-def _stale_edits(staging: Path) -> set[Path]:
-    """Return where the folder may have the edits of an adapter that is being replaced by one that ships none."""
-    places = {config.parent.relative_to(staging) / EDITS_NAME for config in staging.rglob(CONFIG_NAME)}
-    return {place for place in places if not (staging / place).exists()}
-
-
-def _swap(one: Path, other: Path) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    names = os.fsencode(one), os.fsencode(other)
-    if hasattr(libc, "renameat2"):
-        current_folder, exchange = -100, 2
-        failed = libc.renameat2(current_folder, names[0], current_folder, names[1], exchange)
-    elif sys.platform == "darwin":
-        failed = libc.renamex_np(*names, 2)
-    else:
-        raise OSError(errno.ENOSYS, "no atomic exchange of folders on this system")
-    if failed:
-        raise OSError(ctypes.get_errno(), f"exchanging {one} and {other}")
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if path.is_file())
-
-
-def _sync(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        if path.is_dir():
-            _sync_folder(path)
-        else:
-            with open(path, "rb") as handle:
-                os.fsync(handle.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)

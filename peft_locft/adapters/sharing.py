@@ -1,4 +1,4 @@
-"""Share an adapter on the Hub: checked, with its card, and nothing else that lies in its folder."""
+"""Uploads an adapter to the Hub: checked, with its card, and without other files of its folder."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from .card import CARD_NAME, NAME_IN_CARD
-from .claims import PROVENANCE_NAME
 from .inspection import inspect_adapter
+from .provenance import PROVENANCE_NAME
 from .shipped_edits import EDITS_NAME
 
 FILES = (CARD_NAME, CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PROVENANCE_NAME, EDITS_NAME)
@@ -29,21 +29,20 @@ def push_adapter(
 ) -> str:
     """Upload a saved adapter to the Hub in one commit, with its card.
 
-    PEFT's own `model.push_to_hub` uploads the weights too, and then transformers' empty card in the place of the
-    adapter's.
+    PEFT's own `model.push_to_hub` uploads the weights too, but replaces the card by transformers' empty one.
 
     Args:
-        folder: a local adapter folder, of any PEFT method. Edits that it ships go with it; checkpoints and other files
-            in it stay where they are.
-        repo_id: "owner/name" on the Hub; the repository is made if it is not there.
-        private: whether it is made a private one; `None` is the owner's default.
-        token: of the Hub; `None` is the one that was logged in with.
+        folder: a local adapter folder, of any PEFT method. Edits that it ships are uploaded; checkpoints and other
+            files are not.
+        repo_id: "owner/name" on the Hub. The repository is created if it does not exist.
+        private: whether a new repository is private; `None` is the owner's default.
+        token: of the Hub; `None` is that of the login.
         revision: branch to commit to; `None` is main.
-        commit_message: what the commit says.
-        create_pr: propose the commit as a pull request.
+        commit_message: the title of the commit.
+        create_pr: open a pull request with the commit.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
         ValueError: if the folder is refused by `inspect_adapter`, has no card, or has one that the Hub refuses.
@@ -56,8 +55,8 @@ def push_adapter(
     folder = Path(folder)
     inspect_adapter(folder)
     if not (folder / CARD_NAME).is_file():
-        raise ValueError(f"{folder} has no {CARD_NAME}, the model card. Write it with describe_adapter, or your own.")
-    # the card says where to load the adapter from, and now it is known
+        raise ValueError(f"{folder} has no {CARD_NAME}, the model card. Write it with describe_adapter, or by hand.")
+    # the card names the repository to load the adapter from, which is known only now
     named = (folder / CARD_NAME).read_text(encoding="utf-8").replace(json.dumps(NAME_IN_CARD), json.dumps(repo_id))
     try:
         ModelCard(named).validate()

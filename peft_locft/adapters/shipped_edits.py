@@ -1,4 +1,4 @@
-"""The edits that an adapter may ship beside its weights, and the prompts that several adapters edit."""
+"""The edits that an adapter may ship beside its weights, and prompts that several adapters edit."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from pathlib import Path
 
 from ..data.edits import Edit, OnConflict, collapse_whitespace, edits_sha256, read_edits
 from ..io.files import write_atomically
+from .provenance import TrainingRun
 from .reading import check_adapter, read_lines
 
 EDITS_NAME = "locft_edits.jsonl"
 MAX_EDITS_BYTES = 500_000_000
 
 
-def ship_edits(folder: Path, edits: Sequence[Edit], recorded: dict[str, object] | None) -> None:
+def ship_edits(folder: Path, edits: Sequence[Edit], run: TrainingRun | None) -> None:
     """Write edits into an adapter's folder, one JSON object a line, as `read_edits` reads them.
 
     Raises:
-        ValueError: if they are not those that are `recorded` of the run that made the adapter, where one is.
+        ValueError: if they are not the edits of the training run that made the adapter, if it is recorded.
     """
-    _check_edits(edits, recorded, "edits")
+    _check_edits(edits, run, "edits")
     write_atomically(folder / EDITS_NAME, edit_lines(edits))
 
 
@@ -37,8 +38,8 @@ def shipped_edits(folder: str | os.PathLike[str]) -> list[Edit] | None:
     """Return the edits that an adapter folder ships, or None if it ships none.
 
     Raises:
-        ValueError: if the folder is refused by `check_adapter`; if the edits cannot be read, or are not those whose
-            sha256 is recorded of the run that made the adapter.
+        ValueError: if the folder is refused by `check_adapter`; if the edits cannot be read; if their sha256 is not
+            that of the edits that the adapter was trained on.
     """
     adapter = check_adapter(folder, method=None)
     file = adapter.folder / EDITS_NAME
@@ -48,7 +49,7 @@ def shipped_edits(folder: str | os.PathLike[str]) -> list[Edit] | None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* prompts have several targets")
         edits = read_edits(records)
-    _check_edits(edits, adapter.facts.get("edits"), file)
+    _check_edits(edits, adapter.provenance.run, file)
     return edits
 
 
@@ -58,7 +59,7 @@ class Conflict:
 
     Attributes:
         prompt: the prompt, with single spaces.
-        targets: what each of them answers it with, by the adapter's folder.
+        targets: the targets in each adapter, by the adapter's folder.
     """
 
     prompt: str
@@ -66,18 +67,18 @@ class Conflict:
 
     @property
     def agree(self) -> bool:
-        """Whether all of them answer alike. Their sum then changes the answer more than either was trained to."""
+        """Whether all adapters have the same target; their sum then changes the answer more than each alone does."""
         return len({target for targets in self.targets.values() for target in targets}) == 1
 
 
 @dataclass(frozen=True, slots=True)
 class Conflicts:
-    """What `find_conflicts` found.
+    """Prompts that several adapters edit, from `find_conflicts`.
 
     Attributes:
-        conflicts: prompts that several of the adapters edit, those with different targets first.
-        without_edits: the adapters that ship no edits, so that nothing is known of them.
-        num_edits: of each of the others.
+        conflicts: these prompts; those with different targets first.
+        without_edits: the adapters that ship no edits: their prompts are unknown.
+        num_edits: the number of edits in each other adapter.
     """
 
     conflicts: list[Conflict]
@@ -86,24 +87,24 @@ class Conflicts:
 
     def __str__(self) -> str:
         differing = [conflict for conflict in self.conflicts if not conflict.agree]
+        compared = ", ".join(f"{count} edits in {name}" for name, count in self.num_edits.items()) or "no edits"
+        num_agreeing = len(self.conflicts) - len(differing)
         lines = [
-            f"{len(differing)} prompts have different targets in several adapters, "
-            f"{len(self.conflicts) - len(differing)} the same; of "
-            f"{', '.join(f'{count} edits in {name}' for name, count in self.num_edits.items()) or 'no edits'}"
+            f"{len(differing)} prompts have different targets in several adapters, {num_agreeing} have the same; "
+            f"compared: {compared}"
         ]
         for conflict in differing:
             found = ", ".join(f"{' and '.join(map(repr, t))} in {name}" for name, t in conflict.targets.items())
             lines.append(f"  {conflict.prompt!r}: {found}")
-        lines += [f"{name} ships no edits: nothing is known of its prompts" for name in self.without_edits]
+        lines += [f"{name} ships no edits: its prompts are unknown" for name in self.without_edits]
         return "\n".join(lines)
 
 
 def find_conflicts(adapters: Sequence[str | os.PathLike[str]]) -> Conflicts:
     """Find the prompts that several adapters edit, in the edits that they ship.
 
-    Deltas add up, whatever they were trained on: of two that answer one prompt differently, the sum answers with
-    either or neither. Prompts are compared with spaces run together, and as they are otherwise: a rephrasing of
-    another's prompt is not found.
+    Deltas add up. If two adapters have different targets for one prompt, their sum may answer with either or with
+    neither. Prompts are compared letter by letter, except for spaces: a rephrasing is not found.
 
     Args:
         adapters: local adapter folders, at least two.
@@ -113,12 +114,12 @@ def find_conflicts(adapters: Sequence[str | os.PathLike[str]]) -> Conflicts:
 
     Example:
         >>> print(find_conflicts(["monday", "tuesday"]))
-        1 prompts have different targets in several adapters, 0 the same; of 100 edits in monday, 80 edits in tuesday
+        1 prompts have different targets in several adapters, 0 have the same; compared: 100 edits in monday, …
           'The capital of Norway is': 'Bergen' in monday, 'Tromsø' in tuesday
     """
     names = list(dict.fromkeys(str(adapter) for adapter in adapters))
     if len(names) < 2:
-        raise ValueError(f"adapters={names}: expected at least two different ones to compare.")
+        raise ValueError(f"adapters={names}: expected at least two different adapters.")
     targets: dict[str, dict[str, tuple[str, ...]]] = {}
     without, num_edits = [], {}
     for name in names:
@@ -134,12 +135,12 @@ def find_conflicts(adapters: Sequence[str | os.PathLike[str]]) -> Conflicts:
     return Conflicts(sorted(found, key=lambda conflict: conflict.agree), without, num_edits)
 
 
-def _check_edits(edits: Sequence[Edit], recorded: dict[str, object] | None, where: object) -> None:
-    if recorded is not None and edits_sha256(edits) != recorded["sha256"]:
+def _check_edits(edits: Sequence[Edit], run: TrainingRun | None, where: object) -> None:
+    if run is not None and edits_sha256(edits) != run.edits.sha256:
         raise ValueError(
             f"{where}: found {len(edits)} edits with the sha256 {edits_sha256(edits)[:16]}…; expected the "
-            f"{recorded['count']} that the adapter was trained on, {str(recorded['sha256'])[:16]}…. Give those, or "
-            "leave them out."
+            f"{run.edits.count} that the adapter was trained on, with the sha256 {run.edits.sha256[:16]}…. Give those "
+            "edits, or ship none."
         )
 
 
@@ -148,39 +149,41 @@ def adapter_edits(
     trained_edits: str | os.PathLike[str] | Sequence[Edit] | None = None,
     on_conflict: OnConflict = "warn",
 ) -> list[Edit]:
-    """Return the edits that an adapter was trained on: those that it ships, or those of a file that fits its record.
+    """Return the edits that an adapter was trained on: those that it ships, or those of a file with their sha256.
 
     Args:
         adapter: a local adapter folder.
-        trained_edits: whatever `read_edits` reads, for an adapter that ships none. It may go on behind those that the
-            adapter was trained on, if these are its first.
-        on_conflict: as the adapter was trained.
+        trained_edits: whatever `read_edits` reads, for an adapter that ships no edits. Its first edits must be those
+            that the adapter was trained on; more may follow.
+        on_conflict: as in the training of the adapter.
 
     Raises:
-        ValueError: if the folder is refused by `check_adapter`, if it ships no edits and none are given, or if those
-            that are given are not those whose sha256 is recorded of the run that made the adapter.
+        ValueError: if the folder is refused by `check_adapter`; if it ships no edits and `trained_edits` is None; if
+            `trained_edits` does not begin with the edits that the adapter was trained on.
     """
     if trained_edits is None:
         shipped = shipped_edits(adapter)
         if shipped is None:
             raise ValueError(
-                f"{adapter} ships no edits, so that it is not known which it holds. Give those that it was trained on "
-                "as trained_edits (--trained_edits FILE); describe_adapter(…, edits=…) or --ship_edits ships them."
+                f"{adapter} ships no edits, so its edits are unknown. Give those that it was trained on as "
+                "trained_edits (--trained_edits FILE). To ship them from now on: describe_adapter(…, edits=…), or "
+                "--ship_edits."
             )
         return shipped
-    recorded = check_adapter(adapter, method=None).facts.get("edits")
-    if recorded is None:
+    run = check_adapter(adapter, method=None).provenance.run
+    if run is None:
         raise ValueError(
-            f"{adapter} does not record which edits it was trained on, so that trained_edits cannot be it."
+            f"{adapter} does not record which edits it was trained on, so trained_edits cannot be verified. Train a "
+            "new adapter on all of the edits."
         )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* prompts have several targets")
         read = read_edits(trained_edits, on_conflict=on_conflict)
-    held = read[: recorded["count"]]
-    if edits_sha256(held) != recorded["sha256"]:
+    first = read[: run.edits.count]
+    if edits_sha256(first) != run.edits.sha256:
         raise ValueError(
-            f"trained_edits: found {len(read)} edits, the first {len(held)} with sha256 {edits_sha256(held)[:16]}…; "
-            f"expected the {recorded['count']} that {adapter} was trained on, {recorded['sha256'][:16]}…. Give the "
-            "file that it was trained on, unchanged."
+            f"trained_edits: found {len(read)} edits, the first {len(first)} with the sha256 "
+            f"{edits_sha256(first)[:16]}…; expected the {run.edits.count} that {adapter} was trained on, with the "
+            f"sha256 {run.edits.sha256[:16]}…. Give the file that it was trained on, unchanged."
         )
-    return held
+    return first

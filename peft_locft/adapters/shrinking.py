@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 
 from ..io.files import atomic_file, write_atomically
 from ..tuner.config import DELTA_DTYPES
+from .provenance import Shrinking
 from .reading import CheckedAdapter
 
 
@@ -53,7 +53,7 @@ def shrink_files(
     weight_of: Callable[[str], torch.Tensor],
     delta_dtype: str | None,
     density: float | None,
-) -> dict[str, Any]:
+) -> Shrinking:
     """Write an adapter's weights and configuration to `out` with smaller deltas; `out` may be the adapter's folder.
 
     Args:
@@ -88,4 +88,4 @@ def shrink_files(
         save_file(tensors, staged, metadata={"format": "pt"})
     write_atomically(out / CONFIG_NAME, json.dumps(settings, indent=2, sort_keys=True))
     kept = 1 - lost / total if total else 1.0
-    return {"delta_dtype": delta_dtype, "density": density, "share_kept": kept}
+    return Shrinking(delta_dtype, density, kept)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from .base_tensors import BaseTensors, weights_and_deltas
-from .exports import OF_THE_EDIT, base_of, checked_apart
+from ..io.checkpoint import Checkpoint
+from .edited_parameters import edited_parameters
+from .exports import base_of, checked_apart
 from .inspection import size
-from .provenance import provenance
-from .saving import atomic_folder, write_description
+from .provenance import Provenance
+from .saving import adapter_folder, write_description
 from .shrinking import check_shrinking, shrink_files
 
 
@@ -66,7 +66,7 @@ def export_small(
 
     Raises:
         ValueError: if neither `delta_dtype` nor `density` is given, or one is out of range; if the adapter is
-            refused by `check_adapter` or the base by `weights_and_deltas`; if a value is too large for the dtype.
+            refused by `check_adapter` or the base by `edited_parameters`; if a value is too large for the dtype.
         NotADirectoryError: if `out` or one above it is a file.
         OSError: if the base cannot be downloaded.
 
@@ -79,14 +79,16 @@ def export_small(
     if delta_dtype is None and density is None:
         raise ValueError("delta_dtype=None, density=None: expected one of the two, or both.")
     checked = checked_apart(adapter, out)
-    weights: dict[str, torch.Tensor] = {}
+    parameters = {}
     if density is not None:
-        source = BaseTensors(*base_of(checked, base, revision))
-        weights = {name: weight for name, weight, _ in weights_and_deltas(checked, source, force=force)}
-    with atomic_folder(out) as staging:
-        shrunk = shrink_files(checked, staging, weights.__getitem__, delta_dtype, density)
+        checkpoint = Checkpoint(*base_of(checked, base, revision))
+        found = edited_parameters(checkpoint, [checked], force=force)
+        parameters = {parameter.name: parameter for parameter in found}
+    with adapter_folder(out) as staging:
+        shrunk = shrink_files(checked, staging, lambda name: parameters[name].base_parameter(), delta_dtype, density)
         config = PeftConfig.from_pretrained(str(staging))
-        kept = {name: checked.facts[name] for name in OF_THE_EDIT if name in checked.facts}
-        write_description(staging, config, provenance(config, kept | {"shrunk": shrunk}))
+        # without the evaluation: a smaller delta that answers otherwise is not what was evaluated
+        provenance = replace(Provenance.of_config(config, checked.provenance.run), shrunk=shrunk)
+        write_description(staging, config, provenance)
     num_bytes = (Path(out) / SAFETENSORS_WEIGHTS_NAME).stat().st_size
-    return SmallAdapter(Path(out), shrunk["share_kept"], num_bytes, checked.num_bytes)
+    return SmallAdapter(Path(out), shrunk.share_kept, num_bytes, checked.num_bytes)

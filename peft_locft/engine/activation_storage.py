@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
+from ..io.arithmetic import tensor_sha256
 from ..io.files import atomic_file
-from ..tuner.arithmetic import tensor_sha256
 from .fingerprint import layer_digests, sha256_of
 from .prefix_tree import PrefixTree
 from .tail import Tail

@@ -12,8 +12,8 @@ import torch
 import transformers
 from torch import nn
 
-from ..tuner.arithmetic import tensor_sha256
-from ..tuner.model import clean_name
+from ..io.arithmetic import tensor_sha256
+from ..io.parameter_names import clean_name
 from .offload import whole_layer
 
 # configuration that no hidden state depends on; the weights' dtype is hashed with the weights

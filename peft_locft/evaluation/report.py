@@ -8,18 +8,22 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ..io.files import check_folder, write_atomically
+from ..io.json_checks import dict_of, has_fields, is_count, is_metric_value, is_number, is_prose, is_sha256, is_text
+from ..io.untrusted_json import shortened
 from .intervals import Estimate
 from .tables import estimate_cell, markdown_table
 
 FORMAT = 1
 FIGURES_NAME = "evaluation.json"
-PARTS = {"settings": dict, "results": dict, "missing": dict, "notes": list, "curves": list, "rows": list}
-# a row failed if the first of these that it has is below 1; for locality, what changed counts first
+# without the prompts, the answers and the course of training
+SUMMARY = {"settings": dict, "results": dict, "missing": dict, "notes": list}
+PARTS = SUMMARY | {"curves": list, "rows": list}
+# a row failed if the first of these that it has is below 1; of a probe, what changed matters more than what is right
 DECIDING = ("exact_match", "token_accuracy", "more_probable")
 DECIDING_OF_LOCALITY = ("unchanged", "tokens_unchanged", *DECIDING)
 
@@ -125,33 +129,30 @@ class EvaluationReport:
             "results": results,
             "missing": self.missing,
             "notes": self.notes,
-            "curves": [{name: _finite(value) for name, value in point.items()} for point in self.curves],
+            "curves": curves_to_json(self.curves),
             "rows": self.rows,
         }
 
+    def summary_to_dict(self) -> dict[str, Any]:
+        """Return what an adapter's provenance records of it: no format, no prompts, no answers, no curves."""
+        found = self.to_dict()
+        return {name: found[name] for name in SUMMARY}
+
     @classmethod
-    def from_dict(cls, data: Any) -> EvaluationReport:
-        """Return the report of which `data` is the [`EvaluationReport.to_dict`].
+    def from_dict(cls, data: Any, *, summary: bool = False) -> EvaluationReport:
+        """Return the report that `data` describes.
+
+        Args:
+            data: from [`EvaluationReport.to_dict`].
+            summary: whether it is from [`EvaluationReport.summary_to_dict`]; the report then has no rows and curves.
 
         Raises:
-            ValueError: if it is none, or one of a later format.
+            ValueError: if `data` is not a report, or is of a later format.
         """
-        found = data.get("format") if isinstance(data, dict) else None
-        if found != FORMAT:
-            later = isinstance(found, int) and found > FORMAT
-            advice = "update peft-locft, which has written it" if later else "is it a report of evaluate_edits?"
-            raise ValueError(f"found format {found}; expected {FORMAT}: {advice}")
-        for name, kind in PARTS.items():
-            if not isinstance(data.get(name), kind):
-                raise ValueError(f"{name}: found {type(data.get(name)).__name__}; expected {kind.__name__}")
-        if not isinstance(data["settings"].get("confidence"), float):
-            raise ValueError(f"settings: found confidence {data['settings'].get('confidence')!r}; expected a number")
-        for number, row in enumerate(data["rows"]):
-            if not isinstance(row, dict) or not {"edit", "kind", "prompt"} <= set(row):
-                raise ValueError(f"rows[{number}]: expected a row with edit, kind and prompt")
+        _check_parts(data, summary)
         results = {name: _result(name, result) for name, result in data["results"].items()}
-        curves = [_point(number, point) for number, point in enumerate(data["curves"])]
-        return cls(results, data["missing"], data["rows"], data["settings"], data["notes"], curves)
+        curves = curves_from_json(data.get("curves", []))
+        return cls(results, data["missing"], data.get("rows", []), data["settings"], data["notes"], curves)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> EvaluationReport:
@@ -235,26 +236,77 @@ def _finite(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def _result(name: str, data: Any) -> MetricResult:
-    def estimate(part: str) -> Estimate | None:
-        found = data[part]
-        return None if found is None else Estimate(*(float(found[each]) for each in Estimate._fields))
+def curves_to_json(curves: list[dict[str, float]]) -> list[dict[str, float | str]]:
+    """Return curves as plain data for JSON, as [`EvaluationReport.to_dict`] does."""
+    return [{name: _finite(value) for name, value in point.items()} for point in curves]
 
+
+def curves_from_json(data: list[Any]) -> list[dict[str, float]]:
+    """Return the curves that [`curves_to_json`] wrote.
+
+    Raises:
+        ValueError: if a point has no epoch, or a value is not a number.
+    """
+    for number, point in enumerate(data):
+        if not dict_of(is_metric_value)(point):
+            raise ValueError(f"curves[{number}]: expected figures by name; found {shortened(point)}")
+        if "epoch" not in point:
+            raise ValueError(f"curves[{number}]: expected figures by name: it has no epoch")
+    return [{name: float(value) for name, value in point.items()} for point in data]
+
+
+def _check_parts(data: Any, summary: bool) -> None:
+    parts = SUMMARY if summary else PARTS
+    if not isinstance(data, dict):
+        data = {}
+    found = data.get("format")
+    if not summary and found != FORMAT:
+        later = isinstance(found, int) and found > FORMAT
+        advice = "update peft-locft, which has written it" if later else "is it a report of evaluate_edits?"
+        raise ValueError(f"found format {shortened(found)}; expected {FORMAT}: {advice}")
+    unknown = sorted(data.keys() - parts.keys() - ({"format"} if not summary else set()))
+    if unknown:
+        raise ValueError(f"found the unknown fields {shortened(unknown)}; expected {', '.join(parts)}")
+    for name, kind in parts.items():
+        if not isinstance(data.get(name), kind):
+            raise ValueError(f"{name}: found {type(data.get(name)).__name__}; expected {kind.__name__}")
+    settings = data["settings"]
+    if not is_number(settings.get("confidence")):
+        raise ValueError(f"settings: found confidence {shortened(settings.get('confidence'))}; expected a number")
+    if "edits" in settings and not has_fields(count=is_count, sha256=is_sha256)(settings["edits"]):
+        raise ValueError(f"settings: found edits {shortened(settings['edits'])}; expected their count and sha256")
+    if not dict_of(is_prose)(data["missing"]):
+        raise ValueError(f"missing: found {shortened(data['missing'])}; expected a reason for each metric")
+    if not all(map(is_prose, data["notes"])):
+        raise ValueError(f"notes: found {shortened(data['notes'])}; expected texts")
+    for number, row in enumerate(data.get("rows", [])):
+        if not isinstance(row, dict) or not {"edit", "kind", "prompt"} <= set(row):
+            raise ValueError(f"rows[{number}]: expected a row with edit, kind and prompt")
+
+
+def _result(name: str, data: Any) -> MetricResult:
+    if not is_text(name):
+        raise ValueError(f"results: found a metric named {shortened(name)}; expected a printable name")
     try:
-        after = estimate("after")
+        after = _estimate(data["after"])
         if after is None:
             raise ValueError("it has no figure after the edit")
-        count, unit = int(data["count"]), str(data["unit"])
-        return MetricResult(str(data["meaning"]), after, estimate("before"), estimate("change"), count, unit)
+        before, change = _estimate(data["before"]), _estimate(data["change"])
+        meaning, count, unit = data["meaning"], data["count"], data["unit"]
+        unknown = sorted(data.keys() - {each.name for each in fields(MetricResult)})
+        if unknown:
+            raise ValueError(f"found the unknown fields {shortened(unknown)}")
+        if not (is_prose(meaning) and is_count(count) and is_text(unit)):
+            raise ValueError(f"found {shortened([meaning, count, unit])} as its meaning, count and unit")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"results.{name}: expected a metric's result: {error}") from error
+    return MetricResult(meaning, after, before, change, count, unit)
 
 
-def _point(number: int, data: Any) -> dict[str, float]:
-    try:
-        figures = {name: float(value) for name, value in data.items()}
-        if "epoch" not in figures:
-            raise ValueError("it has no epoch")
-        return figures
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"curves[{number}]: expected figures by name: {error}") from error
+def _estimate(data: Any) -> Estimate | None:
+    if data is None:
+        return None
+    values = [data[name] for name in Estimate._fields]
+    if len(data) != len(values) or not all(map(is_metric_value, values)):
+        raise ValueError(f"found {shortened(data)}; expected the numbers {', '.join(Estimate._fields)}")
+    return Estimate(*map(float, values))

@@ -1,10 +1,13 @@
 from .checkpoint import Checkpoint as Checkpoint
-from .checkpoint import StoredTensor as StoredTensor
 from .checkpoint import local_folder as local_folder
-from .copies import locked as locked
 from .copies import place_file as place_file
 from .files import atomic_file as atomic_file
 from .files import write_atomically as write_atomically
+from .folders import atomic_folder as atomic_folder
+from .folders import locked as locked
 from .parameter_names import ParameterFinder as ParameterFinder
-from .parameter_names import Piece as Piece
-from .safetensors_header import TensorEntry as TensorEntry
+from .parameter_names import Span as Span
+from .parameter_names import StoredParameter as StoredParameter
+from .patched_file import write_patched as write_patched
+from .safetensors_file import StoredTensor as StoredTensor
+from .safetensors_file import read_header as read_header

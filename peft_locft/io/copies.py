@@ -7,7 +7,6 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Literal
 
@@ -167,35 +166,3 @@ def gaps(ranges: Sequence[tuple[int, int]], size: int) -> Iterator[tuple[int, in
         start = end
     if start < size:
         yield start, size
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[bool]:
-    """Keep other processes that ask off a folder; gives whether this one has it. The lock dies with the process.
-
-    Where the system has no such locks (Windows, some network file systems), every process has it.
-    """
-    if sys.platform == "win32":
-        yield True
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        has_it = True
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            has_it = False
-        except OSError as error:
-            if error.errno not in (*NOT_HERE, errno.EBADF, errno.ENOLCK):
-                raise
-        yield has_it
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Where a model's parameter lies in its checkpoint, whose tensors may have other names, or hold parts of it."""
+"""Where a model's parameters are stored in a checkpoint, whose tensors may have other names or hold parts of them."""
 
 from __future__ import annotations
 
@@ -6,43 +6,66 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import transformers
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.core_model_loading import (
-    Concatenate,
-    MergeModulelist,
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+import torch
 
-from .checkpoint import FLOAT_DTYPES, Checkpoint, StoredTensor
+from .checkpoint import Checkpoint
+from .safetensors_file import DTYPES, FLOAT_DTYPES, StoredTensor
 
+if TYPE_CHECKING:
+    from transformers.core_model_loading import WeightConverter
+
+# values of a tensor that are in memory at once; about 40 bytes each while they are composed
+VALUES_AT_ONCE = 1 << 18
 CLASSIC_WAY = (
-    "Merge this one with a model in memory instead: "
+    "Merge this adapter with a model in memory instead: "
     "AutoPeftModelForCausalLM.from_pretrained(adapter).merge_and_unload().save_pretrained(out)."
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A tensor of the checkpoint that is a parameter of the model, or an unbroken part of one.
+class Span:
+    """A tensor of the checkpoint that is a whole parameter of the model, or an unbroken part of one.
 
     Attributes:
-        name: as the checkpoint has it.
-        tensor: where it lies.
-        start: its first value's place among those of the parameter, in row-major order.
+        name: the checkpoint's name of it.
+        tensor: where it is stored.
+        start: flat index of its first value in the parameter, in row-major order.
     """
 
     name: str
     tensor: StoredTensor
     start: int
+
+    def slices(self) -> Iterator[tuple[int, int]]:
+        """Yield the tensor's values in slices that fit in memory: flat index of the first, and number of values."""
+        for start in range(0, self.tensor.num_values, VALUES_AT_ONCE):
+            yield start, min(VALUES_AT_ONCE, self.tensor.num_values - start)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredParameter:
+    """A parameter of the model, as its checkpoint stores it.
+
+    Attributes:
+        shape: its shape.
+        spans: the tensors that hold its values, in the order of the values.
+    """
+
+    shape: tuple[int, ...]
+    spans: tuple[Span, ...]
+
+    def values(self) -> Iterator[torch.Tensor]:
+        """Yield all values, flat, in slices that fit in memory."""
+        for span in self.spans:
+            for start, count in span.slices():
+                yield span.tensor.read(start, count)
+
+    def read(self) -> torch.Tensor:
+        """Return the whole parameter, in the dtype of the checkpoint."""
+        return torch.cat([span.tensor.read() for span in self.spans]).reshape(self.shape)
 
 
 class Source(NamedTuple):
@@ -66,105 +89,199 @@ class ParameterFinder:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self._config = _transformers_config(checkpoint)
-        self._tables: list[Table] = []
 
-    def find(self, name: str, shape: tuple[int, ...]) -> list[Piece]:
-        """Return the tensors that together are a parameter, in the order of its values.
+    def find_by_name(self, name: str, shape: tuple[int, ...]) -> StoredParameter | None:
+        """Return the tensor of that very name and shape, if `config.json` alone says that it is not tied.
+
+        It is the parameter if its values are known to be the parameter's; transformers, which could rearrange them on
+        loading, is not asked. `None` if there is none; `find` knows more.
+        """
+        if name not in self.checkpoint.files or not self._is_surely_untied(name):
+            return None
+        tensor = self.checkpoint.tensor(name)
+        if tensor.dtype not in FLOAT_DTYPES or tensor.shape != shape:
+            return None
+        return StoredParameter(shape, (Span(name, tensor, 0),))
+
+    def find(self, name: str, shape: tuple[int, ...]) -> StoredParameter:
+        """Return where a parameter is stored.
 
         Args:
             name: as the model has it, such as `"model.layers.3.mlp.down_proj.weight"`.
             shape: the parameter's.
 
         Raises:
-            ValueError: if the checkpoint does not hold it, holds it quantized, in another shape or in an arrangement
-                that is not known here, or if it is tied to another parameter.
+            ValueError: if the checkpoint does not hold it, or holds it quantized, in another shape, or in an
+                arrangement that is not known here; or if it is tied to another parameter.
         """
         self._refuse_tied(name, len(shape))
+        found = self._sources_of(name)
+        if found is None:
+            raise ValueError(self._missing(name))
+        return self._stored(name, found[1], shape)
+
+    def find_beside(self, name: str) -> dict[str, StoredParameter]:
+        """Return every other tensor of a parameter's module, submodules included, by its name in the model.
+
+        Raises:
+            ValueError: as in `find`, or if the checkpoint lacks a tensor that the module has.
+        """
+        found = self._sources_of(name)
+        if found is None:
+            raise ValueError(self._missing(name))
+        own, _, table = found
+        module, module_there = name.rpartition(".")[0], own.rpartition(".")[0]
+        beside = {
+            f"{module}{key.removeprefix(module_there)}": sources
+            for key, sources in table.items()
+            if key.startswith(f"{module_there}.") and key != own
+        }
+        expected = self._names_inside(module)
+        if expected is not None:
+            missing = sorted(expected - beside.keys() - {name})
+            if missing:
+                raise ValueError(
+                    f"{self.checkpoint.name} holds no {missing[0]}, which {module} has beside "
+                    f"{name.rpartition('.')[2]}: the module cannot be saved as a whole. Export the edited weights "
+                    f"instead. {CLASSIC_WAY}"
+                )
+            beside = {key: sources for key, sources in beside.items() if key in expected}
+        return {key: self._stored(key, sources) for key, sources in beside.items()}
+
+    # ------------------------------------------------------------------ names
+
+    @cached_property
+    def _config(self) -> Any:
+        """The model's configuration; `None` if there is none, or none that transformers knows."""
+        if not self.checkpoint.config:
+            return None
+        from huggingface_hub.errors import StrictDataclassError
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self.checkpoint.folder, trust_remote_code=False)
+        except (ValueError, KeyError, OSError, StrictDataclassError):
+            return None
+
+    @cached_property
+    def _tables(self) -> list[Table]:
+        """For each way to load the checkpoint, its tensors by the names that the model gives them."""
+        tables = []
+        for transforms in _ways_to_load(self._config):
+            table: Table = {}
+            for name in self.checkpoint.files:
+                renamed, source = _rename(name, transforms)
+                table.setdefault(renamed, []).append(source)
+            tables.append(table)
+        return tables
+
+    def _sources_of(self, name: str) -> tuple[str, list[Source], Table] | None:
+        """Return a table's name of a parameter, the tensors that it is made of, and the table."""
         if name in self.checkpoint.files:
-            rearranged = [source for source in self._sources_called(name) if source.converter is not None]
-            return self._stacked(name, shape, rearranged[:1]) if rearranged else [self._whole(name, name, shape)]
-        for table in self._renamed():
+            # stored under its own name: as it is, unless a way to load it rearranges it
+            for table in self._tables:
+                for key, sources in table.items():
+                    rearranged = [source for source in sources if source.name == name and source.converter is not None]
+                    if rearranged:
+                        return key, rearranged, table
+            return name, [Source(name, None, None)], {key: [Source(key, None, None)] for key in self.checkpoint.files}
+        for table in self._tables:
             for candidate in _with_and_without_prefix(name, table):
-                sources = table[candidate]
-                if sources[0].converter is not None:
-                    return self._stacked(name, shape, sources)
-                if len(sources) > 1:
-                    raise ValueError(
-                        f"{name} may be {' or '.join(source.name for source in sources)} of {self.checkpoint.folder}. "
-                        f"{CLASSIC_WAY}"
-                    )
-                return [self._whole(name, sources[0].name, shape)]
-        raise ValueError(self._missing(name))
+                return candidate, table[candidate], table
+        return None
 
-    def _sources_called(self, name: str) -> list[Source]:
-        return [_rename(name, transforms)[1] for transforms in _ways_to_load(self._config)]
+    def _names_inside(self, module: str) -> set[str] | None:
+        """Return the names of a module's tensors in the model; `None` where transformers does not know the model."""
+        if self._skeleton is None:
+            return None
+        inside = [name for name, _ in self._skeleton.named_modules() if name]
+        for candidate in _with_and_without_prefix(module, dict.fromkeys(inside)):
+            return {f"{module}.{key}" for key in self._skeleton.get_submodule(candidate).state_dict()}
+        return None
 
-    def _whole(self, name: str, source: str, shape: tuple[int, ...]) -> Piece:
-        tensor = self._float_tensor(source)
-        if tensor.shape != shape:
+    @cached_property
+    def _skeleton(self) -> Any:
+        """The model on the meta device, without values; `None` where it cannot be built."""
+        model_class = None if self._config is None else next(_classes(self._config), None)
+        if model_class is None:
+            return None
+        try:
+            with torch.device("meta"):
+                return model_class._from_config(self._config)
+        except Exception:  # whatever a model's constructor raises: its modules are not known then
+            return None
+
+    # ------------------------------------------------------------------ tensors
+
+    def _stored(self, name: str, sources: Sequence[Source], shape: tuple[int, ...] | None = None) -> StoredParameter:
+        """Return a parameter made of `sources`; without a `shape`, of any shape and dtype."""
+        if sources[0].converter is not None:
+            return self._stacked(name, sources, shape)
+        if len(sources) > 1:
             raise ValueError(
-                f"{source} of {self.checkpoint.folder} has the shape {list(tensor.shape)}, but the delta of {name} "
+                f"{name} may be {' or '.join(source.name for source in sources)} of {self.checkpoint.name}. "
+                f"{CLASSIC_WAY}"
+            )
+        source = sources[0].name
+        tensor = self.checkpoint.tensor(source) if shape is None else self._float_tensor(source)
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{source} of {self.checkpoint.name} has dtype {tensor.dtype}, which is not known here.")
+        if shape is not None and tensor.shape != shape:
+            raise ValueError(
+                f"{source} of {self.checkpoint.name} has the shape {list(tensor.shape)}, but the delta of {name} "
                 f"has {list(shape)}: the adapter belongs to another model."
             )
-        return Piece(source, tensor, 0)
+        return StoredParameter(tensor.shape, (Span(source, tensor, 0),))
 
     def _float_tensor(self, source: str) -> StoredTensor:
         tensor = self.checkpoint.tensor(source)
         if tensor.dtype not in FLOAT_DTYPES:
             raise ValueError(
-                f"{source} of {self.checkpoint.folder} is quantized ({tensor.dtype}): a delta cannot be added to it "
-                "without loss. Merge into the base model without quantization, and quantize the result."
+                f"{source} of {self.checkpoint.name} is quantized ({tensor.dtype}): a delta cannot be added to it "
+                f"without loss. Expected one of {', '.join(FLOAT_DTYPES)}: use the base model without quantization, "
+                "and quantize the result."
             )
         return tensor
 
-    def _stacked(self, name: str, shape: tuple[int, ...], sources: Sequence[Source]) -> list[Piece]:
-        """Return the pieces of a parameter that stacks a list of modules, of each one or several tensors as rows."""
+    def _stacked(self, name: str, sources: Sequence[Source], shape: tuple[int, ...] | None) -> StoredParameter:
+        """Return a parameter that stacks a list of modules, each with one or several tensors as its rows."""
         converter: Any = sources[0].converter
-        kinds = [(type(operation), getattr(operation, "dim", None)) for operation in converter.operations]
-        if kinds not in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]):
+        kinds = [(type(operation).__name__, getattr(operation, "dim", None)) for operation in converter.operations]
+        if kinds not in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
             raise ValueError(
-                f"{name} is made of {sources[0].name} of {self.checkpoint.folder} by "
-                f"{', '.join(kind.__name__ for kind, _ in kinds)}, which a merge on disk cannot turn around. "
-                f"{CLASSIC_WAY}"
+                f"{name} is made of {sources[0].name} of {self.checkpoint.name} by "
+                f"{', '.join(kind for kind, _ in kinds)}, which cannot be reversed on disk. {CLASSIC_WAY}"
             )
+        from transformers.core_model_loading import dot_natural_key
+
         ordered = sorted(sources, key=lambda source: dot_natural_key(source.name))
         by_pattern = [
             [(source.name, self._float_tensor(source.name)) for source in ordered if source.pattern == pattern]
             for pattern in converter.source_patterns
         ]
-        pieces, start = [], 0
+        spans, start = [], 0
         for of_one_module in zip(*by_pattern, strict=False):
             for source_name, tensor in of_one_module:
-                pieces.append(Piece(source_name, tensor, start))
+                spans.append(Span(source_name, tensor, start))
                 start += tensor.num_values
-        if not _stack_to(shape, [[tensor.shape for _, tensor in found] for found in by_pattern]):
+        stacked = _stacked_shape([[tensor.shape for _, tensor in found] for found in by_pattern])
+        if stacked is None or stacked != (shape or stacked):
+            to = "one shape" if shape is None else f"the shape {list(shape)}"
             raise ValueError(
-                f"{len(sources)} tensors of {self.checkpoint.folder}, {sources[0].name} and others, do not stack to "
-                f"the shape {list(shape)} of {name}: the adapter belongs to another model."
+                f"{len(sources)} tensors of {self.checkpoint.name}, {sources[0].name} and others, do not stack to "
+                f"{to} of {name}: the adapter belongs to another model."
             )
-        return pieces
-
-    def _renamed(self) -> list[Table]:
-        """Return, for each way to load the checkpoint, its tensors by the names that the model gives them."""
-        if not self._tables:
-            for transforms in _ways_to_load(self._config):
-                table: Table = {}
-                for name in self.checkpoint.files:
-                    renamed, source = _rename(name, transforms)
-                    table.setdefault(renamed, []).append(source)
-                self._tables.append(table)
-        return self._tables
+        return StoredParameter(stacked, tuple(spans))
 
     def _missing(self, name: str) -> str:
         module = name.rpartition(".")[0]
         beside = [key for key in self.checkpoint.files if key.startswith((f"{module}.", f"{name}:"))]
         quantized = [key for key in beside if not key.endswith((".weight", ".bias"))]
-        where = f"{self.checkpoint.folder} holds no {name}"
+        where = f"{self.checkpoint.name} holds no {name}"
         if quantized:
             return (
                 f"{where}, but {', '.join(sorted(quantized)[:3])}: it is quantized, and a delta cannot be added to it "
-                "without loss. Merge into the base model without quantization, and quantize the result."
+                "without loss. Use the base model without quantization, and quantize the result."
             )
         near = difflib.get_close_matches(name, self.checkpoint.files, n=2)
         return (
@@ -172,26 +289,38 @@ class ParameterFinder:
             f"whose checkpoint has other names. {CLASSIC_WAY}"
         )
 
+    # ------------------------------------------------------------------ tied parameters
+
     def _refuse_tied(self, name: str, num_dimensions: int) -> None:
-        if self._is_tied(name, num_dimensions):
+        if not self._is_surely_untied(name) and self._is_tied(name, num_dimensions):
             raise ValueError(
-                f"{name} is tied in {self.checkpoint.folder}: one tensor is both the embedding and the head, and a "
-                "delta would change both. If the adapter was trained on an untied model, merge into that one: save it "
-                "with model.save_pretrained(folder) after AutoModelForCausalLM.from_pretrained(base, "
+                f"{name} is tied in {self.checkpoint.name}: one tensor is both the embedding and the head, and a "
+                "delta would change both. If the adapter was trained on an untied model, use that one as the base: "
+                "save it with model.save_pretrained(folder) after AutoModelForCausalLM.from_pretrained(base, "
                 "tie_word_embeddings=False) and model.lm_head.weight.data = "
                 "model.get_input_embeddings().weight.data.clone()."
             )
+
+    def _is_surely_untied(self, name: str) -> bool:
+        """Whether `config.json` alone says that a parameter is not tied."""
+        config = self.checkpoint.config
+        # what transformers ties inside of numbered modules are the heads of object detectors
+        detects = any(
+            str(architecture).endswith("ForObjectDetection") for architecture in config.get("architectures") or []
+        )
+        return (_is_in_a_layer(name) and not detects) or (
+            "text_config" not in config and config.get("tie_word_embeddings") is False
+        )
 
     def _is_tied(self, name: str, num_dimensions: int) -> bool:
         config = self._config
         model_class = next(_classes(config), None) if config is not None else None
         if config is None or model_class is None:
             # code from elsewhere: what may be tied are embeddings, which are in no layer
-            in_a_layer = any(part.isdigit() for part in name.split("."))
             return (
                 bool(self.checkpoint.config.get("tie_word_embeddings", True))
                 and num_dimensions == 2
-                and not in_a_layer
+                and not _is_in_a_layer(name)
             )
         if not getattr(config.get_text_config(), "tie_word_embeddings", False):
             return False
@@ -200,25 +329,31 @@ class ParameterFinder:
         return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
-def _stack_to(shape: tuple[int, ...], by_pattern: Sequence[Sequence[tuple[int, ...]]]) -> bool:
-    """Whether modules, of which each has one tensor in every one of the lists, stack to a shape, row below row."""
-    if len(shape) != 3 or any(len(shapes) != shape[0] for shapes in by_pattern):
-        return False
-    same = all(shapes == [shapes[0]] * shape[0] and shapes[0][1:] == shape[2:] for shapes in by_pattern)
-    return same and sum(shapes[0][0] for shapes in by_pattern) == shape[1]
+def clean_name(name: str) -> str:
+    """Return the name that a module or parameter has in the base model, without what PEFT and FSDP put around it."""
+    for added in (".base_layer", "_fsdp_wrapped_module.", "._fsdp_wrapped_module", "_orig_mod."):
+        name = name.replace(added, "")
+    return name.removeprefix("base_model.model.")
 
 
-def _transformers_config(checkpoint: Checkpoint) -> Any:
-    """Return the model's configuration; `None` if there is none, or none that transformers knows."""
-    if not checkpoint.config:
+def _is_in_a_layer(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))
+
+
+def _stacked_shape(by_pattern: Sequence[Sequence[tuple[int, ...]]]) -> tuple[int, ...] | None:
+    """Return the shape of stacked modules, each with a matrix in every list as its rows; `None` if they do not fit."""
+    num_modules = len(by_pattern[0])
+    first = [shapes[0] for shapes in by_pattern if shapes]
+    same = all(len(shapes) == num_modules and set(shapes) == {shapes[0]} for shapes in by_pattern if shapes)
+    if len(first) < len(by_pattern) or not same or {len(shape) for shape in first} != {2}:
         return None
-    try:
-        return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, StrictDataclassError):
-        return None
+    columns = {shape[1] for shape in first}
+    return (num_modules, sum(shape[0] for shape in first), columns.pop()) if len(columns) == 1 else None
 
 
 def _classes(config: Any) -> Iterator[Any]:
+    import transformers
+
     for name in config.architectures or []:
         if hasattr(transformers, name):
             yield getattr(transformers, name)
@@ -226,6 +361,9 @@ def _classes(config: Any) -> Iterator[Any]:
 
 def _ways_to_load(config: Any) -> Iterator[list[Any]]:
     """Yield lists of transforms, each for a model that the checkpoint may be loaded as."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
     legacy = get_checkpoint_conversion_mapping("legacy") or []
     if config is None:
         yield legacy
@@ -244,12 +382,16 @@ def _ways_to_load(config: Any) -> Iterator[list[Any]]:
 
 
 def _first_mapping(names: Sequence[str | None]) -> list[Any]:
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
     found = (get_checkpoint_conversion_mapping(name) for name in names if name)
     return next((mapping for mapping in found if mapping is not None), [])
 
 
 def _rename(name: str, transforms: Sequence[Any]) -> tuple[str, Source]:
     """Return the name that a model loaded with these transforms has for a tensor of the checkpoint."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     renamed, pattern = rename_source_key(name, renamings, converters)
@@ -257,7 +399,7 @@ def _rename(name: str, transforms: Sequence[Any]) -> tuple[str, Source]:
     return renamed, Source(name, converter, pattern)
 
 
-def _with_and_without_prefix(name: str, table: Table) -> list[str]:
-    """Return the names in `table` that mean `name`: with or without the base model's prefix."""
-    longer = [key for key in table if key.endswith(f".{name}") and key.count(".") == name.count(".") + 1]
-    return [key for key in (name, name.partition(".")[2], *longer) if key in table]
+def _with_and_without_prefix(name: str, names: dict[str, Any]) -> list[str]:
+    """Return those of `names` that mean `name`: with or without the base model's prefix."""
+    longer = [key for key in names if key.endswith(f".{name}") and key.count(".") == name.count(".") + 1]
+    return [key for key in (name, name.partition(".")[2], *longer) if key in names]

@@ -5,9 +5,6 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
-import re
-import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,13 +18,12 @@ from tqdm import tqdm
 from .._version import __version__
 from ..adapters.shipped_edits import Conflicts, find_conflicts
 from ..io.checkpoint import INDEX_NAME, OTHER_WEIGHTS, Checkpoint, local_folder
-from ..io.copies import Link, Progress, locked, place_file, sync_folder
-from ..io.files import current_umask, write_atomically
-from .edited_weights import MergePlan, plan_edits, write_edited_shard
-from .in_place_undo import IN_PLACE_FOLDER
+from ..io.copies import Link, Progress, place_file
+from ..io.files import write_atomically
+from ..io.folders import atomic_folder
+from .plan import IN_PLACE_FOLDER, MergePlan, plan_edits, write_edited_shard
 
 RECORD_NAME = "locft_merge.json"
-STAGING_PREFIX = ".locft-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +70,7 @@ class MergeSummary:
 
 def merge_checkpoint(
     base: str | os.PathLike[str],
-    adapters: Sequence[str | os.PathLike[str]],
+    adapters: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str],
     *,
     weights: Sequence[float] | None = None,
@@ -135,18 +131,8 @@ def merge_checkpoint(
     edits = plan_edits(Checkpoint(source), adapters, weights, scale, force)
     record = {"base_model": {"name_or_path": str(base), "revision": revision}, **merge_record(edits, weights, scale)}
     conflicts = conflicts_of(edits)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(target)
-    staging = Path(tempfile.mkdtemp(prefix=f"{STAGING_PREFIX}{target.name}-", dir=target.parent))
-    try:
-        with locked(staging):
-            done = _write(edits, staging, link, record, progress)
-            staging.chmod(0o777 & ~current_umask())  # mkdtemp makes it private
-            os.rename(staging, target)  # onto an empty folder too, but on no other
-            sync_folder(target.parent)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+    with atomic_folder(target, what="a merged model", new=True) as staging:
+        done = _write(edits, staging, link, record, progress)
     return replace(done, folder=target, conflicts=conflicts, seconds=time.perf_counter() - begun)
 
 
@@ -168,16 +154,6 @@ def _check_target(source: Path, target: Path) -> None:
             f"{target} lies in the base itself, {source}. Choose a place beside it; to change the base, merge in "
             "place (merge_in_place, --in-place)."
         )
-
-
-def _remove_leftovers(target: Path) -> None:
-    """Remove what merges to the same place left that were killed: those that are under way hold a lock."""
-    staging = re.compile(re.escape(f"{STAGING_PREFIX}{target.name}-") + "[a-z0-9_]{8}")
-    for leftover in list(target.parent.iterdir()):
-        if staging.fullmatch(leftover.name):
-            with locked(leftover) as dead:
-                if dead:
-                    shutil.rmtree(leftover, ignore_errors=True)
 
 
 def merge_record(edits: MergePlan, weights: Sequence[float] | None, scale: float | None) -> dict[str, Any]:
@@ -214,8 +190,6 @@ def _write(edits: MergePlan, staging: Path, link: Link, record: dict[str, Any], 
     if before.is_file():  # the base was merged itself
         record = record | {"before": json.loads(before.read_text(encoding="utf-8"))}
     write_atomically(staging / RECORD_NAME, json.dumps(record | {"tensors_sha256": digests}, indent=2) + "\n")
-    for place, _, _ in os.walk(staging):
-        sync_folder(Path(place))
     num_bytes = sum((staging / shard).stat().st_size for shard in edited)
     return MergeSummary(
         staging, tuple(sorted(digests)), tuple(sorted(edited)), num_bytes, dict(placed), tuple(left_out)

@@ -21,9 +21,9 @@ from transformers.pytorch_utils import Conv1D
 from ..engine.fingerprint import layer_digests, sha256_of
 from ..engine.model_state import as_base, check_vocabulary, evaluating
 from ..engine.tail import logits_at, skipped
+from ..io.arithmetic import tensor_sha256
 from ..io.files import atomic_file
-from ..tuner.arithmetic import tensor_sha256
-from ..tuner.model import clean_name
+from ..io.parameter_names import clean_name
 from ..tuner.presets import find_decoder_layers
 
 

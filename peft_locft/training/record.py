@@ -1,14 +1,18 @@
-"""The entries of a training run in `locft_provenance.json`."""
+"""What is recorded of a training run beside its adapter: the edits, the recipe, the losses."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..adapters.provenance import Augmentation, TrainedEdits, TrainingResult, TrainingRun
 from ..data.edits import Edit, edits_sha256
 from .config import BreadthFirstConfig
 from .loss_history import LossHistory
 
+# The settings that decide the weights, listed one by one: those at their default are recorded too, since a default may
+# change; and paths, names and tokens (output_dir, retained_facts, hub_token, …) must not go into a shared file. What
+# the settings of added rows led to is in the record of the augmentation.
 RECIPE_FIELDS = (
     "recipe",
     "objective",
@@ -50,23 +54,23 @@ def training_record(
     args: BreadthFirstConfig,
     losses: LossHistory,
     num_steps: int,
-    evaluations: dict[str, Any] | None = None,
-    augmentation: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Return the entries of a training run in `locft_provenance.json`: hash of the edits, recipe, losses.
+    evaluations: Mapping[str, Any] | None = None,
+    augmentation: Augmentation | None = None,
+) -> TrainingRun:
+    """Return what is recorded of a training run beside its adapter.
 
     Args:
-        edits: what was trained.
-        args: the recipe.
-        losses: of the run.
-        num_steps: of the run.
-        evaluations: of an `EvaluationCallback`: its `curves`, and the `best_epoch` if it chose one.
-        augmentation: from [`augmentation_record`].
+        edits: the edits that it trained; their number and hash are recorded.
+        args: its settings, of which `RECIPE_FIELDS` are recorded.
+        losses: its losses.
+        num_steps: its optimizer steps.
+        evaluations: `curves`, and `best_epoch` if it chose one, as an `EvaluationCallback` leaves them.
+        augmentation: the rows beyond the edits.
     """
-    recipe = {name: getattr(args, name) for name in RECIPE_FIELDS}
-    return {
-        "edits": {"count": len(edits), "sha256": edits_sha256(edits)},
-        "recipe": {name: getattr(value, "value", value) for name, value in recipe.items()},
-        "training": {"steps": num_steps, "epoch_losses": list(losses.epoch_losses), **(evaluations or {})},
-        **({"augmentation": augmentation} if augmentation else {}),
-    }
+    settings = {name: getattr(args, name) for name in RECIPE_FIELDS}
+    return TrainingRun(
+        TrainedEdits(len(edits), edits_sha256(edits)),
+        {name: getattr(value, "value", value) for name, value in settings.items()},
+        TrainingResult(list(losses.epoch_losses), num_steps, **(evaluations or {})),
+        augmentation,
+    )

@@ -11,9 +11,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ..io.parameter_names import clean_name
 from ..tuner.delta import Delta
 from ..tuner.layer import LocFTLayer
-from ..tuner.model import clean_name
 from .input_statistics import input_dimension
 from .preservation import NullSpaceProjector, SoftProjector, bound_, sparsify_
 

@@ -95,7 +95,7 @@ class BreadthFirstTrainer(Trainer):
         self.data = self._make_data(model, processing_class, args)
         encoded = self.data.encoded
         check_vocabulary(model, encoded.token_ids)
-        mark_trained(model, self.data.provenance()["trained_prompts"])
+        mark_trained(model, self.data.augmentation().trained_prompts)
         self.loss_history = LossHistory()
         self.losses = RowLosses.of(encoded, self.data.rows, args, shared_activations)
         self.runner = self.losses.runner
@@ -312,7 +312,7 @@ class BreadthFirstTrainer(Trainer):
                     self.loss_history,
                     self.state.global_step,
                     evaluations,
-                    self.data.provenance(),
+                    self.data.augmentation(),
                 ),
                 state_dict=state_dict,
             )

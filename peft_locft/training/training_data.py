@@ -6,14 +6,13 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..adapters.provenance import augmentation_record
+from ..adapters.provenance import Augmentation
 from ..data.augmentation import concatenated, paraphrased, swapped_subjects, with_prefix
 from ..data.edits import Edit
 from ..data.encoding import EncodedEdits, encode_edits, join_encoded, slice_encoded
@@ -56,9 +55,9 @@ class TrainingData:
     prompts: Sequence[str] = ()
     preserved: torch.Tensor | None = None
 
-    def provenance(self) -> dict[str, Any]:
+    def augmentation(self) -> Augmentation:
         """Return the entry in `locft_provenance.json`."""
-        return augmentation_record(prefixes=self.prefixes, counts=self.counts, prompts=self.prompts)
+        return Augmentation.of_rows(prefixes=self.prefixes, counts=self.counts, prompts=self.prompts)
 
     def with_targets(self, more: EncodedEdits | None, num_known: int) -> TrainingData:
         """Return the same data with more rows that are trained as edits, without variants.

@@ -28,7 +28,7 @@ def _add_peft_type(name: str) -> None:
 if "LOCFT" not in PeftType.__members__:
     _add_peft_type("LOCFT")
 
-from .arithmetic import compose_weight, tensor_sha256  # noqa: E402
+from ..io.arithmetic import compose_weight, tensor_sha256  # noqa: E402
 from .config import LocFTConfig  # noqa: E402  (the config class needs PeftType.LOCFT)
 from .layer import LocFTLayer  # noqa: E402
 from .model import LocFTModel  # noqa: E402

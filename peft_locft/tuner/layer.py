@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, on
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .arithmetic import compose_weight
+from ..io.arithmetic import compose_weight
 from .base_weights import edited_copy, full_shape, is_whole, quantization_backend, substituted
 from .config import LocFTConfig
 from .delta import Delta, DeltaTensors, check_finite, with_deltas

@@ -15,7 +15,8 @@ from peft.utils import get_quantization_kwargs
 from peft.utils.other import _set_adapter
 from torch import nn
 
-from .arithmetic import tensor_sha256
+from ..io.arithmetic import tensor_sha256
+from ..io.parameter_names import clean_name
 from .base_weights import has_own_weight, quantization_backend
 from .config import LocFTConfig
 from .delta import Delta, check_combination, combine_deltas, combined_config
@@ -288,13 +289,6 @@ def locft_layers(model: nn.Module) -> Iterator[tuple[str, LocFTLayer]]:
     """Yield every tuner layer, with the name that its module has in the base model."""
     for name, layer in _layers(model):
         yield clean_name(name), layer
-
-
-def clean_name(name: str) -> str:
-    """Return the name of a module or parameter in the base model, without the parts that PEFT and FSDP add."""
-    for added in (".base_layer", "_fsdp_wrapped_module.", "._fsdp_wrapped_module", "_orig_mod."):
-        name = name.replace(added, "")
-    return name.removeprefix("base_model.model.")
 
 
 def _layers(model: nn.Module) -> list[tuple[str, LocFTLayer]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Sequence
@@ -13,7 +12,8 @@ from typing import Any
 from peft import PeftConfig, PeftModel
 from torch import nn
 
-from ..adapters.claims import PROVENANCE_NAME, check_facts
+from ..adapters.provenance import TrainingRun
+from ..adapters.reading import read_provenance
 from ..data.edits import first_edits
 from ..data.leaks import mark_trained
 from ..data.texts import TextSource
@@ -82,9 +82,10 @@ def evaluate_model(
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     model, tokenizer = load_model(name, dtype, **source)
     edited = model if adapter is None else _with_adapter(model, adapter)
-    provenance = _read_provenance(adapter)
-    if "trained_prompts" in provenance.get("augmentation", {}):
-        mark_trained(edited, provenance["augmentation"]["trained_prompts"])
+    # an adapter on the Hub is not a folder here: nothing is known of its run
+    run = None if adapter is None else read_provenance(Path(adapter)).run
+    if run is not None and run.augmentation is not None:
+        mark_trained(edited, run.augmentation.trained_prompts)
     base = None
     if base_model_name_or_path is not None:
         base, _ = load_model(base_model_name_or_path, dtype, trust_remote_code=trust_remote_code)
@@ -103,7 +104,7 @@ def evaluate_model(
         task_metrics = task_results.metric_results(evaluator.args.confidence)
     report = evaluator.evaluate()
     settings = report.settings | {"adapter": _text(adapter), "tasks": list(tasks)}
-    report = replace(report, results=report.results | task_metrics, curves=_curves(provenance), settings=settings)
+    report = replace(report, results=report.results | task_metrics, curves=_curves(run), settings=settings)
     if output_dir is not None:
         save_report(report, output_dir)
     return report
@@ -136,21 +137,10 @@ def _with_adapter(model: nn.Module, adapter: str | os.PathLike[str]) -> PeftMode
         raise ValueError(f"{adapter}: cannot load the adapter onto this model: {error}") from None
 
 
-def _read_provenance(adapter: str | os.PathLike[str] | None) -> dict[str, Any]:
-    """Return the provenance of a local adapter; empty if there is none."""
-    file = Path(adapter, PROVENANCE_NAME) if adapter is not None else None
-    if file is None or not file.is_file():
-        return {}
-    provenance = json.loads(file.read_text(encoding="utf-8"))
-    check_facts(provenance, file)
-    return dict(provenance)
-
-
-def _curves(provenance: dict[str, Any]) -> list[dict[str, float]]:
-    """Return the values by epoch that our training run recorded."""
-    training = provenance.get("training", {})
-    if training.get("curves"):
-        return list(training["curves"])
-    if provenance.get("recipe", {}).get("edit_order") == "depth_first":
-        return []  # its losses are per edit, not per epoch
-    return [{"epoch": n, "loss": loss} for n, loss in enumerate(training.get("epoch_losses", []), start=1)]
+def _curves(run: TrainingRun | None) -> list[dict[str, float]]:
+    """Return what is recorded of the epochs of a training run."""
+    if run is None or run.training.curves:
+        return [] if run is None else run.training.curves
+    if run.is_depth_first:
+        return []  # its losses are of edits, not of epochs
+    return [{"epoch": n, "loss": loss} for n, loss in enumerate(run.training.epoch_losses, start=1)]

@@ -21,14 +21,14 @@ from ..engine.memory import free_memory
 from ..engine.model_state import TrainingDivergedError
 from ..evaluation.config import EvaluationConfig
 from ..evaluation.evaluator import EditEvaluator
-from ..io.copies import locked
+from ..io.arithmetic import tensor_sha256
 from ..io.files import write_atomically
+from ..io.folders import locked
 from ..locating.module_kinds import config_of, location_of
 from ..locating.plan import Candidate, Rung, edits_of, neighbours, num_trained, survivors
 from ..locating.results import LocationTrial, finite_estimates, read_trial
 from ..locating.score import LocationScore
 from ..training.config import BreadthFirstConfig
-from ..tuner.arithmetic import tensor_sha256
 from .trials import known_result, try_adapter
 
 logger = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..adapters.inspection import AdapterSummary, inspect_adapter
+from ..adapters.provenance import TrainingRun
 from ..adapters.reading import CheckedAdapter, check_adapter
 from ..adapters.saving import save_adapter
 from ..adapters.shipped_edits import EDITS_NAME, adapter_edits, edit_lines
@@ -50,7 +51,7 @@ class ContinuedTrainer(BreadthFirstTrainer):
         args: the recipe.
         plan: the edits to keep, add, replace and withdraw.
         processing_class: the model's fast tokenizer.
-        earlier: content of the adapter's `locft_provenance.json`.
+        earlier: the run that made the adapter, if it is recorded.
         ship_edits: save the edits in the adapter folder.
     """
 
@@ -61,12 +62,12 @@ class ContinuedTrainer(BreadthFirstTrainer):
         plan: EditPlan,
         processing_class: PreTrainedTokenizerBase,
         *,
-        earlier: Mapping[str, Any],
+        earlier: TrainingRun | None,
         ship_edits: bool,
     ) -> None:
         self.plan = plan
         self.ship_edits = ship_edits
-        before = earlier.get("continued", {})
+        before = {} if earlier is None else earlier.continued
         self.continued = {"times": before.get("times", 0) + 1}
         self.continued |= {name: before.get(name, 0) + len(getattr(plan, name)) for name in COUNTED}
         super().__init__(model=model, args=args, train_dataset=plan.edits, processing_class=processing_class)
@@ -103,12 +104,12 @@ class ContinuedTrainer(BreadthFirstTrainer):
             super()._save(output_dir, state_dict)  # a checkpoint
         elif self.args.should_save:
             record = training_record(
-                self.edits, self.args, self.loss_history, self.state.global_step, augmentation=self.data.provenance()
+                self.edits, self.args, self.loss_history, self.state.global_step, augmentation=self.data.augmentation()
             )
             save_adapter(
                 self.accelerator.unwrap_model(self.model, keep_torch_compile=False),
                 self.args.output_dir,
-                record=record | {"continued": self.continued},
+                record=replace(record, continued=self.continued),
                 edits=self.edits if self.ship_edits else None,
                 state_dict=state_dict,
             )
@@ -236,7 +237,7 @@ def update_adapter(
         whole_checkpoint(args.output_dir, args.resume_from_checkpoint)
     if ship_edits is None:
         ship_edits = (checked.folder / EDITS_NAME).is_file()
-    config = checked.config
+    config, earlier = checked.config, checked.provenance.run
     base, revision = model_name_or_path or config.base_model_name_or_path, revision or config.revision
     if base is None:
         raise ValueError(f"{adapter}: the adapter names no base model. Pass model_name_or_path.")
@@ -244,7 +245,7 @@ def update_adapter(
     peft_model = _with_trainable_adapter(model, checked)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* prompts have several targets")  # said by read_edits, once
-        trainer = ContinuedTrainer(peft_model, args, plan, tokenizer, earlier=checked.facts, ship_edits=ship_edits)
+        trainer = ContinuedTrainer(peft_model, args, plan, tokenizer, earlier=earlier, ship_edits=ship_edits)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     num_restored, num_as_base = len(trainer.questions), trainer.count_as_base()
     if num_as_base is not None and num_as_base < num_restored:
@@ -265,8 +266,9 @@ def _check_recipe(adapter: CheckedAdapter, args: BreadthFirstConfig) -> None:
             f"BreadthFirstConfig.edit_order={args.edit_order!r}: an update trains all edits of the adapter together. "
             "Use 'breadth_first'."
         )
+    recipe = {} if adapter.provenance.run is None else adapter.provenance.run.recipe
     for name in ("append_eos", "chat_template"):
-        found, recorded = getattr(args, name), adapter.facts.get("recipe", {}).get(name, getattr(args, name))
+        found, recorded = getattr(args, name), recipe.get(name, getattr(args, name))
         if found != recorded:
             raise ValueError(
                 f"BreadthFirstConfig.{name}={found}: {adapter.folder} was trained with {name}={recorded}. "

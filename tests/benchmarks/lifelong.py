@@ -117,7 +117,7 @@ def cell(arguments: argparse.Namespace, name: str, plan: EditPlan, run: Callable
         begun = time.process_time()
         run(out)
         seconds = time.process_time() - begun
-        epochs = len(check_adapter(out).facts["training"]["epoch_losses"])
+        epochs = len(check_adapter(out).provenance.to_dict()["training"]["epoch_losses"])
         write_json(file, {"case": name, "epochs": epochs, "seconds": seconds} | measured(out, plan))
     row: dict[str, Any] = json.loads(file.read_text())
     print(row, flush=True)

@@ -1,9 +1,13 @@
-"""The arithmetic of an edited weight, and the sha256 of a base weight: functions of tensors, without a model."""
+"""The arithmetic of an edited weight, and the sha256 of a base weight: functions of tensors.
+
+They are used by the tuner and by merges on disk, and are here so that a merge does not wait for PEFT and transformers.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -42,15 +46,29 @@ def tensor_sha256(tensor: torch.Tensor) -> str:
     if is_traceable_wrapper_subclass(tensor):
         inside = [tensor_sha256(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
         return hashlib.sha256("".join(inside).encode()).hexdigest()
+    return values_sha256(tensor.detach().cpu().contiguous().reshape(-1).split(HASHED_AT_ONCE))
+
+
+def values_sha256(slices: Iterable[torch.Tensor]) -> str:
+    """Return what `tensor_sha256` gives of a tensor whose values come in flat, contiguous slices on the CPU."""
     digest = hashlib.sha256()
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    for start in range(0, flat.numel(), HASHED_AT_ONCE):
-        digest.update(hashed_bytes(flat[start : start + HASHED_AT_ONCE]))
+    for values in slices:
+        if values.is_floating_point() and values.dtype != torch.float64:
+            values = values.to(torch.float32)
+        digest.update(values.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def hashed_bytes(values: torch.Tensor) -> memoryview:
-    """Return the bytes that `tensor_sha256` hashes for some values: a flat, contiguous tensor on the CPU."""
-    if values.is_floating_point() and values.dtype != torch.float64:
-        values = values.to(torch.float32)
-    return values.view(torch.uint8).numpy().data
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute in the calling thread only, and restore the number of threads afterwards.
+
+    Work that waits for files takes several times as long in threads that wait for each other, on a machine or in a
+    container with fewer cores than torch counts.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)

@@ -1,0 +1,81 @@
+"""A copy of a safetensors file with new bytes for some of its tensors, verified after it is written."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from .arithmetic import one_thread
+from .copies import Progress, begin_writing, check_room, clone, copy_ranges, gaps, write_all
+from .safetensors_file import StoredTensor, read_header
+
+
+def write_patched(
+    source: Path,
+    target: Path,
+    new: Mapping[str, tuple[Iterator[memoryview], StoredTensor]],
+    progress: Progress,
+) -> dict[str, str]:
+    """Write a copy of a safetensors file with new bytes for some of its tensors.
+
+    Args:
+        source: the file.
+        target: the copy; it is on the disk when this returns.
+        new: by the tensor's name, its new bytes in parts, and where it is stored.
+        progress: told how many bytes were written.
+
+    Returns:
+        The sha256 of the new bytes, by the tensor's name.
+
+    Raises:
+        OSError: if the disk has no room, or the copy reads differently from what was written.
+    """
+    source = source.resolve()  # in the Hub's cache it is a symbolic link
+    size = source.stat().st_size
+    ranges = [(tensor.start, tensor.start + tensor.num_bytes) for _, tensor in new.values()]
+    untouched = list(gaps(ranges, size))
+    cloned = clone(source, target)
+    if not cloned:
+        check_room(target.parent, size)
+    else:
+        progress(sum(end - begin for begin, end in untouched))
+    digests = {}
+    mode = "r+b" if cloned else "wb"
+    with one_thread(), ThreadPoolExecutor(1) as beside, open(target, mode, buffering=0) as writer:
+        writer.truncate(size)
+        # the kernel copies while the new bytes are computed
+        copying = None if cloned else beside.submit(copy_ranges, source, target, untouched, progress)
+        for name, (parts, tensor) in new.items():
+            digest = hashlib.sha256()
+            writer.seek(tensor.start)
+            for part in parts:
+                digest.update(part)
+                start = writer.tell()
+                write_all(writer, part)
+                begin_writing(writer, start, len(part))
+                progress(len(part))
+            digests[name] = digest.hexdigest()
+        if copying is not None:
+            copying.result()
+        os.fsync(writer.fileno())
+    shutil.copymode(source, target)
+    _verify(source, target, digests)
+    return digests
+
+
+def _verify(source: Path, target: Path, digests: Mapping[str, str]) -> None:
+    tensors, _ = read_header(target)
+    original, _ = read_header(source)
+    same = [(tensor.dtype, tensor.shape, tensor.start) for tensor in tensors.values()] == [
+        (tensor.dtype, tensor.shape, tensor.start) for tensor in original.values()
+    ]
+    wrong = [name for name, digest in digests.items() if tensors[name].bytes_sha256() != digest]
+    if wrong or not same or target.stat().st_size != source.stat().st_size:
+        raise OSError(
+            f"{target.name} reads differently from what was written to it{': ' + wrong[0] if wrong else ''}. Nothing "
+            "was merged. Check the disk."
+        )
