@@ -17,8 +17,7 @@ from transformers import Trainer
 from peft_locft import BreadthFirstConfig, BreadthFirstTrainer, LocFTConfig
 from peft_locft.adapters.shrinking import prune_relatively
 from peft_locft.training.preservation import NullSpaceProjector, SoftProjector
-from peft_locft.training.preserver import PreservationCallback, Preserver
-from peft_locft.training.trained_tensors import TrainedTensor, find_trained
+from peft_locft.training.preserver import PreservationCallback, Preserver, TrainedTensor, find_trained
 
 WINDOWS = token_ids(batch_size=4, length=9)
 LEARNED = token_ids(batch_size=3, length=6).flip(1)

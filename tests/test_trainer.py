@@ -23,6 +23,7 @@ from peft_locft.training.batches import EditBatches
 from peft_locft.training.callbacks import LossFloorCallback
 from peft_locft.training.edit_runner import MicroBatch
 from peft_locft.training.loss_history import LossHistory
+from peft_locft.training.preserver import PreservationCallback
 from peft_locft.training.row_losses import RowLosses
 
 LOCATION = LocFTConfig(target_modules=["down_proj"], layers_to_transform=[1], task_type="CAUSAL_LM")
@@ -498,6 +499,22 @@ def test_callbacks_see_the_losses(tmp_path: Path) -> None:
     losses = [log["loss"] for log in spy.logs if "loss" in log]
     assert losses == pytest.approx(trainer.epoch_losses, rel=1e-3)
     assert spy.logs[-1]["train_loss"] == pytest.approx(sum(trainer.epoch_losses) / 3)
+
+
+def test_preservation_is_the_last_callback_and_there_while_training_alone(tmp_path: Path) -> None:
+    seen: list[list[Any]] = []
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append([type(callback) for callback in trainer.callback_handler.callbacks])
+
+    trainer = make_trainer(tmp_path)
+    trainer.add_callback(Look())
+    for _ in range(2):
+        trainer.train()
+        assert seen[-1][-1] is PreservationCallback
+        assert seen[-1].count(PreservationCallback) == 1
+    assert PreservationCallback not in map(type, trainer.callback_handler.callbacks)
 
 
 def test_tensorboard_gets_the_losses(tmp_path: Path) -> None:
