@@ -512,7 +512,7 @@ def test_a_model_that_is_not_there_is_named(call: Words, tmp_path: Path, capsys:
             r"export\n",
         ),
         (["inspect"], "required: adapter"),
-        (["inspect", "nowhere"], r"locft inspect: nowhere is no adapter folder: it has no adapter_config\.json"),
+        (["inspect", "nowhere"], r"locft inspect: nowhere is not an adapter folder: it has no adapter_config\.json"),
         (["inspect", "a", "b"], "unrecognized arguments: b"),
     ],
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..io.checkpoint import Checkpoint
-from ..io.files import sha256_of_file
+from ..io.files import sha256_of_file, size
 from .card import evaluation_report, shrunk_in_words, usage_lines
 from .edited_parameters import edited_parameters
 from .reading import SAFETENSORS_WEIGHTS_NAME, CheckedAdapter, check_adapter
@@ -116,12 +116,6 @@ def inspect_adapter(
     return AdapterSummary(
         adapter.folder, adapter.config, tensors, adapter.num_bytes, adapter.facts, tuple(filter(None, verified))
     )
-
-
-def size(num_bytes: int) -> str:
-    """Return a size in words, as in 234.9 MB."""
-    unit, name = (1e9, "GB") if num_bytes >= 1e9 else (1e6, "MB") if num_bytes >= 1e5 else (1e3, "kB")
-    return f"{num_bytes / unit:.1f} {name}"
 
 
 def _verified_values(adapter: CheckedAdapter) -> str:

@@ -68,7 +68,7 @@ def merge_in_place(
         progress: as in `merge_checkpoint`.
 
     Returns:
-        What was done.
+        A summary.
 
     Raises:
         ValueError: as in `merge_checkpoint`; also if adapters are merged in place already, if the folder is in the
@@ -111,16 +111,16 @@ def merge_in_place(
 
 
 def detach(model_folder: str | os.PathLike[str], *, progress: bool = False) -> MergeSummary:
-    """Take off what `merge_in_place` merged: every file of the folder has the name and the bytes again that it had.
+    """Undo `merge_in_place`: every file of the folder gets back the name and the bytes that it had.
 
-    What `merge_in_place` says of a kill at any moment holds here too.
+    `merge_in_place` says what holds when the process is killed; it holds here too.
 
     Args:
         model_folder: the folder.
         progress: show a progress bar on a terminal.
 
     Returns:
-        What was done.
+        A summary.
 
     Raises:
         ValueError: if nothing is merged in place there; if the tensors that the merge wrote, or the layout of their
@@ -166,16 +166,16 @@ def _summary(folder: Path, tensors: Iterable[str], written: Collection[str], beg
 
 @contextmanager
 def _at_work(model_folder: str | os.PathLike[str]) -> Iterator[tuple[Path, Undo | None, bool]]:
-    """Give a model's folder to this process alone, and end what another was killed in."""
+    """Lock a model's folder for this process, and finish or undo the work of a killed one."""
     folder = Path(model_folder).resolve()
     if not folder.is_dir():
         raise ValueError(
-            f"{model_folder} is no folder here. A merge in place, and its way back, need a model's own folder; to "
-            "merge into a model from the Hub, write a new folder (merge_checkpoint, `locft merge BASE ADAPTER OUT`)."
+            f"{model_folder} is not a folder here. merge_in_place and detach need a model's own folder; to merge into "
+            "a model from the Hub, write a new folder (merge_checkpoint, `locft merge BASE ADAPTER OUT`)."
         )
     with locked(folder) as has_it:
         if not has_it:
-            raise ValueError(f"Another process is merging or detaching in {folder}: wait until it is done.")
+            raise ValueError(f"Another process is merging or detaching in {folder}. Wait until it is done.")
         yield folder, *recover(folder)
 
 
