@@ -143,8 +143,8 @@ TWO = {NAME: entry(), NAME.replace("weight", "bias"): entry(shape=[32], offsets=
 
 HOSTILE: dict[str, tuple[Spoil, str]] = {
     # the folder
-    "no configuration": (removed(CONFIG), r"is not an adapter folder: it has no adapter_config\.json\. Give the folder"),
-    "no weights": (removed(WEIGHTS), r"is not an adapter folder: it has no adapter_model\.safetensors\. Give the folder"),
+    "no configuration": (removed(CONFIG), r"is not an adapter folder: it has no adapter_config\.json\. Give the"),
+    "no weights": (removed(WEIGHTS), r"is not an adapter folder: it has no adapter_model\.safetensors\. Give"),
     "nothing": (shutil.rmtree, r"is not an adapter folder: it has no adapter_config\.json and no adapter_model\.saf"),
     "pickle beside": (replaced("adapter_model.bin", b"x"), r"holds 'adapter_model\.bin', which may be a pickle.*Remo"),
     "pickle .pt": (replaced("Adapter_Model.PT", b"x"), r"holds 'Adapter_Model\.PT', which may be a pickle, and a pic"),

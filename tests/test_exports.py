@@ -254,9 +254,7 @@ def test_a_broken_adapter_is_refused(kind: str, made: tuple[Path, PeftModel]) ->
 def test_the_adapter_itself_is_not_overwritten(made: tuple[Path, PeftModel]) -> None:
     folder, _ = made
     (folder / "link").symlink_to("adapter")
-    with pytest.raises(
-        ValueError, match=r"link is the adapter itself, and would be overwritten\. Give another folder"
-    ):
+    with pytest.raises(ValueError, match=r"link is the adapter itself and would be overwritten\. Give another folder"):
         export_peft(folder / "adapter", folder / "link")
 
 

@@ -103,15 +103,15 @@ def inspect(argv: list[str]) -> None:
 
     parser = argparse.ArgumentParser(prog="locft inspect", description=inspect.__doc__, allow_abbrev=False)
     parser.add_argument("folder", metavar="adapter", help="a local adapter folder, of any PEFT method")
-    parser.add_argument("--base", help="also verify that this base model has the tensors it was trained on")
+    parser.add_argument("--base", help="verify that this base model has the tensors that the adapter was trained on")
     parser.add_argument("--revision", help="branch, tag or commit of the base model on the Hub")
-    parser.add_argument("--beside", nargs="+", help="also name the prompts that these adapters edit, too")
+    parser.add_argument("--beside", nargs="+", help="list prompts that these adapters edit as well")
     parser.add_argument(
         "--edits",
         nargs="?",
         const=True,
         metavar="FILE",
-        help="list the edits that it ships, or those of FILE that it was trained on, with their ids; nothing else",
+        help="list only its edits with their ids: those that it ships, or those in FILE",
     )
     arguments = vars(parser.parse_args(argv))
     others, edits = arguments.pop("beside"), arguments.pop("edits")
@@ -135,13 +135,17 @@ def merge(argv: list[str]) -> None:
         description=merge.__doc__,
         usage="locft merge BASE ADAPTER... OUT [options]\n       locft merge --in-place MODEL ADAPTER... [options]",
     )
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="the base (a folder or Hub id), adapters, new folder")
-    parser.add_argument("--in-place", action="store_true", help="change MODEL's own files; `locft detach` undoes it")
-    parser.add_argument("--weights", nargs="+", type=float, help="a factor for each adapter (after the paths)")
-    parser.add_argument("--scale", type=float, help="strength of the deltas, in the place of the adapters' own")
-    parser.add_argument("--link", choices=["auto", "hard", "copy"], help="how unedited files of weights get to OUT")
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="base (folder or Hub id), adapters, new folder")
+    parser.add_argument("--in-place", action="store_true", help="change MODEL's own files; undo with `locft detach`")
+    parser.add_argument("--weights", nargs="+", type=float, help="one factor per adapter (after the paths)")
+    parser.add_argument("--scale", type=float, help="strength of the deltas, in place of the adapters' own")
+    parser.add_argument(
+        "--link",
+        choices=["auto", "hard", "copy"],
+        help="how unedited weight files get to OUT",
+    )
     parser.add_argument("--revision", help="branch, tag or commit of a base on the Hub")
-    parser.add_argument("--force", action="store_true", help="merge into a base that an adapter was not trained on")
+    parser.add_argument("--force", action="store_true", help="merge even if an adapter was trained on another base")
     options = parser.parse_args(argv)
     how = {"weights": options.weights, "scale": options.scale, "force": options.force, "progress": True}
     if options.in_place:
@@ -157,12 +161,14 @@ def merge(argv: list[str]) -> None:
 
 
 def detach(argv: list[str]) -> None:
-    """Take off again what `locft merge --in-place` merged: every file gets its bytes back."""
+    """Undo `locft merge --in-place`: every file gets its bytes back."""
     import argparse
 
     from ..merging.in_place import detach
 
-    parser = argparse.ArgumentParser(prog="locft detach", description="Take off again what was merged in place.")
+    parser = argparse.ArgumentParser(
+        prog="locft detach", description="Undo a merge in place: every file gets its bytes back."
+    )
     parser.add_argument("model", help="the model's folder")
     print(detach(parser.parse_args(argv).model, progress=True))
 
@@ -192,13 +198,13 @@ def export(argv: list[str]) -> None:
     )
     parser.add_argument("--base", help="base model: a folder or a name on the Hub; default: the one the adapter names")
     parser.add_argument("--revision", help="branch, tag or commit of the base model on the Hub")
-    parser.add_argument("--dtype", help="in which the base will be loaded: auto (default), float32, bfloat16, float16")
+    parser.add_argument("--dtype", help="dtype of the loaded base: auto (default), float32, bfloat16 or float16")
     parser.add_argument("--rank", type=int, help="with --to lora: rank of every module's matrices, up to 512")
-    parser.add_argument("--energy", type=float, help="with --to lora: keep this share of every delta, as in 0.99")
-    parser.add_argument("--edits", help="with --to lora: edits to ask of the adapter and of the LoRA adapter")
+    parser.add_argument("--energy", type=float, help="with --to lora: keep this share of every delta, such as 0.99")
+    parser.add_argument("--edits", help="with --to lora: evaluate both adapters on these edits")
     parser.add_argument("--delta_dtype", help="with --to small: dtype of the deltas: float32, bfloat16 or float16")
-    parser.add_argument("--density", type=float, help="with --to small: share of values to keep, as in 0.2")
-    parser.add_argument("--force", action="store_true", default=None, help="also take another base model")
+    parser.add_argument("--density", type=float, help="with --to small: share of values that stay, such as 0.2")
+    parser.add_argument("--force", action="store_true", default=None, help="use another base model than in training")
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     to = given.pop("to")
     without_effect = sorted(given.keys() - signature(exports[to]).parameters.keys())
