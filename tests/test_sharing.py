@@ -101,7 +101,7 @@ def test_a_broken_adapter_is_not_pushed(tmp_path: Path) -> None:
     save_adapter(peft_model(), tmp_path)
     os.truncate(tmp_path / "adapter_model.safetensors", 1000)
     with pytest.raises(
-        ValueError, match=r"adapter_model\.safetensors is not a readable safetensors file.*it is cut off"
+        ValueError, match=r"adapter_model\.safetensors is not a readable safetensors file.*It is cut off"
     ):
         push_adapter(tmp_path, "somebody/edits")
 

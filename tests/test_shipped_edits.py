@@ -11,10 +11,10 @@ from saving_process import make_adapter
 from tiny_training import EDITS, make_trainer, peft_model
 
 from peft_locft import Edit, Probe, describe_adapter, find_conflicts, inspect_adapter, read_edits, save_adapter
-from peft_locft.adapters import saving as adapter_folder
 from peft_locft.adapters import shipped_edits
 from peft_locft.cli.commands import main
 from peft_locft.data import edits_sha256
+from peft_locft.io import folders
 
 NAME = "locft_edits.jsonl"
 FULL = Edit(
@@ -81,7 +81,7 @@ def test_edits_of_the_adapter_that_is_replaced_do_not_stay(
     exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not exchange:
-        monkeypatch.setattr(adapter_folder, "_exchange", lambda staging, folder: False)
+        monkeypatch.setattr(folders, "_exchange", lambda *_: False)
     shipping(tmp_path / "out", ("a b", "x"))
     (tmp_path / "out" / "notes.txt").write_text("mine")
     save_adapter(make_adapter("up"), tmp_path / "out")
