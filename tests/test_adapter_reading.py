@@ -143,9 +143,9 @@ TWO = {NAME: entry(), NAME.replace("weight", "bias"): entry(shape=[32], offsets=
 
 HOSTILE: dict[str, tuple[Spoil, str]] = {
     # the folder
-    "no configuration": (removed(CONFIG), r"is no adapter folder: it has no adapter_config\.json\. Give the folder"),
-    "no weights": (removed(WEIGHTS), r"is no adapter folder: it has no adapter_model\.safetensors\. Give the folder"),
-    "nothing": (shutil.rmtree, r"is no adapter folder: it has no adapter_config\.json and no adapter_model\.saf"),
+    "no configuration": (removed(CONFIG), r"is not an adapter folder: it has no adapter_config\.json\. Give the"),
+    "no weights": (removed(WEIGHTS), r"is not an adapter folder: it has no adapter_model\.safetensors\. Give"),
+    "nothing": (shutil.rmtree, r"is not an adapter folder: it has no adapter_config\.json and no adapter_model\.saf"),
     "pickle beside": (replaced("adapter_model.bin", b"x"), r"holds 'adapter_model\.bin', which may be a pickle.*Remo"),
     "pickle .pt": (replaced("Adapter_Model.PT", b"x"), r"holds 'Adapter_Model\.PT', which may be a pickle, and a pic"),
     "pickle .pkl": (replaced("config.pkl", b"x"), r"holds 'config\.pkl', which may be a pickle, and a pickle runs co"),
@@ -163,8 +163,8 @@ HOSTILE: dict[str, tuple[Spoil, str]] = {
     "linked to a device": (linked(CONFIG, "/dev/zero"), "is a symbolic link to /dev/zero, outside of the adapter's f"),
     "broken link": (linked(WEIGHTS, "nowhere"), r"adapter_model\.safetensors cannot be opened \(.*Download or save"),
     "link to itself": (linked(WEIGHTS, WEIGHTS), r"adapter_model\.safetensors cannot be opened \(.*Download or save"),
-    "a pipe": (by_pipe, r"adapter_config\.json is no regular file\. Expected one; do not use this adapter"),
-    "a folder": (by_folder, r"adapter_model\.safetensors is no regular file\. Expected one; do not use this adapter"),
+    "a pipe": (by_pipe, r"adapter_config\.json is not a regular file\. Do not use this adapter"),
+    "a folder": (by_folder, r"adapter_model\.safetensors is not a regular file\. Do not use this adapter"),
     # the header
     "empty": (replaced(WEIGHTS, b""), UNREADABLE + "0 bytes; expected 8 bytes with the header's length. It is cut of"),
     "seven bytes": (replaced(WEIGHTS, bytes(7)), UNREADABLE + "7 bytes; expected 8 bytes with the header's length"),

@@ -296,7 +296,9 @@ def test_describing_changes_no_weight(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_adapter_is_not_described(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is no adapter folder: it has no adapter_config\.json and no adapter_model"):
+    with pytest.raises(
+        ValueError, match=r"is not an adapter folder: it has no adapter_config\.json and no adapter_model"
+    ):
         describe_adapter(tmp_path)
 
 

@@ -586,7 +586,7 @@ def test_a_model_that_is_not_there_is_named(call: Words, tmp_path: Path, capsys:
             r"^locft: unknown command .trian.; did you mean 'train'\?\n`locft --help` lists the commands",
         ),
         (["inspect"], "^locft inspect: the following arguments are required: ADAPTER\nusage: locft inspect ADAPTER"),
-        (["inspect", "nowhere"], r"locft inspect: nowhere is no adapter folder: it has no adapter_config\.json"),
+        (["inspect", "nowhere"], r"locft inspect: nowhere is not an adapter folder: it has no adapter_config\.json"),
         (["inspect", "a", "b"], "unrecognized arguments: b"),
         (["inspect", "a", "--revision", "v2"], "--revision has no effect without --base"),
         (["inspect", "a", "--edits", "--beside", "b"], "--edits lists edits and nothing else: leave out --base and"),

@@ -74,7 +74,7 @@ def test_the_flags_are_those_of_the_function(tmp_path: Path) -> None:
         ([*RESUMED, "--peft_config", "lora"], "takes no --peft_config"),
         ([*RESUMED, "--evaluate_every", "2"], "takes no --evaluate_every"),
         ([*RESUMED], "found neither edits nor forget"),
-        ([*RESUMED, "--forget", "f"], "a is no adapter folder"),
+        ([*RESUMED, "--forget", "f"], "a is not an adapter folder"),
         (
             ["--model_name_or_path", "m", "--edits", "e", "--output_dir", "o", "--use_cpu", "--forget", "f"],
             "--forget is for updating an adapter: also give --resume_from_adapter",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,25 @@ def test_merge_writes_a_new_folder(
     printed = capsys.readouterr().out
     assert printed.splitlines()[:-1] == str(expected).replace("expected", "out").splitlines()[:-1]
     assert re.fullmatch(r"time        \d+\.\d s", printed.splitlines()[-1])
+
+
+LIGHT = """
+import sys
+from peft_locft.cli import main
+base, adapter, out = sys.argv[1:]
+for words in ("inspect A --base B", "merge B A OUT", "merge --in-place B A", "detach B"):
+    places = {"B": base, "A": adapter, "OUT": out}
+    assert main([places.get(word, word) for word in words.split()]) == 0
+print([name for name in ("transformers", "peft", "datasets", "accelerate") if name in sys.modules])
+"""
+
+
+def test_a_merge_and_an_inspection_do_not_load_transformers_and_peft(
+    model: Path, adapters: list[str], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", LIGHT, str(model), adapters[0], str(tmp_path / "light")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize("flag", ["--in-place", "--in_place"])

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_locft import LocFTConfig, export_lora, export_peft, export_weights, save_adapter
 from peft_locft.cli.commands import main
+from peft_locft.io.files import size
 
 DOWN = {"target_modules": ["down_proj"], "layers_to_transform": [1]}
 ENTIRE = {"target_modules": "entire-layer", "layers_to_transform": [1]}
@@ -93,7 +94,7 @@ def test_what_stock_peft_is_given(made: tuple[Path, PeftModel]) -> None:
     )
     assert export.tensors == {f"base_model.model.{PARAMETER}": ("float32", (32, 48))}
     assert export.num_bytes == (folder / "out" / "adapter_model.safetensors").stat().st_size
-    assert str(export) == f"{folder / 'out'}, 0.0 MB\nbase_model.model.{PARAMETER}  float32 32 x 48"
+    assert str(export) == f"{folder / 'out'}, {size(export.num_bytes)}\nbase_model.model.{PARAMETER}  float32 32 x 48"
 
 
 # ---------------------------------------------------------------------- to weights
@@ -253,15 +254,13 @@ def test_a_broken_adapter_is_refused(kind: str, made: tuple[Path, PeftModel]) ->
 def test_the_adapter_itself_is_not_overwritten(made: tuple[Path, PeftModel]) -> None:
     folder, _ = made
     (folder / "link").symlink_to("adapter")
-    with pytest.raises(
-        ValueError, match=r"link is the adapter itself, which would be overwritten\. Give another folder"
-    ):
+    with pytest.raises(ValueError, match=r"link is the adapter itself and would be overwritten\. Give another folder"):
         export_peft(folder / "adapter", folder / "link")
 
 
 @pytest.mark.parametrize("name", ["out", "out.bin"])
 def test_weights_go_into_a_safetensors_file(name: str, made: tuple[Path, PeftModel]) -> None:
-    with pytest.raises(ValueError, match=rf"/{name}: expected the name of a file to write, as in edited\.safetensors"):
+    with pytest.raises(ValueError, match=rf"/{name}: expected the name of a file to write, such as edited\.saf"):
         export_weights(made[0] / "adapter", made[0] / name)
 
 
@@ -276,7 +275,7 @@ def test_a_module_inside_of_another_is_refused(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     save_file(base_tensors, tmp_path / "base" / "model.safetensors")
     with pytest.raises(
-        ValueError, match=r"mlp\.gate is inside of another edited module, and PEFT saves modules whole"
+        ValueError, match=r"mlp\.gate is inside of another edited module, and PEFT saves whole modules"
     ):
         export_peft(tmp_path / "adapter", tmp_path / "out", tmp_path / "base")
 

@@ -13,10 +13,10 @@ from tiny_models import build
 from tiny_training import EDITS, make_trainer
 
 from peft_locft import LocFTConfig, describe_adapter, inspect_adapter, save_adapter
-from peft_locft.adapters.inspection import size
 from peft_locft.adapters.provenance import Provenance
 from peft_locft.evaluation.intervals import Estimate
 from peft_locft.evaluation.report import EvaluationReport, MetricResult
+from peft_locft.io.files import size
 
 
 def test_inspecting_says_what_the_folder_holds(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from peft_locft import LocFTConfig, export_lora, save_adapter
 from peft_locft.adapters import read_adapter
 from peft_locft.adapters.lora_export import kept_by_rank, rank_for
+from peft_locft.io.files import size
 
 DOWN = {"target_modules": ["down_proj"], "layers_to_transform": [1]}
 MODULE = "model.layers.1.mlp.down_proj"
@@ -97,7 +98,7 @@ def test_the_base_models_weights_are_not_needed(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     shutil.copyfile(tmp_path / "base" / "config.json", tmp_path / "elsewhere" / "config.json")
     export = export_lora(tmp_path / "adapter", tmp_path / "out", tmp_path / "elsewhere", rank=4)
-    assert str(export).startswith(f"{tmp_path / 'out'}, rank 4, 0.0 MB\nkept ")
+    assert str(export).startswith(f"{tmp_path / 'out'}, rank 4, {size(export.num_bytes)}\nkept ")
 
 
 def test_a_delta_of_zero_is_kept(tmp_path: Path) -> None:
@@ -145,7 +146,7 @@ def test_shares_by_rank_are_those_of_the_singular_values(shape: tuple[int, int])
         ({"rank": 4, "energy": 0.9}, r"rank=4, energy=0\.9: expected one of the two"),
         ({"rank": 0}, "rank=0: expected 1 to 512, the most that vLLM serves"),
         ({"rank": 513}, "rank=513: expected 1 to 512, the most that vLLM serves"),
-        ({"rank": 33}, rf"rank=33: the delta of {MODULE}\.weight is 32 x 48, so that its rank is 32 at most\. Give a"),
+        ({"rank": 33}, rf"rank=33: the delta of {MODULE}\.weight is 32 x 48, so its rank is at most 32\. Give a"),
         ({"rank": 4, "dtype": "int8"}, "dtype='int8': expected auto or one of float32, bfloat16, float16"),
         ({"energy": 0.0}, r"energy=0\.0: expected the share of the delta to keep, in \(0, 1\]"),
         ({"energy": 1.1}, r"energy=1\.1: expected the share of the delta to keep, in \(0, 1\]"),
@@ -161,7 +162,7 @@ def test_numbers_out_of_range_are_refused(numbers: dict[str, Any], message: str,
 def test_energy_beyond_what_servers_take_is_refused(tmp_path: Path) -> None:
     make(tmp_path, hidden_size=520, intermediate_size=530, num_hidden_layers=2)
     with pytest.raises(
-        ValueError, match=r"asked for needs rank 5\d\d; expected 512 at most, which is as much as vLLM serv"
+        ValueError, match=r"This energy needs rank 5\d\d; expected at most 512, which is what vLLM serves"
     ):
         export_lora(tmp_path / "adapter", tmp_path / "out", energy=1.0)
 

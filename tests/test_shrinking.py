@@ -179,8 +179,8 @@ def test_by_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     ("arguments", "message"),
     [
         ({"delta_dtype": "int8"}, "delta_dtype='int8': expected one of float32, bfloat16, float16"),
-        ({"density": 0.0}, r"density=0\.0: expected the share of values to keep, in \(0, 1\]"),
-        ({"density": 1.5}, r"density=1\.5: expected the share of values to keep, in \(0, 1\]"),
+        ({"density": 0.0}, r"density=0\.0: expected the share of values that stay, in \(0, 1\]"),
+        ({"density": 1.5}, r"density=1\.5: expected the share of values that stay, in \(0, 1\]"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_copy_that_is_no_smaller_is_refused(tmp_path: Path) -> None:
 def test_figures_of_the_larger_one_are_not_put_on_the_smaller(tmp_path: Path) -> None:
     report = EvaluationReport({}, {}, [], {"confidence": 0.95})
     with pytest.raises(
-        ValueError, match=r"report: it is of the deltas as they are.*give its report to describe_adapter"
+        ValueError, match=r"report: it was measured on the deltas as they are.*give its report to describe_adapter"
     ):
         save_adapter(peft_model(), tmp_path, report=report, delta_dtype="bfloat16")
 
@@ -208,7 +208,7 @@ def test_figures_of_the_larger_one_are_not_put_on_the_smaller(tmp_path: Path) ->
 def test_values_beyond_the_dtype_are_refused(tmp_path: Path) -> None:
     model = make(tmp_path)
     locations(model)[DOWN][0].data[0, 0] = 1e6
-    with pytest.raises(ValueError, match=r"its delta has values too large for float16\. Take bfloat16 instead"):
+    with pytest.raises(ValueError, match=r"its delta has values too large for float16\. Use bfloat16 instead"):
         save_adapter(model, tmp_path / "out", delta_dtype="float16")
     assert not (tmp_path / "out").exists()
 

@@ -39,6 +39,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from peft_locft import Edit, LocFTConfig, describe_adapter, detach, merge_checkpoint, merge_in_place
 from peft_locft.io import copies as file_copies
+from peft_locft.io.files import size
 from peft_locft.io.folders import locked
 from peft_locft.io.parameter_names import VALUES_AT_ONCE
 
@@ -294,7 +295,7 @@ def test_the_summary_says_what_was_done(tmp_path: Path) -> None:
     _, out, summary = place("copy", tmp_path)
     text = str(summary)
     assert f"model       {out}\nchanged     model.layers.1.mlp.down_proj.weight (1 in all)\n" in text
-    assert f"\nwritten     {summary.written[0]}: {summary.num_bytes / 1e6:.1f} MB\nothers      " in text
+    assert f"\nwritten     {summary.written[0]}: {size(summary.num_bytes)}\nothers      " in text
     ways = ", ".join(f"{count} by {how}" for how, count in sorted(summary.placed.items()))
     assert f"\nothers      {ways}\ntime        " in text
 
@@ -420,8 +421,16 @@ def test_calls_that_cannot_be_meant_are_refused(base: Path, adapter: Path, tmp_p
     assert_refused("link='soft': expected 'auto', 'hard' or 'copy'", base, [adapter], link="soft")
     assert_refused("adapter is there already: a merge writes a new folder", base, [adapter], adapter)
     assert_refused("base is there already", base, [adapter], base)
-    assert_refused(r"out lies in the base itself.*merge in place", base, [adapter], base / "out")
-    assert_refused("base is no adapter folder: it has no adapter_config.json", base, [base])
+    assert_refused(r"out is inside of the base, .*merge in place", base, [adapter], base / "out")
+    assert_refused("base is not an adapter folder: it has no adapter_config.json", base, [base])
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_one_adapter_need_not_be_in_a_list(kind: Any, base: Path, adapter: Path, tmp_path: Path) -> None:
+    merge_checkpoint(base, [adapter], tmp_path / "expected")
+    merge_checkpoint(base, kind(adapter), tmp_path / "out")
+    assert_same_tensors(stored(tmp_path / "out"), stored(tmp_path / "expected"))
+    assert_same_tensors(stored(merge_in_place(base, kind(adapter)).folder), stored(tmp_path / "expected"))
 
 
 def test_an_empty_folder_is_no_obstacle(base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -432,7 +441,7 @@ def test_an_empty_folder_is_no_obstacle(base: Path, adapter: Path, tmp_path: Pat
 
 def test_a_mount_point_cannot_be_renamed_to(base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os.path, "ismount", lambda path: str(path).endswith("out"))
-    assert_refused("out is a mount point, which cannot be put in place as a whole", base, [adapter])
+    assert_refused("out is a mount point, which a rename cannot replace", base, [adapter])
 
 
 def test_a_link_to_an_empty_folder_leads_there(base: Path, adapter: Path, tmp_path: Path) -> None:

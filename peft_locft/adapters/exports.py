@@ -1,4 +1,4 @@
-"""Hand an edit on to where `peft_locft` is not installed: to stock PEFT, and to servers' weight updates."""
+"""Exports of an edit for places without `peft_locft`: an adapter for stock PEFT, or the edited weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.torch import save_file
 
 from ..io.checkpoint import Checkpoint
-from ..io.files import atomic_file
+from ..io.files import atomic_file, size
 from ..io.parameter_names import ParameterFinder
 from ..tuner.config import DELTA_DTYPES
 from .claims import MODEL
@@ -41,7 +41,7 @@ class Export:
 
     def __str__(self) -> str:
         rows = [f"{name}  {dtype} {' x '.join(map(str, shape))}" for name, (dtype, shape) in self.tensors.items()]
-        return "\n".join([f"{self.path}, {self.num_bytes / 1e6:.1f} MB", *rows])
+        return "\n".join([f"{self.path}, {size(self.num_bytes)}", *rows])
 
 
 def export_peft(
@@ -55,16 +55,17 @@ def export_peft(
 ) -> Export:
     """Write an adapter that PEFT and transformers load without `peft_locft`, to the same outputs, bit for bit.
 
-    It holds the edited weights whole, as `modules_to_save` of a LoRA adapter without targets. So it is as large as
-    they are, fits its base alone, and does not add up with other adapters.
+    It holds whole edited weights, as `modules_to_save` of a LoRA adapter without targets. It is as large as they are,
+    fits only its own base, and cannot be added to other adapters.
 
     Args:
         adapter: a local LocFT adapter folder.
         out: the folder to write.
         base: the base model: a folder or a name on the Hub, in safetensors; `None` is the one that the adapter names.
         revision: branch, tag or commit of the base on the Hub; `None` is the one that the adapter names with it.
-        dtype: `"auto"` (the checkpoint's), `"float32"`, `"bfloat16"` or `"float16"`: in which the base will be loaded.
-        force: also use a base of other values than the adapter was trained on.
+        dtype: dtype in which the base will be loaded: `"float32"`, `"bfloat16"` or `"float16"`; `"auto"` is that of
+            the checkpoint.
+        force: also use a base with other values than the adapter was trained on.
 
     Raises:
         ValueError: if the adapter is refused by `check_adapter`, the base by `edited_parameters`, or the adapter holds
@@ -84,7 +85,7 @@ def export_peft(
     nested = [inner for inner in modules for outer in modules if inner.startswith(f"{outer}.")]
     if nested:
         raise ValueError(
-            f"{checked.folder}: {nested[0]} is inside of another edited module, and PEFT saves modules whole, each "
+            f"{checked.folder}: {nested[0]} is inside of another edited module, and PEFT saves whole modules, each "
             "once. Merge the adapter and save the model instead."
         )
     tensors |= _beside(checkpoint, tensors, dtype_of(dtype))
@@ -102,13 +103,14 @@ def export_weights(
     dtype: str = "auto",
     force: bool = False,
 ) -> Export:
-    """Write the edited weights alone into one safetensors file, under the names of the base's checkpoint.
+    """Write only the edited tensors into one safetensors file, under their names in the base's checkpoint.
 
-    Servers that load a checkpoint take tensors of these names in their calls that update weights, too.
+    They have the bytes that `merge_checkpoint` writes. Servers that load a checkpoint take tensors of these names in
+    their calls that update weights.
 
     Args:
         adapter: a local LocFT adapter folder.
-        out: the file to write, `….safetensors`; the folder above it is made if it is not there.
+        out: the file to write, `….safetensors`; its folder is made if it is not there.
         base: as in `export_peft`.
         revision: as in `export_peft`.
         dtype: as in `export_peft`.
@@ -123,7 +125,7 @@ def export_weights(
     """
     path = Path(out)
     if path.suffix != ".safetensors" or path.is_dir():
-        raise ValueError(f"{path}: expected the name of a file to write, as in edited.safetensors.")
+        raise ValueError(f"{path}: expected the name of a file to write, such as edited.safetensors.")
     checked = deltas_alone(adapter, out)
     checkpoint = Checkpoint(*base_of(checked, base, revision))
     parameters = edited_parameters(checkpoint, [checked], dtype=dtype_of(dtype), force=force)
@@ -148,22 +150,22 @@ def _beside(
 
 
 def checked_apart(adapter: str | os.PathLike[str], out: str | os.PathLike[str]) -> CheckedAdapter:
-    """Return a checked adapter that is not in the folder that is to be written.
+    """Return a checked adapter.
 
     Raises:
-        ValueError: if it is refused, or is there.
+        ValueError: if it is refused, or is in the folder to write.
     """
     checked = check_adapter(adapter)
     if Path(out).resolve() == checked.folder.resolve():
-        raise ValueError(f"{out} is the adapter itself, which would be overwritten. Give another folder.")
+        raise ValueError(f"{out} is the adapter itself and would be overwritten. Give another folder.")
     return checked
 
 
 def deltas_alone(adapter: str | os.PathLike[str], out: str | os.PathLike[str]) -> CheckedAdapter:
-    """Return a checked adapter that holds deltas and nothing else, and is not in the folder that is to be written.
+    """Return a checked adapter that holds only deltas.
 
     Raises:
-        ValueError: if it is refused, holds more, or is there.
+        ValueError: if it is refused, holds more, or is in the folder to write.
     """
     checked = checked_apart(adapter, out)
     checked.refuse_all_but_deltas()
@@ -173,10 +175,10 @@ def deltas_alone(adapter: str | os.PathLike[str], out: str | os.PathLike[str]) -
 def base_of(
     adapter: CheckedAdapter, base: str | os.PathLike[str] | None, revision: str | None
 ) -> tuple[str | os.PathLike[str], str | None]:
-    """Return the base model and its revision; where none is given, those that the adapter names.
+    """Return the base model and its revision: the given ones, or those that the adapter names.
 
     Raises:
-        ValueError: if neither is there.
+        ValueError: if there are neither.
     """
     if base is not None:
         return base, revision
@@ -187,7 +189,7 @@ def base_of(
 
 
 def base_fields(adapter: CheckedAdapter, base: str | os.PathLike[str] | None) -> dict[str, Any]:
-    """Return what the configuration of an export says of the base: what the adapter's own does, where it does."""
+    """Return the fields of an export's configuration that name the base, the adapter's own where it has them."""
     config = adapter.config
     named = config.base_model_name_or_path or (None if base is None else os.fspath(base))
     return {
@@ -205,8 +207,8 @@ def write_adapter(
     tensors: dict[str, torch.Tensor],
     export: ExportDetails,
 ) -> Export:
-    """Write an adapter folder of another PEFT method, whole, with what is known of the LocFT adapter and `export`."""
-    # without the evaluation: an export that answers otherwise is not what was evaluated
+    """Write an adapter folder of another PEFT method, with the LocFT adapter's provenance and `export` in its own."""
+    # without the evaluation: an export that answers differently is not what was evaluated
     provenance = replace(
         Provenance.of_config(config, adapter.provenance.run),
         base_sha256=getattr(adapter.config, "base_sha256", None) or {},

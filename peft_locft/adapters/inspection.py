@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..io.checkpoint import Checkpoint
-from ..io.files import sha256_of_file
+from ..io.files import sha256_of_file, size
 from .card import usage_lines
+from .edited_parameters import edited_parameters
 from .provenance import Provenance, printable
 from .reading import SAFETENSORS_WEIGHTS_NAME, CheckedAdapter, check_adapter
 from .shipped_edits import EDITS_NAME, shipped_edits
@@ -91,12 +92,6 @@ def inspect_adapter(
     )
 
 
-def size(num_bytes: int) -> str:
-    """Return a size in words, as in 234.9 MB."""
-    unit, name = (1e9, "GB") if num_bytes >= 1e9 else (1e6, "MB") if num_bytes >= 1e5 else (1e3, "kB")
-    return f"{num_bytes / unit:.1f} {name}"
-
-
 def _verified_values(adapter: CheckedAdapter) -> str:
     for name in adapter.tensors:
         adapter.read(name)
@@ -126,7 +121,6 @@ def _verified_edits(adapter: CheckedAdapter) -> str | None:
 
 
 def _verified_base(adapter: CheckedAdapter, base: str | os.PathLike[str], revision: str | None) -> str:
-    from .edited_parameters import edited_parameters
 
     recorded = getattr(adapter.config, "base_sha256", None)
     if not recorded:

@@ -1,4 +1,4 @@
-"""Approximate an edit by a LoRA adapter, for servers that take nothing else; and measure what that leaves of it."""
+"""A LoRA adapter that approximates an edit, for servers that load only LoRA, and how much of the edit it keeps."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ..data.edits import Edit, read_edits
 from ..evaluation.config import EvaluationConfig
 from ..evaluation.evaluator import evaluate_edits
 from ..evaluation.report import EvaluationReport
+from ..io.files import size
 from ..tuner.model import locft_layers
 from .claims import MODEL
 from .exports import base_fields, base_of, deltas_alone, dtype_of, write_adapter
@@ -30,7 +31,7 @@ MAX_RANK = 512  # vLLM's largest max_lora_rank
 
 @dataclass(frozen=True, slots=True)
 class LoraExport:
-    """What a LoRA export wrote, and what it kept of the edit.
+    """What a LoRA export wrote, and how much of the edit it keeps.
 
     Attributes:
         path: the folder.
@@ -38,8 +39,8 @@ class LoraExport:
         share_kept: of the deltas' squared Frobenius norm, all modules together; 1 is everything.
         share_kept_by_module: the same, each module by itself.
         num_bytes: size of the weights file.
-        before: what the adapter answers, where edits were given; its own before is the base.
-        after: what the LoRA adapter answers.
+        before: evaluation of the adapter, if edits were given; its own `before` is the base.
+        after: evaluation of the LoRA adapter.
     """
 
     path: Path
@@ -52,7 +53,7 @@ class LoraExport:
 
     def __str__(self) -> str:
         rows = [
-            f"{self.path}, rank {self.rank}, {self.num_bytes / 1e6:.1f} MB",
+            f"{self.path}, rank {self.rank}, {size(self.num_bytes)}",
             f"kept {self.share_kept:.2%} of the delta",
         ]
         if len(self.share_kept_by_module) > 1:
@@ -75,11 +76,11 @@ def export_lora(
     edits: str | os.PathLike[str] | Sequence[Edit] | datasets.Dataset | None = None,
     dtype: str = "auto",
 ) -> LoraExport:
-    """Write the LoRA adapter that is nearest to an edit, and say how much of the delta it keeps.
+    """Write the LoRA adapter that is closest to an edit, and return how much of the delta it keeps.
 
-    It is the truncated singular value decomposition that PEFT's `convert_to_lora` makes, all modules at one rank, with
-    `lora_alpha` equal to it: the shape that vLLM and SGLang load. Of the base the configuration alone is read, unless
-    there are edits to ask for.
+    It is the truncated singular value decomposition of PEFT's `convert_to_lora`, with one rank for all modules and
+    `lora_alpha` equal to it: the form that vLLM and SGLang load. Only the base's configuration is read, unless `edits`
+    are given.
 
     Args:
         adapter: a local LocFT adapter folder, its location in linear modules.
@@ -88,8 +89,8 @@ def export_lora(
         rank: of every module's matrices, up to 512.
         energy: in place of `rank`: the smallest rank that keeps this share of every module's delta, in (0, 1].
         revision: branch, tag or commit of the base on the Hub; `None` is the one that the adapter names with it.
-        edits: whatever `read_edits` reads: asked of the adapter and of the LoRA adapter, on the base in full.
-        dtype: in which the base is loaded to ask it; `"auto"` is what its checkpoint says.
+        edits: edits, in any form that `read_edits` reads, on which both adapters are evaluated; this loads the base.
+        dtype: dtype in which the base is loaded for that; `"auto"` is that of its checkpoint.
 
     Raises:
         ValueError: if not one of `rank` and `energy` is given, or it is out of range; if the adapter is refused by
@@ -173,18 +174,18 @@ def _check_rank(rank: int, adapter: CheckedAdapter) -> None:
         shape = adapter.tensors[name].shape
         if rank > min(shape):
             raise ValueError(
-                f"rank={rank}: the delta of {parameter} is {' x '.join(map(str, shape))}, so that its rank is "
-                f"{min(shape)} at most. Give a rank up to that."
+                f"rank={rank}: the delta of {parameter} is {' x '.join(map(str, shape))}, so its rank is at most "
+                f"{min(shape)}. Give a rank up to that."
             )
     if rank > MAX_RANK:
         raise ValueError(
-            f"The energy that was asked for needs rank {rank}; expected {MAX_RANK} at most, which is as much as vLLM "
-            "serves. Ask for less, or export the edited weights instead, which keep all of it."
+            f"This energy needs rank {rank}; expected at most {MAX_RANK}, which is what vLLM serves. Give a lower "
+            "energy, or export the edited weights instead, which keep all of it."
         )
 
 
 def _without_base_weights(adapter: CheckedAdapter, base: str | os.PathLike[str], revision: str | None) -> PeftModel:
-    """Return the base model on the meta device, which has no values, with the adapter's deltas, which have."""
+    """Return the base model on the meta device, without values, with the adapter and the values of its deltas."""
     model_config = AutoConfig.from_pretrained(base, revision=revision)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)

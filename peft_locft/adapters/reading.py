@@ -1,4 +1,4 @@
-"""Reads adapter folders that come from anywhere: everything is checked before it is believed, nothing is unpickled."""
+"""Adapter folders from anyone: everything is checked before it is used, and nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ FINITE_CHECK_ELEMENTS = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class CheckedAdapter:
-    """An adapter folder whose files have been checked; the values are read, and checked, one tensor at a time.
+    """A checked adapter folder. Its values are read, and checked, one tensor at a time.
 
     Attributes:
-        folder: where it is.
+        folder: the folder.
         config: its configuration: of a LocFT adapter, the fields of `LocFTConfig`; of another, PEFT's configuration.
         tensors: what its weights file holds, by name.
         deltas: name of every delta in the weights file, by the name of the base parameter that it belongs to; empty
@@ -76,7 +76,7 @@ class CheckedAdapter:
         """Open the weights file, if it is still the one that was checked.
 
         Raises:
-            ValueError: if it is another one by now, or was written to.
+            ValueError: if it was replaced or written to since.
         """
         file = open_inside(self.folder, SAFETENSORS_WEIGHTS_NAME)
         if _identity(file) != self._identity:
@@ -106,8 +106,8 @@ class CheckedAdapter:
         tensor = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
         if not _is_finite(tensor):
             raise ValueError(
-                f"{self.weights_file}: {name} holds NaN or infinite values, and with them the model would answer with "
-                "noise. Download the adapter again; if it was saved so, train it again at a lower learning rate."
+                f"{self.weights_file}: {name} holds NaN or infinite values, and with them the model would answer "
+                "with noise. Download the adapter again; if it was saved so, train it again at a lower learning rate."
             )
         return tensor.reshape(stored.shape)
 
@@ -117,14 +117,14 @@ class CheckedAdapter:
 
 
 def check_adapter(folder: str | os.PathLike[str], *, method: str | None = "LOCFT") -> CheckedAdapter:
-    """Check an adapter folder that nobody vouches for, without reading its tensors' values.
+    """Check an untrusted adapter folder, without reading its tensors' values.
 
-    A file may be a symbolic link inside of the folder, or, where the folder is a snapshot in a Hub cache, to a blob of
-    the same repository there. Nothing of the base model is touched, and no code from the folder is run.
+    A file may be a symbolic link inside of the folder, or, in a snapshot in a Hub cache, to a blob of the same
+    repository. The base model is not read, and no code from the folder is run.
 
     Args:
         folder: a local adapter folder.
-        method: the PEFT method that it must be of; `None` is any.
+        method: the PEFT method it must be of; `None` is any.
 
     Raises:
         ValueError: if a file is missing, too large, no regular file, a link out of the folder, or a pickle; if the
@@ -159,7 +159,7 @@ def check_adapter(folder: str | os.PathLike[str], *, method: str | None = "LOCFT
 def read_adapter(folder: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """Return the deltas of a LocFT adapter by the name of the base parameter, without the adapter's scale.
 
-    All of them at once; `check_adapter` and `CheckedAdapter.read_delta` have one in memory at a time.
+    All of them are in memory; `check_adapter` and `CheckedAdapter.read_delta` read one at a time.
 
     Raises:
         ValueError: as `check_adapter`, and if a value is NaN or infinite.
@@ -188,8 +188,8 @@ def read_json(folder: Path, name: str, max_bytes: int) -> dict[str, Any]:
     """Return a JSON object from a file of the folder.
 
     Raises:
-        ValueError: if the file is no regular file inside, larger than `max_bytes`, not UTF-8, no JSON, says something
-            twice, or holds something else than an object.
+        ValueError: if the file is not a regular file in the folder, is larger than `max_bytes`, is not UTF-8 or not
+            JSON, names a key twice, or does not hold an object.
     """
     return json_object(_content(folder, name, max_bytes), folder / name)
 
@@ -215,15 +215,15 @@ def open_inside(folder: Path, name: str) -> BufferedReader:
     """Open a file of the folder for reading.
 
     Raises:
-        ValueError: if it is not there, no regular file, or a link that leads out of the folder.
+        ValueError: if it is missing, is not a regular file, or is a link out of the folder.
     """
     file = folder / name
     try:
         place = file.resolve(strict=True)
         if place.parent != folder.resolve() and not _is_blob(place, folder.resolve()):
             raise ValueError(
-                f"{file} is a symbolic link to {place}, outside of the adapter's folder. Replace it by the file "
-                "itself, if you know what that is; else do not use this adapter."
+                f"{file} is a symbolic link to {place}, outside of the adapter's folder. Replace it by that "
+                "file if you know what it is; else do not use this adapter."
             )
         # not through a link that has come since; and opening a pipe would wait for somebody to write into it
         flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -232,14 +232,14 @@ def open_inside(folder: Path, name: str) -> BufferedReader:
         raise ValueError(f"{file} cannot be opened ({one_line(error)}). Download or save it again.") from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise ValueError(f"{file} is no regular file. Expected one; do not use this adapter.")
+        raise ValueError(f"{file} is not a regular file. Do not use this adapter.")
     return os.fdopen(descriptor, "rb")
 
 
 def _is_blob(place: Path, folder: Path) -> bool:
-    """Whether a file is one that the links of a snapshot in a Hub cache lead to, if the folder is one.
+    """Whether the folder is a snapshot in a Hub cache, and the file one that links of a snapshot may lead to.
 
-    They lead to `models--owner--name/blobs/<hash>`, and from there, for what came by Xet, may go on to
+    They lead to `models--owner--name/blobs/<hash>`, and from there, for files that came by Xet, to
     `blobs/<the hash's beginning>/<hash>` beside all repositories.
     """
     for snapshots in folder.parents:
@@ -254,7 +254,7 @@ def _check_complete(folder: Path) -> None:
     missing = [name for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME) if not os.path.lexists(folder / name)]
     if missing:
         raise ValueError(
-            f"{folder} is no adapter folder: it has no {' and no '.join(missing)}. Give the folder that "
+            f"{folder} is not an adapter folder: it has no {' and no '.join(missing)}. Give the folder that "
             "`save_pretrained` or `locft train --output_dir` wrote."
         )
 
@@ -265,7 +265,7 @@ def _check_no_pickle(folder: Path) -> None:
         if name.endswith(PICKLES) and name not in TRAINER_FILES and not name.startswith("rng_state"):
             raise ValueError(
                 f"{folder} holds {shortened(found)}, which may be a pickle, and a pickle runs code when it is "
-                "loaded. Expected safetensors alone. Remove it if you can do without it; do not load it."
+                "loaded. Expected only safetensors. Remove it if you do not need it; do not load it."
             )
 
 
@@ -277,6 +277,6 @@ def _identity(file: BufferedReader) -> tuple[int, ...]:
 def _is_finite(tensor: torch.Tensor) -> bool:
     if not tensor.is_floating_point():
         return True
-    # in pieces, since the test itself allocates; float8 has none of its own
+    # in parts, since the test itself allocates; float8 has no test of its own
     wide = torch.float32 if tensor.itemsize == 1 else tensor.dtype
-    return all(bool(torch.isfinite(piece.to(wide)).all()) for piece in tensor.split(FINITE_CHECK_ELEMENTS))
+    return all(bool(torch.isfinite(part.to(wide)).all()) for part in tensor.split(FINITE_CHECK_ELEMENTS))

@@ -1,4 +1,4 @@
-"""An adapter's folder, written whole or not at all."""
+"""Saving an adapter with its provenance and card, all of it or nothing."""
 
 from __future__ import annotations
 
@@ -39,24 +39,25 @@ def save_adapter(
     delta_dtype: str | None = None,
     density: float | None = None,
 ) -> None:
-    """Save a model's adapters with their provenance, so that a kill at any moment leaves the old files or the new.
+    """Save a model's adapters with their provenance. A kill at any moment leaves the old files or the new ones.
 
-    The files are PEFT's own, made by `model.save_pretrained`, and for a LocFT adapter a card and
-    `locft_provenance.json`. They are written aside and then put in place at once. Other files in the folder stay.
+    The files are those of `model.save_pretrained`, `locft_provenance.json`, and for a LocFT adapter a card. They are
+    written aside and put in place at once. Other files in the folder stay.
 
     Args:
-        model: the model whose adapters to save.
-        folder: where to; it is made if it is not there.
-        record: the training run that made the active adapters, see `training.record.training_record`.
-        report: what an evaluation of the active adapters found, for the card.
-        edits: those that the active adapters were trained on, to ship them beside the weights. Whoever has the adapter
-            can read them then.
-        state_dict: the model's state, where it had to be gathered from several processes.
-        delta_dtype: of the deltas in the file, `"float32"`, `"bfloat16"` or `"float16"`; `None` is as they are.
-        density: the share of a delta's values to save, those that are largest beside their weight (RECT); the
-            others are zeros, which a compressing store or transfer saves, and the file itself does not.
+        model: the model with the adapters.
+        folder: the folder to save to; it is made if it is not there.
+        record: provenance of the training run, see `training.record.training_record`.
+        report: evaluation of the active adapters, for the card.
+        edits: the edits that the active adapters were trained on, to ship them beside the weights. Everyone who has
+            the adapter can then read them.
+        state_dict: the model's state, if it was gathered from several processes.
+        delta_dtype: dtype of the saved deltas: `"float32"`, `"bfloat16"` or `"float16"`; `None` leaves them as they
+            are.
+        density: share of a delta's values that are saved, the largest relative to their weight (RECT). The others are
+            zeros: the file has the same size and compresses better.
 
-    The last two change what is saved and not the model: evaluate the saved adapter.
+    `delta_dtype` and `density` change the saved adapter, not the model: evaluate the saved one.
 
     Raises:
         ValueError: if `delta_dtype` or `density` is out of range or comes with a `report`, which is of the deltas
@@ -68,15 +69,15 @@ def save_adapter(
     check_shrinking(delta_dtype, density)
     if smaller and report is not None:
         raise ValueError(
-            "report: it is of the deltas as they are, and delta_dtype or density saves others. Save the adapter, "
-            "load and evaluate that, and give its report to describe_adapter."
+            "report: it was measured on the deltas as they are, and delta_dtype or density saves others. Save the "
+            "adapter, load and evaluate it, and give its report to describe_adapter."
         )
     with adapter_folder(folder) as staging:
         model.save_pretrained(str(staging), state_dict=state_dict)
         for config_file in list(staging.rglob(CONFIG_NAME)):
             adapter_name = "default" if config_file.parent == staging else config_file.parent.name
             config = PeftConfig.from_pretrained(str(config_file.parent))
-            # the run is known of the adapters that it trained, not of others that were loaded beside them
+            # the record belongs to the adapters that the run trained, not to others that were loaded beside them
             active = adapter_name in model.active_adapters
             provenance = Provenance.of_config(config, record if active else None, report if active else None)
             if smaller:
@@ -92,12 +93,12 @@ def save_adapter(
 def describe_adapter(
     folder: str | os.PathLike[str], *, report: EvaluationReport | None = None, edits: Sequence[Edit] | None = None
 ) -> None:
-    """Write the card and the provenance of a saved adapter anew, with what an evaluation found.
+    """Rewrite the card and the provenance of a saved adapter, with the results of an evaluation.
 
     Args:
         folder: a local adapter folder.
-        report: what `evaluate_edits` returned; `None` keeps the figures that are recorded.
-        edits: those that the adapter was trained on, to ship them beside the weights; `None` leaves what is there.
+        report: the return value of `evaluate_edits`; `None` keeps the recorded results.
+        edits: the edits that it was trained on, to ship them beside the weights; `None` leaves what is there.
 
     Raises:
         ValueError: if the folder is refused by `check_adapter`, or `edits` are not those that are recorded.
@@ -120,9 +121,9 @@ def describe_adapter(
 
 
 def write_description(folder: Path, config: PeftConfig, provenance: Provenance) -> None:
-    """Write what is known of an adapter beside its files: `locft_provenance.json`, and the card.
+    """Write `locft_provenance.json` and the card into an adapter's folder.
 
-    The card of another method's adapter is left to PEFT, unless it is an export of ours.
+    PEFT's card of another method's adapter stays, unless the adapter is an export of ours.
     """
     files = {SAFETENSORS_WEIGHTS_NAME: sha256_of_file(folder / SAFETENSORS_WEIGHTS_NAME)}
     content = replace(provenance, files=files).to_dict()
@@ -139,6 +140,6 @@ def _base_weight(model: PeftModel, adapter_name: str, parameter: str) -> torch.T
             if f"{name}.{kind}" == parameter and layer.quantization_backend is None:
                 return tensor.cpu()
     raise ValueError(
-        f"density: {parameter} is not here in full (quantized, offloaded or sharded), and what is kept depends "
-        "on it. Save the adapter as it is, and use export_small with the base's checkpoint."
+        f"density: {parameter} is not here in full (quantized, offloaded or sharded), and density needs it. Save "
+        "the adapter as it is, and use export_small with the base's checkpoint."
     )

@@ -1,4 +1,4 @@
-"""Make a delta smaller at a loss that is measured: fewer bits a value, or fewer values that are not zero."""
+"""Smaller deltas at a measured loss: fewer bits per value, or fewer values that are not zero."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from .reading import CheckedAdapter
 
 
 def check_shrinking(delta_dtype: str | None, density: float | None) -> None:
-    """Raise a ValueError if these are no dtype of a delta and no share of its values."""
+    """Raise a ValueError unless these are a dtype of deltas and a share of values."""
     if delta_dtype not in (None, *DELTA_DTYPES):
         raise ValueError(f"delta_dtype={delta_dtype!r}: expected one of {', '.join(DELTA_DTYPES)}.")
     if density is not None and not 0 < density <= 1:
-        raise ValueError(f"density={density}: expected the share of values to keep, in (0, 1].")
+        raise ValueError(f"density={density}: expected the share of values that stay, in (0, 1].")
 
 
 def prune_relatively(delta: torch.Tensor, weight: torch.Tensor, share: float) -> torch.Tensor:
-    """Return a delta with zeros in place of all values but those that change their weight the most, relatively.
+    """Return a delta, of the same shape, in which only the largest changes relative to their weight are not zero.
 
-    RECT (Gu et al., "Model Editing Harms General Abilities of Large Language Models", arXiv 2401.04700): Δ_ij is kept
+    RECT (Gu et al., "Model Editing Harms General Abilities of Large Language Models", arXiv 2401.04700): Δ_ij stays
     where |Δ_ij / W_ij| is among the largest.
 
     Args:
-        delta: of any shape.
-        weight: the base weight, of that shape.
-        share: of the values to keep, in (0, 1]; of equal ones at the border, all.
+        delta: any shape.
+        weight: the base weight, same shape.
+        share: share of values that stay, in (0, 1]; of equal values at the border, all stay.
     """
     if share == 1.0:
         return delta
     ratio = (delta.float() / weight.float()).abs()
-    # a change of a weight of zero is infinitely large, and no change of it is none
+    # 0 / 0 is NaN: no change of a weight of zero
     ratio[delta == 0] = 0.0
     dropped = ratio.numel() - max(1, round(share * ratio.numel()))
     if dropped == 0:
@@ -61,10 +61,10 @@ def shrink_files(
         out: a folder that is there.
         weight_of: gives the base weight of a parameter; called for `density` alone.
         delta_dtype: of the deltas; `None` leaves each as it is.
-        density: the share of values to keep, see `prune_relatively`; `None` keeps all.
+        density: share of values that stay, see `prune_relatively`; `None` is all.
 
     Returns:
-        What is recorded of it: the arguments, and the share of the deltas' squared Frobenius norm that is kept.
+        The entry for the provenance: the arguments, and the share of the deltas' squared Frobenius norm that is left.
 
     Raises:
         ValueError: if a value becomes infinite in `delta_dtype`, and whatever `weight_of` raises.
@@ -78,7 +78,7 @@ def shrink_files(
         if delta_dtype is not None:
             small = small.to(getattr(torch, delta_dtype))
         if not torch.isfinite(small).all():
-            raise ValueError(f"{parameter}: its delta has values too large for {delta_dtype}. Take bfloat16 instead.")
+            raise ValueError(f"{parameter}: its delta has values too large for {delta_dtype}. Use bfloat16 instead.")
         lost += float((delta.double() - small.double()).square().sum())
         total += float(delta.double().square().sum())
         tensors[name] = small

@@ -10,9 +10,9 @@ from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..io.checkpoint import Checkpoint
+from ..io.files import size
 from .edited_parameters import edited_parameters
 from .exports import base_of, checked_apart
-from .inspection import size
 from .provenance import Provenance
 from .saving import adapter_folder, write_description
 from .shrinking import check_shrinking, shrink_files
@@ -24,7 +24,7 @@ class SmallAdapter:
 
     Attributes:
         path: the folder.
-        share_kept: of the deltas' squared Frobenius norm; 1 is everything.
+        share_kept: share of the deltas' squared Frobenius norm that is left; 1 is all of it.
         num_bytes: size of the weights file.
         num_bytes_before: of the adapter's own.
     """
@@ -49,10 +49,10 @@ def export_small(
     revision: str | None = None,
     force: bool = False,
 ) -> SmallAdapter:
-    """Write a smaller copy of a LocFT adapter, which loads as the adapter does and answers nearly so.
+    """Write a smaller copy of a LocFT adapter, which loads like the adapter and answers almost like it.
 
-    A dtype of 16 bits halves the file. Values that are not kept are zeros in a file of the same size: what it saves is
-    what a compressing store or transfer makes of it. Evaluate the copy before you ship it.
+    A 16-bit dtype halves the file. `density` sets the other values to zero in a file of the same size, which then
+    compresses better. Evaluate the copy before you ship it.
 
     Args:
         adapter: a local LocFT adapter folder.
@@ -60,9 +60,9 @@ def export_small(
         base: the base model, for `density`: a folder or a name on the Hub; `None` is the one that the adapter
             names.
         delta_dtype: `"float32"`, `"bfloat16"` or `"float16"`; `None` leaves the deltas as they are.
-        density: the share of a delta's values to keep, those that are largest beside their weight (RECT).
+        density: share of a delta's values that stay, the largest relative to their weight (RECT).
         revision: branch, tag or commit of the base on the Hub.
-        force: also take a base of other values than the adapter was trained on.
+        force: also use a base with other values than the adapter was trained on.
 
     Raises:
         ValueError: if neither `delta_dtype` nor `density` is given, or one is out of range; if the adapter is

@@ -1,4 +1,4 @@
-"""Copies of large files: by reference where the file system can, by hard link if asked, within the kernel else."""
+"""Copies of large files: by reflink where the file system can, by hard link if allowed, else within the kernel."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Literal
 
+from .files import size
+
 if sys.platform != "win32":
     import fcntl
 
 Link = Literal["auto", "hard", "copy"]
-# told how many more bytes were written
+# called with the number of bytes written since the last call
 Progress = Callable[[int], object]
 
 COPIED_AT_ONCE = 1 << 23
@@ -26,11 +28,11 @@ def place_file(source: Path, target: Path, link: Link, progress: Progress) -> st
     """Put a file with the content of `source` at `target`, without writing its bytes where that can be avoided.
 
     Args:
-        source: a file; of a symbolic link, the file that it leads to.
-        target: where there is none yet.
-        link: `"copy"`: a file of its own, sharing blocks with the source where the file system can (a reflink).
-            `"hard"`: the same file under a second name. `"auto"`: a reflink, or else a hard link, or else a copy.
-        progress: told how many bytes were done.
+        source: a file, or a symbolic link to one.
+        target: the new file, which must not be there.
+        link: `"copy"`: a file of its own that shares blocks with the source where the file system can (a reflink).
+            `"hard"`: the same file under a second name. `"auto"`: a reflink, else a hard link, else a copy.
+        progress: called with the number of bytes done.
 
     Returns:
         `"reflink"`, `"hard link"` or `"copy"`.
@@ -49,7 +51,7 @@ def place_file(source: Path, target: Path, link: Link, progress: Progress) -> st
         if link == "hard":
             raise ValueError(
                 f"{source} cannot have a hard link at {target}: they are on different file systems, or this one has "
-                "no links. Choose a place beside the base, or link='copy'."
+                "no hard links. Choose a folder beside the base, or link='copy'."
             )
         how = "copy"
         check_room(target.parent, source.stat().st_size)
@@ -63,13 +65,13 @@ def place_file(source: Path, target: Path, link: Link, progress: Progress) -> st
 
 
 def check_room(folder: Path, num_bytes: int) -> None:
-    """Raise an OSError if the disk has no room for a file of this size, rather than after it was written in part."""
+    """Raise an OSError if the disk has no room for a file of this size, before it is written in part."""
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise OSError(
             errno.ENOSPC,
-            f"No space left on device: {num_bytes / 1e6:,.1f} MB are to be written to {folder}, where "
-            f"{free / 1e6:,.1f} MB are free. Nothing was changed",
+            f"No space left on device: {size(num_bytes)} are to be written to {folder}, where {size(free)} are "
+            "free. Nothing was changed",
         )
 
 
@@ -84,10 +86,9 @@ def _hard_link(source: Path, target: Path) -> bool:
 
 
 def clone(source: Path, target: Path) -> bool:
-    """Make `target` a copy of `source` that shares its blocks; return False, with no file there, where it cannot.
+    """Make `target` a copy of `source` that shares its blocks; return False, with no file there, if it cannot be made.
 
-    The copy has the mode of any new file, since that of the source may forbid to write into it. It is not on the disk
-    when this returns.
+    The copy has the mode of a new file, since that of the source may forbid writing. It is not synced to the disk.
     """
     if sys.platform != "linux":
         return False
@@ -104,16 +105,16 @@ def clone(source: Path, target: Path) -> bool:
 
 
 def copy_ranges(source: Path, target: Path, ranges: Sequence[tuple[int, int]], progress: Progress) -> None:
-    """Copy bytes to the same places in another file.
+    """Copy bytes to the same offsets in another file.
 
     Args:
         source: the file to read.
         target: the file to write, which is there.
-        ranges: pairs of the first byte and the one after the last.
-        progress: told how many bytes were written, again and again.
+        ranges: offsets of the first byte of each range and of the byte after its last.
+        progress: called with the number of bytes written, again and again.
 
     Raises:
-        OSError: if the file to read ends before them, or the other cannot be written.
+        OSError: if the source ends before them, or the target cannot be written.
     """
     in_kernel = hasattr(os, "copy_file_range")
     with open(source, "rb", buffering=0) as reader, open(target, "r+b", buffering=0) as writer:
@@ -132,16 +133,16 @@ def copy_ranges(source: Path, target: Path, ranges: Sequence[tuple[int, int]], p
                     writer.seek(start)
                     copied = writer.write(reader.read(count))
                 if not copied:
-                    raise OSError(errno.EIO, f"{source} ended while it was copied: something else is writing to it")
+                    raise OSError(errno.EIO, f"{source} ended while it was copied: another program is writing to it")
                 begin_writing(writer, start, copied)
                 start += copied
                 progress(copied)
 
 
 def begin_writing(writer: BinaryIO | IO[Any], start: int, num_bytes: int) -> None:
-    """Let the disk begin with what was written to a file, so that there is less to wait for in the end."""
+    """Start writing a file's new bytes to the disk, so that the final sync has less to wait for."""
     if hasattr(os, "posix_fadvise"):
-        # it drops what is on the disk already from memory, and has the rest written; what is being written stays
+        # drops from memory what is on the disk already, and starts writing the rest
         os.posix_fadvise(writer.fileno(), start, num_bytes, os.POSIX_FADV_DONTNEED)
 
 
@@ -152,13 +153,13 @@ def sync_file(path: Path) -> None:
 
 
 def write_all(writer: BinaryIO | IO[Any], part: memoryview) -> None:
-    """Write all bytes of `part` where an open file without a buffer stands, which may take less at once."""
+    """Write all bytes of `part` at the position of an unbuffered file, which may take less at once."""
     while part:
         part = part[writer.write(part) :]
 
 
 def gaps(ranges: Sequence[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
-    """Yield what `ranges`, pairs of first byte and the one after the last, leave of a file of `size` bytes."""
+    """Yield the ranges of a file of `size` bytes that `ranges` leave out, each as first offset and end."""
     start = 0
     for begin, end in sorted(ranges):
         if start < begin:

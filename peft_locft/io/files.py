@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all, and its hash."""
+"""A file, written whole or not at all; its hash and its size."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file under another name and rename it, so that a kill at any moment leaves the old one or the new."""
+    """Write a file aside and rename it, so that a kill at any moment leaves the old one or the new one."""
     with atomic_file(path) as staged:
         staged.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield the name of an empty file to write to, and put it in the place of `path` when it is written."""
+    """Yield an empty file to write to, and put it at `path` when the body has ended without an error."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     os.close(descriptor)
     staged = Path(name)
@@ -42,13 +42,19 @@ def current_umask() -> int:
 def sha256_of_file(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+        while part := file.read(1 << 20):
+            digest.update(part)
     return digest.hexdigest()
 
 
+def size(num_bytes: int) -> str:
+    """Return a size in words, as in 234.9 MB."""
+    unit, name = (1e9, "GB") if num_bytes >= 1e9 else (1e6, "MB") if num_bytes >= 1e5 else (1e3, "kB")
+    return f"{num_bytes / unit:.1f} {name}"
+
+
 def check_folder(folder: str | os.PathLike[str], what: str) -> None:
-    """Check that something can be saved to `folder`, which need not be there.
+    """Raise an error if nothing can be saved to `folder`, which need not be there.
 
     Args:
         folder: the folder.

@@ -36,24 +36,21 @@ def merge_in_place(
     force: bool = False,
     progress: bool = False,
 ) -> MergeSummary:
-    """Merge adapters into the files of a model's own folder, and keep what `detach` needs to take them off again.
+    """Merge adapters into the files of a model's own folder, and save what `detach` needs to undo it.
 
-    The edited tensors have the bits that `merge_checkpoint` gives them, and no other tensor changes. The originals go
-    into `locft/locft_undo.safetensors` in the folder (in a folder of its own, since some servers load every
-    safetensors file that they find beside a model).
+    The edited tensors have the bits that `merge_checkpoint` gives them; no other tensor changes. The originals go into
+    `locft/locft_undo.safetensors`, in a subfolder because some servers load every safetensors file beside a model.
 
-    What holds when the process is killed, or the machine goes down, at any moment:
+    If the process is killed, or the machine goes down, at any moment:
 
-    - Every file is written aside, whole, and no file of the model is written into. A program that has one open or
-      mapped keeps it.
-    - If one file holds all edited tensors, the new one takes its place by a rename. The model is the old or the new
-      one, for every reader, always.
-    - If several do, the new ones come beside the old under names of their own (`…-locft.safetensors`), and the index
-      that names them takes the place of the old one by a rename. Whoever loads the model by its index, as transformers
-      does, finds the old or the new one, always. One that read the index before and opens a file after it finds that
-      of the model that it began with, or none, and never one of the other. A reader that takes all files beside the
-      model, and asks for no index, finds both models from the moment that the new files are there until the old ones
-      are removed, or, after a kill in between, until the next call.
+    - Every new file is written aside, and no file of the model is written into. A program that has one open or mapped
+      keeps it.
+    - If one file holds all edited tensors, a rename replaces it. Every reader finds the old model or the new one.
+    - If several files do, the new ones are put beside them under new names (`…-locft.safetensors`), and a rename
+      replaces the index. A reader that loads by the index, as transformers does, finds the old model or the new one. A
+      reader that read the index before the rename and opens a file after it finds the file of the old model, or none.
+      A reader that loads all files without the index finds both models until the old files are removed; after a kill
+      in between, until the next call.
     - The next `merge_in_place` or `detach` on the folder removes what a killed one left.
 
     It needs room on the disk for the files that hold an edited tensor, unless the file system shares blocks
@@ -68,7 +65,7 @@ def merge_in_place(
         progress: as in `merge_checkpoint`.
 
     Returns:
-        What was done.
+        A summary.
 
     Raises:
         ValueError: as in `merge_checkpoint`; also if adapters are merged in place already, if the folder is in the
@@ -111,16 +108,16 @@ def merge_in_place(
 
 
 def detach(model_folder: str | os.PathLike[str], *, progress: bool = False) -> MergeSummary:
-    """Take off what `merge_in_place` merged: every file of the folder has the name and the bytes again that it had.
+    """Undo `merge_in_place`: every file of the folder gets back the name and the bytes that it had.
 
-    What `merge_in_place` says of a kill at any moment holds here too.
+    `merge_in_place` says what holds when the process is killed; it holds here too.
 
     Args:
         model_folder: the folder.
         progress: show a progress bar on a terminal.
 
     Returns:
-        What was done.
+        A summary.
 
     Raises:
         ValueError: if nothing is merged in place there; if the tensors that the merge wrote, or the layout of their
@@ -166,16 +163,16 @@ def _summary(folder: Path, tensors: Iterable[str], written: Collection[str], beg
 
 @contextmanager
 def _at_work(model_folder: str | os.PathLike[str]) -> Iterator[tuple[Path, Undo | None, bool]]:
-    """Give a model's folder to this process alone, and end what another was killed in."""
+    """Lock a model's folder for this process, and finish or undo the work of a killed one."""
     folder = Path(model_folder).resolve()
     if not folder.is_dir():
         raise ValueError(
-            f"{model_folder} is no folder here. A merge in place, and its way back, need a model's own folder; to "
-            "merge into a model from the Hub, write a new folder (merge_checkpoint, `locft merge BASE ADAPTER OUT`)."
+            f"{model_folder} is not a folder here. merge_in_place and detach need a model's own folder; to merge into "
+            "a model from the Hub, write a new folder (merge_checkpoint, `locft merge BASE ADAPTER OUT`)."
         )
     with locked(folder) as has_it:
         if not has_it:
-            raise ValueError(f"Another process is merging or detaching in {folder}: wait until it is done.")
+            raise ValueError(f"Another process is merging or detaching in {folder}. Wait until it is done.")
         yield folder, *recover(folder)
 
 

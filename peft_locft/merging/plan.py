@@ -22,7 +22,7 @@ IN_PLACE_FOLDER = "locft"
 
 @dataclass(frozen=True, slots=True)
 class MergePlan:
-    """All that a merge changes in a checkpoint.
+    """What a merge changes in a checkpoint.
 
     Attributes:
         checkpoint: the base.
@@ -35,7 +35,7 @@ class MergePlan:
     parameters: list[EditedParameter]
 
     def by_shard(self) -> dict[str, list[tuple[EditedParameter, Span]]]:
-        """Return what changes in each file of the checkpoint; files in which nothing does are not in it."""
+        """Return the edited tensors, each with its parameter, by the file that holds them."""
         found: dict[str, list[tuple[EditedParameter, Span]]] = {}
         for parameter in self.parameters:
             for span in parameter.base.spans:

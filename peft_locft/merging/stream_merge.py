@@ -1,4 +1,4 @@
-"""Merging adapters into a checkpoint on the disk: a new folder in which nothing but the edited tensors is new."""
+"""Merging adapters into a checkpoint on disk: a new folder in which only the edited tensors are new."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .._version import __version__
 from ..adapters.shipped_edits import Conflicts, find_conflicts
 from ..io.checkpoint import INDEX_NAME, OTHER_WEIGHTS, Checkpoint, local_folder
 from ..io.copies import Link, Progress, place_file
-from ..io.files import write_atomically
+from ..io.files import size, write_atomically
 from ..io.folders import atomic_folder
 from .plan import IN_PLACE_FOLDER, MergePlan, plan_edits, write_edited_shard
 
@@ -28,18 +28,18 @@ RECORD_NAME = "locft_merge.json"
 
 @dataclass(frozen=True, slots=True)
 class MergeSummary:
-    """What a merge on disk, or a detach, has done.
+    """Result of a merge on disk, or of a detach.
 
     Attributes:
-        folder: the model that is there now.
-        tensors: names of the tensors that changed, as the checkpoint has them.
-        written: names of the files that were written anew, because a changed tensor is in them.
-        num_bytes: of the files that were written anew.
-        placed: how the other files were put there, and how many in each way: `{"hard link": 3, "copy": 5}`.
-        left_out: names of files that hold the unedited weights in another form. They are not in the new folder; a
-            merge in place leaves them as they are.
+        folder: the model's folder.
+        tensors: the checkpoint's names of the tensors that changed.
+        written: names of the rewritten files, those with a changed tensor.
+        num_bytes: size of the rewritten files.
+        placed: number of other files by the way they were put there: `{"hard link": 3, "copy": 5}`.
+        left_out: names of files with the unedited weights in another format. They are not in the new folder; a merge
+            in place leaves them as they are.
         conflicts: prompts that several of the merged adapters edit, as far as they ship their edits.
-        seconds: how long it took.
+        seconds: duration.
     """
 
     folder: Path
@@ -56,7 +56,7 @@ class MergeSummary:
         rows = [
             ("model", str(self.folder)),
             ("changed", f"{tensors} ({len(self.tensors)} in all)"),
-            ("written", f"{', '.join(self.written)}: {self.num_bytes / 1e6:,.1f} MB"),
+            ("written", f"{', '.join(self.written)}: {size(self.num_bytes)}"),
         ]
         if self.placed:
             rows.append(("others", ", ".join(f"{count} by {how}" for how, count in sorted(self.placed.items()))))
@@ -80,34 +80,33 @@ def merge_checkpoint(
     revision: str | None = None,
     progress: bool = False,
 ) -> MergeSummary:
-    """Merge adapters into a checkpoint without loading a model: only files with an edited tensor are written anew.
+    """Merge adapters into a checkpoint without loading a model; only files with an edited tensor are rewritten.
 
-    Every tensor of the result has the bits that `merge_and_unload()` and `save_pretrained()` give, of a base that was
-    loaded in the dtype of its checkpoint (`dtype="auto"`); loaded in another dtype, that way would round every tensor
-    of the model to it. The arithmetic is `compose_weight`. Memory holds a few megabytes at a time, whatever the size
-    of the tensors.
+    Every tensor of the result has the bits that `merge_and_unload()` and `save_pretrained()` give of a base loaded in
+    the dtype of its checkpoint (`dtype="auto"`). The arithmetic is `compose_weight`. A few megabytes are in memory at
+    a time, whatever the size of the tensors.
 
-    The new folder appears in one step, whole and on the disk: a kill at any moment leaves no folder, or the new one.
-    What is left beside it of a merge that was killed is removed by the next one to the same place.
+    The new folder appears in one step, complete and on the disk: a kill at any moment leaves no folder, or the new
+    one. The next merge to the same folder removes what a killed one left beside it.
 
     Args:
-        base: the model: a folder, or an id on the Hub, through huggingface_hub's cache. It is not changed.
-        adapters: one or more adapters, folders or ids on the Hub. Several are added in this order, and rounded once:
-            the result is that of `merge_and_unload(adapter_names=…)`, whose order is that of the names.
-        out: the new folder. It must not be there, or be empty.
-        weights: a factor for each adapter. With it, the result is that of `add_weighted_adapter(…, "linear")` and a
-            merge of that. `None`: every adapter as it is.
-        scale: strength of the deltas, in the place of every adapter's own.
-        link: what happens to files of weights in which nothing is edited: `"auto"`: they share their blocks with the
-            base's (a reflink) where the file system can, or else become hard links to them, or else copies. `"hard"`:
-            hard links. `"copy"`: files of their own. A hard link is one file under two names: what writes into it
-            changes both. All other files are copied.
-        force: merge although the base's tensors are not those that the adapters were trained on.
+        base: the model: a folder, or an id on the Hub, downloaded to huggingface_hub's cache. It is not changed.
+        adapters: one or several adapters: folders, or ids on the Hub. Several are added in this order and rounded
+            once, as `merge_and_unload(adapter_names=…)` does.
+        out: the new folder. It must not exist, or be empty.
+        weights: one factor per adapter; the result is that of `add_weighted_adapter(…, "linear")`, merged. `None`:
+            every adapter as it is.
+        scale: strength of the deltas, in place of each adapter's own.
+        link: how weight files without an edited tensor get there: `"auto"` shares blocks with the base's files (a
+            reflink) where the file system can, else makes hard links, else copies. `"hard"`: hard links. `"copy"`:
+            files of their own. A hard link is one file under two names: writing into it changes both. All other files
+            are copied.
+        force: merge even if the base's tensors are not those that the adapters were trained on.
         revision: branch, tag or commit of a base on the Hub.
         progress: show a progress bar on a terminal.
 
     Returns:
-        What was done.
+        A summary.
 
     Raises:
         ValueError: if the base has no safetensors checkpoint; if an adapter is refused by `check_adapter`, or holds
@@ -145,19 +144,19 @@ def conflicts_of(edits: MergePlan) -> Conflicts | None:
 def _check_target(source: Path, target: Path) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(
-            f"{target} is there already: a merge writes a new folder. Remove it, or choose another place."
+            f"{target} is there already: a merge writes a new folder. Remove it, or choose another folder."
         )
     if os.path.ismount(target):
-        raise ValueError(f"{target} is a mount point, which cannot be put in place as a whole. Choose a folder in it.")
+        raise ValueError(f"{target} is a mount point, which a rename cannot replace. Choose a folder in it.")
     if target.is_relative_to(source):
         raise ValueError(
-            f"{target} lies in the base itself, {source}. Choose a place beside it; to change the base, merge in "
-            "place (merge_in_place, --in-place)."
+            f"{target} is inside of the base, {source}. Choose a folder outside of it; to change the base, merge "
+            "in place (merge_in_place, --in-place)."
         )
 
 
 def merge_record(edits: MergePlan, weights: Sequence[float] | None, scale: float | None) -> dict[str, Any]:
-    """Return what a merged model says of its edits: which adapters, and how they were added."""
+    """Return the record of a merged model: its adapters, and how they were added."""
     adapters = [
         {
             "adapter": str(adapter.folder),
@@ -197,13 +196,13 @@ def _write(edits: MergePlan, staging: Path, link: Link, record: dict[str, Any], 
 
 
 def other_files(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
-    """Return the files of a model's folder beside its checkpoint: those that go with it, and other weights."""
+    """Return the other files of a model's folder: those to copy, and weights in other formats."""
     own = {*checkpoint.shards, RECORD_NAME}
     kept: list[str] = []
     weights: list[str] = []
     for place, folders, files in os.walk(checkpoint.folder, followlinks=True):
         inside = Path(place).relative_to(checkpoint.folder)
-        # what git and huggingface_hub keep of a download describes files that are no longer these
+        # hidden folders of git and huggingface_hub describe the unedited files
         folders[:] = [name for name in folders if not name.startswith(".") and inside / name != Path(IN_PLACE_FOLDER)]
         for name in files:
             of_weights = [
@@ -218,6 +217,6 @@ def other_files(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
 
 @contextmanager
 def progress_bar(num_bytes: int, shown: bool) -> Iterator[Progress]:
-    """Give what to tell of written bytes, and show it, if asked to, on a terminal."""
+    """Yield a function to call with numbers of written bytes; `shown` draws a progress bar on a terminal."""
     with tqdm(total=num_bytes, unit="B", unit_scale=True, leave=False, disable=None if shown else True) as bar:
         yield bar.update
