@@ -330,7 +330,7 @@ def test_train_evaluates_on_the_way(call: Words, tmp_path: Path) -> None:
 
 
 def test_a_best_metric_needs_evaluations(call: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "needs evaluations while training: give evaluate_every" in refused([*call, "--best_metric", "x"], capsys)
+    assert "needs evaluations during training. Set evaluate_every" in refused([*call, "--best_metric", "x"], capsys)
     assert not (tmp_path / "out").exists()
 
 

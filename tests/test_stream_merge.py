@@ -217,7 +217,7 @@ def test_auto_links_and_copies_across_file_systems(tmp_path: Path, monkeypatch: 
     _, _, copied = place("auto", tmp_path / "elsewhere")
     assert set(copied.placed) == {"copy"}
     with pytest.raises(
-        ValueError, match=r"cannot have a hard link at .*Choose a place beside the base, or link='copy'"
+        ValueError, match=r"cannot have a hard link at .*Choose a folder beside the base, or link='copy'"
     ):
         place("hard", tmp_path / "hard")
     assert sorted(path.name for path in (tmp_path / "hard").iterdir()) == ["adapter", "base"]
