@@ -197,6 +197,26 @@ def test_lora_trains_too(tmp_path: Path) -> None:
     assert_same_tensors(base_state(reloaded), base_state(model))
 
 
+class ScaledLossTrainer(BreadthFirstTrainer):
+    """Overrides the loss, as subclasses of `transformers.Trainer` do."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss, outputs = super().compute_loss(*args, **kwargs)
+        return 0 * loss, outputs
+
+
+def test_a_subclass_may_override_the_loss(tmp_path: Path) -> None:
+    model = peft_model()
+    plain = make_trainer(tmp_path, model)
+    before = trained(model)
+    trainer = ScaledLossTrainer(
+        model=model, args=plain.args, train_dataset=list(EDITS), processing_class=plain.processing_class
+    )
+    trainer.train()
+    assert_same_tensors(trained(model), before)
+    assert trainer.epoch_losses[0] > 0  # what is recorded is the loss of the edits
+
+
 def test_a_plain_model_with_unfrozen_weights_trains_too(tmp_path: Path) -> None:
     model = base_model().requires_grad_(False)
     model.model.layers[1].mlp.down_proj.weight.requires_grad_()
@@ -282,6 +302,9 @@ def test_checkpointing_recomputes_the_layers(family: str, tmp_path: Path) -> Non
     assert num_forwards[1] > num_forwards[0] > 0
 
 
+@pytest.mark.skipif(
+    not hasattr(BreadthFirstConfig, "activation_checkpointing"), reason="transformers before 5.23 has the older name"
+)
 def test_the_older_name_of_checkpointing_works_too(tmp_path: Path) -> None:
     with pytest.warns(FutureWarning, match="Use `activation_checkpointing` instead"):
         trainer = make_trainer(tmp_path, gradient_checkpointing=True)

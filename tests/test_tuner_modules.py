@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import (
@@ -479,8 +480,11 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
         if checkpointing is not None:
             inner = model.base_model.model
             inner.enable_input_require_grads()
-            inner.activation_checkpointing_enable(activation_checkpointing_kwargs=checkpointing)
-            assert inner.is_activation_checkpointing
+            # transformers before 5.23 has the older name
+            name = "activation" if hasattr(inner, "activation_checkpointing_enable") else "gradient"
+            enable = getattr(inner, f"{name}_checkpointing_enable")
+            enable(**{f"{name}_checkpointing_kwargs": checkpointing})
+            assert getattr(inner, f"is_{name}_checkpointing")
         ids = token_ids()
         model(ids, labels=ids).loss.backward()
         gradients.append({name: gradient(delta) for name, (delta, _) in locations(model).items()})
@@ -488,6 +492,9 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
         assert_same_tensors(others, gradients[0])
 
 
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.13"), reason="older torch breaks the graph at PEFT's hooks (seen with 2.6)"
+)
 def test_a_compiled_model_is_one_graph() -> None:
     model = get_peft_model(
         build("llama", num_hidden_layers=1), LocFTConfig(target_modules=["down_proj", "norm"], scale=0.5)

@@ -52,6 +52,8 @@ def make_trainer(
     """Return a trainer of 3 epochs of batches of 4; `arguments` are those of recipe and trainer."""
     defaults = {"num_train_epochs": 3, "per_device_train_batch_size": 4, "learning_rate": 5e-3, "use_cpu": True}
     callbacks, shared = arguments.pop("callbacks", None), arguments.pop("shared_activations", None)
+    if "activation_checkpointing" in arguments and not hasattr(BreadthFirstConfig, "activation_checkpointing"):
+        arguments["gradient_checkpointing"] = arguments.pop("activation_checkpointing")  # before transformers 5.23
     args = BreadthFirstConfig(
         output_dir=str(folder), disable_tqdm=True, **(defaults | {"loss_floor": 0.0} | arguments)
     )

@@ -186,17 +186,17 @@ class RowLosses:
         targets = indices[indices < self.rows.first_retained]
         return BatchWeight(float(self.counts[targets].sum()), len(indices) - len(targets))
 
-    def __call__(self, model: nn.Module, batch: MicroBatch, return_outputs: bool = False) -> tuple[torch.Tensor, Any]:
+    def __call__(self, model: nn.Module, batch: MicroBatch, keep_logits: bool = False) -> tuple[torch.Tensor, Any]:
         """Return the mean loss over each row's scored tokens, (B,), and the model's outputs.
 
         Args:
             model: the model.
             batch: (B,) rows of any kind, from `EditRunner.micro_batch`.
-            return_outputs: leave the logits in the outputs as they are.
+            keep_logits: do not overwrite the logits in the outputs.
         """
         indices = batch.indices
         outputs = logits_at(model, *batch.where, batch.inputs)
-        logits = outputs.logits.clone() if return_outputs else outputs.logits
+        logits = outputs.logits.clone() if keep_logits else outputs.logits
         if self.base is None or not (indices >= self.rows.first_retained).any():
             sums = token_losses(logits, batch.labels, batch.scored).sum(dim=1)
         else:

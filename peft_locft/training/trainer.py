@@ -28,6 +28,7 @@ from ..engine.offload import trunk_offloaded
 from .batches import EditBatches
 from .callbacks import CURVES_KEY, EditProgressBar, LossFloorCallback
 from .config import BreadthFirstConfig
+from .edit_runner import MicroBatch
 from .loss_history import LossHistory
 from .preserver import PreservationCallback, prepare_preserver
 from .record import training_record
@@ -173,22 +174,28 @@ class BreadthFirstTrainer(Trainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: torch.Tensor | Sequence[int],
+        inputs: MicroBatch | torch.Tensor | Sequence[int],
         return_outputs: bool = False,
         num_items_in_batch: BatchWeight | None = None,
     ) -> Any:
         """Return the share of some rows in the loss of their batch, and the model's outputs if asked for.
 
-        `training_step` does the same in micro-batches, without a call of this.
+        The outputs have the entry `batch_shares`, (3,), see `RowLosses.batch_shares`.
 
         Args:
-            inputs: (B,) indices of rows: edits, their variants, and retained rows.
+            inputs: (B,) indices of rows: edits, their variants, and retained rows; or a micro-batch of them, which is
+                what `training_step` passes, and whose logits are overwritten.
             num_items_in_batch: the weight of the batch; `None`: the rows are the whole batch.
         """
-        indices = torch.as_tensor(inputs)
-        with self.runner.micro_batch(indices) as batch:
-            losses, outputs = self.losses(model, batch, return_outputs)
-        shares = self.losses.batch_shares(losses, indices, num_items_in_batch or self.losses.weight(indices))
+        if not isinstance(inputs, MicroBatch):
+            with self.runner.micro_batch(torch.as_tensor(inputs)) as batch:
+                losses, outputs = self.losses(model, batch, keep_logits=return_outputs)
+        else:
+            batch = inputs
+            losses, outputs = self.losses(model, batch)
+        weight = num_items_in_batch or self.losses.weight(batch.indices)
+        shares = self.losses.batch_shares(losses, batch.indices, weight)
+        outputs["batch_shares"] = shares.detach()
         return (shares[:2].sum(), outputs) if return_outputs else shares[:2].sum()
 
     def training_step(
@@ -264,10 +271,9 @@ class BreadthFirstTrainer(Trainer):
         # backward inside of the micro-batch, too: gradient checkpointing runs layers again there
         with self.runner.micro_batch(indices) as batch:
             with self.compute_loss_context_manager():
-                losses, _ = self.losses(model, batch)
-                shares = self.losses.batch_shares(losses, indices, weight)
-            backward(shares[:2].sum() * factor, self.accelerator, is_last)
-        return shares.detach()
+                loss, outputs = self.compute_loss(model, batch, return_outputs=True, num_items_in_batch=weight)
+            backward(loss * factor, self.accelerator, is_last)
+        return outputs["batch_shares"]
 
     def _edit_is_done(self) -> bool:
         """Return whether depth-first has learned the current edit; reset the optimizer before each edit."""
