@@ -90,6 +90,11 @@ def test_an_upward_import_is_seen() -> None:
     assert upward("from ..io.files import atomic_file\nfrom .delta import Delta", PACKAGE / "tuner" / "x.py") == []
 
 
+def test_the_tuner_imports_from_no_other_room_than_io() -> None:
+    targets = {target for path in IN_ROOMS if room_of(path) == 1 for target in imported(path.read_text(), path)}
+    assert {target.relative_to(PACKAGE).parts[0] for target in targets} == {"io", "tuner"}
+
+
 def test_files_import_each_other_without_a_circle() -> None:
     # raises CycleError, with the circle
     TopologicalSorter({path: imported(path.read_text(), path) - {path} for path in IN_ROOMS}).prepare()
