@@ -24,10 +24,10 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import conftest  # noqa: F401  (offline, one thread)
 import torch
+from dying_processes import die_at
 from tiny_checkpoints import ONE_FILE, edit, save_base, snapshot
 from transformers import AutoModelForCausalLM
 
@@ -36,6 +36,7 @@ from peft_locft.io import patched_file
 from peft_locft.merging import in_place
 
 SYSTEM_CALLS = ("chmod", "copy_file_range", "fsync", "link", "mkdir", "rename", "replace", "rmdir", "unlink")
+CALLS = [*((os, name) for name in SYSTEM_CALLS), (patched_file, "write_all"), (in_place, "write_all")]
 
 
 @dataclass
@@ -124,31 +125,11 @@ def in_child(call: Callable[[], None]) -> int:
     return child
 
 
-def die_at(num_calls: int) -> None:
-    """End this process, with nothing cleaned up, when so many calls have changed files and the next one would."""
-    left = num_calls
-
-    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
-        def dying(*args: Any, **kwargs: Any) -> Any:
-            nonlocal left
-            if left == 0:
-                os._exit(1)
-            left -= 1
-            return call(*args, **kwargs)
-
-        return dying
-
-    for name in SYSTEM_CALLS:
-        setattr(os, name, counted(getattr(os, name)))
-    for module in (patched_file, in_place):
-        setattr(module, "write_all", counted(module.write_all))  # noqa: B010  (of a module)
-
-
 def act_until(case: Case, num_calls: int) -> int:
     """Run the action in a process that dies at this call, if it comes so far, and return its exit code."""
 
     def act() -> None:
-        die_at(num_calls)
+        die_at(num_calls, CALLS)
         case.act()
 
     return os.waitstatus_to_exitcode(os.waitpid(in_child(act), 0)[1])

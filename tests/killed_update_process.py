@@ -15,20 +15,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from saving_process import die_at
+from dying_processes import die_at
+from saving_process import CALLS
 from tiny_training import EDITS
 
 from peft_locft import BreadthFirstConfig, update_adapter
 from peft_locft.workflows.update import ContinuedTrainer
 
-CALLS = (0, 8, 10, 12, 14, 1000)
+NUM_CALLS = (0, 8, 10, 12, 14, 1000)
 
 
 def update(folder: Path, num_calls: int) -> None:
     save = ContinuedTrainer.save_model
 
     def dying(*args: Any, **kwargs: Any) -> None:
-        die_at(num_calls)
+        die_at(num_calls, CALLS)
         save(*args, **kwargs)
 
     ContinuedTrainer.save_model = dying
@@ -41,7 +42,7 @@ def update(folder: Path, num_calls: int) -> None:
 if __name__ == "__main__":
     adapter, folder = map(Path, sys.argv[1:])
     died = []
-    for number, num_calls in enumerate(CALLS):
+    for number, num_calls in enumerate(NUM_CALLS):
         copy = shutil.copytree(adapter, folder / str(number))
         child = multiprocessing.get_context("fork").Process(target=update, args=(copy, num_calls))
         child.start()

@@ -15,11 +15,11 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import conftest  # noqa: F401  (offline, one thread)
+from dying_processes import die_at
 from peft import PeftModel, get_peft_model
 from tiny_models import build, randomize
 
@@ -29,6 +29,7 @@ from peft_locft.io import folders
 # at different locations, so that the weights of one do not belong to the configuration of the other
 LOCATIONS = {"down": ("down_proj", 1), "up": ("up_proj", 2)}
 SYSTEM_CALLS = ("link", "mkdir", "rename", "replace", "rmdir", "symlink", "unlink")
+CALLS = [*((os, name) for name in SYSTEM_CALLS), (folders, "_swap")]
 
 
 def make_adapter(location: str, adapter_name: str = "default") -> PeftModel:
@@ -40,28 +41,9 @@ def make_adapter(location: str, adapter_name: str = "default") -> PeftModel:
     return model
 
 
-def die_at(num_calls: int) -> None:
-    """End this process, with nothing cleaned up, when so many calls have changed files and the next one would."""
-    left = num_calls
-
-    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
-        def dying(*args: Any, **kwargs: Any) -> Any:
-            nonlocal left
-            if left == 0:
-                os._exit(1)
-            left -= 1
-            return call(*args, **kwargs)
-
-        return dying
-
-    for name in SYSTEM_CALLS:
-        setattr(os, name, counted(getattr(os, name)))
-    folders._swap = counted(folders._swap)
-
-
 def obey(order: dict[str, Any], models: dict[str, PeftModel]) -> None:
     if "die_at" in order:
-        die_at(order["die_at"])
+        die_at(order["die_at"], CALLS)
         save_adapter(models[order["adapter"]], order["folder"])
         return
     names = sorted(LOCATIONS, key=lambda name: name != order["first"])

@@ -157,7 +157,7 @@ def test_prompts_that_several_adapters_edit_are_reported(tmp_path: Path) -> None
         describe_adapter(adapter, edits=[Edit(prompt="The capital of Norway is", target=target)])
     merged = merge_checkpoint(base, adapters, tmp_path / "out")
     assert merged.conflicts is not None and len(merged.conflicts.conflicts) == 1
-    assert "conflicts   1 prompts have different targets in several adapters, 0 the same; of 1 edits" in str(merged)
+    assert "conflicts   1 prompts have different targets in several adapters, 0 have the same; " in str(merged)
     assert f"'Bergen' in {adapters[0]}, 'Tromsø' in {adapters[1]}\n" in str(merged)
     assert merge_in_place(base, adapters).conflicts == merged.conflicts
     detach(base)

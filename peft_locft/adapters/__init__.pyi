@@ -1,3 +1,4 @@
+from .base_model import BaseModel as BaseModel
 from .export import export_adapter as export_adapter
 from .exports import Export as Export
 from .exports import export_peft as export_peft
@@ -6,7 +7,12 @@ from .inspection import AdapterSummary as AdapterSummary
 from .inspection import inspect_adapter as inspect_adapter
 from .lora_export import LoraExport as LoraExport
 from .lora_export import export_lora as export_lora
+from .provenance import Augmentation as Augmentation
+from .provenance import ExportDetails as ExportDetails
 from .provenance import Provenance as Provenance
+from .provenance import Shrinking as Shrinking
+from .provenance import TrainedEdits as TrainedEdits
+from .provenance import TrainingResult as TrainingResult
 from .provenance import TrainingRun as TrainingRun
 from .reading import CheckedAdapter as CheckedAdapter
 from .reading import check_adapter as check_adapter
