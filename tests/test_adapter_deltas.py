@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from saving_process import make_adapter
-from test_adapter_reading import HOSTILE
+from test_reading import HOSTILE
 from tiny_checkpoints import edit, save_base, snapshot, stored
 
 from peft_locft import LocFTConfig, merge_checkpoint, merge_in_place, save_adapter

@@ -1,4 +1,4 @@
-"""What `inspect_adapter` says of a folder. What it refuses is in test_adapter_reading.py."""
+"""What `inspect_adapter` says of a folder. What it refuses is in test_reading.py."""
 
 import hashlib
 import json
