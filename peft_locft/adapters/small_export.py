@@ -12,7 +12,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from ..io.checkpoint import Checkpoint
 from ..io.files import size
 from .edited_parameters import edited_parameters
-from .exports import base_of, checked_apart
+from .exports import base_of, check_export_source
 from .provenance import Provenance
 from .saving import adapter_folder, write_description
 from .shrinking import check_shrinking, shrink_files
@@ -78,7 +78,7 @@ def export_small(
     check_shrinking(delta_dtype, density)
     if delta_dtype is None and density is None:
         raise ValueError("delta_dtype=None, density=None: expected one of the two, or both.")
-    checked = checked_apart(adapter, out)
+    checked = check_export_source(adapter, out)
     parameters = {}
     if density is not None:
         checkpoint = Checkpoint(*base_of(checked, base, revision))
