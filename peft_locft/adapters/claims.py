@@ -151,6 +151,6 @@ def _endings(name: str) -> list[str]:
 
 def _unexpected_tensor(where: Path, name: str, reason: str) -> ValueError:
     return ValueError(
-        f"{where}: {name} {reason} in adapter_config.json. Loading it could replace a weight of the base model. Do not "
-        "use this adapter, or save it again."
+        f"{where}: {name} {reason} in adapter_config.json. Loading it could replace a weight of the base model. Do "
+        "not use this adapter, or save it again."
     )

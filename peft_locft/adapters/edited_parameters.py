@@ -82,8 +82,8 @@ class EditedParameter:
             finite = torch.stack(torch.aminmax(edited)).isfinite().all()
             if not finite and not (edited.isfinite() | ~base.isfinite()).all():
                 raise ValueError(
-                    f"{span.name}: the edit produces NaN or infinite values. The adapter is broken, or its delta is too "
-                    f"large for {span.tensor.dtype}. Nothing was written. Check the adapter with `locft inspect`."
+                    f"{span.name}: the edit produces NaN or infinite values. The adapter is broken, or its delta is "
+                    f"too large for {span.tensor.dtype}. Nothing was written. Check the adapter with `locft inspect`."
                 )
             yield edited
 
@@ -171,8 +171,8 @@ def _other_base(checkpoint: Checkpoint, parameter: EditedParameter) -> ValueErro
     hint = ""
     if rounded:
         hint = (
-            f", but it is after rounding to {str(rounded[0]).removeprefix('torch.')}: training loaded the base in that "
-            "dtype. The edited model would differ from the evaluated one by that rounding"
+            f", but it is after rounding to {str(rounded[0]).removeprefix('torch.')}: training loaded the base in "
+            "that dtype. The edited model would differ from the evaluated one by that rounding"
         )
     return ValueError(
         f"{term.name} of {checkpoint.name} is not the weight that {term.adapter.folder} was trained on{hint}. Use "

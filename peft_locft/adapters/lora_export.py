@@ -54,7 +54,7 @@ class LoraExport:
     def __str__(self) -> str:
         rows = [
             f"{self.path}, rank {self.rank}, {size(self.num_bytes)}",
-            f"norms {self.share_kept:.2%} of the delta",
+            f"kept {self.share_kept:.2%} of the delta",
         ]
         if len(self.share_kept_by_module) > 1:
             rows += [f"  {share:.2%} of {name}" for name, share in self.share_kept_by_module.items()]
@@ -100,7 +100,7 @@ def export_lora(
     Example:
         >>> print(export_lora("locft-demo", "demo-lora", rank=64))  # of examples/demo.py
         demo-lora, rank 64, 0.5 MB
-        norms 79.52% of the delta
+        kept 79.52% of the delta
     """
     _check_numbers(rank, energy)
     dtype_of(dtype)
@@ -133,7 +133,7 @@ def export_lora(
         Path(out),
         rank,
         share,
-        {name: _share(*norms) for name, norms in zip(modules, norms, strict=True)},
+        {name: _share(*pair) for name, pair in zip(modules, norms, strict=True)},
         written.num_bytes,
         before,
         after,
