@@ -234,7 +234,7 @@ def test_an_adapter_that_names_no_base_needs_one(kind: str, made: tuple[Path, Pe
 def test_what_is_no_delta_cannot_be_exported(kind: str, tmp_path: Path) -> None:
     make(tmp_path, "llama", "float32", "float32", DOWN | {"modules_to_save": ["lm_head"]})
     with pytest.raises(
-        ValueError, match=r"holds base_model\.model\.lm_head\.weight, expected only deltas.*modules_to_save"
+        ValueError, match=r"holds base_model\.model\.lm_head\.weight; expected only deltas.*modules_to_save"
     ):
         export(kind, tmp_path)
 
@@ -323,11 +323,11 @@ def test_the_command_line_writes_what_the_functions_do(
         ([], "the following arguments are required: --to"),
         (
             ["--to", "peft", "--rank", "4"],
-            "locft export: rank: no effect with to='peft', which takes base, rev",
+            "locft export: rank: unknown option for to='peft'; expected base, rev",
         ),
-        (["--to", "weights", "--energy", "1"], "locft export: energy: no effect with to='weights'"),
-        (["--to", "lora", "--rank", "4", "--force"], "locft export: force: no effect with to='lora'"),
-        (["--to", "lora"], "locft export: rank=None, energy=None: expected one of the two"),
+        (["--to", "weights", "--energy", "1"], "locft export: energy: unknown option for to='weights'"),
+        (["--to", "lora", "--rank", "4", "--force"], "locft export: force: unknown option for to='lora'"),
+        (["--to", "lora"], "locft export: rank=None, energy=None: expected exactly one of the two"),
         (["--to", "peft", "--dtype", "int8"], "locft export: dtype='int8': expected auto or one of float32"),
     ],
 )

@@ -58,7 +58,7 @@ def test_edits_are_shipped_when_they_are_given_alone(tmp_path: Path) -> None:
 def test_edits_of_a_run_are_added_afterwards_if_they_are_its_own(tmp_path: Path) -> None:
     folder = trained(tmp_path)
     with pytest.raises(
-        ValueError, match=r"edits: found 1 edits with the sha256 \w{16}…; expected the 8 that the adapter"
+        ValueError, match=r"edits: found 1 edits with the sha256 \w{16}…; expected the 8 edits that the ad"
     ):
         describe_adapter(folder, edits=[FULL])
     assert not (folder / NAME).exists()

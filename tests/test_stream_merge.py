@@ -157,7 +157,10 @@ def test_prompts_that_several_adapters_edit_are_reported(tmp_path: Path) -> None
         describe_adapter(adapter, edits=[Edit(prompt="The capital of Norway is", target=target)])
     merged = merge_checkpoint(base, adapters, tmp_path / "out")
     assert merged.conflicts is not None and len(merged.conflicts.conflicts) == 1
-    assert "conflicts   1 prompts have different targets in several adapters, 0 the same; of 1 edits" in str(merged)
+    assert (
+        "conflicts   1 prompts have different targets in several adapters, 0 have the same; compared: 1 edits"
+        in str(merged)
+    )
     assert f"'Bergen' in {adapters[0]}, 'Tromsø' in {adapters[1]}\n" in str(merged)
     assert merge_in_place(base, adapters).conflicts == merged.conflicts
     detach(base)
@@ -469,7 +472,7 @@ def test_leftovers_of_a_killed_merge_go_and_those_of_a_running_one_stay(
 def test_what_was_written_is_read_again(base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("peft_locft.io.patched_file.write_all", lambda writer, part: writer.write(bytes(len(part))))
     with pytest.raises(
-        OSError, match=r"model.safetensors the disk returned other bytes than were written for model.layers"
+        OSError, match=r"model.safetensors: the disk returned other bytes than were written for model.layers"
     ):
         merge_checkpoint(base, [adapter], base.parent / "out")
     assert sorted(path.name for path in base.parent.iterdir()) == ["adapter", "base"]

@@ -233,7 +233,7 @@ class Provenance:
     def from_dict(cls, data: dict[str, Any], where: object) -> Provenance:
         """Return the provenance from the content of an untrusted file, the inverse of `to_dict`.
 
-        Unknown fields are kept, so that rewriting the file does not lose the fields of a later format. An unknown
+        Unknown fields are kept, so rewriting the file does not lose the fields of a later format. An unknown
         format and unknown fields of a metric are refused.
 
         Args:

@@ -140,7 +140,7 @@ def copy_ranges(source: Path, target: Path, ranges: Sequence[tuple[int, int]], p
 
 
 def begin_writing(writer: BinaryIO | IO[Any], start: int, num_bytes: int) -> None:
-    """Start writing a file's new bytes to the disk, so that the final sync has less to wait for."""
+    """Start writing a file's new bytes to the disk, to shorten the final sync."""
     if hasattr(os, "posix_fadvise"):
         # drops the pages that are on the disk, and starts writing the others
         os.posix_fadvise(writer.fileno(), start, num_bytes, os.POSIX_FADV_DONTNEED)
