@@ -1,4 +1,4 @@
-"""Saves adapters in child processes that die on the way; test_adapter_folder.py runs it and looks at what they leave.
+"""Saves adapters in child processes that die on the way; test_saving.py runs it and looks at what they leave.
 
 Every line of its input is one order in JSON, with the folder to save to and
 

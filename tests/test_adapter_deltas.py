@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from saving_process import make_adapter
-from test_adapter_reading import HOSTILE
+from test_reading import HOSTILE
 from tiny_checkpoints import edit, save_base, snapshot, stored
 
 from peft_locft import LocFTConfig, merge_checkpoint, merge_in_place, save_adapter
@@ -67,5 +67,5 @@ def test_a_link_that_is_changed_after_the_check_is_not_followed(whole: Path, tmp
 def test_what_is_more_than_deltas_is_named(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     edit(base, tmp_path / "more", LocFTConfig(layers_to_transform=[1], modules_to_save=["lm_head"]))
-    with pytest.raises(ValueError, match=r"holds base_model\.model\.lm_head\.weight, where only deltas are expected"):
+    with pytest.raises(ValueError, match=r"holds base_model\.model\.lm_head\.weight; expected only deltas"):
         check_adapter(tmp_path / "more").refuse_all_but_deltas()

@@ -65,7 +65,10 @@ def test_the_card_of_a_run_says_what_was_edited_and_how_to_use_it(tmp_path: Path
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "import peft_locft  # registers LOCFT with PEFT\nfrom peft import AutoPeftModelForCausalLM\n" in card
     assert 'model.merge_and_unload().save_pretrained("merged")\n' in card
-    assert "This adapter changes what its base model answers to 8 prompts. It holds what is added to the base" in card
+    assert (
+        "This adapter changes what its base model answers to 8 prompts. It holds differences that are added to the"
+        in card
+    )
     assert "| Location | `model.layers.1.mlp.down_proj.weight` |\n" in card
     sha256 = json.loads((tmp_path / "locft_provenance.json").read_text())["edits"]["sha256"]
     assert f"| Edits | 8 (sha256 `{sha256[:16]}…`) |\n" in card
@@ -111,7 +114,7 @@ def test_a_path_on_somebodys_machine_is_not(base: str | None) -> None:
     assert "private" not in card
     assert ("| Base model | `llama`, a folder on the author's machine |\n" in card) == bool(base)
     named = "a folder on the author's machine" if base else "no base model"
-    assert f"names {named}: before you load it, write the name or the folder of the base model into `base_m" in card
+    assert f"names {named}. Before you load it, set `base_model_name_or_path` in `adapter_config" in card
 
 
 def test_a_folder_that_looks_like_a_hub_name_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,12 +141,12 @@ def test_a_base_without_a_name_is_said() -> None:
             "[qwen](https://a.b/LICENSE), as the base model's card says",
             {"license": "other", "license_name": "qwen", "license_link": "https://a.b/LICENSE"},
         ),
-        ("license_name: qwen", "not known here; see the base model's card", {}),
-        ("language: en", "not known here; see the base model's card", {}),
-        ("license: [mit, apache-2.0]", "not known here; see the base model's card", {}),
-        ('license: "mit` | evil <script>"', "not known here; see the base model's card", {}),
-        ("license: 'mit", "not known here; see the base model's card", {}),
-        ("- mit", "not known here; see the base model's card", {}),
+        ("license_name: qwen", "unknown; see the base model's card", {}),
+        ("language: en", "unknown; see the base model's card", {}),
+        ("license: [mit, apache-2.0]", "unknown; see the base model's card", {}),
+        ('license: "mit` | evil <script>"', "unknown; see the base model's card", {}),
+        ("license: 'mit", "unknown; see the base model's card", {}),
+        ("- mit", "unknown; see the base model's card", {}),
     ],
 )
 def test_the_licence_is_the_one_that_the_bases_card_names(
@@ -279,7 +282,7 @@ def test_exports_say_what_they_are(tmp_path: Path) -> None:
         assert "answers to 8 prompts" in card and "| Location | `model.layers.1.mlp.down_proj.weight` |\n" in card
         assert "peft_locft" not in card and "locft" not in header(card)["tags"]  # type: ignore[operator]
         assert "## Load\n\nWith PEFT:\n" in card and "| Licence of the base | `mit`, as the base" in card
-    assert "It holds the edited weights whole, so that it needs PEFT alone" in stock
+    assert "It holds the whole edited weights, so it needs only PEFT" in stock
     assert "## Measured\n\nNo evaluation is recorded." in stock
     assert f"by matrices of rank 4, which keep {export.share_kept:.1%} of the change (of its squared" in lora
     assert export.after is not None and export.after.to_markdown() in lora

@@ -70,7 +70,7 @@ def test_merge_in_place_and_detach(
     assert main(["detach", str(model)]) == 0
     detached = capsys.readouterr().out
     assert snapshot(model) == before
-    assert f"model       {model}\nchanged     model.layers.1.mlp.down_proj.weight (1 in all)\n" in merged
+    assert f"model       {model}\nchanged     model.layers.1.mlp.down_proj.weight (1 in total)\n" in merged
     assert merged.splitlines()[:-1] == detached.splitlines()[:-1]
 
 

@@ -59,8 +59,8 @@ def test_each_form_is_what_its_function_writes(
     ("to", "options", "message"),
     [
         ("gguf", {}, "to='gguf': expected one of peft, lora, weights, small"),
-        ("peft", {"rank": 4, "energy": 0.9}, "rank, energy: no effect with to='peft', which takes base, revision"),
-        ("lora", {"rank": 4, "force": True}, "force: no effect with to='lora', which takes base, rank, energy"),
+        ("peft", {"rank": 4, "energy": 0.9}, "rank, energy: unknown option for to='peft'; expected base, revision"),
+        ("lora", {"rank": 4, "force": True}, "force: unknown option for to='lora'; expected base, rank, energy"),
         ("small", {"out": "x"}, None),
     ],
 )

@@ -156,7 +156,7 @@ def test_another_base_is_refused_unless_forced(kind: str, made: tuple[Path, Peft
 def test_a_base_loaded_in_another_dtype_is_another_base(kind: str, made: tuple[Path, PeftModel]) -> None:
     folder, _ = made
     with pytest.raises(
-        ValueError, match=r"at the revision and dtype that it was trained on and without other edits, or force it"
+        ValueError, match=r"with the revision and dtype of the training and without other edits. Or use force"
     ):
         export(kind, folder, dtype="bfloat16")
 
@@ -176,7 +176,7 @@ def test_a_base_without_the_tensor_is_refused(kind: str, made: tuple[Path, PeftM
     folder, _ = made
     build("gpt2").save_pretrained(folder / "other")
     with pytest.raises(
-        ValueError, match=rf"/other holds no {PARAMETER}.*: the adapter belongs to another model, or to one whose"
+        ValueError, match=rf"/other has no tensor {PARAMETER}.*: the adapter belongs to another model, or the"
     ):
         export(kind, folder, base=folder / "other")
 
@@ -210,7 +210,7 @@ def test_a_broken_shard_is_named(kind: str, made: tuple[Path, PeftModel]) -> Non
     (folder / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "base" / "model.safetensors").unlink()
     with pytest.raises(
-        ValueError, match=r"/base lacks model-00001-of-00002\.safetensors, of 1 files that its index names\. Downl"
+        ValueError, match=r"/base lacks model-00001-of-00002\.safetensors: its index names 1 files\. Downl"
     ):
         export(kind, folder)
     (folder / "base" / "model-00001-of-00002.safetensors").write_bytes(b"half")
@@ -223,7 +223,9 @@ def test_an_adapter_that_names_no_base_needs_one(kind: str, made: tuple[Path, Pe
     folder, _ = made
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"adapter does not name its base model\. Give its folder or name on the Hub"):
+    with pytest.raises(
+        ValueError, match=r"adapter does not name its base model\. Pass base, a folder or a name on the Hub"
+    ):
         export(kind, folder)
     export(kind, folder, base=folder / "base")
 
@@ -232,7 +234,7 @@ def test_an_adapter_that_names_no_base_needs_one(kind: str, made: tuple[Path, Pe
 def test_what_is_no_delta_cannot_be_exported(kind: str, tmp_path: Path) -> None:
     make(tmp_path, "llama", "float32", "float32", DOWN | {"modules_to_save": ["lm_head"]})
     with pytest.raises(
-        ValueError, match=r"holds base_model\.model\.lm_head\.weight, where only deltas .*\(modules_to_save"
+        ValueError, match=r"holds base_model\.model\.lm_head\.weight; expected only deltas.*modules_to_save"
     ):
         export(kind, tmp_path)
 
@@ -254,13 +256,17 @@ def test_a_broken_adapter_is_refused(kind: str, made: tuple[Path, PeftModel]) ->
 def test_the_adapter_itself_is_not_overwritten(made: tuple[Path, PeftModel]) -> None:
     folder, _ = made
     (folder / "link").symlink_to("adapter")
-    with pytest.raises(ValueError, match=r"link is the adapter itself and would be overwritten\. Give another folder"):
+    with pytest.raises(
+        ValueError, match=r"link is the adapter's own folder, which the export would overwrite\. Choose"
+    ):
         export_peft(folder / "adapter", folder / "link")
 
 
 @pytest.mark.parametrize("name", ["out", "out.bin"])
 def test_weights_go_into_a_safetensors_file(name: str, made: tuple[Path, PeftModel]) -> None:
-    with pytest.raises(ValueError, match=rf"/{name}: expected the name of a file to write, such as edited\.saf"):
+    with pytest.raises(
+        ValueError, match=rf"/{name}: expected a file name that ends in .safetensors, such as edited\.saf"
+    ):
         export_weights(made[0] / "adapter", made[0] / name)
 
 
@@ -275,7 +281,7 @@ def test_a_module_inside_of_another_is_refused(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     save_file(base_tensors, tmp_path / "base" / "model.safetensors")
     with pytest.raises(
-        ValueError, match=r"mlp\.gate is inside of another edited module, and PEFT saves whole modules"
+        ValueError, match=r"mlp\.gate is inside another edited module, but this form saves whole modules"
     ):
         export_peft(tmp_path / "adapter", tmp_path / "out", tmp_path / "base")
 
@@ -317,11 +323,11 @@ def test_the_command_line_writes_what_the_functions_do(
         ([], "the following arguments are required: --to"),
         (
             ["--to", "peft", "--rank", "4"],
-            "locft export: rank: no effect with to='peft', which takes base, rev",
+            "locft export: rank: unknown option for to='peft'; expected base, rev",
         ),
-        (["--to", "weights", "--energy", "1"], "locft export: energy: no effect with to='weights'"),
-        (["--to", "lora", "--rank", "4", "--force"], "locft export: force: no effect with to='lora'"),
-        (["--to", "lora"], "locft export: rank=None, energy=None: expected one of the two"),
+        (["--to", "weights", "--energy", "1"], "locft export: energy: unknown option for to='weights'"),
+        (["--to", "lora", "--rank", "4", "--force"], "locft export: force: unknown option for to='lora'"),
+        (["--to", "lora"], "locft export: rank=None, energy=None: expected exactly one of the two"),
         (["--to", "peft", "--dtype", "int8"], "locft export: dtype='int8': expected auto or one of float32"),
     ],
 )

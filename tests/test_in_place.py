@@ -162,9 +162,7 @@ def assert_refused(match: str, call: Callable[[], object], folder: Path) -> None
 
 def test_a_second_merge_is_refused(model: Path, adapter: Path) -> None:
     merge_in_place(model, [adapter])
-    message = (
-        "has an edit merged in place already. Edits are not merged on top.*locft detach .*all of the adapters together"
-    )
+    message = "already has an edit merged in place. A second merge on top.*locft detach .*all adapters together"
     assert_refused(message, lambda: merge_in_place(model, [adapter]), model)
 
 
@@ -172,7 +170,7 @@ def test_there_must_be_something_to_detach(model: Path, tmp_path: Path) -> None:
     assert_refused(
         "has no locft/locft_undo.safetensors: nothing is merged in place there", lambda: detach(model), model
     )
-    with pytest.raises(ValueError, match=r"somebody/model is not a folder here. merge_in_place and detach need"):
+    with pytest.raises(ValueError, match=r"somebody/model is not a local folder, as merge_in_place and detach need"):
         detach("somebody/model")
 
 
@@ -204,11 +202,11 @@ def test_a_damaged_undo_file_is_refused(model: Path, adapter: Path) -> None:
     undo = bytearray((model / UNDO).read_bytes())
     undo[-1] ^= 1
     (model / UNDO).write_bytes(undo)
-    assert_refused(f"is damaged: the original of {DOWN} is not what was put there", lambda: detach(model), model)
+    assert_refused(f"is damaged: the original of {DOWN} has changed since the merge", lambda: detach(model), model)
     save_file({"something": torch.ones(1)}, model / UNDO)
-    assert_refused("locft_undo.safetensors is not what a merge in place wrote", lambda: detach(model), model)
+    assert_refused("locft_undo.safetensors is not an undo file of a merge in place", lambda: detach(model), model)
     save_file({"else": torch.ones(1)}, model / UNDO, {"locft_undo": '{"format": 1, "merged": {}, "sizes": {}}'})
-    assert_refused("locft_undo.safetensors is not what a merge in place wrote", lambda: detach(model), model)
+    assert_refused("locft_undo.safetensors is not an undo file of a merge in place", lambda: detach(model), model)
 
 
 def test_the_hubs_cache_is_not_changed(
@@ -219,7 +217,7 @@ def test_the_hubs_cache_is_not_changed(
     assert_refused(message, lambda: merge_in_place(cached, [adapter]), tmp_path / "cache")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))  # a system without symbolic links
     assert_refused(
-        "model is in the Hub's cache, which belongs to others", lambda: merge_in_place(model, [adapter]), model
+        "model is in the Hub's cache: other programs share", lambda: merge_in_place(model, [adapter]), model
     )
     monkeypatch.undo()
     # a folder that became one of links between the merge and the detach
@@ -240,12 +238,12 @@ def test_an_error_while_writing_leaves_nothing(
 ) -> None:
     before = snapshot(model)
     monkeypatch.setattr("peft_locft.io.patched_file.write_all", lambda writer, part: writer.write(bytes(len(part))))
-    with pytest.raises(OSError, match="reads differently from what was written to it"):
+    with pytest.raises(OSError, match="the disk returned other bytes than were written"):
         merge_in_place(model, [adapter])
     assert snapshot(model) == before
     monkeypatch.undo()
     monkeypatch.setattr("peft_locft.merging.in_place.write_all", lambda writer, part: writer.write(bytes(len(part))))
-    with pytest.raises(OSError, match=r"locft_undo.safetensors reads differently from what was written to it"):
+    with pytest.raises(OSError, match=r"locft_undo.safetensors: the disk returned other bytes than were written"):
         merge_in_place(model, [adapter])
     assert snapshot(model) == before
 
@@ -257,7 +255,7 @@ def test_a_disk_without_room_is_told_before_it_is_full(
     monkeypatch.setattr(file_copies, "clone", lambda *_: False)
     monkeypatch.setattr("peft_locft.io.patched_file.clone", lambda *_: False)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(OSError, match=r"No space left on device: \S+ [kM]B are to be written to .* 1.0 kB are free"):
+    with pytest.raises(OSError, match=r"No space left on device: .* needs \S+ [kM]B and has 1.0 kB free"):
         merge_in_place(model, [adapter])
     assert snapshot(model) == before
 
@@ -267,7 +265,7 @@ def test_a_file_with_the_name_of_an_edited_one_is_not_overwritten(two_files: tup
     edited = merge_in_place(model, [adapter]).written[0]
     detach(model)
     (model / edited).write_bytes(b"of somebody")
-    message = f"{edited} is there already, and the edited {edited.replace('-locft', '')} would get that name"
+    message = f"{edited} already exists, but the edited {edited.replace('-locft', '')} needs that name"
     assert_refused(message, lambda: merge_in_place(model, [adapter]), model)
 
 
@@ -286,7 +284,7 @@ def test_an_index_that_would_not_come_back_is_left_alone(
 ) -> None:
     model, adapter = two_files
     (model / INDEX).write_text(change((model / INDEX).read_text()))
-    message = "index.json does not write the names of its files as JSON is commonly written.*Merge into a new folder"
+    message = "index.json cannot be changed and restored byte by byte.*Merge into a new folder"
     assert_refused(message, lambda: merge_in_place(model, [adapter]), model)
 
 
@@ -296,7 +294,7 @@ def test_an_undo_file_that_came_with_a_model_is_not_followed(name: str, model: P
     facts = {"format": 1, "merged": {DOWN: {"shard": name}}, "sizes": {name: 1}}
     save_file({DOWN: torch.ones(1)}, model / UNDO, {"locft_undo": json.dumps(facts)})
     for call in (lambda: merge_in_place(model, [adapter]), lambda: detach(model)):
-        assert_refused("locft_undo.safetensors is not what a merge in place wrote", call, model)
+        assert_refused("locft_undo.safetensors is not an undo file of a merge in place", call, model)
 
 
 # ---------------------------------------------------------------------- after an interruption
@@ -347,10 +345,10 @@ def test_what_was_not_removed_after_the_exchange_is_by_the_next_call(
     # as if the process had been killed there
     killed_in_settle(lambda: merge_in_place(model, [adapter]), monkeypatch)
     assert snapshot(model).keys() > merged.keys()
-    assert_ends_in(merged, "has an edit merged in place already", lambda: merge_in_place(model, [adapter]), model)
+    assert_ends_in(merged, "already has an edit merged in place", lambda: merge_in_place(model, [adapter]), model)
     killed_in_settle(lambda: detach(model), monkeypatch, has_undo=True)
     assert snapshot(model).keys() > before.keys()
-    message = "nothing is merged in place there, and what was left of one that was interrupted is removed"
+    message = "nothing is merged in place there. The leftovers of an interrupted merge or detach were removed"
     assert_ends_in(before, message, lambda: detach(model), model)
 
 
@@ -381,6 +379,6 @@ def test_leftovers_of_an_undecided_merge_go(model: Path, adapter: Path) -> None:
     before = snapshot(model)
     (model / "locft" / "staged").mkdir(parents=True)
     shutil.copy(model / "model.safetensors", model / "locft" / "staged")
-    with pytest.raises(ValueError, match="and what was left of one that was interrupted is removed"):
+    with pytest.raises(ValueError, match="The leftovers of an interrupted merge or detach were removed"):
         detach(model)
     assert snapshot(model) == before

@@ -1,4 +1,4 @@
-"""What `inspect_adapter` says of a folder. What it refuses is in test_adapter_reading.py."""
+"""What `inspect_adapter` says of a folder. What it refuses is in test_reading.py."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ def test_inspecting_says_what_the_folder_holds(tmp_path: Path) -> None:
     assert f"size           {summary.num_bytes / 1e3:.1f} kB" in text
     sha256 = hashlib.sha256((tmp_path / "adapter_model.safetensors").read_bytes()).hexdigest()
     assert "verified       all values of 1 tensors are finite\n" in text
-    assert f"verified       the weights are as they were saved, sha256 {sha256[:16]}…\n" in text
+    assert f"verified       the weights are unchanged since they were saved, sha256 {sha256[:16]}…\n" in text
     assert "made with      peft-locft 0." in text
     assert "trained        model.layers.1.mlp.down_proj.locft_delta.weight  F32 32 x 48" in text
     assert "method         LOCFT" in text
@@ -114,11 +114,11 @@ def test_weights_that_were_exchanged_are_seen(tmp_path: Path) -> None:
     weights = load_file(adapter / "adapter_model.safetensors")
     save_file({name: tensor + 1 for name, tensor in weights.items()}, adapter / "adapter_model.safetensors")
     with pytest.raises(
-        ValueError, match=r"adapter_model\.safetensors has the sha256 \w{16}…; expected \w{16}…, which was"
+        ValueError, match=r"adapter_model\.safetensors has the sha256 \w{16}…; expected \w{16}…, recorded"
     ):
         inspect_adapter(adapter)
     describe_adapter(adapter)
-    assert "the weights are as they were saved" in str(inspect_adapter(adapter))
+    assert "the weights are unchanged since they were saved" in str(inspect_adapter(adapter))
 
 
 def test_an_adapter_without_a_record_is_read_all_the_same(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_an_adapter_without_a_record_is_read_all_the_same(tmp_path: Path) -> Non
 def test_the_base_is_verified_where_it_is_given(tmp_path: Path) -> None:
     adapter = make(tmp_path)
     summary = inspect_adapter(adapter, tmp_path / "base")
-    said = f"1 of 1 edited tensors in {tmp_path / 'base'} are those that it was trained on"
+    said = f"1 of 1 edited tensors in {tmp_path / 'base'} are the same as in training"
     assert summary.verified[-1] == said
     build("llama", seed=1).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=r"weight of \S*/other is not the weight that \S*adapter was trained on"):

@@ -142,11 +142,11 @@ def test_shares_by_rank_are_those_of_the_singular_values(shape: tuple[int, int])
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        ({}, "rank=None, energy=None: expected one of the two"),
-        ({"rank": 4, "energy": 0.9}, r"rank=4, energy=0\.9: expected one of the two"),
-        ({"rank": 0}, "rank=0: expected 1 to 512, the most that vLLM serves"),
-        ({"rank": 513}, "rank=513: expected 1 to 512, the most that vLLM serves"),
-        ({"rank": 33}, rf"rank=33: the delta of {MODULE}\.weight is 32 x 48, so its rank is at most 32\. Give a"),
+        ({}, "rank=None, energy=None: expected exactly one of the two"),
+        ({"rank": 4, "energy": 0.9}, r"rank=4, energy=0\.9: expected exactly one of the two"),
+        ({"rank": 0}, "rank=0: expected 1 to 512, the maximum of vLLM"),
+        ({"rank": 513}, "rank=513: expected 1 to 512, the maximum of vLLM"),
+        ({"rank": 33}, rf"rank=33: the delta of {MODULE}\.weight is 32 x 48, so its rank is at most 32\. Use a"),
         ({"rank": 4, "dtype": "int8"}, "dtype='int8': expected auto or one of float32, bfloat16, float16"),
         ({"energy": 0.0}, r"energy=0\.0: expected the share of the delta to keep, in \(0, 1\]"),
         ({"energy": 1.1}, r"energy=1\.1: expected the share of the delta to keep, in \(0, 1\]"),
@@ -162,7 +162,7 @@ def test_numbers_out_of_range_are_refused(numbers: dict[str, Any], message: str,
 def test_energy_beyond_what_servers_take_is_refused(tmp_path: Path) -> None:
     make(tmp_path, hidden_size=520, intermediate_size=530, num_hidden_layers=2)
     with pytest.raises(
-        ValueError, match=r"This energy needs rank 5\d\d; expected at most 512, which is what vLLM serves"
+        ValueError, match=r"energy: found a needed rank of 5\d\d; expected at most 512, the maximum of vLLM"
     ):
         export_lora(tmp_path / "adapter", tmp_path / "out", energy=1.0)
 
@@ -191,7 +191,7 @@ def test_energy_beyond_what_servers_take_is_refused(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 def test_what_lora_cannot_hold_is_named(family: str, location: dict[str, Any], named: str, tmp_path: Path) -> None:
     make(tmp_path, family, location)
-    with pytest.raises(ValueError, match=rf"has deltas that no LoRA adapter can hold: of {named}"):
+    with pytest.raises(ValueError, match=rf"has deltas that LoRA cannot represent: {named}"):
         export_lora(tmp_path / "adapter", tmp_path / "out", rank=4)
     assert not (tmp_path / "out").exists()
 

@@ -124,11 +124,11 @@ def test_the_rows_are_the_same_for_the_card_and_for_the_terminal() -> None:
         ("training loss", "2.0000 → 0.5000 in 2 epochs"),
         ("augmentation", "1 prefixes, 3 retained facts"),
         (
-            "made smaller",
-            "deltas in bfloat16, the 20% of values that are largest beside their weight; kept 75.0000% of the squared "
+            "shrunk",
+            "deltas in bfloat16, the largest 20% of values relative to their weight; kept 75.0000% of the squared "
             "Frobenius norm",
         ),
-        ("export", "of a LocFT adapter, to lora of rank 4, keeps 50.00%"),
+        ("export", "from a LocFT adapter to lora of rank 4, keeps 50.00% of the delta"),
         ("made with", "peft-locft 0.1"),
     ]
     assert [row for row in detailed if row in short] == short
@@ -190,13 +190,13 @@ def test_a_metric_that_this_version_cannot_show_is_refused(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"continued": {"times": 1}}, "found continued alone; expected all of edits, recipe, training, or none"),
+        ({"continued": {"times": 1}}, "found only continued; expected all of edits, recipe, training, or none"),
         ({"evaluation": {"curves": []}}, r"\(found the unknown fields \['curves'\]; expected settings, results, miss"),
         (
             {"shrunk": {"density": 10**400, "share_kept": 1}},
             "shrunk is .*; expected delta_dtype, density and share_ke",
         ),
-        ({"versions": {"a": "\x1b"}}, "versions is .*; expected versions"),
+        ({"versions": {"a": "\x1b"}}, "versions is .*; expected version texts"),
     ],
 )
 def test_what_cannot_be_shown_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_a_broken_adapter_is_not_pushed(tmp_path: Path) -> None:
     save_adapter(peft_model(), tmp_path)
     os.truncate(tmp_path / "adapter_model.safetensors", 1000)
     with pytest.raises(
-        ValueError, match=r"adapter_model\.safetensors is not a readable safetensors file.*It is cut off"
+        ValueError, match=r"adapter_model\.safetensors is not a readable safetensors file.*The file is cut off"
     ):
         push_adapter(tmp_path, "somebody/edits")
 
@@ -110,7 +110,7 @@ def test_an_adapter_without_a_card_is_not_pushed(tmp_path: Path) -> None:
     save_adapter(peft_model(), tmp_path)
     (tmp_path / "README.md").unlink()
     with pytest.raises(
-        ValueError, match=r"has no README\.md, the model card\. Write it with describe_adapter, or by hand"
+        ValueError, match=r"has no README\.md, the model card\. Call describe_adapter, or write it by hand"
     ):
         push_adapter(tmp_path, "somebody/edits")
 

@@ -58,14 +58,16 @@ def test_edits_are_shipped_when_they_are_given_alone(tmp_path: Path) -> None:
 def test_edits_of_a_run_are_added_afterwards_if_they_are_its_own(tmp_path: Path) -> None:
     folder = trained(tmp_path)
     with pytest.raises(
-        ValueError, match=r"edits: found 1 edits with the sha256 \w{16}…; expected the 8 that the adapter"
+        ValueError, match=r"edits: found 1 edits with the sha256 \w{16}…; expected the 8 edits that the ad"
     ):
         describe_adapter(folder, edits=[FULL])
     assert not (folder / NAME).exists()
     describe_adapter(folder, edits=EDITS)
     found = shipped_edits(folder)
     assert found is not None and edits_sha256(found) == edits_sha256(EDITS)
-    assert f"verified       8 edits in {NAME}, those that it was trained on\n" in str(inspect_adapter(folder))
+    assert f"verified       8 edits in {NAME} are the edits that the adapter was trained on\n" in str(
+        inspect_adapter(folder)
+    )
     # what is there is kept, and said
     describe_adapter(folder)
     assert "They are in `locft_edits.jsonl`." in (folder / "README.md").read_text()
@@ -92,14 +94,14 @@ def test_edits_of_the_adapter_that_is_replaced_do_not_stay(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"{", r"locft_edits\.jsonl, line 1 is not readable: found no JSON \(.*expected a JSON object"),
+        (b"{", r"locft_edits\.jsonl, line 1 is not readable: found invalid JSON \(.*expected a JSON object"),
         (
             b'{"prompt": "a", "target": "b"}\n[1]\n',
             r"locft_edits\.jsonl, line 2 is not readable: found \[1\]; expected",
         ),
-        (b"\xff", r"locft_edits\.jsonl, line 1 is not readable: found no JSON \(it is not UTF-8\)"),
+        (b"\xff", r"locft_edits\.jsonl, line 1 is not readable: found invalid JSON \(not UTF-8\)"),
         (b'{"prompt": "a", "target": 3}', "1 of 1 records cannot be read"),
-        (b'{"prompt": "a", "prompt": "b"}', r"line 1 is not readable: found no JSON \('prompt' is there twice\)"),
+        (b'{"prompt": "a", "prompt": "b"}', r"line 1 is not readable: found invalid JSON \(duplicate key 'prompt'\)"),
         (b"", "found no records; expected at least one edit"),
         (
             b'{"prompt": "a", "target": "b"}',
@@ -119,14 +121,14 @@ def test_edits_that_are_linked_from_elsewhere_or_huge_are_refused(tmp_path: Path
     folder = trained(tmp_path / "out")
     (folder / NAME).symlink_to("/etc/hostname")
     with pytest.raises(
-        ValueError, match=r"locft_edits\.jsonl is a symbolic link to /etc/hostname, outside of the adapte"
+        ValueError, match=r"locft_edits\.jsonl is a symbolic link to /etc/hostname, outside the adapte"
     ):
         shipped_edits(folder)
     (folder / NAME).unlink()
     (folder / NAME).write_bytes(b"")
     os.truncate(folder / NAME, 2**40)
     with pytest.raises(
-        ValueError, match=r"locft_edits\.jsonl is not readable: found 1099511627776 bytes; expected 5000000"
+        ValueError, match=r"locft_edits\.jsonl is not readable: found 1099511627776 bytes; expected at most 5000000"
     ):
         shipped_edits(folder)
 
@@ -150,7 +152,7 @@ def test_prompts_with_several_targets_are_found(tmp_path: Path) -> None:
         "1 prompts have different targets in several adapters, 1 have the same; compared: "
         f"3 edits in {monday}, 2 edits in {tuesday}, 1 edits in {friday}\n"
         f"  'The capital of Norway is': 'Bergen' in {monday}, 'Tromsø' in {tuesday}\n"
-        f"{tmp_path / 'silent'} ships no edits: its prompts are unknown"
+        f"{tmp_path / 'silent'} ships no edits, so its prompts are unknown"
     )
 
 

@@ -99,11 +99,9 @@ def test_what_was_done_and_what_is_kept_is_recorded(tmp_path: Path) -> None:
         "density": 0.2,
         "share_kept": pytest.approx(kept, abs=1e-9),
     }
-    said = (
-        f"deltas in bfloat16, the 20% of values that are largest beside their weight; kept {kept:.4%} of the squared"
-    )
-    assert f"| Made smaller | {said}" in (tmp_path / "small" / "README.md").read_text()
-    assert f"made smaller   {said}" in str(inspect_adapter(tmp_path / "small"))
+    said = f"deltas in bfloat16, the largest 20% of values relative to their weight; kept {kept:.4%} of the squared"
+    assert f"| Shrunk | {said}" in (tmp_path / "small" / "README.md").read_text()
+    assert f"shrunk         {said}" in str(inspect_adapter(tmp_path / "small"))
     assert "shrunk" not in json.loads((tmp_path / "adapter" / FACTS).read_text())
 
 
@@ -146,7 +144,7 @@ def test_a_copy_of_a_folder_is_made_smaller_alike(tmp_path: Path) -> None:
     assert small.num_bytes_before == (tmp_path / "adapter" / WEIGHTS).stat().st_size
     facts = json.loads((tmp_path / "out" / FACTS).read_text())
     assert facts["shrunk"]["share_kept"] == small.share_kept
-    assert str(small) == f"{tmp_path / 'out'}, 16.1 kB of 19.2 kB\nkept {small.share_kept:.4%} of the delta"
+    assert str(small) == f"{tmp_path / 'out'}, 16.1 kB instead of 19.2 kB\nkept {small.share_kept:.4%} of the delta"
 
 
 def test_a_copy_keeps_what_is_known_of_the_run_and_not_the_figures(tmp_path: Path) -> None:
@@ -167,7 +165,7 @@ def test_by_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     make(tmp_path)
     words = ["--to", "small", "--delta_dtype", "float16", "--density", "0.2", "--base", str(tmp_path / "base")]
     assert main(["export", str(tmp_path / "adapter"), str(tmp_path / "out"), *words]) == 0
-    assert capsys.readouterr().out.startswith(f"{tmp_path / 'out'}, 3.2 kB of 6.3 kB\nkept ")
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'out'}, 3.2 kB instead of 6.3 kB\nkept ")
     (delta,) = read_adapter(tmp_path / "out").values()
     assert delta.dtype == torch.float16 and (delta == 0).float().mean() == pytest.approx(0.8, abs=1e-3)
 
@@ -179,8 +177,8 @@ def test_by_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     ("arguments", "message"),
     [
         ({"delta_dtype": "int8"}, "delta_dtype='int8': expected one of float32, bfloat16, float16"),
-        ({"density": 0.0}, r"density=0\.0: expected the share of values that stay, in \(0, 1\]"),
-        ({"density": 1.5}, r"density=1\.5: expected the share of values that stay, in \(0, 1\]"),
+        ({"density": 0.0}, r"density=0\.0: expected the share of values to keep, in \(0, 1\]"),
+        ({"density": 1.5}, r"density=1\.5: expected the share of values to keep, in \(0, 1\]"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -193,14 +191,14 @@ def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: 
 
 
 def test_a_copy_that_is_no_smaller_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="delta_dtype=None, density=None: expected one of the two, or both"):
+    with pytest.raises(ValueError, match="delta_dtype=None, density=None: expected at least one of the two"):
         export_small(tmp_path / "adapter", tmp_path / "out")
 
 
 def test_figures_of_the_larger_one_are_not_put_on_the_smaller(tmp_path: Path) -> None:
     report = EvaluationReport({}, {}, [], {"confidence": 0.95})
     with pytest.raises(
-        ValueError, match=r"report: it was measured on the deltas as they are.*give its report to describe_adapter"
+        ValueError, match=r"report: it describes the unchanged deltas.*pass that report to describe_adapter"
     ):
         save_adapter(peft_model(), tmp_path, report=report, delta_dtype="bfloat16")
 
@@ -208,14 +206,16 @@ def test_figures_of_the_larger_one_are_not_put_on_the_smaller(tmp_path: Path) ->
 def test_values_beyond_the_dtype_are_refused(tmp_path: Path) -> None:
     model = make(tmp_path)
     locations(model)[DOWN][0].data[0, 0] = 1e6
-    with pytest.raises(ValueError, match=r"its delta has values too large for float16\. Use bfloat16 instead"):
+    with pytest.raises(
+        ValueError, match=r"its delta has values that are too large for float16\. Use bfloat16 instead"
+    ):
         save_adapter(model, tmp_path / "out", delta_dtype="float16")
     assert not (tmp_path / "out").exists()
 
 
 def test_another_method_is_refused(tmp_path: Path) -> None:
     model = get_peft_model(build("llama"), LoraConfig(target_modules=["down_proj"]))
-    with pytest.raises(ValueError, match="is the configuration of 'LORA'; expected 'LOCFT'"):
+    with pytest.raises(ValueError, match="peft_type is 'LORA'; expected 'LOCFT'"):
         save_adapter(model, tmp_path / "out", delta_dtype="bfloat16")
     assert not (tmp_path / "out").exists()
 
@@ -223,7 +223,7 @@ def test_another_method_is_refused(tmp_path: Path) -> None:
 def test_a_base_weight_that_is_not_here_is_named(tmp_path: Path) -> None:
     model = make(tmp_path)
     model.base_model.model.model.layers[1].mlp.down_proj.base_layer.to("meta")
-    with pytest.raises(ValueError, match=rf"density: {DOWN} is not here in full \(quantized, offloaded or sharded\)"):
+    with pytest.raises(ValueError, match=rf"density: the base weight {DOWN} is quantized, offloaded or sharded"):
         save_adapter(model, tmp_path / "out", density=0.2)
 
 

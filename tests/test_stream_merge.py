@@ -157,7 +157,10 @@ def test_prompts_that_several_adapters_edit_are_reported(tmp_path: Path) -> None
         describe_adapter(adapter, edits=[Edit(prompt="The capital of Norway is", target=target)])
     merged = merge_checkpoint(base, adapters, tmp_path / "out")
     assert merged.conflicts is not None and len(merged.conflicts.conflicts) == 1
-    assert "conflicts   1 prompts have different targets in several adapters, 0 have the same; " in str(merged)
+    assert (
+        "conflicts   1 prompts have different targets in several adapters, 0 have the same; compared: 1 edits"
+        in str(merged)
+    )
     assert f"'Bergen' in {adapters[0]}, 'Tromsø' in {adapters[1]}\n" in str(merged)
     assert merge_in_place(base, adapters).conflicts == merged.conflicts
     detach(base)
@@ -166,7 +169,9 @@ def test_prompts_that_several_adapters_edit_are_reported(tmp_path: Path) -> None
     assert merge_checkpoint(base, adapters[:1] * 2, tmp_path / "twice").conflicts is None
     with open(adapters[1] / "locft_edits.jsonl", "a") as file:
         file.write("{")
-    assert_refused(r"locft_edits.jsonl, line 2 is not readable: found no JSON", base, adapters, tmp_path / "broken")
+    assert_refused(
+        r"locft_edits.jsonl, line 2 is not readable: found invalid JSON", base, adapters, tmp_path / "broken"
+    )
 
 
 def test_adapters_of_a_model_with_and_without_its_head_add_up(tmp_path: Path) -> None:
@@ -217,7 +222,7 @@ def test_auto_links_and_copies_across_file_systems(tmp_path: Path, monkeypatch: 
     _, _, copied = place("auto", tmp_path / "elsewhere")
     assert set(copied.placed) == {"copy"}
     with pytest.raises(
-        ValueError, match=r"cannot have a hard link at .*Choose a folder beside the base, or link='copy'"
+        ValueError, match=r"cannot be a hard link to .*Choose a folder beside the base, or link='copy'"
     ):
         place("hard", tmp_path / "hard")
     assert sorted(path.name for path in (tmp_path / "hard").iterdir()) == ["adapter", "base"]
@@ -294,10 +299,10 @@ def test_the_new_folder_says_what_was_merged(tmp_path: Path) -> None:
 def test_the_summary_says_what_was_done(tmp_path: Path) -> None:
     _, out, summary = place("copy", tmp_path)
     text = str(summary)
-    assert f"model       {out}\nchanged     model.layers.1.mlp.down_proj.weight (1 in all)\n" in text
-    assert f"\nwritten     {summary.written[0]}: {size(summary.num_bytes)}\nothers      " in text
+    assert f"model       {out}\nchanged     model.layers.1.mlp.down_proj.weight (1 in total)\n" in text
+    assert f"\nwritten     {summary.written[0]}: {size(summary.num_bytes)}\nother files " in text
     ways = ", ".join(f"{count} by {how}" for how, count in sorted(summary.placed.items()))
-    assert f"\nothers      {ways}\ntime        " in text
+    assert f"\nother files {ways}\ntime        " in text
 
 
 # ---------------------------------------------------------------------- the Hub
@@ -324,12 +329,12 @@ def test_a_base_and_an_adapter_of_the_hub_come_from_its_cache(tmp_path: Path, mo
 
 def test_what_is_neither_here_nor_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(ValueError, match="somebody/model is not a folder here, and was not found on the Hub or in"):
+    with pytest.raises(ValueError, match="somebody/model is not a local folder, and was not found on the Hub or in"):
         merge_checkpoint("somebody/model", [tmp_path / "adapter"], tmp_path / "out")
-    with pytest.raises(ValueError, match=f"{tmp_path}/none is not a folder here"):
+    with pytest.raises(ValueError, match=f"{tmp_path}/none is not a local folder"):
         merge_checkpoint(tmp_path / "none", [tmp_path / "adapter"], tmp_path / "out")
     base = save_base(tmp_path / "base")
-    with pytest.raises(ValueError, match=r"revision='main' has no meaning for a local folder"):
+    with pytest.raises(ValueError, match=r"revision='main': .* is a local folder, which has no revisions"):
         merge_checkpoint(base, [tmp_path / "adapter"], tmp_path / "out", revision="main")
 
 
@@ -357,7 +362,7 @@ def assert_refused(match: str, base: Path, adapters: list[Path], out: Path | Non
 
 def test_another_base_is_refused_unless_forced(base: Path, adapter: Path, tmp_path: Path) -> None:
     other = save_base(tmp_path / "other", seed=1)
-    message = r"down_proj.weight of .*other is not the weight that .*adapter was trained on\. Use .*base, at the"
+    message = r"down_proj.weight of .*other is not the weight that .*adapter was trained on\. Use .*base with the"
     assert_refused(message, other, [adapter])
     merge_checkpoint(other, [adapter], tmp_path / "out", force=True)
     model = PeftModel.from_pretrained(build("llama"), adapter)
@@ -367,13 +372,13 @@ def test_another_base_is_refused_unless_forced(base: Path, adapter: Path, tmp_pa
 
 def test_an_edited_base_is_another_one(base: Path, adapter: Path, tmp_path: Path) -> None:
     merge_checkpoint(base, [adapter], tmp_path / "once")
-    assert_refused("and without other edits, or force it", tmp_path / "once", [adapter], tmp_path / "twice")
+    assert_refused("and without other edits. Or use force=True", tmp_path / "once", [adapter], tmp_path / "twice")
 
 
 def test_a_base_that_was_loaded_in_another_dtype_is_known(base: Path, tmp_path: Path) -> None:
     edit(base, tmp_path / "narrow", dtype=torch.bfloat16)
     assert_refused(
-        "but it is once it is rounded to bfloat16: the base was loaded in that dtype", base, [tmp_path / "narrow"]
+        "but it is after rounding to bfloat16: training loaded the base in that dtype", base, [tmp_path / "narrow"]
     )
     narrow = save_base(tmp_path / "narrow base", dtype=torch.bfloat16)
     edit(narrow, tmp_path / "wide", dtype=torch.float32)
@@ -384,7 +389,7 @@ def test_a_base_that_was_loaded_in_another_dtype_is_known(base: Path, tmp_path: 
 
 def test_an_adapter_that_names_no_base_warns(base: Path, adapter: Path, tmp_path: Path) -> None:
     rewrite_adapter(adapter, base_sha256=None)
-    with pytest.warns(UserWarning, match="does not say which base its delta of .*down_proj.weight belongs to"):
+    with pytest.warns(UserWarning, match="does not record the base of its delta of .*down_proj.weight"):
         merge_checkpoint(base, [adapter], tmp_path / "out")
 
 
@@ -393,16 +398,18 @@ def test_a_delta_that_is_not_finite_is_refused(base: Path, tmp_path: Path) -> No
     next(parameter for name, parameter in edited.named_parameters() if "locft_delta" in name).data[0, 0] = torch.nan
     edited.save_pretrained(tmp_path / "broken")
     assert_refused(
-        "would put NaN or infinite values into model.layers.1.mlp.down_proj.weight", base, [tmp_path / "broken"]
+        "model.layers.1.mlp.down_proj.weight: the edit produces NaN or infinite values", base, [tmp_path / "broken"]
     )
-    assert_refused("the adapter is broken, or too strong for F32", base, [tmp_path / "adapter"], scale=float("inf"))
+    assert_refused(
+        "The adapter is broken, or its delta is too large for F32", base, [tmp_path / "adapter"], scale=float("inf")
+    )
 
 
 def test_what_is_more_than_deltas_is_refused(base: Path, tmp_path: Path) -> None:
     config = LocFTConfig(layers_to_transform=[1], modules_to_save=["lm_head"], trainable_token_indices=[1])
     edit(base, tmp_path / "more", config)
     assert_refused(
-        r"holds base_model.model.lm_head.weight, .*trainable_tokens_delta, where only", base, [tmp_path / "more"]
+        r"holds base_model.model.lm_head.weight, .*trainable_tokens_delta; expected only", base, [tmp_path / "more"]
     )
 
 
@@ -411,17 +418,17 @@ def test_an_adapter_of_another_model_is_refused(base: Path, adapter: Path, tmp_p
     assert_refused(r"has the shape \[32, 56\], but the delta of .*down_proj.weight has \[32, 48\]", wider, [adapter])
     gpt2 = save_base(tmp_path / "gpt2", "gpt2")
     assert_refused(
-        "holds no model.layers.1.mlp.down_proj.weight.*: the adapter belongs to another model", gpt2, [adapter]
+        "has no tensor model.layers.1.mlp.down_proj.weight.*: the adapter belongs to another model", gpt2, [adapter]
     )
 
 
 def test_calls_that_cannot_be_meant_are_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
-    assert_refused("No adapter to merge", base, [])
-    assert_refused("1 adapters but 2 weights", base, [adapter], weights=[1.0, 2.0])
+    assert_refused("adapters: found none; expected one or more", base, [])
+    assert_refused("weights: found 2 for 1 adapters", base, [adapter], weights=[1.0, 2.0])
     assert_refused("link='soft': expected 'auto', 'hard' or 'copy'", base, [adapter], link="soft")
-    assert_refused("adapter is there already: a merge writes a new folder", base, [adapter], adapter)
-    assert_refused("base is there already", base, [adapter], base)
-    assert_refused(r"out is inside of the base, .*merge in place", base, [adapter], base / "out")
+    assert_refused("adapter already exists: a merge writes a new folder", base, [adapter], adapter)
+    assert_refused("base already exists", base, [adapter], base)
+    assert_refused(r"out is inside the base, .*merge in place", base, [adapter], base / "out")
     assert_refused("base is not an adapter folder: it has no adapter_config.json", base, [base])
 
 
@@ -465,7 +472,7 @@ def test_leftovers_of_a_killed_merge_go_and_those_of_a_running_one_stay(
 def test_what_was_written_is_read_again(base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("peft_locft.io.patched_file.write_all", lambda writer, part: writer.write(bytes(len(part))))
     with pytest.raises(
-        OSError, match=r"model.safetensors reads differently from what was written to it: model.layers"
+        OSError, match=r"model.safetensors: the disk returned other bytes than were written for model.layers"
     ):
         merge_checkpoint(base, [adapter], base.parent / "out")
     assert sorted(path.name for path in base.parent.iterdir()) == ["adapter", "base"]

@@ -84,7 +84,7 @@ def other_base() -> Any:
 
 
 MESSAGE = (
-    rf"Adapter '{{}}' was trained on another base: {DOWN} differ from the weights that its deltas belong to, so "
+    rf"Adapter '{{}}' was trained on another base: {DOWN} differ from the weights of its training, so "
     r"its answers may change\. Load its own base model, at the revision and dtype it was trained on"
 )
 

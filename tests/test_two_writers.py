@@ -72,7 +72,7 @@ def test_a_save_while_another_save_is_under_way(existing: bool, place: Path, oth
     assert tell(other, {"action": "save", "folder": out}) == "open"
     save_adapter(make_adapter("down"), out)
     (out / "mine.txt").write_text("mine")
-    with pytest.raises(ValueError, match="out is there already: a merge writes a new folder"):
+    with pytest.raises(ValueError, match="out already exists: a merge writes a new folder"):
         merge_checkpoint(place / "base", [place / "adapter"], out)
     assert tell(other, "go on") == "done"
     assert (out / "mine.txt").read_text() == "mine"

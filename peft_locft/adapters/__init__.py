@@ -1,4 +1,4 @@
-"""An adapter folder: saved whole, checked before it is believed, described, exported, shared."""
+"""Adapter folders: saved atomically, checked before use, described, exported, shared."""
 
 import lazy_loader
 

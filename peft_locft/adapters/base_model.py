@@ -1,4 +1,4 @@
-"""What this machine knows of a base model without asking the Hub: its commit there, and the licence in its card."""
+"""The commit and the licence of a base model, from local files and the Hub's cache."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class BaseModel:
         name_or_path: its folder, or its name on the Hub.
         revision: branch, tag or commit on the Hub.
         commit: the commit on the Hub; `None` if it is unknown.
-        license: as in the header of its card; `None` if it is unknown.
-        license_name: the same.
-        license_link: the same.
-        others: fields of a later version.
+        license: `license` in the header of its card; `None` if it is unknown.
+        license_name: `license_name`, likewise.
+        license_link: `license_link`, likewise.
+        others: fields of a later format.
     """
 
     name_or_path: str | None
@@ -35,7 +35,7 @@ class BaseModel:
 
     @classmethod
     def known_here(cls, name_or_path: str | None, revision: str | None = None) -> BaseModel:
-        """Return a base model with what its folder, or its files in the Hub's cache, tell of it.
+        """Return a base model with the commit and licence from its folder, or from the Hub's cache.
 
         Args:
             name_or_path: a folder, or a name on the Hub.
@@ -60,7 +60,7 @@ def _known_file(base: str | None, name: str, revision: str | None) -> Path | Non
         return file if file.is_file() else None
     try:
         cached = try_to_load_from_cache(base, name, revision=revision)
-    except HFValidationError:  # neither a folder nor a name on the Hub
+    except HFValidationError:  # not a valid name on the Hub
         return None
     return Path(cached) if isinstance(cached, str) else None
 
@@ -72,13 +72,13 @@ def _licence(card: Path) -> dict[str, str]:
         text = file.read(MAX_CARD_BYTES).decode("utf-8", errors="replace")
     try:
         data = ModelCard(text, ignore_metadata_errors=True).data
-    except Exception:  # YAML with a mistake in it: the licence is unknown
+    except Exception:  # invalid YAML: the licence is unknown
         return {}
-    named = {name: getattr(data, name, None) for name in LICENCE_FIELDS}
-    # these values go into the header of the adapter's card: only names and links are allowed
-    return {name: value for name, value in named.items() if isinstance(value, str) and is_plain(value)}
+    values = {name: getattr(data, name, None) for name in LICENCE_FIELDS}
+    # the values go into the header of the adapter's card: allow only names and links
+    return {name: value for name, value in values.items() if isinstance(value, str) and is_plain(value)}
 
 
 def is_plain(value: str) -> bool:
-    """Whether a text is short and has only letters, digits and the punctuation of names and links."""
+    """Whether text is short and has only letters, digits and the punctuation of names and links."""
     return re.fullmatch(r"[\w.,:/?=#& +-]{1,200}", value) is not None

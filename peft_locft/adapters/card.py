@@ -42,9 +42,9 @@ def model_card(
 
     Args:
         config: the adapter's configuration.
-        provenance: what is recorded of the adapter.
-        location: names of the base tensors that are edited.
-        ships_edits: whether the edits are in the adapter's folder.
+        provenance: the adapter's provenance.
+        location: names of the edited base tensors.
+        ships_edits: whether the adapter's folder contains the edits.
     """
     base, run, evaluation = config.base_model_name_or_path, provenance.run, provenance.evaluation
     hub_id = base if is_hub_id(base) else None
@@ -75,7 +75,7 @@ def model_card(
 
 
 def replace_template(config: PeftConfig, folder: Path) -> None:
-    """Write the card in place of the template that PEFT's `save_pretrained` writes; leave any other card."""
+    """Replace the empty template of PEFT's `save_pretrained` by the card; leave any other card."""
     file = folder / CARD_NAME
     if file.is_file() and TEMPLATE_MARK in file.read_text(encoding="utf-8"):
         provenance = Provenance.of_config(config)
@@ -83,13 +83,13 @@ def replace_template(config: PeftConfig, folder: Path) -> None:
 
 
 def location_of(config: Any, provenance: Provenance) -> list[str]:
-    """Return the names of the base tensors that an adapter edits; of its target modules if the tensors are unknown."""
+    """Return the names of the base tensors that an adapter edits, or else of its target modules."""
     named = provenance.base_sha256 or getattr(config, "base_sha256", None) or config.target_modules or []
     return [named] if isinstance(named, str) else sorted(named)
 
 
 def is_hub_id(base: str | None) -> bool:
-    """Whether this is a name on the Hub, and not a path on this machine, which the Hub refuses in a card."""
+    """Whether this is a name on the Hub, not a local path. The Hub refuses paths in a card."""
     return bool(base) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(base)) is not None and not Path(str(base)).exists()
 
 
@@ -97,7 +97,7 @@ def is_hub_id(base: str | None) -> bool:
 def _template() -> Template:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    # not ModelCard.from_template: it escapes nothing, and renders a missing value as nothing
+    # not ModelCard.from_template: it does not escape, and hides missing values
     environment = Environment(
         loader=PackageLoader("peft_locft.adapters"),
         autoescape=True,
@@ -125,17 +125,17 @@ def _header(config: PeftConfig, hub_id: str | None, licence: dict[str, Any]) -> 
 
 
 def _quoted(text: str) -> str:
-    # a string of JSON is one of Python too, with any quotes and backslashes in it
+    # a JSON string is also a Python string, with quotes and backslashes escaped
     return json.dumps(text, ensure_ascii=False)
 
 
 def _without_html(text: str) -> Markup:
-    # quotes mean nothing in Markdown, and stay readable
+    # leave quotes readable: they mean nothing in Markdown
     return Markup(text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
 
 
 def _markdown(text: str) -> Markup:
-    """Return a text as Markdown that shows it as it is; what is between backticks becomes code."""
+    """Return text as escaped Markdown; parts between backticks become code."""
     parts = text.split("`")
     shown = [re.sub(r"([\\|\[\]*_])", r"\\\1", _without_html(part)) for part in parts[::2]]
     code = [part.replace("|", r"\|") for part in parts[1::2]]
@@ -154,7 +154,7 @@ def _base_row(base: str | None, recorded: BaseModel) -> Markup:
 
 
 def _licence(base: BaseModel, hub_id: str | None) -> dict[str, str]:
-    """Return the licence in the fields of a card's header; none if the base's is unknown."""
+    """Return the licence as fields of a card's header; empty if the base's is unknown."""
     named = {name: getattr(base, name) for name in LICENCE_FIELDS}
     found = {name: value for name, value in named.items() if value and is_plain(value)}
     link = found.get("license_link")
@@ -165,7 +165,7 @@ def _licence(base: BaseModel, hub_id: str | None) -> dict[str, str]:
 
 def _licence_row(licence: dict[str, str]) -> Markup:
     if not licence:
-        return Markup("not known here; see the base model's card")
+        return Markup("unknown; see the base model's card")
     name, link = licence.get("license_name") or licence["license"], licence.get("license_link", "")
     shown = Markup(f"[{_markdown(name)}]({escape(link)})") if "://" in link else Markup(f"`{name}`")
     return shown + Markup(", as the base model's card says")

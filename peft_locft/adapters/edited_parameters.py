@@ -1,4 +1,4 @@
-"""The parameters that adapters edit, found in a base checkpoint, verified, and composed with their deltas."""
+"""Finds the parameters that adapters edit in a base checkpoint, verifies them, and composes them with their deltas."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ NARROW_DTYPES = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One adapter's part in an edited parameter.
+    """One adapter's delta of an edited parameter.
 
     Attributes:
         adapter: the adapter.
-        name: its name of the parameter; adapters of a model with and without a head have different ones.
+        name: the parameter's name in the adapter, which depends on whether the model had a head.
         delta: where the delta is stored.
         scale: factor of the delta.
-        weight: factor of the adapter where several are combined into one; `None` where each is added by itself.
-        combined_dtype: dtype of the combination.
+        weight: factor of the adapter, if several are combined first; `None` if each is added separately.
+        combined_dtype: dtype of the combined delta.
     """
 
     adapter: CheckedAdapter
@@ -39,18 +39,18 @@ class Term:
 
     @property
     def recorded_sha256(self) -> str | None:
-        """The sha256 of the base parameter that the adapter was trained on; `None` if it records none."""
+        """The sha256 of the base parameter in training; `None` if the adapter does not record it."""
         return (self.adapter.config.base_sha256 or {}).get(self.name)
 
 
 @dataclass(frozen=True, slots=True)
 class EditedParameter:
-    """A parameter of the base checkpoint, and what adapters add to it.
+    """A parameter of the base checkpoint, and the deltas that adapters add to it.
 
     Attributes:
         base: where the parameter is stored.
-        terms: what is added.
-        dtype: dtype in which the base is loaded; `None` is that of the checkpoint.
+        terms: the deltas.
+        dtype: dtype in which the base is loaded; `None`: the dtype of the checkpoint.
     """
 
     base: StoredParameter
@@ -63,7 +63,7 @@ class EditedParameter:
         return self.terms[0].name
 
     def base_sha256(self, dtype: torch.dtype | None = None) -> str:
-        """Return the `tensor_sha256` of the base's parameter, rounded to `dtype` or else to `self.dtype`."""
+        """Return the `tensor_sha256` of the base parameter, rounded to `dtype` or else to `self.dtype`."""
         dtype = dtype or self.dtype
         return values_sha256(values if dtype is None else values.to(dtype) for values in self.base.values())
 
@@ -71,24 +71,24 @@ class EditedParameter:
         """Yield the edited values of one of the base's tensors, flat, in slices that fit in memory.
 
         Raises:
-            ValueError: if one is not finite where the base's is.
+            ValueError: if an edited value is not finite, but the base value is.
         """
         for start, count in span.slices():
             base = span.tensor.read(start, count)
             if self.dtype is not None:
                 base = base.to(self.dtype)
             edited = compose_weight(base, self._deltas(span.start + start, count))
-            # the extremes of what holds a NaN are NaN; a look at every value takes longer than composing them
+            # aminmax returns NaN if there is one; checking every value would take longer than composing them
             finite = torch.stack(torch.aminmax(edited)).isfinite().all()
             if not finite and not (edited.isfinite() | ~base.isfinite()).all():
                 raise ValueError(
-                    f"The edit would put NaN or infinite values into {span.name}: the adapter is broken, or too "
-                    f"strong for {span.tensor.dtype}. Nothing was written. `locft inspect` shows what it holds."
+                    f"{span.name}: the edit produces NaN or infinite values. The adapter is broken, or its delta is "
+                    f"too large for {span.tensor.dtype}. Nothing was written. Check the adapter with `locft inspect`."
                 )
             yield edited
 
     def edited_tensor(self, span: Span) -> torch.Tensor:
-        """Return one of the base's tensors, edited, as a whole."""
+        """Return one whole tensor of the base, edited."""
         return torch.cat(list(self.edited(span))).reshape(span.tensor.shape)
 
     def edited_parameter(self) -> torch.Tensor:
@@ -98,15 +98,15 @@ class EditedParameter:
 
     def base_parameter(self) -> torch.Tensor:
         """Return the whole base parameter."""
-        found = self.base.read()
-        return found if self.dtype is None else found.to(self.dtype)
+        values = self.base.read()
+        return values if self.dtype is None else values.to(self.dtype)
 
     def _deltas(self, start: int, count: int) -> list[tuple[torch.Tensor, float]]:
         if self.terms[0].weight is None:
             return [(term.delta.read(start, count), term.scale) for term in self.terms]
         from ..tuner.delta import combine_deltas
 
-        # as LocFTModel.scaled_deltas and add_weighted_adapter do it: what they would merge, bit for bit
+        # same arithmetic as LocFTModel.scaled_deltas and add_weighted_adapter, for equal bits
         scaled = [(term.delta.read(start, count).float() * term.scale, term.weight or 0.0) for term in self.terms]
         combined = combine_deltas(scaled, "linear", None, "total")
         return [(combined.to(self.terms[0].combined_dtype), 1.0)]
@@ -121,22 +121,22 @@ def edited_parameters(
     dtype: torch.dtype | None = None,
     force: bool = False,
 ) -> list[EditedParameter]:
-    """Find what adapters edit in a checkpoint, and check that it is the base that they were trained on.
+    """Return the parameters that adapters edit, after checking that the adapters were trained on this base.
 
     Args:
         checkpoint: the base.
-        adapters: LocFT adapters, in the order in which they are added.
-        weights: a factor for each adapter, if they are combined into one first.
-        scale: factor of all deltas, in place of each adapter's own.
-        dtype: dtype in which the base is loaded; `None` is that of the checkpoint.
-        force: also return base parameters with other values than the adapters were trained on.
+        adapters: LocFT adapters, in the order of addition.
+        weights: one factor per adapter, to combine the adapters first; `None`: add each separately.
+        scale: factor of all deltas; `None`: each adapter's own.
+        dtype: dtype in which the base is loaded; `None`: the dtype of the checkpoint.
+        force: accept base parameters with other values than in training.
 
     Raises:
-        ValueError: if the base does not have a parameter, or has it in another shape, quantized or tied, or, unless
-            `force`, with other values than an adapter was trained on.
+        ValueError: if a parameter is missing in the base, quantized, tied, of another shape, or (without `force`) has
+            other values than in training.
     """
     finder = ParameterFinder(checkpoint)
-    found: dict[tuple[str, ...], EditedParameter] = {}
+    by_spans: dict[tuple[str, ...], EditedParameter] = {}
     combined_dtype = getattr(torch, adapters[0].config.delta_dtype)
     with one_thread():
         for index, adapter in enumerate(adapters):
@@ -146,17 +146,17 @@ def edited_parameters(
                 term = Term(adapter, name, delta, strength, weight, combined_dtype)
                 parameter = _find(finder, term, dtype, force)
                 spans = tuple(span.name for span in parameter.base.spans)
-                found.setdefault(spans, EditedParameter(parameter.base, [], dtype)).terms.append(term)
-    return list(found.values())
+                by_spans.setdefault(spans, EditedParameter(parameter.base, [], dtype)).terms.append(term)
+    return list(by_spans.values())
 
 
 def _find(finder: ParameterFinder, term: Term, dtype: torch.dtype | None, force: bool) -> EditedParameter:
-    """Return a parameter with one term; verified, unless `force` or the adapter records nothing of it."""
+    """Return a parameter with one term. It is verified, unless `force` or the adapter records no hash of it."""
     if term.recorded_sha256 is not None:
         by_name = finder.find_by_name(term.name, term.delta.shape)
         if by_name is not None:
             parameter = EditedParameter(by_name, [term], dtype)
-            # with the values and the shape that were trained on, it is the parameter as the model has it
+            # same name, shape and values as in training: this is the parameter
             if parameter.base_sha256() == term.recorded_sha256:
                 return parameter
     parameter = EditedParameter(finder.find(term.name, term.delta.shape), [term], dtype)
@@ -168,26 +168,26 @@ def _find(finder: ParameterFinder, term: Term, dtype: torch.dtype | None, force:
 def _other_base(checkpoint: Checkpoint, parameter: EditedParameter) -> ValueError:
     term = parameter.terms[0]
     rounded = [dtype for dtype in NARROW_DTYPES if parameter.base_sha256(dtype) == term.recorded_sha256]
-    but = ""
+    hint = ""
     if rounded:
-        but = (
-            f", but it is once it is rounded to {str(rounded[0]).removeprefix('torch.')}: the base was loaded in that "
-            "dtype. The edited model would differ from the evaluated one by that rounding"
+        hint = (
+            f", but it is after rounding to {str(rounded[0]).removeprefix('torch.')}: training loaded the base in "
+            "that dtype. The edited model would differ from the evaluated one by that rounding"
         )
     return ValueError(
-        f"{term.name} of {checkpoint.name} is not the weight that {term.adapter.folder} was trained on{but}. Use "
-        f"{term.adapter.config.base_model_name_or_path or 'its own base model'}, at the revision and dtype that it "
-        "was trained on and without other edits, or force it (force=True, --force) and expect other answers."
+        f"{term.name} of {checkpoint.name} is not the weight that {term.adapter.folder} was trained on{hint}. Use "
+        f"{term.adapter.config.base_model_name_or_path or 'its own base model'} with the revision and dtype of the "
+        "training and without other edits. Or use force=True (--force); the answers may then change."
     )
 
 
-def one_or_more(adapters: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str | os.PathLike[str]]:
+def adapter_list(adapters: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str | os.PathLike[str]]:
     """Return adapters as a list: one path, or a sequence of paths.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if the list is empty.
     """
-    found = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
-    if not found:
-        raise ValueError("No adapter to merge: give one or more adapter folders.")
-    return found
+    paths = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
+    if not paths:
+        raise ValueError("adapters: found none; expected one or more. Give adapter folders or ids on the Hub.")
+    return paths

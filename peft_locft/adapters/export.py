@@ -1,4 +1,4 @@
-"""One call for every form in which an adapter is handed on."""
+"""One function for all export forms of an adapter."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ EXPORTS: dict[AdapterForm, Callable[..., Export | LoraExport | SmallAdapter]] = 
 def export_adapter(
     adapter: str | os.PathLike[str], out: str | os.PathLike[str], to: AdapterForm, **options: Any
 ) -> Export | LoraExport | SmallAdapter:
-    """Write a LocFT adapter in another form, and return what was written.
+    """Write a LocFT adapter in another form, and return a summary.
 
     Args:
         adapter: a local LocFT adapter folder.
         out: the folder to write; with `to="weights"`, the `.safetensors` file.
-        to: `"peft"`, an adapter that PEFT loads without `peft_locft`, to the same outputs (`export_peft`); `"lora"`,
-            the nearest LoRA adapter (`export_lora`); `"weights"`, the edited weights alone (`export_weights`);
-            `"small"`, a smaller LocFT adapter (`export_small`).
-        **options: what the function of that form takes, `base` and `revision` among them.
+        to: `"peft"`: an adapter that PEFT loads without `peft_locft`, with equal outputs (`export_peft`). `"lora"`:
+            the closest LoRA adapter (`export_lora`). `"weights"`: only the edited weights (`export_weights`).
+            `"small"`: a smaller LocFT adapter (`export_small`).
+        **options: options of that function, such as `base` and `revision`.
 
     Raises:
-        ValueError: if `to` is another word, or the form does not take an option; and as the function of the form.
-        NotADirectoryError: if `out` or a folder above it is a file.
+        ValueError: if `to` is unknown, or the form has no such option; and as in the function of the form.
+        NotADirectoryError: if `out` or a parent is a file.
         OSError: if the base cannot be loaded, or a file cannot be written.
 
     Example:
@@ -45,8 +45,8 @@ def export_adapter(
     """
     if to not in EXPORTS:
         raise ValueError(f"to={to!r}: expected one of {', '.join(get_args(AdapterForm))}.")
-    known = [name for name in signature(EXPORTS[to]).parameters if name not in ("adapter", "out")]
-    unknown = [name for name in options if name not in known]
+    supported = [name for name in signature(EXPORTS[to]).parameters if name not in ("adapter", "out")]
+    unknown = [name for name in options if name not in supported]
     if unknown:
-        raise ValueError(f"{', '.join(unknown)}: no effect with to={to!r}, which takes {', '.join(known)}.")
+        raise ValueError(f"{', '.join(unknown)}: unknown option for to={to!r}; expected {', '.join(supported)}.")
     return EXPORTS[to](adapter, out, **options)

@@ -1,4 +1,4 @@
-"""Exports of an edit for places without `peft_locft`: an adapter for stock PEFT, or the edited weights."""
+"""Exports an edit for use without `peft_locft`: as an adapter for stock PEFT, or as the edited weights."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from .saving import adapter_folder, write_description
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """What an export wrote.
+    """Summary of an export.
 
     Attributes:
         path: the file or folder.
-        tensors: dtype and shape of every edited weight in it, by its name there.
-        num_bytes: size of the file with the weights.
+        tensors: dtype and shape of every tensor in the weights file, by name.
+        num_bytes: size of the weights file.
     """
 
     path: Path
@@ -53,31 +53,31 @@ def export_peft(
     dtype: str = "auto",
     force: bool = False,
 ) -> Export:
-    """Write an adapter that PEFT and transformers load without `peft_locft`, to the same outputs, bit for bit.
+    """Write an adapter that PEFT and transformers load without `peft_locft`; its outputs are equal bit for bit.
 
-    It holds whole edited weights, as `modules_to_save` of a LoRA adapter without targets. It is as large as they are,
-    fits only its own base, and cannot be added to other adapters.
+    It holds the whole edited weights, as `modules_to_save` of a LoRA adapter without targets. It is as large as these
+    weights, fits only its own base, and cannot be added to other adapters.
 
     Args:
         adapter: a local LocFT adapter folder.
         out: the folder to write.
-        base: the base model: a folder or a name on the Hub, in safetensors; `None` is the one that the adapter names.
-        revision: branch, tag or commit of the base on the Hub; `None` is the one that the adapter names with it.
-        dtype: dtype in which the base will be loaded: `"float32"`, `"bfloat16"` or `"float16"`; `"auto"` is that of
-            the checkpoint.
-        force: also use a base with other values than the adapter was trained on.
+        base: the base model in safetensors: a folder or a name on the Hub; `None`: the base named by the adapter.
+        revision: branch, tag or commit of the base on the Hub; `None`: the adapter's, if `base` is `None` too.
+        dtype: dtype in which the base will be loaded: `"float32"`, `"bfloat16"` or `"float16"`; `"auto"`: the
+            dtype of the checkpoint.
+        force: accept a base with other values than in training.
 
     Raises:
-        ValueError: if the adapter is refused by `check_adapter`, the base by `edited_parameters`, or the adapter holds
-            more than deltas or a module inside of another; if the checkpoint lacks a tensor of an edited module.
-        NotADirectoryError: if `out` or one above it is a file.
+        ValueError: if `check_adapter` refuses the adapter, or `edited_parameters` the base; if the adapter holds more
+            than deltas; if an edited module is inside another; if the checkpoint lacks a tensor of an edited module.
+        NotADirectoryError: if `out` or a parent is a file.
         OSError: if the base cannot be downloaded.
 
     Example:
         >>> export_peft("out", "out-stock", "Qwen/Qwen2.5-7B-Instruct")
         >>> AutoPeftModelForCausalLM.from_pretrained("out-stock")  # in a process without peft_locft
     """
-    checked = deltas_alone(adapter, out)
+    checked = check_delta_source(adapter, out)
     checkpoint = Checkpoint(*base_of(checked, base, revision))
     parameters = edited_parameters(checkpoint, [checked], dtype=dtype_of(dtype), force=force)
     tensors = {parameter.name: parameter.edited_parameter() for parameter in parameters}
@@ -85,13 +85,13 @@ def export_peft(
     nested = [inner for inner in modules for outer in modules if inner.startswith(f"{outer}.")]
     if nested:
         raise ValueError(
-            f"{checked.folder}: {nested[0]} is inside of another edited module, and PEFT saves whole modules, each "
-            "once. Merge the adapter and save the model instead."
+            f"{checked.folder}: {nested[0]} is inside another edited module, but this form saves whole modules. Merge "
+            "the adapter and save the model instead."
         )
-    tensors |= _beside(checkpoint, tensors, dtype_of(dtype))
+    tensors |= _other_tensors(checkpoint, tensors, dtype_of(dtype))
     config = LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=modules, **base_fields(checked, base))
-    named = {f"{MODEL}{name}": tensor for name, tensor in tensors.items()}
-    return write_adapter(checked, out, config, named, ExportDetails("peft"))
+    prefixed = {f"{MODEL}{name}": tensor for name, tensor in tensors.items()}
+    return write_adapter(checked, out, config, prefixed, ExportDetails("peft"))
 
 
 def export_weights(
@@ -105,12 +105,12 @@ def export_weights(
 ) -> Export:
     """Write only the edited tensors into one safetensors file, under their names in the base's checkpoint.
 
-    They have the bytes that `merge_checkpoint` writes. Servers that load a checkpoint take tensors of these names in
-    their calls that update weights.
+    Their bytes are equal to those of `merge_checkpoint`. Inference servers accept these names in their weight-update
+    calls.
 
     Args:
         adapter: a local LocFT adapter folder.
-        out: the file to write, `….safetensors`; its folder is made if it is not there.
+        out: the file to write, `….safetensors`; its folder is created if needed.
         base: as in `export_peft`.
         revision: as in `export_peft`.
         dtype: as in `export_peft`.
@@ -125,8 +125,8 @@ def export_weights(
     """
     path = Path(out)
     if path.suffix != ".safetensors" or path.is_dir():
-        raise ValueError(f"{path}: expected the name of a file to write, such as edited.safetensors.")
-    checked = deltas_alone(adapter, out)
+        raise ValueError(f"{path}: expected a file name that ends in .safetensors, such as edited.safetensors.")
+    checked = check_delta_source(adapter, out)
     checkpoint = Checkpoint(*base_of(checked, base, revision))
     parameters = edited_parameters(checkpoint, [checked], dtype=dtype_of(dtype), force=force)
     tensors = {span.name: parameter.edited_tensor(span) for parameter in parameters for span in parameter.base.spans}
@@ -136,38 +136,40 @@ def export_weights(
     return Export(path, _described(tensors), path.stat().st_size)
 
 
-def _beside(
+def _other_tensors(
     checkpoint: Checkpoint, edited: Mapping[str, torch.Tensor], dtype: torch.dtype | None
 ) -> dict[str, torch.Tensor]:
-    """Return what the edited modules have beside their edited parameters, such as biases; PEFT would miss it."""
+    """Return the other tensors of the edited modules, such as biases, which PEFT needs too."""
     finder = ParameterFinder(checkpoint)
-    found = {name: stored for parameter in edited for name, stored in finder.find_beside(parameter).items()}
-    tensors = {name: stored.read() for name, stored in found.items() if name not in edited}
+    others = {name: stored for parameter in edited for name, stored in finder.find_beside(parameter).items()}
+    tensors = {name: stored.read() for name, stored in others.items() if name not in edited}
     return {
         name: tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
         for name, tensor in tensors.items()
     }
 
 
-def checked_apart(adapter: str | os.PathLike[str], out: str | os.PathLike[str]) -> CheckedAdapter:
-    """Return a checked adapter.
+def check_export_source(adapter: str | os.PathLike[str], out: str | os.PathLike[str]) -> CheckedAdapter:
+    """Return a checked adapter to export.
 
     Raises:
-        ValueError: if it is refused, or is in the folder to write.
+        ValueError: if `check_adapter` refuses it, or `out` is its own folder.
     """
     checked = check_adapter(adapter)
     if Path(out).resolve() == checked.folder.resolve():
-        raise ValueError(f"{out} is the adapter itself and would be overwritten. Give another folder.")
+        raise ValueError(
+            f"{out} is the adapter's own folder, which the export would overwrite. Choose another folder."
+        )
     return checked
 
 
-def deltas_alone(adapter: str | os.PathLike[str], out: str | os.PathLike[str]) -> CheckedAdapter:
-    """Return a checked adapter that holds only deltas.
+def check_delta_source(adapter: str | os.PathLike[str], out: str | os.PathLike[str]) -> CheckedAdapter:
+    """Return a checked adapter to export that holds only deltas.
 
     Raises:
-        ValueError: if it is refused, holds more, or is in the folder to write.
+        ValueError: as in `check_export_source`, or if it holds more than deltas.
     """
-    checked = checked_apart(adapter, out)
+    checked = check_export_source(adapter, out)
     checked.refuse_all_but_deltas()
     return checked
 
@@ -175,25 +177,25 @@ def deltas_alone(adapter: str | os.PathLike[str], out: str | os.PathLike[str]) -
 def base_of(
     adapter: CheckedAdapter, base: str | os.PathLike[str] | None, revision: str | None
 ) -> tuple[str | os.PathLike[str], str | None]:
-    """Return the base model and its revision: the given ones, or those that the adapter names.
+    """Return the base model and its revision: the given ones, or else those named by the adapter.
 
     Raises:
-        ValueError: if there are neither.
+        ValueError: if there are none.
     """
     if base is not None:
         return base, revision
-    named = adapter.config.base_model_name_or_path
-    if not named:
-        raise ValueError(f"{adapter.folder} does not name its base model. Give its folder or name on the Hub.")
-    return named, revision or adapter.config.revision
+    name = adapter.config.base_model_name_or_path
+    if not name:
+        raise ValueError(f"{adapter.folder} does not name its base model. Pass base, a folder or a name on the Hub.")
+    return name, revision or adapter.config.revision
 
 
 def base_fields(adapter: CheckedAdapter, base: str | os.PathLike[str] | None) -> dict[str, Any]:
-    """Return the fields of an export's configuration that name the base, the adapter's own where it has them."""
+    """Return the configuration fields of an export that describe the base."""
     config = adapter.config
-    named = config.base_model_name_or_path or (None if base is None else os.fspath(base))
+    name = config.base_model_name_or_path or (None if base is None else os.fspath(base))
     return {
-        "base_model_name_or_path": named,
+        "base_model_name_or_path": name,
         "revision": config.revision,
         "task_type": config.task_type,
         "inference_mode": True,
@@ -207,8 +209,8 @@ def write_adapter(
     tensors: dict[str, torch.Tensor],
     export: ExportDetails,
 ) -> Export:
-    """Write an adapter folder of another PEFT method, with the LocFT adapter's provenance and `export` in its own."""
-    # without the evaluation: an export that answers differently is not what was evaluated
+    """Write an adapter folder of another PEFT method, with the provenance of the LocFT adapter and `export`."""
+    # drop the evaluation: it does not hold for an export that answers differently
     provenance = replace(
         Provenance.of_config(config, adapter.provenance.run),
         base_sha256=getattr(adapter.config, "base_sha256", None) or {},
@@ -226,10 +228,10 @@ def _described(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[str, tuple[i
 
 
 def dtype_of(name: str) -> torch.dtype | None:
-    """Return the dtype of that name, or None for `"auto"`, the checkpoint's own.
+    """Return the dtype of that name; `None` for `"auto"`, the dtype of the checkpoint.
 
     Raises:
-        ValueError: if it is neither.
+        ValueError: if the name is unknown.
     """
     if name not in ("auto", *DELTA_DTYPES):
         raise ValueError(f"dtype={name!r}: expected auto or one of {', '.join(DELTA_DTYPES)}.")

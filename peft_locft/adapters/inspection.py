@@ -1,4 +1,4 @@
-"""A summary of an adapter folder, read and verified without building a model."""
+"""Summarizes an adapter folder, and verifies it without building a model."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ LABEL_WIDTH = 15
 
 @dataclass(frozen=True, slots=True)
 class AdapterSummary:
-    """An adapter folder: its content, its provenance, and what was verified.
+    """Summary of an adapter folder: its content, its provenance, and the verified facts.
 
     Attributes:
-        folder: where it is.
+        folder: the folder.
         config: its `adapter_config.json`, see `CheckedAdapter`.
         tensors: dtype and shape of every tensor in the weights file, by name.
         num_bytes: size of the weights file.
-        provenance: its `locft_provenance.json`; nothing is recorded in it if there is no such file.
-        verified: what was verified, a sentence each.
+        provenance: its `locft_provenance.json`; empty if there is no such file.
+        verified: the verified facts, one sentence each.
     """
 
     folder: Path
@@ -41,7 +41,7 @@ class AdapterSummary:
 
     def __str__(self) -> str:
         recorded = ((label, value.replace("`", "")) for label, value in self.provenance.rows(detailed=True))
-        rows = [*self._content(), *recorded, *(("verified", what) for what in self.verified)]
+        rows = [*self._content(), *recorded, *(("verified", fact) for fact in self.verified)]
         table = "\n".join(f"{label:<{LABEL_WIDTH}}{value}" for label, value in rows)
         return f"{table}\n\nLoad it with:\n\n{usage_lines(self.config, str(self.folder))}"
 
@@ -65,18 +65,18 @@ class AdapterSummary:
 def inspect_adapter(
     folder: str | os.PathLike[str], base: str | os.PathLike[str] | None = None, *, revision: str | None = None
 ) -> AdapterSummary:
-    """Return a summary of an adapter folder, after verifying it: see `check_adapter`; and every value must be finite.
+    """Return a summary of an adapter folder, after `check_adapter` and a check that all values are finite.
 
     Args:
         folder: a local adapter folder, of any PEFT method.
-        base: also verify that this base model, a folder or a name on the Hub, has the tensors that the adapter was
-            trained on. Only LocFT adapters record these.
+        base: a base model, as a folder or a name on the Hub, to verify: it must have the tensors that the adapter was
+            trained on. Only LocFT adapters record them.
         revision: branch, tag or commit of the base on the Hub.
 
     Raises:
-        ValueError: if the folder is refused by `check_adapter`; if a value is NaN or infinite; if the weights or the
-            shipped edits have another sha256 than is recorded; if the base's tensors are others than are recorded, or
-            none are recorded.
+        ValueError: if `check_adapter` refuses the folder; if a value is NaN or infinite; if the weights, the shipped
+            edits or the base's tensors do not match their recorded sha256; if `base` is given, but the adapter records
+            no base tensors.
         OSError: if the base cannot be downloaded.
 
     Example:
@@ -102,22 +102,22 @@ def _verified_file(adapter: CheckedAdapter) -> str | None:
     recorded = adapter.provenance.files.get(SAFETENSORS_WEIGHTS_NAME)
     if recorded is None:
         return None
-    found = sha256_of_file(adapter.weights_file)
-    if found != recorded:
+    digest = sha256_of_file(adapter.weights_file)
+    if digest != recorded:
         raise ValueError(
-            f"{adapter.weights_file} has the sha256 {found[:16]}…; expected {recorded[:16]}…, which was recorded when "
-            "it was saved. The file is damaged or was changed. Download it again; if you changed it yourself, call "
+            f"{adapter.weights_file} has the sha256 {digest[:16]}…; expected {recorded[:16]}…, recorded when it was "
+            "saved. The file is damaged or was changed. Download it again. If you changed it yourself, call "
             "describe_adapter."
         )
-    return f"the weights are as they were saved, sha256 {found[:16]}…"
+    return f"the weights are unchanged since they were saved, sha256 {digest[:16]}…"
 
 
 def _verified_edits(adapter: CheckedAdapter) -> str | None:
     edits = shipped_edits(adapter.folder)
     if edits is None:
         return None
-    of_the_run = "" if adapter.provenance.run is None else ", those that it was trained on"
-    return f"{len(edits)} edits in {EDITS_NAME}{of_the_run}"
+    match = "" if adapter.provenance.run is None else " are the edits that the adapter was trained on"
+    return f"{len(edits)} edits in {EDITS_NAME}{match}"
 
 
 def _verified_base(adapter: CheckedAdapter, base: str | os.PathLike[str], revision: str | None) -> str:
@@ -126,8 +126,8 @@ def _verified_base(adapter: CheckedAdapter, base: str | os.PathLike[str], revisi
     if not recorded:
         raise ValueError(
             f"{adapter.folder} does not record which base tensors it was trained on, so {base} cannot be verified. "
-            "Leave out the base."
+            "Leave out base."
         )
-    found = edited_parameters(Checkpoint(base, revision), [adapter])
-    count = sum(parameter.name in recorded for parameter in found)
-    return f"{count} of {len(adapter.deltas)} edited tensors in {base} are those that it was trained on"
+    parameters = edited_parameters(Checkpoint(base, revision), [adapter])
+    count = sum(parameter.name in recorded for parameter in parameters)
+    return f"{count} of {len(adapter.deltas)} edited tensors in {base} are the same as in training"

@@ -1,4 +1,4 @@
-"""A LoRA adapter that approximates an edit, for servers that load only LoRA, and how much of the edit it keeps."""
+"""Exports an edit as a LoRA adapter that approximates it, for servers that load only LoRA."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..evaluation.report import EvaluationReport
 from ..io.files import size
 from ..tuner.model import locft_layers
 from .claims import MODEL
-from .exports import base_fields, base_of, deltas_alone, dtype_of, write_adapter
+from .exports import base_fields, base_of, check_delta_source, dtype_of, write_adapter
 from .provenance import ExportDetails
 from .reading import CheckedAdapter
 from .saving import describe_adapter
@@ -31,15 +31,15 @@ MAX_RANK = 512  # vLLM's largest max_lora_rank
 
 @dataclass(frozen=True, slots=True)
 class LoraExport:
-    """What a LoRA export wrote, and how much of the edit it keeps.
+    """Summary of a LoRA export.
 
     Attributes:
         path: the folder.
-        rank: of every module's matrices.
-        share_kept: of the deltas' squared Frobenius norm, all modules together; 1 is everything.
-        share_kept_by_module: the same, each module by itself.
+        rank: rank of every module's matrices.
+        share_kept: share of the deltas' squared Frobenius norm that the LoRA adapter keeps, over all modules; 1 = all.
+        share_kept_by_module: the same share for each module.
         num_bytes: size of the weights file.
-        before: evaluation of the adapter, if edits were given; its own `before` is the base.
+        before: evaluation of the LocFT adapter, if edits were given; its own `before` is the base.
         after: evaluation of the LoRA adapter.
     """
 
@@ -76,26 +76,25 @@ def export_lora(
     edits: str | os.PathLike[str] | Sequence[Edit] | datasets.Dataset | None = None,
     dtype: str = "auto",
 ) -> LoraExport:
-    """Write the LoRA adapter that is closest to an edit, and return how much of the delta it keeps.
+    """Write the closest LoRA adapter to an edit, and return how much of the delta it keeps.
 
-    It is the truncated singular value decomposition of PEFT's `convert_to_lora`, with one rank for all modules and
-    `lora_alpha` equal to it: the form that vLLM and SGLang load. Only the base's configuration is read, unless `edits`
-    are given.
+    PEFT's `convert_to_lora` computes a truncated singular value decomposition. All modules have the same rank, and
+    `lora_alpha` equals it, as vLLM and SGLang need. Only the base's configuration is read, unless `edits` are given.
 
     Args:
-        adapter: a local LocFT adapter folder, its location in linear modules.
+        adapter: a local LocFT adapter folder; its location must be linear modules.
         out: the folder to write.
-        base: the base model: a folder or a name on the Hub; `None` is the one that the adapter names.
-        rank: of every module's matrices, up to 512.
-        energy: in place of `rank`: the smallest rank that keeps this share of every module's delta, in (0, 1].
-        revision: branch, tag or commit of the base on the Hub; `None` is the one that the adapter names with it.
-        edits: edits, in any form that `read_edits` reads, on which both adapters are evaluated; this loads the base.
-        dtype: dtype in which the base is loaded for that; `"auto"` is that of its checkpoint.
+        base: the base model: a folder or a name on the Hub; `None`: the base named by the adapter.
+        rank: rank of every module's matrices, up to 512.
+        energy: instead of `rank`: use the smallest rank that keeps this share of every module's delta, in (0, 1].
+        revision: branch, tag or commit of the base on the Hub; `None`: the adapter's, if `base` is `None` too.
+        edits: anything `read_edits` reads: evaluate both adapters on these edits. This loads the base.
+        dtype: dtype of the base for the evaluation; `"auto"`: the dtype of its checkpoint.
 
     Raises:
-        ValueError: if not one of `rank` and `energy` is given, or it is out of range; if the adapter is refused by
-            `check_adapter`, or has a delta of something else than the weight of a linear module.
-        NotADirectoryError: if `out` or one above it is a file.
+        ValueError: if not exactly one of `rank` and `energy` is given, or it is out of range; if `check_adapter`
+            refuses the adapter; if a delta is not of the weight of a linear module.
+        NotADirectoryError: if `out` or a parent is a file.
         OSError: if the base cannot be loaded.
 
     Example:
@@ -105,8 +104,8 @@ def export_lora(
     """
     _check_numbers(rank, energy)
     dtype_of(dtype)
-    asked = None if edits is None else read_edits(edits)
-    checked = deltas_alone(adapter, out)
+    evaluation_edits = None if edits is None else read_edits(edits)
+    checked = check_delta_source(adapter, out)
     source = base_of(checked, base, revision)
     model = _without_base_weights(checked, *source)
     modules = _linear_modules(model, checked)
@@ -115,7 +114,7 @@ def export_lora(
         rank = max(rank_for(module.get_delta_weight("default"), energy) for module in modules.values())
     _check_rank(rank, checked)
     _, tensors = convert_to_lora(model, rank=rank)
-    kept = [_kept(module, tensors, f"{MODEL}{name}") for name, module in modules.items()]
+    norms = [_lost_and_total(module, tensors, f"{MODEL}{name}") for name, module in modules.items()]
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -123,16 +122,18 @@ def export_lora(
         fan_in_fan_out=any(isinstance(module.get_base_layer(), Conv1D) for module in modules.values()),
         **base_fields(checked, base),
     )
-    share = _share(sum(lost for lost, _ in kept), sum(norm for _, norm in kept))
+    share = _share(sum(lost for lost, _ in norms), sum(norm for _, norm in norms))
     written = write_adapter(checked, out, config, tensors, ExportDetails("lora", rank, share))
-    before, after = (None, None) if asked is None else _evaluate(checked, out, source, asked, dtype)
+    before, after = (
+        (None, None) if evaluation_edits is None else _evaluate(checked, out, source, evaluation_edits, dtype)
+    )
     if after is not None:
         describe_adapter(out, report=after)
     return LoraExport(
         Path(out),
         rank,
         share,
-        {name: _share(*norms) for name, norms in zip(modules, kept, strict=True)},
+        {name: _share(*pair) for name, pair in zip(modules, norms, strict=True)},
         written.num_bytes,
         before,
         after,
@@ -149,7 +150,7 @@ def kept_by_rank(delta: torch.Tensor) -> torch.Tensor:
         Shares from rank 1 to min(m, n), in float64; ones if the matrix is zero.
     """
     wide = delta.double()
-    # the squared singular values are the eigenvalues of the smaller Gram matrix, which costs far less than the SVD
+    # eigenvalues of the smaller Gram matrix are the squared singular values, and cost far less than the SVD
     gram = wide @ wide.T if wide.shape[0] <= wide.shape[1] else wide.T @ wide
     energies = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).cumsum(0)
     return energies / energies[-1] if energies[-1] > 0 else torch.ones_like(energies)
@@ -162,9 +163,9 @@ def rank_for(delta: torch.Tensor, energy: float) -> int:
 
 def _check_numbers(rank: int | None, energy: float | None) -> None:
     if (rank is None) == (energy is None):
-        raise ValueError(f"rank={rank}, energy={energy}: expected one of the two.")
+        raise ValueError(f"rank={rank}, energy={energy}: expected exactly one of the two.")
     if rank is not None and not 1 <= rank <= MAX_RANK:
-        raise ValueError(f"rank={rank}: expected 1 to {MAX_RANK}, the most that vLLM serves.")
+        raise ValueError(f"rank={rank}: expected 1 to {MAX_RANK}, the maximum of vLLM.")
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy={energy}: expected the share of the delta to keep, in (0, 1].")
 
@@ -175,17 +176,17 @@ def _check_rank(rank: int, adapter: CheckedAdapter) -> None:
         if rank > min(shape):
             raise ValueError(
                 f"rank={rank}: the delta of {parameter} is {' x '.join(map(str, shape))}, so its rank is at most "
-                f"{min(shape)}. Give a rank up to that."
+                f"{min(shape)}. Use a rank of {min(shape)} or less."
             )
     if rank > MAX_RANK:
         raise ValueError(
-            f"This energy needs rank {rank}; expected at most {MAX_RANK}, which is what vLLM serves. Give a lower "
-            "energy, or export the edited weights instead, which keep all of it."
+            f"energy: found a needed rank of {rank}; expected at most {MAX_RANK}, the maximum of vLLM. Use a lower "
+            "energy, or export the edited weights instead, which keep the whole delta."
         )
 
 
 def _without_base_weights(adapter: CheckedAdapter, base: str | os.PathLike[str], revision: str | None) -> PeftModel:
-    """Return the base model on the meta device, without values, with the adapter and the values of its deltas."""
+    """Return the base model on the meta device, without values, and with the adapter and its real deltas."""
     model_config = AutoConfig.from_pretrained(base, revision=revision)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
@@ -197,15 +198,15 @@ def _linear_modules(model: PeftModel, adapter: CheckedAdapter) -> dict[str, Any]
     others = [name for name, layer in layers.items() if not layer.supports_lora_conversion("default")]
     if others:
         raise ValueError(
-            f"{adapter.folder} has deltas that no LoRA adapter can hold: of {', '.join(others[:3])}"
-            f"{' and others' if len(others) > 3 else ''}. Expected the weights of linear modules alone. Export the "
+            f"{adapter.folder} has deltas that LoRA cannot represent: {', '.join(others[:3])}"
+            f"{' and others' if len(others) > 3 else ''}. Expected only weights of linear modules. Export the "
             "edited weights instead, or merge the adapter and serve the model."
         )
     return layers
 
 
-def _kept(module: Any, tensors: Mapping[str, torch.Tensor], name: str) -> tuple[float, float]:
-    """Return the squared Frobenius norms of what is lost of a delta, and of the delta."""
+def _lost_and_total(module: Any, tensors: Mapping[str, torch.Tensor], name: str) -> tuple[float, float]:
+    """Return the squared Frobenius norms of the lost part of a delta, and of the whole delta."""
     delta = module.get_delta_weight("default")
     product = tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
     product = product.T if isinstance(module.get_base_layer(), Conv1D) else product

@@ -1,4 +1,4 @@
-"""The provenance of an adapter, `locft_provenance.json`: its base model, how it was made, what was measured."""
+"""The provenance of an adapter, `locft_provenance.json`: its base model, its training and its evaluation."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ PROVENANCE_NAME = "locft_provenance.json"
 FORMAT = 1
 RECIPE_NUMBERS = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "seed")
 RECIPE_NAMES = ("edit_order", "objective")
-# a run has all of the first three, and the others only beside them
+# a training run has all of RUN; BESIDE_RUN are optional and need a run
 RUN = ("edits", "recipe", "training")
 BESIDE_RUN = ("augmentation", "continued")
 
 
 @dataclass(frozen=True, slots=True)
 class TrainedEdits:
-    """Which edits an adapter was trained on.
+    """The edits that an adapter was trained on.
 
     Attributes:
-        count: their number.
+        count: number of edits.
         sha256: see `edits_sha256`.
-        others: fields of a later version.
+        others: fields of a later format.
     """
 
     count: int
@@ -56,8 +56,8 @@ class TrainingResult:
     """The course of a training run.
 
     Attributes:
-        epoch_losses: the mean loss of each epoch; of each edit, in depth-first order.
-        steps: optimizer steps.
+        epoch_losses: mean loss of each epoch; in depth-first order, of each edit.
+        steps: number of optimizer steps.
         curves: metrics by epoch, each with an `epoch`, from an `EvaluationCallback`.
         best_epoch: the epoch whose weights the adapter has, if the callback chose one.
         others: fields of a later version.
@@ -75,9 +75,9 @@ class Augmentation:
     """The rows that a run trained on beyond its edits.
 
     Attributes:
-        prefixes: texts that were put before prompts.
-        counts: rows by their kind, such as `{"paraphrases": 120, "retained_facts": 400}`.
-        trained_prompts: hashes of the prompts of these rows, see `leaks.trained_prompts_record`.
+        prefixes: texts prepended to prompts.
+        counts: number of rows by kind, such as `{"paraphrases": 120, "retained_facts": 400}`.
+        trained_prompts: hashes of these rows' prompts, see `leaks.trained_prompts_record`.
         others: fields of a later version.
     """
 
@@ -90,7 +90,7 @@ class Augmentation:
     def of_rows(
         cls, *, prefixes: Sequence[str] = (), counts: Mapping[str, int] | None = None, prompts: Iterable[str] = ()
     ) -> Augmentation:
-        """Return the record of rows with these prefixes, counts and prompts; the prompts are only hashed."""
+        """Return the record of rows with these prefixes, counts and prompts. The prompts are only hashed."""
         from ..data.leaks import trained_prompts_record
 
         return cls(list(prefixes), dict(counts or {}), trained_prompts_record(prompts))
@@ -101,11 +101,11 @@ class TrainingRun:
     """The training run that made an adapter.
 
     Attributes:
-        edits: which edits it trained.
-        recipe: settings by name, see `training.record.RECIPE_FIELDS`; those of a later version too.
-        training: how the loss went.
-        augmentation: the rows beyond the edits, if there were any.
-        continued: how often the adapter was trained on, and how many edits that added, replaced and withdrew.
+        edits: the trained edits.
+        recipe: settings by name, see `training.record.RECIPE_FIELDS`, also unknown ones.
+        training: losses and metrics.
+        augmentation: the rows beyond the edits; `None` if there were none.
+        continued: number of updates of the adapter, and of edits added, replaced and withdrawn.
     """
 
     edits: TrainedEdits
@@ -123,7 +123,7 @@ class TrainingRun:
         if self.continued:
             yield "continued", ", ".join(f"{count} {printable(name)}" for name, count in self.continued.items())
         recipe, losses = self.recipe, self.training.epoch_losses
-        # adapters from before there were two recipes do not name theirs
+        # adapters from before the balanced recipe do not record their recipe's name
         name = "balanced, " if recipe.get("recipe") == "balanced" else ""
         order = printable(recipe["edit_order"]).replace("_", "-")
         yield (
@@ -148,12 +148,12 @@ class TrainingRun:
 
 @dataclass(frozen=True, slots=True)
 class Shrinking:
-    """How the deltas were made smaller.
+    """How the deltas were shrunk.
 
     Attributes:
-        delta_dtype: the dtype they were saved in; `None` if it was not changed.
-        density: the share of values that were kept; `None` if all were.
-        share_kept: of the deltas' squared Frobenius norm; 1 is everything.
+        delta_dtype: new dtype of the deltas; `None`: unchanged.
+        density: share of values kept; `None`: all.
+        share_kept: share of the deltas' squared Frobenius norm kept; 1 = all.
         others: fields of a later version.
     """
 
@@ -165,18 +165,18 @@ class Shrinking:
     def __str__(self) -> str:
         parts = [f"deltas in {printable(self.delta_dtype)}"] if self.delta_dtype else []
         if self.density:
-            parts.append(f"the {self.density:.0%} of values that are largest beside their weight")
+            parts.append(f"the largest {self.density:.0%} of values relative to their weight")
         return f"{', '.join(parts)}; kept {self.share_kept:.4%} of the squared Frobenius norm"
 
 
 @dataclass(frozen=True, slots=True)
 class ExportDetails:
-    """The form that a LocFT adapter was exported to.
+    """The export form of an adapter.
 
     Attributes:
-        to: `"peft"`, whole weights; or `"lora"`.
-        rank: of the LoRA matrices.
-        share_kept: of the deltas' squared Frobenius norm, by the LoRA matrices; 1 is everything.
+        to: `"peft"` (whole weights) or `"lora"`.
+        rank: rank of the LoRA matrices.
+        share_kept: share of the deltas' squared Frobenius norm that the LoRA matrices keep; 1 = all.
         others: fields of a later version.
     """
 
@@ -186,24 +186,24 @@ class ExportDetails:
     others: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lora = f" of rank {self.rank}, keeps {self.share_kept:.2%}" if self.to == "lora" else ""
-        return f"of a LocFT adapter, to {self.to}{lora}"
+        lora = f" of rank {self.rank}, keeps {self.share_kept:.2%} of the delta" if self.to == "lora" else ""
+        return f"from a LocFT adapter to {self.to}{lora}"
 
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """What is recorded of an adapter. `Provenance()` records nothing.
+    """The recorded facts about an adapter. `Provenance()` is empty.
 
     Attributes:
         base_model: the model that it edits.
-        base_sha256: sha256 of each base tensor that a delta belongs to, by the name of the parameter.
-        run: the training run that made it; `None` if it was not one of ours.
-        evaluation: what was measured, without prompts and answers; `None` if nothing was.
-        shrunk: how its deltas were made smaller, if they were.
-        export: the form that it was exported to, if it was.
-        versions: of the packages that made it.
-        files: sha256 of its files, by their names.
-        others: fields of a later version, which are written again as they were read.
+        base_sha256: sha256 of each edited base tensor, by parameter name.
+        run: the training run that made it; `None` if another program trained it.
+        evaluation: evaluation results, without prompts and answers; `None` if there are none.
+        shrunk: how its deltas were shrunk; `None` if they were not.
+        export: its export form; `None` if it is not an export.
+        versions: versions of the packages that made it.
+        files: sha256 of its files, by name.
+        others: fields of a later format; they are kept when the file is rewritten.
     """
 
     base_model: BaseModel = field(default_factory=lambda: BaseModel(None, None))
@@ -220,7 +220,7 @@ class Provenance:
     def of_config(
         cls, config: PeftConfig, run: TrainingRun | None = None, evaluation: EvaluationReport | None = None
     ) -> Provenance:
-        """Return the provenance of an adapter that is being saved with this configuration."""
+        """Return the provenance of an adapter to save with this configuration."""
         return cls(
             base_model=BaseModel.known_here(config.base_model_name_or_path, config.revision),
             base_sha256=getattr(config, "base_sha256", None) or {},
@@ -231,25 +231,25 @@ class Provenance:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], where: object) -> Provenance:
-        """Return the provenance that [`Provenance.to_dict`] gave, from a file that nobody vouches for.
+        """Return the provenance from the content of an untrusted file, the inverse of `to_dict`.
 
-        Unknown fields are kept, so that a later version's are not lost when this one writes the file again. An unknown
-        format, and unknown fields of a metric, are refused.
+        Unknown fields are kept, so rewriting the file does not lose the fields of a later format. An unknown
+        format and unknown fields of a metric are refused.
 
         Args:
             data: the content of `locft_provenance.json`.
             where: the file, for messages.
 
         Raises:
-            ValueError: if a field is missing or has another form.
+            ValueError: if a field is missing or invalid.
         """
         if "format" not in data:
             raise ValueError(f"{where}: found no format; expected {FORMAT}. Download it again, or remove it.")
         check_fields(data, FIELDS, where)
-        found = set(data) & {*RUN, *BESIDE_RUN}
-        if found and not set(RUN) <= found:
+        present = set(data) & {*RUN, *BESIDE_RUN}
+        if present and not set(RUN) <= present:
             raise ValueError(
-                f"{where}: found {', '.join(sorted(found))} alone; expected all of {', '.join(RUN)}, or none. "
+                f"{where}: found only {', '.join(sorted(present))}; expected all of {', '.join(RUN)}, or none. "
                 "Download it again, or remove it."
             )
         parts = {"base_model": BaseModel, "shrunk": Shrinking, "export": ExportDetails}
@@ -283,13 +283,13 @@ class Provenance:
         return content | ({"files": self.files} if self.files else {}) | self.others
 
     def rows(self, *, detailed: bool) -> list[tuple[str, str]]:
-        """Return what is recorded, for people: a label and a text each. Names are in backticks.
+        """Return readable rows, a label and a text each. Names are in backticks.
 
         Args:
-            detailed: whether to list all settings, prefixes and metrics too.
+            detailed: also list all settings, prefixes and metrics.
         """
         rows = [] if self.run is None else list(self.run.rows(detailed=detailed))
-        rows += [("made smaller", str(self.shrunk))] if self.shrunk is not None else []
+        rows += [("shrunk", str(self.shrunk))] if self.shrunk is not None else []
         rows += [("export", str(self.export))] if self.export is not None else []
         if detailed and self.evaluation is not None:
             for name, result in self.evaluation.results.items():
@@ -300,7 +300,7 @@ class Provenance:
 
 
 def printable(value: object) -> str:
-    """Return a value as a text that a terminal may show, and that may stand between backticks."""
+    """Return a value as text that is safe in a terminal and between backticks."""
     return "".join(letter if letter.isprintable() and letter != "`" else "?" for letter in str(value))
 
 
@@ -322,7 +322,7 @@ def _is_short_hash(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value) is not None
 
 
-# every field but "evaluation", which has a parser of its own
+# all fields; "evaluation" has its own parser
 FIELDS: Fields = {
     "format": (lambda value: type(value) is int and value == FORMAT, str(FORMAT)),
     "augmentation": (
@@ -334,13 +334,13 @@ FIELDS: Fields = {
         "prefixes, counts and the hashes of trained_prompts",
     ),
     "base_model": (dict_of(or_none(is_text)), "names"),
-    "base_sha256": (dict_of(is_sha256), "64 hexadecimal digits a tensor"),
-    "edits": (has_fields(count=is_count, sha256=is_sha256), "their count and sha256"),
+    "base_sha256": (dict_of(is_sha256), "64 hexadecimal digits per tensor"),
+    "edits": (has_fields(count=is_count, sha256=is_sha256), "a count and a sha256"),
     "evaluation": (lambda value: True, ""),
     "continued": (dict_of(is_count), "counts of edits"),
-    "recipe": (_is_recipe, f"settings, {', '.join(RECIPE_NUMBERS)} and others"),
-    "export": (_is_export, "to peft, or to lora with a rank and the share_kept"),
-    "files": (dict_of(is_sha256), "64 hexadecimal digits a file"),
+    "recipe": (_is_recipe, f"settings such as {', '.join(RECIPE_NUMBERS)}"),
+    "export": (_is_export, "to='peft', or to='lora' with rank and share_kept"),
+    "files": (dict_of(is_sha256), "64 hexadecimal digits per file"),
     "shrunk": (
         has_fields(delta_dtype=or_none(is_text), density=or_none(is_number), share_kept=is_number),
         "delta_dtype, density and share_kept",
@@ -352,9 +352,9 @@ FIELDS: Fields = {
             curves=or_none(lambda value: isinstance(value, list)),
             best_epoch=or_none(is_number),
         ),
-        "epoch_losses, a list of finite numbers; and steps, curves and best_epoch where there are any",
+        "epoch_losses, a list of finite numbers; optional: steps, curves, best_epoch",
     ),
-    "versions": (dict_of(is_text), "versions"),
+    "versions": (dict_of(is_text), "version texts"),
 }
 
 
@@ -383,20 +383,20 @@ def _evaluation(data: dict[str, Any], where: object) -> EvaluationReport | None:
         return EvaluationReport.from_dict(data["evaluation"], summary=True)
     except ValueError as error:
         raise ValueError(
-            f"{where}: evaluation is {shortened(data['evaluation'])}; expected results, settings, notes and what is "
+            f"{where}: evaluation is {shortened(data['evaluation'])}; expected results, settings, notes and "
             f"missing ({error}). Download or save it again."
         ) from None
 
 
 def _part(kind: Any, data: dict[str, Any]) -> Any:
-    """Return a part of a provenance. A required field that is missing becomes None; unknown ones go to `others`."""
+    """Return a part of a provenance. Missing required fields become None; unknown fields go to `others`."""
     names = {each.name: _is_required(each) for each in fields(kind) if each.name != "others"}
     known = {name: data.get(name) for name, required in names.items() if required or name in data}
     return kind(**known, others={name: value for name, value in data.items() if name not in names})
 
 
 def _plain(part: Any) -> dict[str, Any]:
-    """Return a part as plain data for JSON, without what is not known."""
+    """Return a part as plain data for JSON, without empty optional fields."""
     values = {each.name: getattr(part, each.name) for each in fields(part) if each.name != "others"}
     required = {each.name for each in fields(part) if _is_required(each)}
     return {name: value for name, value in values.items() if name in required or value not in (None, [])} | part.others

@@ -1,4 +1,4 @@
-"""Adapter folders from anyone: everything is checked before it is used, and nothing is unpickled."""
+"""Reads untrusted adapter folders: everything is checked before use, and nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -17,31 +17,30 @@ from ..io.untrusted_json import json_object, one_line, shortened
 from .claims import check_config, delta_names
 from .provenance import PROVENANCE_NAME, Provenance
 
-# PEFT's names, here so that reading an adapter need not load PEFT
+# PEFT's names, repeated here to read an adapter without importing PEFT
 CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
-# an adapter has some hundreds of tensors, with 150 bytes of header each; this is enough for 50,000
+# enough for 50,000 tensors of 150 bytes each; an adapter has some hundreds
 MAX_HEADER_BYTES = 8_000_000
 MAX_CONFIG_BYTES = 4_000_000
-MAX_PROVENANCE_BYTES = 16_000_000  # depth-first runs list a loss for every edit
+MAX_PROVENANCE_BYTES = 16_000_000  # depth-first runs record one loss per edit
 PICKLES = (".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth")
-# what transformers' Trainer leaves beside an adapter; nothing here opens them
+# files of transformers' Trainer beside an adapter; never opened here
 TRAINER_FILES = ("optimizer.bin", "optimizer.pt", "scaler.pt", "scheduler.pt", "training_args.bin")
 FINITE_CHECK_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class CheckedAdapter:
-    """A checked adapter folder. Its values are read, and checked, one tensor at a time.
+    """A checked adapter folder. Values are read and checked one tensor at a time.
 
     Attributes:
         folder: the folder.
-        config: its configuration: of a LocFT adapter, the fields of `LocFTConfig`; of another, PEFT's configuration.
-        tensors: what its weights file holds, by name.
-        deltas: name of every delta in the weights file, by the name of the base parameter that it belongs to; empty
-            for any other method than LocFT.
+        config: its configuration: the fields of `LocFTConfig` for LocFT, PEFT's configuration for other methods.
+        tensors: the tensors of its weights file, by name.
+        deltas: name of every delta in the weights file, by the name of its base parameter; empty for other methods.
         num_bytes: size of the weights file.
-        provenance: what is recorded of it; nothing if it has no `locft_provenance.json`.
+        provenance: its provenance; empty if it has no `locft_provenance.json`.
     """
 
     folder: Path
@@ -58,56 +57,55 @@ class CheckedAdapter:
 
     @property
     def delta_tensors(self) -> dict[str, StoredTensor]:
-        """Where every delta is stored, by the name of the base parameter that it belongs to."""
+        """Where every delta is stored, by the name of its base parameter."""
         return {parameter: self.tensors[name] for parameter, name in self.deltas.items()}
 
     def refuse_all_but_deltas(self) -> None:
-        """Raise a ValueError if the adapter holds whole weights beside its deltas."""
+        """Raise a ValueError if the adapter holds other tensors than deltas."""
         others = sorted(self.tensors.keys() - self.deltas.values())
         if others:
             raise ValueError(
-                f"{self.weights_file} holds {', '.join(others[:3])}, where only deltas are expected: whole weights "
-                "(modules_to_save, trainable_token_indices) are neither exported nor merged on disk. Merge this "
-                "adapter with "
+                f"{self.weights_file} holds {', '.join(others[:3])}; expected only deltas. Exports and merges on disk "
+                "do not support modules_to_save and trainable_token_indices. Merge this adapter in memory: "
                 "AutoPeftModelForCausalLM.from_pretrained(adapter).merge_and_unload().save_pretrained(out)."
             )
 
     def open_weights(self) -> BufferedReader:
-        """Open the weights file, if it is still the one that was checked.
+        """Open the weights file.
 
         Raises:
-            ValueError: if it was replaced or written to since.
+            ValueError: if it was replaced or changed since the check.
         """
         file = open_inside(self.folder, SAFETENSORS_WEIGHTS_NAME)
         if _identity(file) != self._identity:
             file.close()
             raise ValueError(
-                f"{self.weights_file} has changed since it was checked. Check it again, while nobody writes."
+                f"{self.weights_file} has changed since it was checked. Check it again when no program writes to it."
             )
         return file
 
     def read(self, name: str) -> torch.Tensor:
-        """Return one tensor, of the dtype and shape that `tensors` says.
+        """Return one tensor, with the dtype and shape from `tensors`.
 
         Args:
             name: its name in the weights file.
 
         Raises:
-            ValueError: if the file has changed since it was checked, or a value is NaN or infinite.
+            ValueError: if the file has changed since the check, or a value is NaN or infinite.
         """
         stored = self.tensors[name]
-        # read and not mapped into memory: a mapped file that somebody truncates kills the process
+        # not memory-mapped: if another program truncates a mapped file, this process is killed
         content = bytearray(stored.num_bytes)
         with self.open_weights() as file:
             file.seek(stored.start)
             if file.readinto(content) != len(content):
-                raise ValueError(f"{self.weights_file} ended early. Check it again, while nobody writes.")
+                raise ValueError(f"{self.weights_file} ended early. Check it again when no program writes to it.")
         dtype = DTYPES[stored.dtype]
         tensor = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
         if not _is_finite(tensor):
             raise ValueError(
-                f"{self.weights_file}: {name} holds NaN or infinite values, and with them the model would answer "
-                "with noise. Download the adapter again; if it was saved so, train it again at a lower learning rate."
+                f"{self.weights_file}: {name} holds NaN or infinite values, so the model would produce noise. "
+                "Download the adapter again. If that does not help, train it again at a lower learning rate."
             )
         return tensor.reshape(stored.shape)
 
@@ -117,20 +115,20 @@ class CheckedAdapter:
 
 
 def check_adapter(folder: str | os.PathLike[str], *, method: str | None = "LOCFT") -> CheckedAdapter:
-    """Check an untrusted adapter folder, without reading its tensors' values.
+    """Check an untrusted adapter folder, and return it. Tensor values are not read.
 
-    A file may be a symbolic link inside of the folder, or, in a snapshot in a Hub cache, to a blob of the same
-    repository. The base model is not read, and no code from the folder is run.
+    A file may be a symbolic link inside the folder. In a snapshot of a Hub cache, it may also link to a blob of the
+    same repository. The base model is not read, and no code from the folder is run.
 
     Args:
         folder: a local adapter folder.
-        method: the PEFT method it must be of; `None` is any.
+        method: the expected PEFT method; `None`: any.
 
     Raises:
-        ValueError: if a file is missing, too large, no regular file, a link out of the folder, or a pickle; if the
-            weights' header is no header or lies; if the configuration or the provenance is not JSON, has a field of
-            another type, or is of another method; if a tensor belongs to nothing that the configuration names. The
-            message says where, what was found, what was expected and what to do.
+        ValueError: if a file is missing, too large, not a regular file, a link out of the folder, or a pickle; if the
+            header of the weights is invalid or does not fit the file; if the configuration or the provenance is not
+            JSON, has a field of a wrong type, or is of another method; if the configuration does not name the module
+            of a tensor. The message says where, what was found, what was expected and what to do.
 
     Example:
         >>> adapter = check_adapter("out")
@@ -147,7 +145,7 @@ def check_adapter(folder: str | os.PathLike[str], *, method: str | None = "LOCFT
     provenance = read_provenance(folder)
     with open_inside(folder, SAFETENSORS_WEIGHTS_NAME) as file:
         num_bytes, identity = file.seek(0, os.SEEK_END), _identity(file)
-        # a link that is changed from here on is not followed
+        # resolve the link once: later changes of the link have no effect
         weights = (folder / SAFETENSORS_WEIGHTS_NAME).resolve()
         where = folder / SAFETENSORS_WEIGHTS_NAME
         tensors, _ = read_header(weights, where=where, max_header_bytes=MAX_HEADER_BYTES)
@@ -157,12 +155,12 @@ def check_adapter(folder: str | os.PathLike[str], *, method: str | None = "LOCFT
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """Return the deltas of a LocFT adapter by the name of the base parameter, without the adapter's scale.
+    """Return the deltas of a LocFT adapter, by base parameter name, without the adapter's scale.
 
-    All of them are in memory; `check_adapter` and `CheckedAdapter.read_delta` read one at a time.
+    All deltas are loaded at once. To read one at a time, use `check_adapter` and `CheckedAdapter.read_delta`.
 
     Raises:
-        ValueError: as `check_adapter`, and if a value is NaN or infinite.
+        ValueError: as in `check_adapter`, and if a value is NaN or infinite.
 
     Example:
         >>> {name: delta.shape for name, delta in read_adapter("out").items()}
@@ -173,10 +171,10 @@ def read_adapter(folder: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
 
 
 def read_provenance(folder: Path) -> Provenance:
-    """Return what is recorded of the adapter in a folder; nothing if it has no `locft_provenance.json`.
+    """Return the provenance of the adapter in a folder; empty if it has no `locft_provenance.json`.
 
     Raises:
-        ValueError: if the file is refused by `read_json` or `Provenance.from_dict`.
+        ValueError: if `read_json` or `Provenance.from_dict` refuses the file.
     """
     if not os.path.lexists(folder / PROVENANCE_NAME):
         return Provenance()
@@ -185,17 +183,17 @@ def read_provenance(folder: Path) -> Provenance:
 
 
 def read_json(folder: Path, name: str, max_bytes: int) -> dict[str, Any]:
-    """Return a JSON object from a file of the folder.
+    """Return the JSON object in a file of the folder.
 
     Raises:
         ValueError: if the file is not a regular file in the folder, is larger than `max_bytes`, is not UTF-8 or not
-            JSON, names a key twice, or does not hold an object.
+            JSON, has a duplicate key, or does not hold an object.
     """
     return json_object(_content(folder, name, max_bytes), folder / name)
 
 
 def read_lines(folder: Path, name: str, max_bytes: int) -> list[dict[str, Any]]:
-    """Return the JSON objects of a file of the folder that has one on each line; errors as of `read_json`."""
+    """Return the JSON objects in a file of the folder, one per line; raises as `read_json`."""
     lines = _content(folder, name, max_bytes).split(b"\n")
     return [json_object(line, f"{folder / name}, line {number}") for number, line in enumerate(lines, start=1) if line]
 
@@ -205,7 +203,7 @@ def _content(folder: Path, name: str, max_bytes: int) -> bytes:
         num_bytes = os.fstat(file.fileno()).st_size
         if num_bytes > max_bytes:
             raise ValueError(
-                f"{folder / name} is not readable: found {num_bytes} bytes; expected {max_bytes} at most. Download or "
+                f"{folder / name} is not readable: found {num_bytes} bytes; expected at most {max_bytes}. Download or "
                 "save it again."
             )
         return file.read(num_bytes)
@@ -222,13 +220,13 @@ def open_inside(folder: Path, name: str) -> BufferedReader:
         place = file.resolve(strict=True)
         if place.parent != folder.resolve() and not _is_blob(place, folder.resolve()):
             raise ValueError(
-                f"{file} is a symbolic link to {place}, outside of the adapter's folder. Replace it by that "
-                "file if you know what it is; else do not use this adapter."
+                f"{file} is a symbolic link to {place}, outside the adapter's folder. Do not use this adapter, unless "
+                "you know that file. Then copy it into the folder."
             )
-        # not through a link that has come since; and opening a pipe would wait for somebody to write into it
+        # do not follow a link created since, and do not wait for a writer of a pipe
         flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         descriptor = os.open(place, flags)
-    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
+    except (OSError, RuntimeError) as error:  # RuntimeError: circular links, before Python 3.13
         raise ValueError(f"{file} cannot be opened ({one_line(error)}). Download or save it again.") from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -237,10 +235,10 @@ def open_inside(folder: Path, name: str) -> BufferedReader:
 
 
 def _is_blob(place: Path, folder: Path) -> bool:
-    """Whether the folder is a snapshot in a Hub cache, and the file one that links of a snapshot may lead to.
+    """Whether the folder is a snapshot in a Hub cache, and the file is a blob that its links may point to.
 
-    They lead to `models--owner--name/blobs/<hash>`, and from there, for files that came by Xet, to
-    `blobs/<the hash's beginning>/<hash>` beside all repositories.
+    The links point to `models--owner--name/blobs/<hash>`. With Xet, these point on to
+    `blobs/<first two digits>/<hash>` beside all repositories.
     """
     for snapshots in folder.parents:
         repository = snapshots.parent
@@ -254,29 +252,29 @@ def _check_complete(folder: Path) -> None:
     missing = [name for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME) if not os.path.lexists(folder / name)]
     if missing:
         raise ValueError(
-            f"{folder} is not an adapter folder: it has no {' and no '.join(missing)}. Give the folder that "
-            "`save_pretrained` or `locft train --output_dir` wrote."
+            f"{folder} is not an adapter folder: it has no {' and no '.join(missing)}. Give a folder written by "
+            "`save_pretrained` or `locft train --output_dir`."
         )
 
 
 def _check_no_pickle(folder: Path) -> None:
-    for found in os.listdir(folder):
-        name = found.lower()
+    for file_name in os.listdir(folder):
+        name = file_name.lower()
         if name.endswith(PICKLES) and name not in TRAINER_FILES and not name.startswith("rng_state"):
             raise ValueError(
-                f"{folder} holds {shortened(found)}, which may be a pickle, and a pickle runs code when it is "
-                "loaded. Expected only safetensors. Remove it if you do not need it; do not load it."
+                f"{folder} holds {shortened(file_name)}, which may be a pickle; expected only safetensors. Loading a "
+                "pickle can run code: do not load it, and remove it if you do not need it."
             )
 
 
 def _identity(file: BufferedReader) -> tuple[int, ...]:
-    found = os.fstat(file.fileno())
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
     if not tensor.is_floating_point():
         return True
-    # in parts, since the test itself allocates; float8 has no test of its own
+    # in parts, since isfinite allocates; float8 has no isfinite
     wide = torch.float32 if tensor.itemsize == 1 else tensor.dtype
     return all(bool(torch.isfinite(part.to(wide)).all()) for part in tensor.split(FINITE_CHECK_ELEMENTS))

@@ -1,4 +1,4 @@
-"""Uploads an adapter to the Hub: checked, with its card, and without other files of its folder."""
+"""Checks an adapter and uploads it to the Hub, with its card and without other files."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ def push_adapter(
 ) -> str:
     """Upload a saved adapter to the Hub in one commit, with its card.
 
-    PEFT's own `model.push_to_hub` uploads the weights too, but replaces the card by transformers' empty one.
+    PEFT's `model.push_to_hub` replaces the card by an empty template; this function keeps it.
 
     Args:
-        folder: a local adapter folder, of any PEFT method. Edits that it ships are uploaded; checkpoints and other
-            files are not.
+        folder: a local adapter folder, of any PEFT method. Shipped edits are uploaded; checkpoints and other files
+            are not.
         repo_id: "owner/name" on the Hub. The repository is created if it does not exist.
-        private: whether a new repository is private; `None` is the owner's default.
-        token: of the Hub; `None` is that of the login.
-        revision: branch to commit to; `None` is main.
-        commit_message: the title of the commit.
-        create_pr: open a pull request with the commit.
+        private: whether a new repository is private; `None`: the owner's default.
+        token: access token of the Hub; `None`: that of the login.
+        revision: branch to commit to; `None`: main.
+        commit_message: title of the commit.
+        create_pr: open a pull request instead of committing to the branch.
 
     Returns:
         The URL of the commit.
 
     Raises:
-        ValueError: if the folder is refused by `inspect_adapter`, has no card, or has one that the Hub refuses.
+        ValueError: if `inspect_adapter` refuses the folder, it has no card, or the Hub refuses the card.
         HfHubHTTPError: if the Hub refuses the upload.
 
     Example:
@@ -55,13 +55,13 @@ def push_adapter(
     folder = Path(folder)
     inspect_adapter(folder)
     if not (folder / CARD_NAME).is_file():
-        raise ValueError(f"{folder} has no {CARD_NAME}, the model card. Write it with describe_adapter, or by hand.")
-    # the card names the repository to load the adapter from, which is known only now
+        raise ValueError(f"{folder} has no {CARD_NAME}, the model card. Call describe_adapter, or write it by hand.")
+    # only now is the repository known, which the card's example loads
     named = (folder / CARD_NAME).read_text(encoding="utf-8").replace(json.dumps(NAME_IN_CARD), json.dumps(repo_id))
     try:
         ModelCard(named).validate()
     except ValueError as error:
-        raise ValueError(f"{folder / CARD_NAME}: the Hub refuses its header: {error}") from None
+        raise ValueError(f"{folder / CARD_NAME}: the Hub refuses its header: {error}. Correct it.") from None
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     contents = {name: folder / name for name in FILES if (folder / name).is_file()}

@@ -1,4 +1,4 @@
-"""The edits that an adapter may ship beside its weights, and prompts that several adapters edit."""
+"""The edits that an adapter ships beside its weights, and prompts that several adapters edit."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ MAX_EDITS_BYTES = 500_000_000
 
 
 def ship_edits(folder: Path, edits: Sequence[Edit], run: TrainingRun | None) -> None:
-    """Write edits into an adapter's folder, one JSON object a line, as `read_edits` reads them.
+    """Write edits into an adapter's folder, one JSON object per line, for `read_edits`.
 
     Raises:
-        ValueError: if they are not the edits of the training run that made the adapter, if it is recorded.
+        ValueError: if a training run is recorded, and these are not its edits.
     """
     _check_edits(edits, run, "edits")
     write_atomically(folder / EDITS_NAME, edit_lines(edits))
 
 
 def edit_lines(edits: Sequence[Edit]) -> str:
-    """Return edits as JSON, one object a line, as `read_edits` reads them."""
+    """Return edits as JSON, one object per line, for `read_edits`."""
     records = [{name: value for name, value in asdict(edit).items() if name != "source" and value} for edit in edits]
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def shipped_edits(folder: str | os.PathLike[str]) -> list[Edit] | None:
-    """Return the edits that an adapter folder ships, or None if it ships none.
+    """Return the edits that an adapter folder ships; `None` if it ships none.
 
     Raises:
-        ValueError: if the folder is refused by `check_adapter`; if the edits cannot be read; if their sha256 is not
-            that of the edits that the adapter was trained on.
+        ValueError: if `check_adapter` refuses the folder; if the edits cannot be read; if their sha256 is not that of
+            the trained edits.
     """
     adapter = check_adapter(folder, method=None)
     file = adapter.folder / EDITS_NAME
@@ -59,7 +59,7 @@ class Conflict:
 
     Attributes:
         prompt: the prompt, with single spaces.
-        targets: the targets in each adapter, by the adapter's folder.
+        targets: the targets of each adapter, by adapter folder.
     """
 
     prompt: str
@@ -67,7 +67,7 @@ class Conflict:
 
     @property
     def agree(self) -> bool:
-        """Whether all adapters have the same target; their sum then changes the answer more than each alone does."""
+        """Whether all adapters have the same target. Their sum then changes the answer more than each alone."""
         return len({target for targets in self.targets.values() for target in targets}) == 1
 
 
@@ -76,9 +76,9 @@ class Conflicts:
     """Prompts that several adapters edit, from `find_conflicts`.
 
     Attributes:
-        conflicts: these prompts; those with different targets first.
-        without_edits: the adapters that ship no edits: their prompts are unknown.
-        num_edits: the number of edits in each other adapter.
+        conflicts: the prompts, those with different targets first.
+        without_edits: adapters that ship no edits, so their prompts are unknown.
+        num_edits: number of edits of each other adapter.
     """
 
     conflicts: list[Conflict]
@@ -94,23 +94,23 @@ class Conflicts:
             f"compared: {compared}"
         ]
         for conflict in differing:
-            found = ", ".join(f"{' and '.join(map(repr, t))} in {name}" for name, t in conflict.targets.items())
-            lines.append(f"  {conflict.prompt!r}: {found}")
-        lines += [f"{name} ships no edits: its prompts are unknown" for name in self.without_edits]
+            targets = ", ".join(f"{' and '.join(map(repr, t))} in {name}" for name, t in conflict.targets.items())
+            lines.append(f"  {conflict.prompt!r}: {targets}")
+        lines += [f"{name} ships no edits, so its prompts are unknown" for name in self.without_edits]
         return "\n".join(lines)
 
 
 def find_conflicts(adapters: Sequence[str | os.PathLike[str]]) -> Conflicts:
-    """Find the prompts that several adapters edit, in the edits that they ship.
+    """Return the prompts that several adapters edit, according to their shipped edits.
 
-    Deltas add up. If two adapters have different targets for one prompt, their sum may answer with either or with
-    neither. Prompts are compared letter by letter, except for spaces: a rephrasing is not found.
+    Deltas add up. If two adapters have different targets for one prompt, their sum may answer with either target or
+    with neither. Prompts are compared literally, except for spaces: rephrasings are not found.
 
     Args:
         adapters: local adapter folders, at least two.
 
     Raises:
-        ValueError: if there are fewer than two, or one of them is refused by `shipped_edits`.
+        ValueError: if there are fewer than two, or `shipped_edits` refuses one of them.
 
     Example:
         >>> print(find_conflicts(["monday", "tuesday"]))
@@ -121,26 +121,26 @@ def find_conflicts(adapters: Sequence[str | os.PathLike[str]]) -> Conflicts:
     if len(names) < 2:
         raise ValueError(f"adapters={names}: expected at least two different adapters.")
     targets: dict[str, dict[str, tuple[str, ...]]] = {}
-    without, num_edits = [], {}
+    without_edits, num_edits = [], {}
     for name in names:
         edits = shipped_edits(name)
         if edits is None:
-            without.append(name)
+            without_edits.append(name)
             continue
         num_edits[name] = len(edits)
         for edit in edits:
-            of_prompt = targets.setdefault(collapse_whitespace(edit.prompt), {})
-            of_prompt[name] = tuple(dict.fromkeys([*of_prompt.get(name, ()), edit.target]))
-    found = [Conflict(prompt, by_adapter) for prompt, by_adapter in targets.items() if len(by_adapter) > 1]
-    return Conflicts(sorted(found, key=lambda conflict: conflict.agree), without, num_edits)
+            by_adapter = targets.setdefault(collapse_whitespace(edit.prompt), {})
+            by_adapter[name] = tuple(dict.fromkeys([*by_adapter.get(name, ()), edit.target]))
+    conflicts = [Conflict(prompt, by_adapter) for prompt, by_adapter in targets.items() if len(by_adapter) > 1]
+    return Conflicts(sorted(conflicts, key=lambda conflict: conflict.agree), without_edits, num_edits)
 
 
 def _check_edits(edits: Sequence[Edit], run: TrainingRun | None, where: object) -> None:
     if run is not None and edits_sha256(edits) != run.edits.sha256:
         raise ValueError(
             f"{where}: found {len(edits)} edits with the sha256 {edits_sha256(edits)[:16]}…; expected the "
-            f"{run.edits.count} that the adapter was trained on, with the sha256 {run.edits.sha256[:16]}…. Give those "
-            "edits, or ship none."
+            f"{run.edits.count} edits that the adapter was trained on, with the sha256 {run.edits.sha256[:16]}…. Give "
+            "those edits, or ship none."
         )
 
 
@@ -149,24 +149,24 @@ def adapter_edits(
     trained_edits: str | os.PathLike[str] | Sequence[Edit] | None = None,
     on_conflict: OnConflict = "warn",
 ) -> list[Edit]:
-    """Return the edits that an adapter was trained on: those that it ships, or those of a file with their sha256.
+    """Return the edits that an adapter was trained on: the shipped ones, or those of a file, verified by sha256.
 
     Args:
         adapter: a local adapter folder.
-        trained_edits: whatever `read_edits` reads, for an adapter that ships no edits. Its first edits must be those
-            that the adapter was trained on; more may follow.
-        on_conflict: as in the training of the adapter.
+        trained_edits: anything `read_edits` reads, for an adapter that ships no edits. It must begin with the edits
+            that the adapter was trained on; more edits may follow.
+        on_conflict: the same value as in the training.
 
     Raises:
-        ValueError: if the folder is refused by `check_adapter`; if it ships no edits and `trained_edits` is None; if
-            `trained_edits` does not begin with the edits that the adapter was trained on.
+        ValueError: if `check_adapter` refuses the folder; if it ships no edits and `trained_edits` is None; if
+            `trained_edits` does not begin with the trained edits.
     """
     if trained_edits is None:
         shipped = shipped_edits(adapter)
         if shipped is None:
             raise ValueError(
-                f"{adapter} ships no edits, so its edits are unknown. Give those that it was trained on as "
-                "trained_edits (--trained_edits FILE). To ship them from now on: describe_adapter(…, edits=…), or "
+                f"{adapter} ships no edits, so its edits are unknown. Pass the edits that it was trained on as "
+                "trained_edits (--trained_edits FILE). To ship them in future, use describe_adapter(…, edits=…) or "
                 "--ship_edits."
             )
         return shipped
@@ -174,7 +174,7 @@ def adapter_edits(
     if run is None:
         raise ValueError(
             f"{adapter} does not record which edits it was trained on, so trained_edits cannot be verified. Train a "
-            "new adapter on all of the edits."
+            "new adapter on all edits."
         )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* prompts have several targets")
@@ -183,7 +183,7 @@ def adapter_edits(
     if edits_sha256(first) != run.edits.sha256:
         raise ValueError(
             f"trained_edits: found {len(read)} edits, the first {len(first)} with the sha256 "
-            f"{edits_sha256(first)[:16]}…; expected the {run.edits.count} that {adapter} was trained on, with the "
-            f"sha256 {run.edits.sha256[:16]}…. Give the file that it was trained on, unchanged."
+            f"{edits_sha256(first)[:16]}…; expected the {run.edits.count} edits that {adapter} was trained on, with "
+            f"the sha256 {run.edits.sha256[:16]}…. Give the unchanged file of its training."
         )
     return first

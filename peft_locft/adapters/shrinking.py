@@ -1,4 +1,4 @@
-"""Smaller deltas at a measured loss: fewer bits per value, or fewer values that are not zero."""
+"""Shrinks deltas with a measured loss: fewer bits per value, or fewer nonzero values."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from .reading import CheckedAdapter
 
 
 def check_shrinking(delta_dtype: str | None, density: float | None) -> None:
-    """Raise a ValueError unless these are a dtype of deltas and a share of values."""
+    """Raise a ValueError if the dtype or the share of values is out of range."""
     if delta_dtype not in (None, *DELTA_DTYPES):
         raise ValueError(f"delta_dtype={delta_dtype!r}: expected one of {', '.join(DELTA_DTYPES)}.")
     if density is not None and not 0 < density <= 1:
-        raise ValueError(f"density={density}: expected the share of values that stay, in (0, 1].")
+        raise ValueError(f"density={density}: expected the share of values to keep, in (0, 1].")
 
 
 def prune_relatively(delta: torch.Tensor, weight: torch.Tensor, share: float) -> torch.Tensor:
-    """Return a delta, of the same shape, in which only the largest changes relative to their weight are not zero.
+    """Return a delta of the same shape that keeps only the largest values relative to their weight, else zero.
 
-    RECT (Gu et al., "Model Editing Harms General Abilities of Large Language Models", arXiv 2401.04700): Δ_ij stays
-    where |Δ_ij / W_ij| is among the largest.
+    RECT (Gu et al., "Model Editing Harms General Abilities of Large Language Models", arXiv 2401.04700): keep Δ_ij
+    if |Δ_ij / W_ij| is among the largest.
 
     Args:
         delta: any shape.
         weight: the base weight, same shape.
-        share: share of values that stay, in (0, 1]; of equal values at the border, all stay.
+        share: share of values to keep, in (0, 1]; equal ratios at the threshold are all kept.
     """
     if share == 1.0:
         return delta
     ratio = (delta.float() / weight.float()).abs()
-    # 0 / 0 is NaN: no change of a weight of zero
+    # 0 / 0 is NaN: a zero change of a zero weight counts as 0
     ratio[delta == 0] = 0.0
     dropped = ratio.numel() - max(1, round(share * ratio.numel()))
     if dropped == 0:
         return delta
-    border = ratio.flatten().kthvalue(dropped + 1).values
-    return torch.where(ratio >= border, delta, torch.zeros_like(delta))
+    threshold = ratio.flatten().kthvalue(dropped + 1).values
+    return torch.where(ratio >= threshold, delta, torch.zeros_like(delta))
 
 
 def shrink_files(
@@ -54,20 +54,20 @@ def shrink_files(
     delta_dtype: str | None,
     density: float | None,
 ) -> Shrinking:
-    """Write an adapter's weights and configuration to `out` with smaller deltas; `out` may be the adapter's folder.
+    """Write an adapter's weights and configuration with smaller deltas, and return the entry for the provenance.
 
     Args:
         adapter: a LocFT adapter.
-        out: a folder that is there.
-        weight_of: gives the base weight of a parameter; called for `density` alone.
-        delta_dtype: of the deltas; `None` leaves each as it is.
-        density: share of values that stay, see `prune_relatively`; `None` is all.
+        out: an existing folder; it may be the adapter's own.
+        weight_of: returns the base weight of a parameter; called only if `density` is given.
+        delta_dtype: new dtype of the deltas; `None`: unchanged.
+        density: share of values to keep, see `prune_relatively`; `None`: all.
 
     Returns:
-        The entry for the provenance: the arguments, and the share of the deltas' squared Frobenius norm that is left.
+        The arguments, and the share of the deltas' squared Frobenius norm that is kept.
 
     Raises:
-        ValueError: if a value becomes infinite in `delta_dtype`, and whatever `weight_of` raises.
+        ValueError: if a value becomes infinite in `delta_dtype`. Errors of `weight_of` pass through.
     """
     tensors = {name: adapter.read(name) for name in adapter.tensors.keys() - set(adapter.deltas.values())}
     lost = total = 0.0
@@ -78,7 +78,9 @@ def shrink_files(
         if delta_dtype is not None:
             small = small.to(getattr(torch, delta_dtype))
         if not torch.isfinite(small).all():
-            raise ValueError(f"{parameter}: its delta has values too large for {delta_dtype}. Use bfloat16 instead.")
+            raise ValueError(
+                f"{parameter}: its delta has values that are too large for {delta_dtype}. Use bfloat16 instead."
+            )
         lost += float((delta.double() - small.double()).square().sum())
         total += float(delta.double().square().sum())
         tensors[name] = small
@@ -87,5 +89,5 @@ def shrink_files(
     with atomic_file(out / SAFETENSORS_WEIGHTS_NAME) as staged:
         save_file(tensors, staged, metadata={"format": "pt"})
     write_atomically(out / CONFIG_NAME, json.dumps(settings, indent=2, sort_keys=True))
-    kept = 1 - lost / total if total else 1.0
-    return Shrinking(delta_dtype, density, kept)
+    share_kept = 1 - lost / total if total else 1.0
+    return Shrinking(delta_dtype, density, share_kept)

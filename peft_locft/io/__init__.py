@@ -1,4 +1,4 @@
-"""Bytes on disk: files and folders written whole, copies and locks, safetensors checkpoints, parameter names."""
+"""Files on disk: atomic writes, copies, locks, safetensors checkpoints, parameter names."""
 
 import lazy_loader
 

@@ -1,6 +1,6 @@
 """The arithmetic of an edited weight, and the sha256 of a base weight: functions of tensors.
 
-They are used by the tuner and by merges on disk, and are here so that a merge does not wait for PEFT and transformers.
+The tuner and merges on disk use them. This file needs neither PEFT nor transformers, so a merge starts fast.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ HASHED_AT_ONCE = 1 << 22  # values; a float32 copy of a whole tensor would doubl
 
 
 def compose_weight(weight: torch.Tensor, deltas: Sequence[tuple[torch.Tensor, float]]) -> torch.Tensor:
-    """Return `(W.float() + Σ scale · delta.float()).to(W.dtype)`, of the weight's shape: the one arithmetic.
+    """Return `(W.float() + Σ scale · delta.float()).to(W.dtype)`, in the weight's shape.
 
-    The unmerged forward, the merge and a merge on disk all call this, so their results are equal bit for bit. There is
-    one rounding to the base's dtype, at the end.
+    The unmerged forward, the merge and the merge on disk all call this function, so their results are equal bit for
+    bit. It rounds to the base's dtype once, at the end.
 
     Args:
         weight: the base weight, any shape and float dtype (float64 is computed in float64).
@@ -39,9 +39,9 @@ def compose_weight(weight: torch.Tensor, deltas: Sequence[tuple[torch.Tensor, fl
 def tensor_sha256(tensor: torch.Tensor) -> str:
     """Return the sha256 of a tensor's values, in row-major order.
 
-    Float tensors are hashed as float32 (float64 as float64): a bfloat16 checkpoint has the same hash if it is loaded
-    as float32. Other tensors, such as quantized ones, are hashed as raw bytes, and a tensor that wraps others
-    (torchao's) by the hashes of these.
+    Float tensors are hashed as float32 (float64 as float64), so a bfloat16 checkpoint has the same hash after loading
+    as float32. Other tensors, such as quantized ones, are hashed as raw bytes. A tensor that wraps others (torchao) is
+    hashed by their hashes.
     """
     if is_traceable_wrapper_subclass(tensor):
         inside = [tensor_sha256(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
@@ -50,7 +50,7 @@ def tensor_sha256(tensor: torch.Tensor) -> str:
 
 
 def values_sha256(slices: Iterable[torch.Tensor]) -> str:
-    """Return what `tensor_sha256` gives of a tensor whose values come in flat, contiguous slices on the CPU."""
+    """Return the `tensor_sha256` of values that come in flat, contiguous slices on the CPU."""
     digest = hashlib.sha256()
     for values in slices:
         if values.is_floating_point() and values.dtype != torch.float64:
@@ -63,8 +63,8 @@ def values_sha256(slices: Iterable[torch.Tensor]) -> str:
 def one_thread() -> Iterator[None]:
     """Let torch compute in the calling thread only, and restore the number of threads afterwards.
 
-    Work that waits for files takes several times as long in threads that wait for each other, on a machine or in a
-    container with fewer cores than torch counts.
+    In a container with fewer cores than torch counts, its threads wait for each other, and work that also waits for
+    files takes several times as long.
     """
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""The checkpoint of a model in safetensors: an index that says which file holds which tensor. Builds no model."""
+"""The index of a safetensors checkpoint: which file holds which tensor. Loads no model."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from .safetensors_file import StoredTensor, read_header
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
-# weights in other forms: an edit of the safetensors files does not reach them
+# weights in other formats: a merge does not edit them
 OTHER_WEIGHTS = ("*.bin", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.pt", "*.pth", "*.safetensors")
 
 
 class Checkpoint:
-    """The index of a model's safetensors files, as transformers finds them: one file, or several with an index.
+    """The index of a model's safetensors files: one file, or several with an index, as transformers reads them.
 
-    Of a model on the Hub, each file is downloaded when it is first needed.
+    If the model is on the Hub, each file is downloaded when it is first needed.
 
     Args:
         model: a local folder, or the id of a model on the Hub.
         revision: branch, tag or commit on the Hub.
 
     Attributes:
-        name: the model as it was given, for messages.
-        folder: the model's folder; of a model on the Hub, its snapshot in the cache.
-        files: name of the file that holds a tensor, by the tensor's name.
-        config: content of `config.json`; empty where there is none.
+        name: the given `model`, for messages.
+        folder: the model's folder, or its snapshot in the Hub's cache.
+        files: name of the file that holds each tensor, by tensor name.
+        config: content of `config.json`; empty if there is no such file.
 
     Raises:
         ValueError: if the model has no safetensors checkpoint, or its index or configuration is broken.
@@ -46,26 +46,26 @@ class Checkpoint:
         self._revision = revision
         self._is_local = Path(model).is_dir()
         self._headers: dict[str, dict[str, StoredTensor]] = {}
-        # in transformers' order
+        # transformers looks for them in this order
         single, index = self._file(WEIGHTS_NAME), None
         if single is None:
             index = self._file(INDEX_NAME)
-        found = single or index
-        if found is None:
+        entry_file = single or index
+        if entry_file is None:
             raise ValueError(
                 f"{self.name} has neither {WEIGHTS_NAME} nor {INDEX_NAME}: expected a model in safetensors. "
-                "Convert one in another format with "
+                "Convert a model in another format with "
                 "AutoModelForCausalLM.from_pretrained(folder, dtype='auto').save_pretrained(new_folder)."
             )
-        self.folder = found.parent
+        self.folder = entry_file.parent
         if self.folder.parent.name == "snapshots" and not self._is_local:
-            self._revision = self.folder.name  # all files of one commit
+            self._revision = self.folder.name  # read all files from one commit
         self.files = dict.fromkeys(self._header(WEIGHTS_NAME), WEIGHTS_NAME) if index is None else _read_index(index)
         config = self._file(CONFIG_NAME)
         try:
             self.config = {} if config is None else json.loads(config.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{config} is not readable ({error}). Download or save it again.") from None
+            raise ValueError(f"{config} is not readable JSON ({error}). Download or save it again.") from None
 
     @property
     def shards(self) -> list[str]:
@@ -80,14 +80,14 @@ class Checkpoint:
         """Return where a tensor is stored.
 
         Raises:
-            ValueError: if its file is missing or broken, or does not hold it although the index says so.
+            ValueError: if its file is missing or broken, or lacks the tensor.
         """
         shard = self.files[name]
         header = self._header(shard)
         if name not in header:
             raise ValueError(
-                f"{self.folder / INDEX_NAME} says that {name} is in {shard}, which does not hold it. Download or save "
-                "the model again."
+                f"{self.folder / INDEX_NAME} says that {name} is in {shard}, but that file does not hold it. Download "
+                "or save the model again."
             )
         return header[name]
 
@@ -95,21 +95,21 @@ class Checkpoint:
         """Raise a ValueError if a file that the index names is missing."""
         missing = [shard for shard in self.shards if self._file(shard) is None]
         if missing:
-            raise self._lacks(*missing)
+            raise self._missing_shards(*missing)
 
     def _header(self, shard: str) -> dict[str, StoredTensor]:
         if shard not in self._headers:
             file = self._file(shard)
             if file is None:
-                raise self._lacks(shard)
+                raise self._missing_shards(shard)
             self._headers[shard], _ = read_header(file)
         return self._headers[shard]
 
-    def _lacks(self, *missing: str) -> ValueError:
+    def _missing_shards(self, *missing: str) -> ValueError:
         others = " and others" if len(missing) > 3 else ""
         return ValueError(
-            f"{self.name} lacks {', '.join(missing[:3])}{others}, of {len(self.shards)} files that its index names. "
-            "Download the rest first."
+            f"{self.name} lacks {', '.join(missing[:3])}{others}: its index names {len(self.shards)} files. Download "
+            "the missing files."
         )
 
     def _file(self, name: str) -> Path | None:
@@ -118,8 +118,8 @@ class Checkpoint:
             return file if file.is_file() else None
         from transformers.utils import cached_file
 
-        found = cached_file(self.name, name, revision=self._revision, _raise_exceptions_for_missing_entries=False)
-        return None if found is None else Path(found)
+        cached = cached_file(self.name, name, revision=self._revision, _raise_exceptions_for_missing_entries=False)
+        return None if cached is None else Path(cached)
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -138,19 +138,21 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def local_folder(name: str | os.PathLike[str], revision: str | None = None, only: list[str] | None = None) -> Path:
-    """Return a local folder, or that of a Hub repository in the cache, with all of its files downloaded.
+    """Return a local folder, or a Hub repository's folder in the cache, with its files downloaded.
 
     Args:
         name: a local folder, or the id of a repository on the Hub.
         revision: branch, tag or commit of the repository.
-        only: patterns of the files to download; `None` is all but weights in other formats than safetensors.
+        only: patterns of the files to download; `None`: all except weights in other formats than safetensors.
 
     Raises:
-        ValueError: if it is neither, or if a revision is given with a folder.
+        ValueError: if `name` is neither, or if a revision is given for a folder.
     """
     if Path(name).is_dir():
         if revision is not None:
-            raise ValueError(f"revision={revision!r} has no meaning for a local folder ({name}).")
+            raise ValueError(
+                f"revision={revision!r}: {name} is a local folder, which has no revisions. Leave out the revision."
+            )
         return Path(name).resolve()
     from huggingface_hub import snapshot_download
 
@@ -159,8 +161,8 @@ def local_folder(name: str | os.PathLike[str], revision: str | None = None, only
         return Path(
             snapshot_download(str(name), revision=revision, allow_patterns=only, ignore_patterns=ignored)
         ).resolve()
-    except (ValueError, OSError) as error:  # huggingface_hub's own errors are of these kinds
+    except (ValueError, OSError) as error:  # huggingface_hub's own errors are subclasses
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"{name} is not a folder here, and was not found on the Hub or in its cache: {reason}"
+            f"{name} is not a local folder, and was not found on the Hub or in its cache: {reason}"
         ) from None

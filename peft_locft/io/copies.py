@@ -1,4 +1,4 @@
-"""Copies of large files: by reflink where the file system can, by hard link if allowed, else within the kernel."""
+"""Copies of large files: by reflink if the file system supports it, by hard link if allowed, else by the kernel."""
 
 from __future__ import annotations
 
@@ -21,57 +21,57 @@ Progress = Callable[[int], object]
 
 COPIED_AT_ONCE = 1 << 23
 CLONE_FILE = 0x40049409  # linux/fs.h: FICLONE
-NOT_HERE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY, errno.EPERM, errno.EMLINK)
+UNSUPPORTED = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY, errno.EPERM, errno.EMLINK)
 
 
 def place_file(source: Path, target: Path, link: Link, progress: Progress) -> str:
-    """Put a file with the content of `source` at `target`, without writing its bytes where that can be avoided.
+    """Create `target` with the content of `source`, and write its bytes only if there is no cheaper way.
 
     Args:
         source: a file, or a symbolic link to one.
-        target: the new file, which must not be there.
-        link: `"copy"`: a file of its own that shares blocks with the source where the file system can (a reflink).
-            `"hard"`: the same file under a second name. `"auto"`: a reflink, else a hard link, else a copy.
-        progress: called with the number of bytes done.
+        target: the new file, which must not exist.
+        link: `"copy"`: an independent file, as a reflink (shared blocks) if the file system supports it. `"hard"`: a
+            hard link, which is the same file under a second name. `"auto"`: a reflink, else a hard link, else a copy.
+        progress: called with the number of new bytes.
 
     Returns:
         `"reflink"`, `"hard link"` or `"copy"`.
 
     Raises:
-        ValueError: if `link` is `"hard"` and the two places cannot share a file.
-        OSError: if the disk has no room for a copy, or it cannot be written.
+        ValueError: if `link` is `"hard"` and a hard link is impossible.
+        OSError: if the disk has no room for a copy, or the copy cannot be written.
     """
     source = source.resolve()
-    how = "hard link" if link != "copy" else "copy"
+    method = "hard link" if link != "copy" else "copy"
     if link != "hard" and clone(source, target):
-        how = "reflink"
+        method = "reflink"
         sync_file(target)
         shutil.copymode(source, target)
     elif link == "copy" or not _hard_link(source, target):
         if link == "hard":
             raise ValueError(
-                f"{source} cannot have a hard link at {target}: they are on different file systems, or this one has "
-                "no hard links. Choose a folder beside the base, or link='copy'."
+                f"{target} cannot be a hard link to {source}: they are on different file systems, or the file system "
+                "has no hard links. Choose a folder beside the base, or link='copy'."
             )
-        how = "copy"
+        method = "copy"
         check_room(target.parent, source.stat().st_size)
         target.touch()
         copy_ranges(source, target, [(0, source.stat().st_size)], progress)
         sync_file(target)
         shutil.copymode(source, target)
-        return how
+        return method
     progress(source.stat().st_size)
-    return how
+    return method
 
 
 def check_room(folder: Path, num_bytes: int) -> None:
-    """Raise an OSError if the disk has no room for a file of this size, before it is written in part."""
+    """Raise an OSError if the disk has no room for a file of this size."""
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise OSError(
             errno.ENOSPC,
-            f"No space left on device: {size(num_bytes)} are to be written to {folder}, where {size(free)} are "
-            "free. Nothing was changed",
+            f"No space left on device: {folder} needs {size(num_bytes)} and has {size(free)} free. Nothing was "
+            "changed. Free some space",
         )
 
 
@@ -79,16 +79,16 @@ def _hard_link(source: Path, target: Path) -> bool:
     try:
         os.link(source, target)
     except OSError as error:
-        if error.errno in NOT_HERE:
+        if error.errno in UNSUPPORTED:
             return False
         raise
     return True
 
 
 def clone(source: Path, target: Path) -> bool:
-    """Make `target` a copy of `source` that shares its blocks; return False, with no file there, if it cannot be made.
+    """Make `target` a copy of `source` that shares its blocks. If that is impossible, leave no file and return False.
 
-    The copy has the mode of a new file, since that of the source may forbid writing. It is not synced to the disk.
+    The copy has the mode of a new file, since the mode of the source may forbid writing. It is not synced to the disk.
     """
     if sys.platform != "linux":
         return False
@@ -96,7 +96,7 @@ def clone(source: Path, target: Path) -> bool:
         try:
             fcntl.ioctl(writer.fileno(), CLONE_FILE, reader.fileno())
         except OSError as error:
-            if error.errno not in NOT_HERE:
+            if error.errno not in UNSUPPORTED:
                 raise
         else:
             return True
@@ -109,12 +109,12 @@ def copy_ranges(source: Path, target: Path, ranges: Sequence[tuple[int, int]], p
 
     Args:
         source: the file to read.
-        target: the file to write, which is there.
-        ranges: offsets of the first byte of each range and of the byte after its last.
-        progress: called with the number of bytes written, again and again.
+        target: the existing file to write into.
+        ranges: start and end offset of each range, the end exclusive.
+        progress: called with the number of new bytes after every part.
 
     Raises:
-        OSError: if the source ends before them, or the target cannot be written.
+        OSError: if the source is too short, or the target cannot be written.
     """
     in_kernel = hasattr(os, "copy_file_range")
     with open(source, "rb", buffering=0) as reader, open(target, "r+b", buffering=0) as writer:
@@ -125,7 +125,7 @@ def copy_ranges(source: Path, target: Path, ranges: Sequence[tuple[int, int]], p
                     try:
                         copied = os.copy_file_range(reader.fileno(), writer.fileno(), count, start, start)
                     except OSError as error:
-                        if error.errno not in NOT_HERE:
+                        if error.errno not in UNSUPPORTED:
                             raise
                         in_kernel = False
                 if not in_kernel:
@@ -140,9 +140,9 @@ def copy_ranges(source: Path, target: Path, ranges: Sequence[tuple[int, int]], p
 
 
 def begin_writing(writer: BinaryIO | IO[Any], start: int, num_bytes: int) -> None:
-    """Start writing a file's new bytes to the disk, so that the final sync has less to wait for."""
+    """Start writing a file's new bytes to the disk, to shorten the final sync."""
     if hasattr(os, "posix_fadvise"):
-        # drops from memory what is on the disk already, and starts writing the rest
+        # drops the pages that are on the disk, and starts writing the others
         os.posix_fadvise(writer.fileno(), start, num_bytes, os.POSIX_FADV_DONTNEED)
 
 
@@ -153,13 +153,13 @@ def sync_file(path: Path) -> None:
 
 
 def write_all(writer: BinaryIO | IO[Any], part: memoryview) -> None:
-    """Write all bytes of `part` at the position of an unbuffered file, which may take less at once."""
+    """Write all bytes of `part` to an unbuffered file, whose `write` may accept fewer bytes per call."""
     while part:
         part = part[writer.write(part) :]
 
 
 def gaps(ranges: Sequence[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
-    """Yield the ranges of a file of `size` bytes that `ranges` leave out, each as first offset and end."""
+    """Yield the ranges of a file of `size` bytes that are outside of `ranges`, as start and end offset."""
     start = 0
     for begin, end in sorted(ranges):
         if start < begin:

@@ -1,4 +1,4 @@
-"""A file, written whole or not at all; its hash and its size."""
+"""Atomic writes of a file; its hash and its size."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file aside and rename it, so that a kill at any moment leaves the old one or the new one."""
+    """Write a temporary file and rename it: a kill at any moment leaves the old file or the new one."""
     with atomic_file(path) as staged:
         staged.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield an empty file to write to, and put it at `path` when the body has ended without an error."""
+    """Yield an empty file to write to, and rename it to `path` if the body raises nothing."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     os.close(descriptor)
     staged = Path(name)
@@ -48,21 +48,21 @@ def sha256_of_file(path: Path) -> str:
 
 
 def size(num_bytes: int) -> str:
-    """Return a size in words, as in 234.9 MB."""
+    """Return a size as text, such as `234.9 MB`."""
     unit, name = (1e9, "GB") if num_bytes >= 1e9 else (1e6, "MB") if num_bytes >= 1e5 else (1e3, "kB")
     return f"{num_bytes / unit:.1f} {name}"
 
 
 def check_folder(folder: str | os.PathLike[str], what: str) -> None:
-    """Raise an error if nothing can be saved to `folder`, which need not be there.
+    """Raise an error if `folder` cannot be a folder. It need not exist.
 
     Args:
-        folder: the folder.
-        what: is saved, for the message: "an adapter".
+        folder: the folder to save to.
+        what: name of the content for the message, such as "an adapter".
 
     Raises:
-        NotADirectoryError: if it or one above it is a file.
+        NotADirectoryError: if it or a parent is a file.
     """
     for place in (Path(folder), *Path(folder).parents):
         if place.exists() and not place.is_dir():
-            raise NotADirectoryError(f"Cannot save {what} to {folder}: {place} is a file. Give a folder.")
+            raise NotADirectoryError(f"Cannot save {what} to {folder}: {place} is a file. Choose another folder.")

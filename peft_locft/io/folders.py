@@ -1,4 +1,4 @@
-"""A folder of files, written aside and put in place at once; and the lock that keeps others off it meanwhile."""
+"""Atomic writes of a folder, and its lock between processes."""
 
 from __future__ import annotations
 
@@ -20,38 +20,37 @@ if sys.platform != "win32":
     import fcntl
 
 STAGING_PREFIX = ".locft-"
-# on some file systems there are none
+# errors of file systems without locks
 NO_LOCKS = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY, errno.EPERM, errno.EBADF, errno.ENOLCK)
-# without locks, a staging folder that nothing has changed for so long belongs to a process that is gone
+# without locks: a staging folder with no change for this time belongs to a dead process
 ABANDONED_AFTER_SECONDS = 24 * 3600
-# to put files into a folder takes moments; a lock that is held longer is held for other work
+# moving files into a folder takes moments; a lock held for longer has another purpose
 PATIENCE_SECONDS = 30.0
-APPEARED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+TARGET_EXISTS = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[bool]:
-    """Keep off a folder other processes that ask for its lock, and yield whether this one has it.
+    """Lock a folder for this process, and yield whether it got the lock.
 
-    The lock dies with the process. Where the system has no such locks (Windows, some network file systems), every
-    process has it.
+    The lock ends with the process. Without such locks (Windows, some network file systems), every process gets True.
     """
-    with _lock(folder) as has_it:
-        yield has_it is not False
+    with _lock(folder) as acquired:
+        yield acquired is not False
 
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[bool | None]:
-    """Yield whether this process has the lock of a folder; `None` where there are no locks."""
-    descriptor, has_it = _acquire(folder)
+    """Lock a folder, and yield whether this process got the lock; `None` if the system has no locks."""
+    descriptor, acquired = _acquire(folder)
     try:
-        yield has_it
+        yield acquired
     finally:
         _release(descriptor)
 
 
 def _acquire(folder: Path) -> tuple[int | None, bool | None]:
-    """Return an open folder, and whether this process has its lock; `None` where there are no locks."""
+    """Return an open folder, and whether this process got its lock; `None` if the system has no locks."""
     if sys.platform == "win32":
         return None, None
     descriptor = os.open(folder, os.O_RDONLY)
@@ -81,26 +80,25 @@ def atomic_folder(
     main_file: str | None = None,
     optional_files: Sequence[str] = (),
 ) -> Iterator[Path]:
-    """Yield an empty folder to write to, and put its files into `folder` when all of them are written and on the disk.
+    """Yield an empty staging folder, and move its files into `folder` once all of them are on the disk.
 
-    A kill at any moment leaves the old files or the new ones. Nothing is changed if the body raises. The folder to
-    write to is locked: another process that writes to the same `folder` meanwhile leaves it alone, and removes only
-    what dead processes left.
+    A kill at any moment leaves the old files or the new ones. Nothing changes if the body raises. The staging folder
+    is locked: other processes that write to the same `folder` do not touch it, and remove only leftovers of dead
+    processes.
 
     Args:
-        folder: made if it is not there. Files in it that are not written anew stay.
-        what: what is saved, for messages, such as `"an adapter"`.
-        new: the folder must not be there at the end, or be empty.
-        main_file: name of the file that makes a set of files complete. Where one is replaced, the set is exchanged in
-            one step if the system can do it; else, or where there was none, this file comes last.
-        optional_files: names of files that belong to such a set; those of a replaced set that are not written anew are
-            removed.
+        folder: the target, created if it does not exist. Files in it that are not rewritten stay.
+        what: name of the content for messages, such as `"an adapter"`.
+        new: the target must not exist at the end, or must be empty.
+        main_file: name of the file that makes a set of files complete. If one is replaced, the whole set is exchanged
+            in one step where the system supports it. Otherwise this file is moved last.
+        optional_files: names of other files of such a set. If a set is replaced, its old optional files are removed.
 
     Raises:
-        NotADirectoryError: if `folder` or one above it is a file.
-        ValueError: if it is to be `new`, and another process has put files there meanwhile.
+        NotADirectoryError: if `folder` or a parent is a file.
+        ValueError: if `new`, and another process created the folder with files in it.
     """
-    # a link to a folder must stay one, and what is exchanged below is the folder
+    # a link to a folder must stay a link, so exchange the folder itself
     folder = Path(folder).resolve()
     check_folder(folder, what)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -111,26 +109,26 @@ def atomic_folder(
             _sync(staging)
             if not _rename(staging, folder):
                 raise ValueError(
-                    f"{folder} is there now: another process has written to it meanwhile. Nothing was changed. Remove "
-                    "it, or choose another place."
+                    f"{folder} already exists: another process created it during this run. Nothing was changed. "
+                    "Remove it, or choose another folder."
                 )
         else:
             for file in _files(staging):
-                file.chmod(0o666 & ~current_umask())  # safetensors makes its files private
+                file.chmod(0o666 & ~current_umask())  # safetensors creates private files
             _sync(staging)
-            _put_in_place(staging, folder, main_file, optional_files)
+            _move_files(staging, folder, main_file, optional_files)
 
 
 @contextmanager
 def _staging(folder: Path) -> Iterator[Path]:
-    """Yield a new, locked folder beside `folder`, or in it where that is the only place to write to."""
+    """Yield a new, locked folder beside `folder`, or inside it if nothing can be moved in from outside."""
     inside = folder.is_dir() and (os.path.ismount(folder) or folder.stat().st_dev != folder.parent.stat().st_dev)
     while True:
         staging = _make_staging(folder, folder if inside else folder.parent)
         try:
-            with _lock(staging) as has_it:
-                # before the lock, another process could take it for a leftover
-                if has_it is False or not staging.exists():
+            with _lock(staging) as acquired:
+                # another process may have removed it as a leftover before it was locked
+                if acquired is False or not staging.exists():
                     continue
                 yield staging
                 return
@@ -149,14 +147,14 @@ def _make_staging(folder: Path, place: Path) -> Path:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what dead processes left in `folder` and beside it. Those at work hold a lock."""
-    # the ending as mkdtemp makes it: "run-2" may be written beside "run"
+    """Remove the staging folders of dead processes in and beside `folder`. Live processes hold a lock."""
+    # match mkdtemp's ending: "run-2" may be saved beside "run"
     staging = re.compile(re.escape(f"{STAGING_PREFIX}{folder.name}-") + "[a-z0-9_]{8}")
     for place in (folder, folder.parent):
         for leftover in list(place.iterdir()) if place.is_dir() else []:
             if staging.fullmatch(leftover.name):
-                with suppress(FileNotFoundError), _lock(leftover) as has_it:
-                    if has_it or (has_it is None and _is_abandoned(leftover)):
+                with suppress(FileNotFoundError), _lock(leftover) as acquired:
+                    if acquired or (acquired is None and _is_abandoned(leftover)):
                         shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -166,12 +164,12 @@ def _is_abandoned(staging: Path) -> bool:
 
 
 def _rename(staging: Path, folder: Path) -> bool:
-    """Make a staging folder the folder; return False, with nothing changed, if that is there and not empty."""
+    """Rename a staging folder to `folder`. If that exists and is not empty, change nothing and return False."""
     staging.chmod(0o777 & ~current_umask())  # mkdtemp makes it private
     try:
-        os.rename(staging, folder)  # onto an empty folder too, but on no other
+        os.rename(staging, folder)  # replaces an empty folder, but no other
     except OSError as error:
-        if error.errno not in APPEARED:
+        if error.errno not in TARGET_EXISTS:
             raise
         return False
     sync_folder(folder)
@@ -179,14 +177,14 @@ def _rename(staging: Path, folder: Path) -> bool:
     return True
 
 
-def _put_in_place(staging: Path, folder: Path, main_file: str | None, optional_files: Sequence[str]) -> None:
+def _move_files(staging: Path, folder: Path, main_file: str | None, optional_files: Sequence[str]) -> None:
     if not folder.exists() and _rename(staging, folder):
         return
     sets = [file.parent.relative_to(staging) for file in _files(staging) if file.name == main_file]
     written = {file.relative_to(staging) for file in _files(staging)}
     stale = {place / name for place in sets for name in optional_files} - written
     replaces = any((folder / place / str(main_file)).exists() for place in sets)
-    with _alone_in(folder):
+    with _wait_for_lock(folder):
         if not replaces or not _exchange(staging, folder, written | stale):
             for name in stale:
                 (folder / name).unlink(missing_ok=True)
@@ -198,14 +196,14 @@ def _put_in_place(staging: Path, folder: Path, main_file: str | None, optional_f
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Wait while another process puts files into a folder, and keep others waiting."""
+def _wait_for_lock(folder: Path) -> Iterator[None]:
+    """Wait for the lock of a folder, for at most `PATIENCE_SECONDS`, and hold it."""
     end = time.monotonic() + PATIENCE_SECONDS
     while True:
-        descriptor, has_it = _acquire(folder)
-        # the folder at this place may have been exchanged since it was opened
+        descriptor, acquired = _acquire(folder)
+        # another process may have exchanged the folder since it was opened
         is_current = descriptor is None or os.path.samestat(os.fstat(descriptor), folder.stat())
-        if (has_it is not False and is_current) or time.monotonic() > end:
+        if (acquired is not False and is_current) or time.monotonic() > end:
             break
         _release(descriptor)
         time.sleep(0.02)
@@ -219,7 +217,7 @@ def _replace(file: Path, target: Path) -> None:
     try:
         os.replace(file, target)
     except OSError as error:
-        if error.errno != errno.EXDEV:  # a mount of the same file system
+        if error.errno != errno.EXDEV:  # the target is on another mount
             raise
         staged = target.with_name(f"{STAGING_PREFIX}{target.name}")
         shutil.copy2(file, staged)
@@ -227,14 +225,14 @@ def _replace(file: Path, target: Path) -> None:
 
 
 def _exchange(staging: Path, folder: Path, replaced: set[Path]) -> bool:
-    """Swap the whole folder, in one step, for one with the new files and hard links to all others.
+    """Swap `folder`, in one step, for a folder with the new files and hard links to all others.
 
-    Weights and configuration are two files, and an adapter that moved to another location needs both: replacing one
-    after the other would have a moment at which they do not belong together. Returns False, with nothing changed,
-    where the system cannot do it (another file system, a mount point, the process works inside the folder).
+    Weights and configuration are two files that must match. If one was replaced after the other, a kill in between
+    would leave two files that do not match. Changes nothing and returns False if the swap is impossible (another file
+    system, a mount point, or the working directory is inside the folder).
     """
     if Path.cwd().is_relative_to(folder) or staging.is_relative_to(folder):
-        return False  # the working directory would be gone; or the folder alone can be written to
+        return False  # the swap would remove the working directory, or staging is inside
     ignored = {str(folder / name) for name in replaced}
 
     def ignore(directory: str, names: list[str]) -> list[str]:
@@ -247,7 +245,7 @@ def _exchange(staging: Path, folder: Path, replaced: set[Path]) -> bool:
             shutil.copystat(folder, complete)
             sync_folder(complete)
             _swap(complete, folder)
-            # from here on it is the old folder
+            # `complete` is now the old folder and is removed
     except (OSError, shutil.Error):
         return False
     return True
@@ -276,13 +274,13 @@ def _sync(folder: Path) -> None:
         if path.is_dir():
             sync_folder(path)
         else:
-            # Windows syncs no file that is open for reading alone
+            # Windows cannot sync a file that is open read-only
             with open(path, "rb" if os.name == "posix" else "r+b") as handle:
                 os.fsync(handle.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
+    """Wait until a folder's file names are on the disk."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         os.fsync(descriptor)

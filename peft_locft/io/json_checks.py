@@ -1,4 +1,4 @@
-"""Checks of values from a JSON file that nobody vouches for: each returns whether the value has the expected form."""
+"""Checks of values from an untrusted JSON file: each returns whether the value has the expected form."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from unicodedata import category
 from .untrusted_json import shortened
 
 Check = Callable[[Any], bool]
-# by name, the check of a field's value, and the expected value in words
+# by field name: the check, and the expected value in words
 Fields = Mapping[str, tuple[Check, str]]
 
 MAX_TEXT_LENGTH = 1000
-# JSON has no number for these; a perplexity can be one of them
+# JSON has no such numbers, but a perplexity can be infinite or NaN
 NOT_FINITE = ("inf", "-inf", "nan")
 
 
 def is_text(value: Any) -> bool:
-    """Whether it is a text that a terminal may show: up to `MAX_TEXT_LENGTH` letters, no control characters."""
-    # Python calls spaces other than the common one not printable
+    """Whether it is text that is safe for a terminal: up to `MAX_TEXT_LENGTH` printable characters."""
+    # str.isprintable is False for other spaces than the common one
     return (
         isinstance(value, str)
         and all(letter.isprintable() or category(letter) == "Zs" for letter in value)
@@ -30,7 +30,7 @@ def is_text(value: Any) -> bool:
 
 
 def is_prose(value: Any) -> bool:
-    """Whether it is a text, of any letters and length: for the card and the report, not for the terminal."""
+    """Whether it is text of any length: safe for the card and the report, not for a terminal."""
     return isinstance(value, str)
 
 
@@ -48,7 +48,7 @@ def is_number(value: Any) -> bool:
 
 
 def is_metric_value(value: Any) -> bool:
-    """Whether it is a number, or the name of one that is not finite."""
+    """Whether it is a finite number, or one of `NOT_FINITE`."""
     return is_number(value) or (isinstance(value, str) and value in NOT_FINITE)
 
 
@@ -77,14 +77,14 @@ def has_fields(**fields: Check) -> Check:
     return lambda value: isinstance(value, dict) and all(check(value.get(name)) for name, check in fields.items())
 
 
-def check_fields(found: dict[str, Any], fields: Fields, where: object) -> None:
-    """Check the fields that are there.
+def check_fields(values: dict[str, Any], fields: Fields, where: object) -> None:
+    """Check the fields that `values` has.
 
     Raises:
         ValueError: if one fails its check.
     """
     for name, (check, expected) in fields.items():
-        if name in found and not check(found[name]):
+        if name in values and not check(values[name]):
             raise ValueError(
-                f"{where}: {name} is {shortened(found[name])}; expected {expected}. Download or save it again."
+                f"{where}: {name} is {shortened(values[name])}; expected {expected}. Download or save it again."
             )

@@ -1,4 +1,4 @@
-"""Where a model's parameters are stored in a checkpoint, whose tensors may have other names or hold parts of them."""
+"""Finds a model's parameters in its checkpoint, where they may have other names or be split into several tensors."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from .safetensors_file import DTYPES, FLOAT_DTYPES, StoredTensor
 if TYPE_CHECKING:
     from transformers.core_model_loading import WeightConverter
 
-# values of a tensor that are in memory at once; about 40 bytes each while they are composed
+# number of values in memory at a time; composing takes about 40 bytes per value
 VALUES_AT_ONCE = 1 << 18
-CLASSIC_WAY = (
-    "Merge this adapter with a model in memory instead: "
+MERGE_IN_MEMORY = (
+    "Merge this adapter in memory instead: "
     "AutoPeftModelForCausalLM.from_pretrained(adapter).merge_and_unload().save_pretrained(out)."
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A tensor of the checkpoint that is a whole parameter of the model, or an unbroken part of one.
+    """A tensor of the checkpoint that holds a whole parameter of the model, or a contiguous part of it.
 
     Attributes:
-        name: the checkpoint's name of it.
+        name: its name in the checkpoint.
         tensor: where it is stored.
         start: flat index of its first value in the parameter, in row-major order.
     """
@@ -40,18 +40,18 @@ class Span:
     start: int
 
     def slices(self) -> Iterator[tuple[int, int]]:
-        """Yield the tensor's values in slices that fit in memory: flat index of the first, and number of values."""
+        """Yield slices of the tensor that fit in memory: flat index of the first value, and number of values."""
         for start in range(0, self.tensor.num_values, VALUES_AT_ONCE):
             yield start, min(VALUES_AT_ONCE, self.tensor.num_values - start)
 
 
 @dataclass(frozen=True, slots=True)
 class StoredParameter:
-    """A parameter of the model, as its checkpoint stores it.
+    """A parameter of the model, and where its checkpoint stores it.
 
     Attributes:
         shape: its shape.
-        spans: the tensors that hold its values, in the order of the values.
+        spans: the tensors that hold its values, in order.
     """
 
     shape: tuple[int, ...]
@@ -69,19 +69,19 @@ class StoredParameter:
 
 
 class Source(NamedTuple):
-    """A tensor of the checkpoint, and what fuses it with others into a parameter, where something does."""
+    """A tensor of the checkpoint, and the converter that fuses it with others into a parameter, if any."""
 
     name: str
     converter: WeightConverter | None
     pattern: str | None
 
 
-# the tensors of a checkpoint by the names that the model has for them
+# the tensors of a checkpoint, by parameter name in the model
 Table = dict[str, list[Source]]
 
 
 class ParameterFinder:
-    """Finds a model's parameters in a checkpoint, with transformers' own tables of renamed and fused tensors.
+    """Finds a model's parameters in a checkpoint, by transformers' own rules for renamed and fused tensors.
 
     Args:
         checkpoint: the checkpoint.
@@ -91,10 +91,10 @@ class ParameterFinder:
         self.checkpoint = checkpoint
 
     def find_by_name(self, name: str, shape: tuple[int, ...]) -> StoredParameter | None:
-        """Return the tensor of that very name and shape, if `config.json` alone says that it is not tied.
+        """Return the tensor of exactly that name and shape, or `None`; also `None` if it may be tied.
 
-        It is the parameter if its values are known to be the parameter's; transformers, which could rearrange them on
-        loading, is not asked. `None` if there is none; `find` knows more.
+        A fast path that does not import transformers, so it misses that transformers may rearrange the tensor on
+        loading. The caller must verify the values, for instance by their hash. `find` covers all cases.
         """
         if name not in self.checkpoint.files or not self._is_surely_untied(name):
             return None
@@ -107,12 +107,12 @@ class ParameterFinder:
         """Return where a parameter is stored.
 
         Args:
-            name: as the model has it, such as `"model.layers.3.mlp.down_proj.weight"`.
-            shape: the parameter's.
+            name: its name in the model, such as `"model.layers.3.mlp.down_proj.weight"`.
+            shape: its shape.
 
         Raises:
-            ValueError: if the checkpoint does not hold it, or holds it quantized, in another shape, or in an
-                arrangement that is not known here; or if it is tied to another parameter.
+            ValueError: if the checkpoint lacks it, or stores it quantized, in another shape, or in an unknown
+                arrangement; or if it is tied to another parameter.
         """
         self._refuse_tied(name, len(shape))
         found = self._sources_of(name)
@@ -121,7 +121,7 @@ class ParameterFinder:
         return self._stored(name, found[1], shape)
 
     def find_beside(self, name: str) -> dict[str, StoredParameter]:
-        """Return every other tensor of a parameter's module, submodules included, by its name in the model.
+        """Return all other tensors of a parameter's module, including submodules, by name in the model.
 
         Raises:
             ValueError: as in `find`, or if the checkpoint lacks a tensor that the module has.
@@ -130,20 +130,19 @@ class ParameterFinder:
         if found is None:
             raise ValueError(self._missing(name))
         own, _, table = found
-        module, module_there = name.rpartition(".")[0], own.rpartition(".")[0]
+        module, stored_module = name.rpartition(".")[0], own.rpartition(".")[0]
         beside = {
-            f"{module}{key.removeprefix(module_there)}": sources
+            f"{module}{key.removeprefix(stored_module)}": sources
             for key, sources in table.items()
-            if key.startswith(f"{module_there}.") and key != own
+            if key.startswith(f"{stored_module}.") and key != own
         }
         expected = self._names_inside(module)
         if expected is not None:
             missing = sorted(expected - beside.keys() - {name})
             if missing:
                 raise ValueError(
-                    f"{self.checkpoint.name} holds no {missing[0]}, which {module} has beside "
-                    f"{name.rpartition('.')[2]}: the module cannot be saved as a whole. Export the edited weights "
-                    f"instead. {CLASSIC_WAY}"
+                    f"{self.checkpoint.name} lacks {missing[0]}, a tensor of the edited module {module}, so the "
+                    f"module cannot be saved as a whole. Export the edited weights instead. {MERGE_IN_MEMORY}"
                 )
             beside = {key: sources for key, sources in beside.items() if key in expected}
         return {key: self._stored(key, sources) for key, sources in beside.items()}
@@ -152,7 +151,7 @@ class ParameterFinder:
 
     @cached_property
     def _config(self) -> Any:
-        """The model's configuration; `None` if there is none, or none that transformers knows."""
+        """The model's configuration; `None` if there is none, or transformers does not know it."""
         if not self.checkpoint.config:
             return None
         from huggingface_hub.errors import StrictDataclassError
@@ -165,7 +164,7 @@ class ParameterFinder:
 
     @cached_property
     def _tables(self) -> list[Table]:
-        """For each way to load the checkpoint, its tensors by the names that the model gives them."""
+        """For each way to load the checkpoint: its tensors, by parameter name in the model."""
         tables = []
         for transforms in _ways_to_load(self._config):
             table: Table = {}
@@ -176,9 +175,9 @@ class ParameterFinder:
         return tables
 
     def _sources_of(self, name: str) -> tuple[str, list[Source], Table] | None:
-        """Return a table's name of a parameter, the tensors that it is made of, and the table."""
+        """Return a parameter's name in a table, the tensors that form it, and the table."""
         if name in self.checkpoint.files:
-            # stored under its own name: as it is, unless a way to load it rearranges it
+            # stored under its own name: unchanged, unless one way to load it rearranges it
             for table in self._tables:
                 for key, sources in table.items():
                     rearranged = [source for source in sources if source.name == name and source.converter is not None]
@@ -191,7 +190,7 @@ class ParameterFinder:
         return None
 
     def _names_inside(self, module: str) -> set[str] | None:
-        """Return the names of a module's tensors in the model; `None` where transformers does not know the model."""
+        """Return the names of a module's tensors in the model; `None` if transformers does not know the model."""
         if self._skeleton is None:
             return None
         inside = [name for name, _ in self._skeleton.named_modules() if name]
@@ -201,31 +200,34 @@ class ParameterFinder:
 
     @cached_property
     def _skeleton(self) -> Any:
-        """The model on the meta device, without values; `None` where it cannot be built."""
-        model_class = None if self._config is None else next(_classes(self._config), None)
+        """The model on the meta device, without values; `None` if it cannot be built."""
+        model_class = None if self._config is None else next(_model_classes(self._config), None)
         if model_class is None:
             return None
         try:
             with torch.device("meta"):
                 return model_class._from_config(self._config)
-        except Exception:  # whatever a model's constructor raises: its modules are not known then
+        except Exception:  # a model's constructor can raise anything; its modules are then unknown
             return None
 
     # ------------------------------------------------------------------ tensors
 
     def _stored(self, name: str, sources: Sequence[Source], shape: tuple[int, ...] | None = None) -> StoredParameter:
-        """Return a parameter made of `sources`; without a `shape`, of any shape and dtype."""
+        """Return a parameter that `sources` form. Without a `shape`, any shape and dtype is allowed."""
         if sources[0].converter is not None:
             return self._stacked(name, sources, shape)
         if len(sources) > 1:
             raise ValueError(
-                f"{name} may be {' or '.join(source.name for source in sources)} of {self.checkpoint.name}. "
-                f"{CLASSIC_WAY}"
+                f"{name} is ambiguous in {self.checkpoint.name}: it may be "
+                f"{' or '.join(source.name for source in sources)}. {MERGE_IN_MEMORY}"
             )
         source = sources[0].name
         tensor = self.checkpoint.tensor(source) if shape is None else self._float_tensor(source)
         if tensor.dtype not in DTYPES:
-            raise ValueError(f"{source} of {self.checkpoint.name} has dtype {tensor.dtype}, which is not known here.")
+            raise ValueError(
+                f"{source} of {self.checkpoint.name} has the unknown dtype {tensor.dtype}: expected one of "
+                f"{', '.join(DTYPES)}."
+            )
         if shape is not None and tensor.shape != shape:
             raise ValueError(
                 f"{source} of {self.checkpoint.name} has the shape {list(tensor.shape)}, but the delta of {name} "
@@ -244,13 +246,13 @@ class ParameterFinder:
         return tensor
 
     def _stacked(self, name: str, sources: Sequence[Source], shape: tuple[int, ...] | None) -> StoredParameter:
-        """Return a parameter that stacks a list of modules, each with one or several tensors as its rows."""
+        """Return a parameter that stacks several modules, each with one or more tensors as its rows."""
         converter: Any = sources[0].converter
         kinds = [(type(operation).__name__, getattr(operation, "dim", None)) for operation in converter.operations]
         if kinds not in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
             raise ValueError(
-                f"{name} is made of {sources[0].name} of {self.checkpoint.name} by "
-                f"{', '.join(kind for kind, _ in kinds)}, which cannot be reversed on disk. {CLASSIC_WAY}"
+                f"{name} is built from {sources[0].name} of {self.checkpoint.name} by "
+                f"{', '.join(kind for kind, _ in kinds)}, which a merge on disk cannot reverse. {MERGE_IN_MEMORY}"
             )
         from transformers.core_model_loading import dot_natural_key
 
@@ -260,16 +262,16 @@ class ParameterFinder:
             for pattern in converter.source_patterns
         ]
         spans, start = [], 0
-        for of_one_module in zip(*by_pattern, strict=False):
-            for source_name, tensor in of_one_module:
+        for module_tensors in zip(*by_pattern, strict=False):
+            for source_name, tensor in module_tensors:
                 spans.append(Span(source_name, tensor, start))
                 start += tensor.num_values
-        stacked = _stacked_shape([[tensor.shape for _, tensor in found] for found in by_pattern])
+        stacked = _stacked_shape([[tensor.shape for _, tensor in tensors] for tensors in by_pattern])
         if stacked is None or stacked != (shape or stacked):
-            to = "one shape" if shape is None else f"the shape {list(shape)}"
+            expected = "one shape" if shape is None else f"the shape {list(shape)}"
             raise ValueError(
                 f"{len(sources)} tensors of {self.checkpoint.name}, {sources[0].name} and others, do not stack to "
-                f"{to} of {name}: the adapter belongs to another model."
+                f"{expected} of {name}: the adapter belongs to another model."
             )
         return StoredParameter(stacked, tuple(spans))
 
@@ -277,16 +279,16 @@ class ParameterFinder:
         module = name.rpartition(".")[0]
         beside = [key for key in self.checkpoint.files if key.startswith((f"{module}.", f"{name}:"))]
         quantized = [key for key in beside if not key.endswith((".weight", ".bias"))]
-        where = f"{self.checkpoint.name} holds no {name}"
+        lacks = f"{self.checkpoint.name} has no tensor {name}"
         if quantized:
             return (
-                f"{where}, but {', '.join(sorted(quantized)[:3])}: it is quantized, and a delta cannot be added to it "
+                f"{lacks}, but {', '.join(sorted(quantized)[:3])}: it is quantized, and a delta cannot be added to it "
                 "without loss. Use the base model without quantization, and quantize the result."
             )
         near = difflib.get_close_matches(name, self.checkpoint.files, n=2)
         return (
-            f"{where}{', but ' + ' and '.join(near) if near else ''}: the adapter belongs to another model, or to one "
-            f"whose checkpoint has other names. {CLASSIC_WAY}"
+            f"{lacks}{', but ' + ' and '.join(near) if near else ''}: the adapter belongs to another model, or the "
+            f"checkpoint uses unknown names. {MERGE_IN_MEMORY}"
         )
 
     # ------------------------------------------------------------------ tied parameters
@@ -294,17 +296,17 @@ class ParameterFinder:
     def _refuse_tied(self, name: str, num_dimensions: int) -> None:
         if not self._is_surely_untied(name) and self._is_tied(name, num_dimensions):
             raise ValueError(
-                f"{name} is tied in {self.checkpoint.name}: one tensor is both the embedding and the head, and a "
-                "delta would change both. If the adapter was trained on an untied model, use that one as the base: "
+                f"{name} is tied in {self.checkpoint.name}: one tensor is both the embedding and the head, so a "
+                "delta would change both. If the adapter was trained on an untied model, use that model as the base: "
                 "save it with model.save_pretrained(folder) after AutoModelForCausalLM.from_pretrained(base, "
                 "tie_word_embeddings=False) and model.lm_head.weight.data = "
                 "model.get_input_embeddings().weight.data.clone()."
             )
 
     def _is_surely_untied(self, name: str) -> bool:
-        """Whether `config.json` alone says that a parameter is not tied."""
+        """Whether `config.json` alone proves that a parameter is not tied."""
         config = self.checkpoint.config
-        # what transformers ties inside of numbered modules are the heads of object detectors
+        # inside of numbered modules, transformers ties only the heads of object detectors
         detects = any(
             str(architecture).endswith("ForObjectDetection") for architecture in config.get("architectures") or []
         )
@@ -314,9 +316,9 @@ class ParameterFinder:
 
     def _is_tied(self, name: str, num_dimensions: int) -> bool:
         config = self._config
-        model_class = next(_classes(config), None) if config is not None else None
+        model_class = next(_model_classes(config), None) if config is not None else None
         if config is None or model_class is None:
-            # code from elsewhere: what may be tied are embeddings, which are in no layer
+            # custom code: only embeddings may be tied, and they are outside of the layers
             return (
                 bool(self.checkpoint.config.get("tie_word_embeddings", True))
                 and num_dimensions == 2
@@ -330,7 +332,7 @@ class ParameterFinder:
 
 
 def clean_name(name: str) -> str:
-    """Return the name that a module or parameter has in the base model, without what PEFT and FSDP put around it."""
+    """Return a module's or parameter's name in the base model, without the parts that PEFT and FSDP add."""
     for added in (".base_layer", "_fsdp_wrapped_module.", "._fsdp_wrapped_module", "_orig_mod."):
         name = name.replace(added, "")
     return name.removeprefix("base_model.model.")
@@ -341,7 +343,7 @@ def _is_in_a_layer(name: str) -> bool:
 
 
 def _stacked_shape(by_pattern: Sequence[Sequence[tuple[int, ...]]]) -> tuple[int, ...] | None:
-    """Return the shape of stacked modules, each with a matrix in every list as its rows; `None` if they do not fit."""
+    """Return the shape of the stacked modules, each with one matrix per pattern; `None` if they do not fit."""
     num_modules = len(by_pattern[0])
     first = [shapes[0] for shapes in by_pattern if shapes]
     same = all(len(shapes) == num_modules and set(shapes) == {shapes[0]} for shapes in by_pattern if shapes)
@@ -351,7 +353,7 @@ def _stacked_shape(by_pattern: Sequence[Sequence[tuple[int, ...]]]) -> tuple[int
     return (num_modules, sum(shape[0] for shape in first), columns.pop()) if len(columns) == 1 else None
 
 
-def _classes(config: Any) -> Iterator[Any]:
+def _model_classes(config: Any) -> Iterator[Any]:
     import transformers
 
     for name in config.architectures or []:
@@ -360,7 +362,7 @@ def _classes(config: Any) -> Iterator[Any]:
 
 
 def _ways_to_load(config: Any) -> Iterator[list[Any]]:
-    """Yield lists of transforms, each for a model that the checkpoint may be loaded as."""
+    """Yield one list of transforms for each model class that the checkpoint may be loaded as."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
@@ -372,9 +374,9 @@ def _ways_to_load(config: Any) -> Iterator[list[Any]]:
     whole = _first_mapping([*(config.architectures or []), config.model_type])
     inner = get_checkpoint_conversion_mapping(str(MODEL_MAPPING_NAMES.get(config.model_type))) or []
     for transform in inner:
-        # as transformers does for the model inside of the one with the head
+        # transformers does the same for the inner model of a model with a head
         transform.scope_prefix = ""
-        transform.base_model_prefix = getattr(next(_classes(config), None), "base_model_prefix", "model")
+        transform.base_model_prefix = getattr(next(_model_classes(config), None), "base_model_prefix", "model")
     inside = _first_mapping([text.model_type]) if text is not config else []
     yield [*whole, *inner, *inside, *legacy]
     if text is not config:  # the language model alone
@@ -389,7 +391,7 @@ def _first_mapping(names: Sequence[str | None]) -> list[Any]:
 
 
 def _rename(name: str, transforms: Sequence[Any]) -> tuple[str, Source]:
-    """Return the name that a model loaded with these transforms has for a tensor of the checkpoint."""
+    """Return a tensor's name in a model that is loaded with these transforms, and the tensor as a source."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
@@ -400,6 +402,6 @@ def _rename(name: str, transforms: Sequence[Any]) -> tuple[str, Source]:
 
 
 def _with_and_without_prefix(name: str, names: dict[str, Any]) -> list[str]:
-    """Return those of `names` that mean `name`: with or without the base model's prefix."""
+    """Return the entries of `names` that match `name` with or without the base model's prefix."""
     longer = [key for key in names if key.endswith(f".{name}") and key.count(".") == name.count(".") + 1]
     return [key for key in (name, name.partition(".")[2], *longer) if key in names]

@@ -1,4 +1,4 @@
-"""A copy of a safetensors file with new bytes for some of its tensors, verified after it is written."""
+"""Copies a safetensors file with new bytes for some of its tensors, and verifies the copy."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def write_patched(
 
     Args:
         source: the file.
-        target: the copy; it is on the disk when this returns.
-        new: by the tensor's name, its new bytes in parts, and where it is stored.
-        progress: told how many bytes were written.
+        target: the copy; it is on the disk on return.
+        new: by tensor name: the new bytes in parts, and where the tensor is stored.
+        progress: called with the number of new bytes.
 
     Returns:
-        The sha256 of the new bytes, by the tensor's name.
+        The sha256 of the new bytes, by tensor name.
 
     Raises:
-        OSError: if the disk has no room, or the copy reads differently from what was written.
+        OSError: if the disk has no room, or reading the copy returns other bytes than were written.
     """
-    source = source.resolve()  # in the Hub's cache it is a symbolic link
+    source = source.resolve()  # a symbolic link in the Hub's cache
     size = source.stat().st_size
     ranges = [(tensor.start, tensor.start + tensor.num_bytes) for _, tensor in new.values()]
     untouched = list(gaps(ranges, size))
@@ -76,6 +76,6 @@ def _verify(source: Path, target: Path, digests: Mapping[str, str]) -> None:
     wrong = [name for name, digest in digests.items() if tensors[name].bytes_sha256() != digest]
     if wrong or not same or target.stat().st_size != source.stat().st_size:
         raise OSError(
-            f"{target.name} reads differently from what was written to it{': ' + wrong[0] if wrong else ''}. Nothing "
-            "was merged. Check the disk."
+            f"{target.name}: the disk returned other bytes than were written{' for ' + wrong[0] if wrong else ''}. "
+            "Nothing was merged. Check the disk."
         )

@@ -1,4 +1,4 @@
-"""One safetensors file: its header read and checked, its tensors read in parts, a header written."""
+"""One safetensors file: reads and checks its header, reads its tensors in parts, writes a header."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from .untrusted_json import one_line, shortened, strict_json
 
-# safetensors' names of the element types that adapters and checkpoints have
+# the dtypes of adapters and checkpoints, by their safetensors names
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -32,17 +32,17 @@ DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# a delta can be added to these
+# dtypes of weights that a delta can be added to
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 BUFFER_BYTES = 1 << 23
 LENGTH_BYTES = 8
 # safetensors' own limit
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 8
-# of bytes; beyond it, numbers wrap around in what reads the values
+# of a tensor; above it, the offsets of some readers overflow
 MAX_BYTES = 2**63 - 1
 MAX_NAME_LENGTH = 500
-# zip, in which torch.save packs its pickle; and the first bytes of pickles of protocols 2 to 5
+# first bytes of a zip file (torch.save) and of pickles of protocols 2 to 5
 PICKLE_BEGINNINGS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
@@ -52,10 +52,10 @@ class StoredTensor:
 
     Attributes:
         file: the file.
-        dtype: safetensors' name of its dtype, such as `"BF16"`.
+        dtype: its dtype by safetensors name, such as `"BF16"`.
         shape: its shape.
         start: offset of its first byte in the file.
-        num_bytes: size of its values, which are stored in row-major order.
+        num_bytes: size of its values, in row-major order.
     """
 
     file: Path
@@ -73,10 +73,10 @@ class StoredTensor:
         return DTYPES[self.dtype].itemsize
 
     def read(self, start: int = 0, count: int | None = None) -> torch.Tensor:
-        """Return `count` values from flat index `start` on, as a flat tensor of the stored dtype; by default all.
+        """Return `count` values from flat index `start`, as a flat tensor of the stored dtype; default: all values.
 
         Raises:
-            ValueError: if the file ends before them.
+            ValueError: if the file is too short.
         """
         values = torch.empty(self.num_values - start if count is None else count, dtype=DTYPES[self.dtype])
         with open(self.file, "rb", buffering=0) as file:
@@ -85,7 +85,7 @@ class StoredTensor:
         return values
 
     def read_bytes(self) -> Iterator[memoryview]:
-        """Yield the stored bytes in parts of up to 8 MiB. Each part overwrites the one before."""
+        """Yield the stored bytes in parts of up to 8 MiB. Each part overwrites the previous one."""
         buffer = memoryview(bytearray(min(self.num_bytes, BUFFER_BYTES)))
         with open(self.file, "rb", buffering=0) as file:
             file.seek(self.start)
@@ -112,7 +112,9 @@ def _read_into(file: Any, buffer: memoryview, path: Path) -> None:
     while filled < len(buffer):
         num_bytes = file.readinto(buffer[filled:])
         if not num_bytes:
-            raise ValueError(f"{path} ended while it was read: another program is writing to it.")
+            raise ValueError(
+                f"{path} ended while it was read: another program is writing to it. Try again when it has finished."
+            )
         filled += num_bytes
 
 
@@ -122,15 +124,15 @@ def read_header(
     """Return the tensors of a safetensors file by name, in the order of their bytes, and the file's metadata.
 
     `safe_open` checks that the tensors cover the file without gaps and overlaps, and that their bytes fit their
-    shapes. What it does not check is checked here.
+    shapes. This function adds checks for pickles, the length of the header and duplicate keys.
 
     Args:
         path: the file.
-        where: its name in messages; `None` is the path.
-        max_header_bytes: a longer header is refused before it is parsed.
+        where: name of the file for messages; `None`: the path.
+        max_header_bytes: maximum length of the header; a longer one is not parsed.
 
     Raises:
-        ValueError: if it is not a whole safetensors file, is a pickle, or names something twice in its header.
+        ValueError: if it is not a complete safetensors file, is a pickle, or its header has a duplicate key.
         OSError: if it cannot be opened.
     """
     where = path if where is None else where
@@ -140,16 +142,16 @@ def read_header(
         with safe_open(path, framework="pt"):
             pass
     except SafetensorError as error:
-        found = one_line(error).removeprefix("Error while deserializing header: ")
+        reason = one_line(error).removeprefix("Error while deserializing header: ")
         raise refusal(
             where,
-            f"a header that safetensors refuses ({found})",
-            "dtype, shape and data_offsets of every tensor that fit the file exactly. It is cut off or damaged",
+            f"a header that safetensors refuses ({reason})",
+            "dtype, shape and data_offsets that fit the file exactly. The file is cut off or damaged",
         ) from None
     try:
         content = strict_json(header)
     except (ValueError, RecursionError) as error:
-        raise refusal(where, f"a header that is not JSON ({one_line(error)})", "JSON") from None
+        raise refusal(where, f"a header of invalid JSON ({one_line(error)})", "valid JSON") from None
     metadata = content.pop("__metadata__", None) or {}
     tensors = {name: _stored(path, name, entry, LENGTH_BYTES + len(header), where) for name, entry in content.items()}
     return dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].num_bytes))), metadata
@@ -160,15 +162,15 @@ def _header_bytes(file: BinaryIO, where: object, max_header_bytes: int) -> bytes
     file.seek(0)
     beginning = file.read(LENGTH_BYTES)
     if beginning.startswith(PICKLE_BEGINNINGS):
-        raise refusal(where, "a pickle, as torch.save writes it", "safetensors; pickles are never loaded here")
+        raise refusal(where, "a pickle, as torch.save writes it", "safetensors, since pickles can run code")
     length = int.from_bytes(beginning, "little")
     if len(beginning) < LENGTH_BYTES or length > num_bytes - LENGTH_BYTES:
         expected = f"{LENGTH_BYTES} bytes with the header's length"
         if len(beginning) == LENGTH_BYTES:
-            expected = f"a header of {length} bytes, as its first bytes say"
-        raise refusal(where, f"{num_bytes} bytes", f"{expected}. It is cut off, or another kind of file")
+            expected = f"a header of {length} bytes, as the first 8 bytes say"
+        raise refusal(where, f"{num_bytes} bytes", f"{expected}. The file is cut off or has another format")
     if length > max_header_bytes:
-        raise refusal(where, f"a header of {length} bytes", f"{max_header_bytes} at most")
+        raise refusal(where, f"a header of {length} bytes", f"at most {max_header_bytes}")
     return file.read(length)
 
 
@@ -180,10 +182,10 @@ def _stored(path: Path, name: str, entry: dict[str, Any], data_start: int, where
 
 
 def check_tensors(tensors: Mapping[str, StoredTensor], where: object) -> None:
-    """Check what a stranger's file says of its tensors, beyond what `read_header` checks of every file.
+    """Check the names, dtypes and shapes of an untrusted file's tensors, in addition to `read_header`.
 
     Raises:
-        ValueError: if a name is not made of module names, or PyTorch could not hold a tensor of that dtype and shape.
+        ValueError: if a name is not a path of modules, or PyTorch cannot hold a tensor of that dtype and shape.
     """
     for name, tensor in tensors.items():
         check_tensor_name(name, where)
@@ -191,32 +193,32 @@ def check_tensors(tensors: Mapping[str, StoredTensor], where: object) -> None:
         if tensor.dtype not in DTYPES:
             raise refusal(where, f"{name}: dtype {shortened(tensor.dtype)}", f"one of {', '.join(DTYPES)}")
         if len(tensor.shape) > MAX_DIMENSIONS:
-            raise refusal(where, f"{name}: shape {shape}", f"{MAX_DIMENSIONS} dimensions at most")
-        # a dimension of 0 hides others that are too large for any reader
+            raise refusal(where, f"{name}: shape {shape}", f"at most {MAX_DIMENSIONS} dimensions")
+        # count a 0 as 1: it would hide other dimensions that are too large
         if math.prod(size or 1 for size in tensor.shape) * DTYPES[tensor.dtype].itemsize > MAX_BYTES:
-            raise refusal(where, f"{name}: shape {shape}", f"{MAX_BYTES} bytes at most")
+            raise refusal(where, f"{name}: shape {shape}", f"at most {MAX_BYTES} bytes")
 
 
 def check_tensor_name(name: str, where: object) -> None:
-    """Raise a ValueError if a name is not made of module names with dots between, as PyTorch's are."""
+    """Raise a ValueError if a name is not module names joined by dots, as in PyTorch."""
     wrong = not name.isprintable() or any(letter in name for letter in "/\\") or "" in name.split(".")
     if wrong or len(name) > MAX_NAME_LENGTH:
         raise refusal(
             where,
             f"a tensor named {shortened(name)}",
-            f"module names with dots between, no slashes, up to {MAX_NAME_LENGTH} characters",
+            f"module names joined by dots, no slashes, up to {MAX_NAME_LENGTH} characters",
         )
 
 
 def refusal(where: object, found: str, expected: str) -> ValueError:
-    """Return the error of a safetensors file that is refused."""
+    """Return the error that refuses a safetensors file."""
     return ValueError(
         f"{where} is not a readable safetensors file: found {found}; expected {expected}. Download or save it again."
     )
 
 
 def write_header(file: Any, tensors: Mapping[str, StoredTensor], metadata: dict[str, str]) -> None:
-    """Write the header of a safetensors file that will hold the bytes of `tensors`, in that order."""
+    """Write the header of a safetensors file; the bytes of `tensors` must follow in that order."""
     header: dict[str, Any] = {"__metadata__": metadata}
     begin = 0
     for name, tensor in tensors.items():

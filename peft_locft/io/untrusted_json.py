@@ -1,4 +1,4 @@
-"""JSON from strangers, parsed strictly, and their words as they may be shown."""
+"""Untrusted JSON, parsed strictly; and untrusted text, made safe to print."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ def strict_json(content: bytes) -> Any:
     """Return the content of a JSON text.
 
     Raises:
-        ValueError: if it is not UTF-8 or not JSON, holds NaN or infinity, or has an object that names a key twice.
-            (Of two values under one name, two readers may take different ones.)
+        ValueError: if it is not UTF-8 or not JSON, holds NaN or infinity, or an object has a duplicate key. (Two
+            readers may use different values of a duplicate key.)
         RecursionError: if it is nested too deeply.
     """
     return json.loads(content.decode("utf-8"), object_pairs_hook=_unique_pairs, parse_constant=_refuse_constant)
@@ -26,29 +26,30 @@ def json_object(content: bytes, where: object) -> dict[str, Any]:
         where: its name, for messages.
 
     Raises:
-        ValueError: if it is refused by `strict_json`, or is not an object.
+        ValueError: if `strict_json` refuses it, or it is not an object.
     """
     try:
-        found = strict_json(content)
+        value = strict_json(content)
     except (ValueError, RecursionError) as error:
-        why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else one_line(error)
+        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else one_line(error)
         raise ValueError(
-            f"{where} is not readable: found no JSON ({why}); expected a JSON object. Download or save it again."
+            f"{where} is not readable: found invalid JSON ({reason}); expected a JSON object. Download or save it "
+            "again."
         ) from None
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise ValueError(
-            f"{where} is not readable: found {shortened(found)}; expected a JSON object. Download or save it again."
+            f"{where} is not readable: found {shortened(value)}; expected a JSON object. Download or save it again."
         )
-    return found
+    return value
 
 
 def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    unique: dict[str, Any] = {}
     for name, value in pairs:
-        if name in found:
-            raise ValueError(f"{shortened(name)} is there twice")
-        found[name] = value
-    return found
+        if name in unique:
+            raise ValueError(f"duplicate key {shortened(name)}")
+        unique[name] = value
+    return unique
 
 
 def _refuse_constant(name: str) -> None:
@@ -61,16 +62,16 @@ class _Shortened(reprlib.Repr):
         self.maxstring = self.maxlong = self.maxother = 60
 
     def repr_int(self, x: int, level: int) -> str:
-        return super().repr_int(x, level) if abs(x) < 10**60 else "a number of many digits"
+        return super().repr_int(x, level) if abs(x) < 10**60 else "a number of 60 digits or more"
 
 
 def shortened(value: object) -> str:
-    """Return a value as it may be shown: on one line, without control characters, up to 80 characters."""
+    """Return a value as text that is safe to print: one line, no control characters, up to 80 characters."""
     text = _Shortened().repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def one_line(error: object) -> str:
-    """Return an error's message as it may be shown: on one line, without control characters, up to 300 characters."""
+    """Return an error's message, safe to print: one line, no control characters, up to 300 characters."""
     text = "".join(letter if letter.isprintable() else " " for letter in str(error))
     return text if len(text) <= 300 else f"{text[:297]}..."

@@ -1,4 +1,4 @@
-"""Other people's checkpoints: adapters merged on disk, into a new folder or in place, and detached again."""
+"""Merges adapters into a checkpoint on disk, in a new folder or in place, and detaches them again."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Merging adapters into a model's own folder, and the exact way back."""
+"""Merges adapters into a model's own folder, and detaches them with every byte restored."""
 
 from __future__ import annotations
 
@@ -36,28 +36,27 @@ def merge_in_place(
     force: bool = False,
     progress: bool = False,
 ) -> MergeSummary:
-    """Merge adapters into the files of a model's own folder, and save what `detach` needs to undo it.
+    """Merge adapters into a model's own folder, and save the original tensors for `detach`.
 
-    The edited tensors have the bits that `merge_checkpoint` gives them; no other tensor changes. The originals go into
-    `locft/locft_undo.safetensors`, in a subfolder because some servers load every safetensors file beside a model.
+    The edited tensors are equal bit for bit to those of `merge_checkpoint`; no other tensor changes. The originals are
+    saved in `locft/locft_undo.safetensors`: a subfolder, because some servers load every safetensors file beside a
+    model.
 
-    If the process is killed, or the machine goes down, at any moment:
+    A kill or a power failure at any moment is safe:
 
-    - Every new file is written aside, and no file of the model is written into. A program that has one open or mapped
-      keeps it.
+    - New files are written under temporary names, and the model's files are never written into. A program that has
+      one open or mapped keeps the old content.
     - If one file holds all edited tensors, a rename replaces it. Every reader finds the old model or the new one.
-    - If several files do, the new ones are put beside them under new names (`…-locft.safetensors`), and a rename
-      replaces the index. A reader that loads by the index, as transformers does, finds the old model or the new one. A
-      reader that read the index before the rename and opens a file after it finds the file of the old model, or none.
-      A reader that loads all files without the index finds both models until the old files are removed; after a kill
-      in between, until the next call.
-    - The next `merge_in_place` or `detach` on the folder removes what a killed one left.
+    - If several files hold them, the new files get new names (`…-locft.safetensors`), and a rename replaces the index.
+      A reader that uses the index, as transformers does, finds the old model or the new one. A reader that read the
+      index before the rename and opens a file after it finds the old file or none. A reader that ignores the index
+      finds both models until the old files are removed; after a kill, until the next call.
+    - The next `merge_in_place` or `detach` on the folder removes the leftovers of a killed one.
 
-    It needs room on the disk for the files that hold an edited tensor, unless the file system shares blocks
-    (reflinks).
+    It needs disk space for a copy of the files that hold an edited tensor, unless the file system has reflinks.
 
     Args:
-        model_folder: a folder with a safetensors checkpoint; no folder of the Hub's cache.
+        model_folder: a folder with a safetensors checkpoint, not in the Hub's cache.
         adapters: as in `merge_checkpoint`.
         weights: as in `merge_checkpoint`.
         scale: as in `merge_checkpoint`.
@@ -68,29 +67,30 @@ def merge_in_place(
         A summary.
 
     Raises:
-        ValueError: as in `merge_checkpoint`; also if adapters are merged in place already, if the folder is in the
-            Hub's cache or a file to change a symbolic link (what it leads to belongs to others), if a file has the
-            name that an edited one would get, if the index would not come back byte by byte, or if another process is
-            at work in the folder. The model stays as it was.
-        OSError: if the disk has no room, or a file cannot be written, or does not read as it was written.
+        ValueError: as in `merge_checkpoint`; also if adapters are already merged in place; if the folder is in the
+            Hub's cache or a file to change is a symbolic link, since others share it; if the new name of an edited
+            file is taken; if the index could not be restored byte by byte; if another process merges or detaches in
+            the folder. The model is unchanged.
+        OSError: if the disk has no room, a file cannot be written, or reading it returns other bytes than were
+            written.
 
     Example:
         >>> from peft_locft import detach, merge_in_place
         >>> merge_in_place("model", ["out"])
-        >>> detach("model")  # every file has the bytes that it had before
+        >>> detach("model")  # every file has its original bytes again
     """
-    begun = time.perf_counter()
-    with _at_work(model_folder) as (folder, undo, _):
+    start = time.perf_counter()
+    with _exclusive_access(model_folder) as (folder, undo, _):
         if undo is not None:
             raise ValueError(
-                f"{folder} has an edit merged in place already. Edits are not merged on top of each other, since each "
-                f"would round anew: `locft detach {folder}`, and then merge all of the adapters together."
+                f"{folder} already has an edit merged in place. A second merge on top would add a rounding error. Run "
+                f"`locft detach {folder}`, then merge all adapters together."
             )
         edits = plan_edits(Checkpoint(folder), adapters, weights, scale, force)
         shards = edits.by_shard()
         names = edited_names(shards)
-        _refuse_what_others_share(folder, names)
-        _refuse_what_is_there(folder, names)
+        _refuse_shared_files(folder, names)
+        _refuse_existing_files(folder, names)
         _, left_out = other_files(edits.checkpoint)
         conflicts = conflicts_of(edits)
         with staging(folder) as staged, progress_bar(_size(folder, shards), progress) as advance:
@@ -99,43 +99,44 @@ def merge_in_place(
             for shard, changes in shards.items():
                 digests |= write_edited_shard(folder / shard, staged / names[shard], changes, advance)
             write_undo(staged / UNDO_NAME, edits, digests, merge_record(edits, weights, scale))
-            # before the new files: by it a later call knows what is there of them
+            # before the new files, since recovery needs it to identify them
             os.replace(staged / UNDO_NAME, staged.parent / UNDO_NAME)
             exchange(folder, staged, names)
         settle(folder, names, merged=True)
-        done = _summary(folder, digests, names.values(), begun)
-        return replace(done, left_out=tuple(left_out), conflicts=conflicts)
+        summary = _summary(folder, digests, names.values(), start)
+        return replace(summary, left_out=tuple(left_out), conflicts=conflicts)
 
 
 def detach(model_folder: str | os.PathLike[str], *, progress: bool = False) -> MergeSummary:
-    """Undo `merge_in_place`: every file of the folder gets back the name and the bytes that it had.
+    """Undo `merge_in_place`: every file of the folder gets its original name and bytes back.
 
-    `merge_in_place` says what holds when the process is killed; it holds here too.
+    A kill at any moment is safe, as in `merge_in_place`.
 
     Args:
-        model_folder: the folder.
+        model_folder: the folder given to `merge_in_place`.
         progress: show a progress bar on a terminal.
 
     Returns:
         A summary.
 
     Raises:
-        ValueError: if nothing is merged in place there; if the tensors that the merge wrote, or the layout of their
-            file, are no longer those that it wrote, so that the originals do not belong there; if a file to change is
-            a symbolic link; or if another process is at work in the folder. The model is as it was then.
-        OSError: if the disk has no room, or a file cannot be written, or does not read as it was written.
+        ValueError: if nothing is merged in place there; if the merged tensors or the layout of their files changed
+            since the merge; if a file to change is a symbolic link; if another process merges or detaches in the
+            folder. The model is unchanged.
+        OSError: if the disk has no room, a file cannot be written, or reading it returns other bytes than were
+            written.
     """
-    begun = time.perf_counter()
-    with _at_work(model_folder) as (folder, undo, something_removed):
+    start = time.perf_counter()
+    with _exclusive_access(model_folder) as (folder, undo, removed_leftovers):
         if undo is None:
             raise ValueError(
-                f"{folder} has no {IN_PLACE_FOLDER}/{UNDO_NAME}: nothing is merged in place there"
-                f"{', and what was left of one that was interrupted is removed' if something_removed else ''}."
+                f"{folder} has no {IN_PLACE_FOLDER}/{UNDO_NAME}: nothing is merged in place there."
+                f"{' The leftovers of an interrupted merge or detach were removed.' if removed_leftovers else ''}"
             )
         undo.check_originals()
         checkpoint = Checkpoint(folder)
         names = {edited: original for original, edited in undo.edited_names().items()}
-        _refuse_what_others_share(folder, names)
+        _refuse_shared_files(folder, names)
         with staging(folder) as staged, progress_bar(_size(folder, names), progress) as advance:
             stage_index(folder, staged, names)
             for edited, original in names.items():
@@ -144,35 +145,35 @@ def detach(model_folder: str | os.PathLike[str], *, progress: bool = False) -> M
                 write_patched(folder / edited, staged / original, originals, advance)
             exchange(folder, staged, names)
         settle(folder, undo.edited_names(), merged=False)
-        return _summary(folder, undo.originals, names.values(), begun)
+        return _summary(folder, undo.originals, names.values(), start)
 
 
 def _size(folder: Path, shards: Iterable[str]) -> int:
     return sum((folder / shard).stat().st_size for shard in shards)
 
 
-def _summary(folder: Path, tensors: Iterable[str], written: Collection[str], begun: float) -> MergeSummary:
+def _summary(folder: Path, tensors: Iterable[str], written: Collection[str], start: float) -> MergeSummary:
     return MergeSummary(
         folder,
         tensors=tuple(sorted(tensors)),
         written=tuple(sorted(written)),
         num_bytes=_size(folder, written),
-        seconds=time.perf_counter() - begun,
+        seconds=time.perf_counter() - start,
     )
 
 
 @contextmanager
-def _at_work(model_folder: str | os.PathLike[str]) -> Iterator[tuple[Path, Undo | None, bool]]:
-    """Lock a model's folder for this process, and finish or undo the work of a killed one."""
+def _exclusive_access(model_folder: str | os.PathLike[str]) -> Iterator[tuple[Path, Undo | None, bool]]:
+    """Lock a model's folder, recover from a killed process, and yield the folder and the results of `recover`."""
     folder = Path(model_folder).resolve()
     if not folder.is_dir():
         raise ValueError(
-            f"{model_folder} is not a folder here. merge_in_place and detach need a model's own folder; to merge into "
-            "a model from the Hub, write a new folder (merge_checkpoint, `locft merge BASE ADAPTER OUT`)."
+            f"{model_folder} is not a local folder, as merge_in_place and detach need. To merge into a model from the "
+            "Hub, write a new folder (merge_checkpoint, `locft merge BASE ADAPTER OUT`)."
         )
-    with locked(folder) as has_it:
-        if not has_it:
-            raise ValueError(f"Another process is merging or detaching in {folder}. Wait until it is done.")
+    with locked(folder) as acquired:
+        if not acquired:
+            raise ValueError(f"Another process is merging or detaching in {folder}. Wait until it has finished.")
         yield folder, *recover(folder)
 
 
@@ -182,23 +183,25 @@ def _hub_cache() -> Path:
     return Path(constants.HF_HUB_CACHE).resolve()
 
 
-def _refuse_what_others_share(folder: Path, names: Mapping[str, str]) -> None:
+def _refuse_shared_files(folder: Path, names: Mapping[str, str]) -> None:
     files = [folder / name for name in (*names, INDEX_NAME)]
     links = [file for file in files if file.is_symlink()]
     if links or folder.is_relative_to(_hub_cache()):
-        what = f"{links[0]} is a symbolic link to {links[0].resolve()}" if links else f"{folder} is in the Hub's cache"
+        problem = (
+            f"{links[0]} is a symbolic link to {links[0].resolve()}" if links else f"{folder} is in the Hub's cache"
+        )
         raise ValueError(
-            f"{what}, which belongs to others too: in the Hub's cache, to every program that loads this model. Merge "
+            f"{problem}: other programs share these files, so a merge in place would change their model too. Merge "
             f"into a new folder instead: `locft merge {folder} ADAPTER OUT`."
         )
 
 
-def _refuse_what_is_there(folder: Path, names: Mapping[str, str]) -> None:
+def _refuse_existing_files(folder: Path, names: Mapping[str, str]) -> None:
     for before, after in names.items():
         if before != after and os.path.lexists(folder / after):
             raise ValueError(
-                f"{folder / after} is there already, and the edited {before} would get that name. Move it away if "
-                "nothing needs it."
+                f"{folder / after} already exists, but the edited {before} needs that name. Move or remove the "
+                "existing file."
             )
 
 
@@ -206,18 +209,18 @@ def _refuse_what_is_there(folder: Path, names: Mapping[str, str]) -> None:
 
 
 def edited_names(shards: Iterable[str]) -> dict[str, str]:
-    """Return the name that each file has while an edit is merged in place, by the name that it has without.
+    """Return the names of the edited files, by the names of the original files.
 
-    A single file keeps its name: the new one takes the place of the old by a rename. No system call renames several
-    together, so that they get names of their own, and it is the index that is exchanged.
+    A single file keeps its name: a rename replaces it. Several files cannot be renamed in one step, so they get new
+    names, and a rename replaces the index.
 
     Args:
-        shards: the files that hold an edited tensor.
+        shards: names of the original files that hold an edited tensor.
     """
     shards = list(shards)
     if len(shards) == 1:
         return {shards[0]: shards[0]}
-    # they begin and end as before, by which converters find the files of a model
+    # keep beginning and ending: converters find a model's files by them
     return {shard: shard.removesuffix(".safetensors") + EDITED_ENDING for shard in shards}
 
 
@@ -226,11 +229,10 @@ class Undo:
     """The content of an undo file.
 
     Attributes:
-        originals: where the bytes lie that a merge replaced, by the tensor's name.
-        merged: of each of these tensors, the file that it is in without the edit (`"shard"`), its first byte there and
-            in the edited file (`"start"`), and the sha256 of the bytes that the merge wrote (`"sha256"`) and of those
-            before (`"original_sha256"`).
-        sizes: of these files, and of the edited ones, in bytes.
+        originals: by tensor name: where the original bytes of each edited tensor are stored.
+        merged: by tensor name: the name of its original file (`"shard"`), its offset there and in the edited file
+            (`"start"`), and the sha256 of its new bytes (`"sha256"`) and original bytes (`"original_sha256"`).
+        sizes: by name of the original file: its size in bytes, which the edited file has too.
     """
 
     originals: dict[str, StoredTensor]
@@ -238,18 +240,18 @@ class Undo:
     sizes: Mapping[str, int]
 
     def edited_names(self) -> dict[str, str]:
-        """Return the edited files' names by those without the edit."""
+        """Return the names of the edited files, by the names of the original files."""
         return edited_names(self.sizes)
 
     def by_shard(self) -> dict[str, list[str]]:
-        """Return the tensors' names by the file that they are in without the edit."""
-        found: dict[str, list[str]] = {}
-        for name, facts in self.merged.items():
-            found.setdefault(facts["shard"], []).append(name)
-        return found
+        """Return the names of the edited tensors, by the name of the original file."""
+        tensors: dict[str, list[str]] = {}
+        for name, entry in self.merged.items():
+            tensors.setdefault(entry["shard"], []).append(name)
+        return tensors
 
     def is_merged(self, checkpoint: Checkpoint) -> bool:
-        """Whether a checkpoint is the one that the merge wrote, or else the one before.
+        """Whether a checkpoint is the merged model; False if it is the original model.
 
         Raises:
             ValueError: if it is neither.
@@ -261,45 +263,48 @@ class Undo:
             return False
         name, folder = self.merged[changed]["shard"], checkpoint.folder
         raise ValueError(
-            f"{changed} in {folder / self.edited_names()[name]} is not what the merge in place wrote: something else "
-            f"has changed the model since, and the originals in {self.originals[changed].file.name} do not belong to "
-            f"it. Nothing was changed. Restore the file, or get the base model again; to keep the model as it is, "
-            f"remove {self.originals[changed].file.parent}."
+            f"{changed} in {folder / self.edited_names()[name]} is not what the merge in place wrote: another program "
+            f"has changed the model, so the originals in {self.originals[changed].file.name} do not fit it. Nothing "
+            f"was changed. Restore the file, or download the base model again. To keep the model as it is, remove "
+            f"{self.originals[changed].file.parent}."
         )
 
     def _differing(self, checkpoint: Checkpoint, names: Mapping[str, str], digest: str) -> str | None:
-        """Return the first tensor that has other bytes, or a place in another file; `None` if there is none."""
-        for name, facts in self.merged.items():
-            shard = names[facts["shard"]]
+        """Return the first tensor with other bytes or another place; `None` if there is none."""
+        for name, entry in self.merged.items():
+            shard = names[entry["shard"]]
             if checkpoint.files.get(name) != shard:
                 return name
             tensor, size = checkpoint.tensor(name), (checkpoint.folder / shard).stat().st_size
             if (
-                (tensor.start, size) != (facts["start"], self.sizes[facts["shard"]])
+                (tensor.start, size) != (entry["start"], self.sizes[entry["shard"]])
                 or tensor.num_bytes != self.originals[name].num_bytes
-                or tensor.bytes_sha256() != facts[digest]
+                or tensor.bytes_sha256() != entry[digest]
             ):
                 return name
         return None
 
     def check_originals(self) -> None:
-        """Raise a ValueError if an original is not what was put into the undo file."""
-        for name, facts in self.merged.items():
-            if self.originals[name].bytes_sha256() != facts["original_sha256"]:
+        """Raise a ValueError if the undo file's tensors have changed since the merge."""
+        for name, entry in self.merged.items():
+            if self.originals[name].bytes_sha256() != entry["original_sha256"]:
                 raise ValueError(
-                    f"{self.originals[name].file} is damaged: the original of {name} is not what was put there. "
-                    "Nothing was detached. Get the base model again."
+                    f"{self.originals[name].file} is damaged: the original of {name} has changed since the merge. "
+                    "Nothing was detached. Download the base model again."
                 )
 
 
 def write_undo(path: Path, edits: MergePlan, digests: Mapping[str, str], record: Mapping[str, Any]) -> None:
-    """Write the originals of all edited tensors, and what a merge is about to put in their place.
+    """Write the undo file: the original edited tensors, and the hashes of the new ones.
 
     Args:
-        path: of the new file.
-        edits: what is merged.
-        digests: the sha256 of the new bytes, by the tensor's name.
-        record: what is known of the adapters.
+        path: the new file.
+        edits: the merge.
+        digests: the sha256 of the new bytes, by tensor name.
+        record: the record of the merge, see `merge_record`.
+
+    Raises:
+        OSError: if the file cannot be written, or reading it returns other bytes than were written.
     """
     checkpoint = edits.checkpoint
     originals = {span.name: span.tensor for parameter in edits.parameters for span in parameter.base.spans}
@@ -313,40 +318,40 @@ def write_undo(path: Path, edits: MergePlan, digests: Mapping[str, str], record:
         for name, tensor in originals.items()
     }
     sizes = {shard: (checkpoint.folder / shard).stat().st_size for shard in edits.by_shard()}
-    facts = {"format": UNDO_FORMAT, "merged": merged, "sizes": sizes, "record": record}
+    content = {"format": UNDO_FORMAT, "merged": merged, "sizes": sizes, "record": record}
     with open(path, "wb", buffering=0) as file:
-        write_header(file, originals, {"format": "pt", "locft_undo": json.dumps(facts)})
+        write_header(file, originals, {"format": "pt", "locft_undo": json.dumps(content)})
         for tensor in originals.values():
             for part in tensor.read_bytes():
                 write_all(file, part)
         os.fsync(file.fileno())
     written, _ = read_header(path)
-    wrong = [name for name, facts in merged.items() if written[name].bytes_sha256() != facts["original_sha256"]]
+    wrong = [name for name, entry in merged.items() if written[name].bytes_sha256() != entry["original_sha256"]]
     if wrong:
-        raise OSError(f"{path} reads differently from what was written to it: {wrong[0]}. Check the disk.")
+        raise OSError(f"{path}: the disk returned other bytes than were written for {wrong[0]}. Check the disk.")
 
 
 def read_undo(path: Path) -> Undo:
-    """Read what `write_undo` wrote.
+    """Return the content of an undo file.
 
     Raises:
-        ValueError: if the file is broken, or something else.
+        ValueError: if the file is broken or is not an undo file.
     """
     originals, metadata = read_header(path)
     try:
-        facts = json.loads(metadata["locft_undo"])
-        undo = Undo(originals, facts["merged"], facts["sizes"])
-        known = (
-            facts["format"] == UNDO_FORMAT
+        content = json.loads(metadata["locft_undo"])
+        undo = Undo(originals, content["merged"], content["sizes"])
+        is_valid = (
+            content["format"] == UNDO_FORMAT
             and undo.merged.keys() == originals.keys()
             and undo.by_shard().keys() == undo.sizes.keys()
-            # files are removed by these names
+            # files with these names are removed
             and all(Path(name).name == name and name.endswith(".safetensors") for name in undo.sizes)
         )
     except (KeyError, ValueError, TypeError, AttributeError):
-        known = False
-    if not known:
-        raise ValueError(f"{path} is not what a merge in place wrote. Get the base model again.")
+        is_valid = False
+    if not is_valid:
+        raise ValueError(f"{path} is not an undo file of a merge in place. Download the base model again.")
     return undo
 
 
@@ -355,7 +360,7 @@ def read_undo(path: Path) -> Undo:
 
 @contextmanager
 def staging(model: Path) -> Iterator[Path]:
-    """Give an empty folder for new files; an error leaves of them what the model's own files need, and no more."""
+    """Yield an empty folder for new files. After an error, `recover` removes files that the model does not use."""
     staged = model / IN_PLACE_FOLDER / STAGED_FOLDER
     try:
         staged.mkdir(parents=True)
@@ -366,65 +371,65 @@ def staging(model: Path) -> Iterator[Path]:
 
 
 def stage_index(model: Path, staged: Path, names: Mapping[str, str]) -> None:
-    """Write the index that a model has once its files are called otherwise, if any are.
+    """Write an index with the new names of a model's files, unless all names stay.
 
     Args:
         model: the model's folder.
         staged: the folder for new files.
-        names: the new names by those that the index has now.
+        names: new names of the files, by the names in the current index.
 
     Raises:
-        ValueError: if the index would not come back byte by byte.
+        ValueError: if replacing the names back would not restore the index byte by byte.
     """
     if all(before == after for before, after in names.items()):
         return
     index = model / INDEX_NAME
     content = index.read_bytes()
-    # the text is changed and not written anew, so that the way back gives the bytes that were there
-    renamed = _replaced(content, names)
+    # replace names in the text: writing the JSON again could change other bytes, and detach must restore them
+    renamed = _with_new_names(content, names)
     expected = {name: names.get(shard, shard) for name, shard in json.loads(content)["weight_map"].items()}
-    back = _replaced(renamed, {after: before for before, after in names.items()})
-    if json.loads(renamed)["weight_map"] != expected or back != content:
+    restored = _with_new_names(renamed, {after: before for before, after in names.items()})
+    if json.loads(renamed)["weight_map"] != expected or restored != content:
         raise ValueError(
-            f"{index} does not write the names of its files as JSON is commonly written, or uses them for something "
-            "else, so that they cannot be exchanged and put back. Merge into a new folder."
+            f"{index} cannot be changed and restored byte by byte: it escapes the names of its files, or contains "
+            "them in other places too. Merge into a new folder."
         )
     write_atomically(staged / INDEX_NAME, renamed)
     shutil.copymode(index, staged / INDEX_NAME)
 
 
-def _replaced(content: bytes, names: Mapping[str, str]) -> bytes:
+def _with_new_names(content: bytes, names: Mapping[str, str]) -> bytes:
     for before, after in names.items():
         content = content.replace(json.dumps(before).encode(), json.dumps(after).encode())
     return content
 
 
 def exchange(model: Path, staged: Path, names: Mapping[str, str]) -> None:
-    """Make staged files, which are on the disk, those of the model.
+    """Move staged files, which are on the disk, into the model's folder.
 
     Args:
         model: the model's folder.
-        staged: the folder of the new files: those of weights, and the index that names them if their names are new.
-        names: the new names by those that the model's files have now. If a file keeps its name, it is the only one,
-            and its rename is what decides; else that of the index is.
+        staged: the folder with the new weight files, and with the new index if the names change.
+        names: new names of the files, by their current names. A file that keeps its name is the only one, and its
+            rename switches the model. Otherwise the rename of the index does.
     """
     for folder in (staged, staged.parent, model):
         sync_folder(folder)
     for name in names.values():
         os.replace(staged / name, model / name)
     if (staged / INDEX_NAME).exists():
-        sync_folder(model)  # an index on the disk must not name files that are not there yet
+        sync_folder(model)  # the new files must be on the disk before the index that names them
         os.replace(staged / INDEX_NAME, model / INDEX_NAME)
     sync_folder(model)
 
 
 def settle(model: Path, names: Mapping[str, str], merged: bool) -> None:
-    """Remove what does not belong to a model with its edit merged, or to one without: no index names it.
+    """Remove the files of the other model (edited or original), which the index does not name.
 
     Args:
         model: the model's folder.
-        names: those of the edited files by those without the edit.
-        merged: whether the model is the edited one.
+        names: names of the edited files, by the names of the original files.
+        merged: whether the model is now the edited one.
     """
     folder = model / IN_PLACE_FOLDER
     for original, edited in names.items():
@@ -432,26 +437,26 @@ def settle(model: Path, names: Mapping[str, str], merged: bool) -> None:
             (model / (original if merged else edited)).unlink(missing_ok=True)
     shutil.rmtree(folder / STAGED_FOLDER, ignore_errors=True)
     if not merged:
-        # the last one, since it tells what else there is to remove
+        # remove it last, since recovery needs it
         (folder / UNDO_NAME).unlink()
         _remove_empty(folder)
     sync_folder(model)
 
 
 def recover(model: Path) -> tuple[Undo | None, bool]:
-    """End what another process was killed in.
+    """Clean up after a killed merge or detach.
 
-    Which of the two models is there, the files that it is loaded from say. Files beside them that belong to the other
-    one are removed.
+    The index and the files that it names decide whether the model is the original or the edited one. Files of the
+    other model are removed.
 
     Args:
         model: the model's folder.
 
     Returns:
-        What takes the edit off again that is merged in place, if one is, and whether there was something to remove.
+        The undo file's content if an edit is merged in place, and whether leftovers were removed.
 
     Raises:
-        ValueError: if the undo file is broken, or the model neither what the merge wrote nor what was there before.
+        ValueError: if the undo file is broken, or the model is neither the edited nor the original one.
     """
     folder = model / IN_PLACE_FOLDER
     staged = (folder / STAGED_FOLDER).exists()

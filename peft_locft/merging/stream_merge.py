@@ -1,4 +1,4 @@
-"""Merging adapters into a checkpoint on disk: a new folder in which only the edited tensors are new."""
+"""Merges adapters into a checkpoint on disk, and writes the result to a new folder."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ RECORD_NAME = "locft_merge.json"
 
 @dataclass(frozen=True, slots=True)
 class MergeSummary:
-    """Result of a merge on disk, or of a detach.
+    """Result of a merge on disk or a detach.
 
     Attributes:
         folder: the model's folder.
-        tensors: the checkpoint's names of the tensors that changed.
-        written: names of the rewritten files, those with a changed tensor.
+        tensors: names of the changed tensors in the checkpoint.
+        written: names of the rewritten files.
         num_bytes: size of the rewritten files.
-        placed: number of other files by the way they were put there: `{"hard link": 3, "copy": 5}`.
-        left_out: names of files with the unedited weights in another format. They are not in the new folder; a merge
-            in place leaves them as they are.
-        conflicts: prompts that several of the merged adapters edit, as far as they ship their edits.
+        placed: number of the other files by method, such as `{"hard link": 3, "copy": 5}`.
+        left_out: names of files with weights in another format, which are not edited. A new folder does not contain
+            them; a merge in place leaves them unchanged.
+        conflicts: prompts that several of the merged adapters edit, if these ship their edits.
         seconds: duration.
     """
 
@@ -55,13 +55,13 @@ class MergeSummary:
         tensors = ", ".join(self.tensors[:3]) + (", …" if len(self.tensors) > 3 else "")
         rows = [
             ("model", str(self.folder)),
-            ("changed", f"{tensors} ({len(self.tensors)} in all)"),
+            ("changed", f"{tensors} ({len(self.tensors)} in total)"),
             ("written", f"{', '.join(self.written)}: {size(self.num_bytes)}"),
         ]
         if self.placed:
-            rows.append(("others", ", ".join(f"{count} by {how}" for how, count in sorted(self.placed.items()))))
+            rows.append(("other files", ", ".join(f"{count} by {how}" for how, count in sorted(self.placed.items()))))
         if self.left_out:
-            rows.append(("not edited", f"{', '.join(self.left_out)}: the base's weights in another form"))
+            rows.append(("not edited", f"{', '.join(self.left_out)}: weights in another format"))
         if self.conflicts is not None and self.conflicts.conflicts:
             rows.append(("conflicts", str(self.conflicts)))
         rows.append(("time", f"{self.seconds:.1f} s"))
@@ -82,26 +82,25 @@ def merge_checkpoint(
 ) -> MergeSummary:
     """Merge adapters into a checkpoint without loading a model; only files with an edited tensor are rewritten.
 
-    Every tensor of the result has the bits that `merge_and_unload()` and `save_pretrained()` give of a base loaded in
-    the dtype of its checkpoint (`dtype="auto"`). The arithmetic is `compose_weight`. A few megabytes are in memory at
-    a time, whatever the size of the tensors.
+    Every tensor is equal bit for bit to that of `merge_and_unload()` and `save_pretrained()`, for a base loaded in the
+    dtype of its checkpoint (`dtype="auto"`). The arithmetic is `compose_weight`. Memory use is a few megabytes for
+    tensors of any size.
 
-    The new folder appears in one step, complete and on the disk: a kill at any moment leaves no folder, or the new
-    one. The next merge to the same folder removes what a killed one left beside it.
+    The new folder appears in one step, complete and on the disk: a kill at any moment leaves no folder or the whole
+    one. The next merge to the same folder removes the temporary files of a killed merge.
 
     Args:
-        base: the model: a folder, or an id on the Hub, downloaded to huggingface_hub's cache. It is not changed.
-        adapters: one or several adapters: folders, or ids on the Hub. Several are added in this order and rounded
-            once, as `merge_and_unload(adapter_names=…)` does.
-        out: the new folder. It must not exist, or be empty.
-        weights: one factor per adapter; the result is that of `add_weighted_adapter(…, "linear")`, merged. `None`:
-            every adapter as it is.
-        scale: strength of the deltas, in place of each adapter's own.
-        link: how weight files without an edited tensor get there: `"auto"` shares blocks with the base's files (a
-            reflink) where the file system can, else makes hard links, else copies. `"hard"`: hard links. `"copy"`:
-            files of their own. A hard link is one file under two names: writing into it changes both. All other files
-            are copied.
-        force: merge even if the base's tensors are not those that the adapters were trained on.
+        base: the model: a folder, or an id on the Hub (downloaded to the cache). It is not changed.
+        adapters: one or more adapters: folders, or ids on the Hub. They are added in this order and rounded once, as
+            in `merge_and_unload(adapter_names=…)`.
+        out: the new folder. It must not exist, or must be empty.
+        weights: one factor per adapter; the result equals `add_weighted_adapter(…, "linear")`, merged. `None`: add the
+            adapters without factors.
+        scale: strength of all deltas; `None`: each adapter's own.
+        link: how to create weight files without an edited tensor. `"auto"`: a reflink (shared blocks) if the file
+            system supports it, else a hard link, else a copy. `"hard"`: hard links. `"copy"`: independent files. A
+            hard link is one file under two names: writing into one changes both. All other files are copied.
+        force: merge even if the adapters were trained on other values of the base's tensors.
         revision: branch, tag or commit of a base on the Hub.
         progress: show a progress bar on a terminal.
 
@@ -109,19 +108,20 @@ def merge_checkpoint(
         A summary.
 
     Raises:
-        ValueError: if the base has no safetensors checkpoint; if an adapter is refused by `check_adapter`, or holds
-            more than deltas; if edits that it ships are broken or not its own; if an edited tensor is not in the
-            checkpoint, is quantized, tied, of another shape, or (without `force`) not the one that the adapter was
-            trained on; if the edit is not finite; if `out` is not empty, a mount point, or in the base; if the weights
-            are not one an adapter; if a hard link was asked for and cannot be made. Nothing is left of a merge that is
-            refused.
-        OSError: if the disk has no room, or a file cannot be written, or does not read as it was written.
+        ValueError: if the base has no safetensors checkpoint; if `check_adapter` refuses an adapter, or it holds more
+            than deltas; if its shipped edits are broken or do not match its training; if an edited tensor is missing
+            in the checkpoint, quantized, tied, of another shape, or (without `force`) has other values than in
+            training; if the edit is not finite; if `out` is not empty, a mount point, or inside the base; if the
+            number of weights is not the number of adapters; if `link="hard"` is impossible. A refused merge leaves no
+            files.
+        OSError: if the disk has no room, a file cannot be written, or reading it returns other bytes than were
+            written.
 
     Example:
         >>> from peft_locft import merge_checkpoint
         >>> print(merge_checkpoint("Qwen/Qwen2.5-7B-Instruct", ["out"], "merged"))
     """
-    begun = time.perf_counter()
+    start = time.perf_counter()
     if link not in ("auto", "hard", "copy"):
         raise ValueError(f"link={link!r}: expected 'auto', 'hard' or 'copy'.")
     target = Path(out).resolve()
@@ -131,32 +131,30 @@ def merge_checkpoint(
     record = {"base_model": {"name_or_path": str(base), "revision": revision}, **merge_record(edits, weights, scale)}
     conflicts = conflicts_of(edits)
     with atomic_folder(target, what="a merged model", new=True) as staging:
-        done = _write(edits, staging, link, record, progress)
-    return replace(done, folder=target, conflicts=conflicts, seconds=time.perf_counter() - begun)
+        summary = _write(edits, staging, link, record, progress)
+    return replace(summary, folder=target, conflicts=conflicts, seconds=time.perf_counter() - start)
 
 
 def conflicts_of(edits: MergePlan) -> Conflicts | None:
-    """Return the prompts that several of the adapters edit; `None` if there is one adapter alone."""
+    """Return the prompts that several of the adapters edit; `None` for a single adapter."""
     folders = list(dict.fromkeys(adapter.folder for adapter in edits.adapters))
     return find_conflicts(folders) if len(folders) > 1 else None
 
 
 def _check_target(source: Path, target: Path) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(
-            f"{target} is there already: a merge writes a new folder. Remove it, or choose another folder."
-        )
+        raise ValueError(f"{target} already exists: a merge writes a new folder. Remove it, or choose another folder.")
     if os.path.ismount(target):
-        raise ValueError(f"{target} is a mount point, which a rename cannot replace. Choose a folder in it.")
+        raise ValueError(f"{target} is a mount point, which a rename cannot replace. Choose a folder inside it.")
     if target.is_relative_to(source):
         raise ValueError(
-            f"{target} is inside of the base, {source}. Choose a folder outside of it; to change the base, merge "
+            f"{target} is inside the base, {source}. Choose a folder outside of it; to change the base, merge "
             "in place (merge_in_place, --in-place)."
         )
 
 
 def merge_record(edits: MergePlan, weights: Sequence[float] | None, scale: float | None) -> dict[str, Any]:
-    """Return the record of a merged model: its adapters, and how they were added."""
+    """Return the record of a merge: its adapters with their scales and weights."""
     adapters = [
         {
             "adapter": str(adapter.folder),
@@ -171,10 +169,10 @@ def merge_record(edits: MergePlan, weights: Sequence[float] | None, scale: float
 def _write(edits: MergePlan, staging: Path, link: Link, record: dict[str, Any], progress: bool) -> MergeSummary:
     checkpoint = edits.checkpoint
     edited = edits.by_shard()
-    kept, left_out = other_files(checkpoint)
+    to_copy, left_out = other_files(checkpoint)
     placed: Counter[str] = Counter()
     digests: dict[str, str] = {}
-    for name in kept:
+    for name in to_copy:
         (staging / name).parent.mkdir(parents=True, exist_ok=True)
         placed[place_file(checkpoint.folder / name, staging / name, "copy", lambda _: None)] += 1
     total = sum((checkpoint.folder / name).stat().st_size for name in checkpoint.shards)
@@ -186,7 +184,7 @@ def _write(edits: MergePlan, staging: Path, link: Link, record: dict[str, Any], 
             else:
                 placed[place_file(source, target, link, advance)] += 1
     before = checkpoint.folder / RECORD_NAME
-    if before.is_file():  # the base was merged itself
+    if before.is_file():  # the base is itself the result of a merge
         record = record | {"before": json.loads(before.read_text(encoding="utf-8"))}
     write_atomically(staging / RECORD_NAME, json.dumps(record | {"tensors_sha256": digests}, indent=2) + "\n")
     num_bytes = sum((staging / shard).stat().st_size for shard in edited)
@@ -196,27 +194,27 @@ def _write(edits: MergePlan, staging: Path, link: Link, record: dict[str, Any], 
 
 
 def other_files(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
-    """Return the other files of a model's folder: those to copy, and weights in other formats."""
+    """Return the other files of a model's folder: files to copy, and weights in other formats."""
     own = {*checkpoint.shards, RECORD_NAME}
-    kept: list[str] = []
+    to_copy: list[str] = []
     weights: list[str] = []
     for place, folders, files in os.walk(checkpoint.folder, followlinks=True):
         inside = Path(place).relative_to(checkpoint.folder)
-        # hidden folders of git and huggingface_hub describe the unedited files
+        # skip hidden folders: git and huggingface_hub describe the unedited files there
         folders[:] = [name for name in folders if not name.startswith(".") and inside / name != Path(IN_PLACE_FOLDER)]
         for name in files:
-            of_weights = [
+            matching = [
                 pattern for pattern in OTHER_WEIGHTS if fnmatch.fnmatch(name.removesuffix(".index.json"), pattern)
             ]
             if str(inside / name) in own:
                 continue
-            stale = of_weights and not (str(inside / name) == INDEX_NAME and checkpoint.has_index)
-            (weights if stale else kept).append(str(inside / name))
-    return sorted(kept), sorted(weights)
+            stale = matching and not (str(inside / name) == INDEX_NAME and checkpoint.has_index)
+            (weights if stale else to_copy).append(str(inside / name))
+    return sorted(to_copy), sorted(weights)
 
 
 @contextmanager
 def progress_bar(num_bytes: int, shown: bool) -> Iterator[Progress]:
-    """Yield a function to call with numbers of written bytes; `shown` draws a progress bar on a terminal."""
+    """Yield a function to call with the number of new bytes; `shown` shows a progress bar on a terminal."""
     with tqdm(total=num_bytes, unit="B", unit_scale=True, leave=False, disable=None if shown else True) as bar:
         yield bar.update

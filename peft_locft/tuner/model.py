@@ -1,4 +1,4 @@
-"""The tuner: it wraps the targets, merges at all locations or none, combines adapters, and checks the base."""
+"""The tuner: wraps the targets, merges at all locations or none, combines adapters, and checks the base."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class LocFTModel(BaseTuner):
             for name in names
         )
         with self._all_or_nothing(), warnings.catch_warnings():
-            if pending:  # a layer with nothing left to merge would warn, although others merge
+            if pending:  # a layer with nothing to merge would warn, although other layers merge
                 warnings.filterwarnings("ignore", message="All adapters are already merged")
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
@@ -301,8 +301,7 @@ def _layers(model: nn.Module) -> list[tuple[str, LocFTLayer]]:
 def base_sha256(model: nn.Module, adapter_name: str = "default") -> dict[str, str]:
     """Return the sha256 of every base tensor that this adapter has a delta for, by parameter name.
 
-    The hash is of the unedited base, merged or not. Tensors that are not here in full (offloaded, sharded) are left
-    out.
+    The hash is of the unedited base, merged or not. Offloaded and sharded tensors are left out.
     """
     return {
         f"{name}.{kind}": tensor_sha256(tensor)
@@ -317,13 +316,13 @@ def differing_from_base(model: nn.Module, adapter_name: str, config: Any) -> lis
     Args:
         model: a model with the adapter.
         adapter_name: name of the adapter.
-        config: its configuration; one without `base_sha256`, as of another PEFT method, gives an empty list.
+        config: its configuration. Without `base_sha256`, as in other PEFT methods, the result is empty.
     """
     expected = getattr(config, "base_sha256", None)
     if not expected:
         return []
-    found = base_sha256(model, adapter_name)
-    return sorted(name for name, digest in found.items() if expected.get(name, digest) != digest)
+    current = base_sha256(model, adapter_name)
+    return sorted(name for name, digest in current.items() if expected.get(name, digest) != digest)
 
 
 def _warn_of_other_base(model: nn.Module, adapter_name: str, config: LocFTConfig) -> None:
@@ -331,7 +330,7 @@ def _warn_of_other_base(model: nn.Module, adapter_name: str, config: LocFTConfig
     if differing:
         warnings.warn(
             f"Adapter '{adapter_name}' was trained on another base: {', '.join(differing[:3])} "
-            f"{'and others ' if len(differing) > 3 else ''}differ from the weights that its deltas belong to, so its "
+            f"{'and others ' if len(differing) > 3 else ''}differ from the weights of its training, so its "
             f"answers may change. Load {config.base_model_name_or_path or 'its own base model'}, at the revision and "
             "dtype it was trained on.",
             stacklevel=2,

@@ -83,25 +83,25 @@ def compare_baselines(
 ) -> list[BaselineResult]:
     """Train and evaluate every baseline on the same edits, at the same location, from the same base.
 
-    Each result is written to `args.output_dir` at once, and a later call with the same arguments reads it from there.
-    The end writes `baselines.md` and, with matplotlib, `baselines.png`.
+    Each result is written to `args.output_dir` immediately, and a later call with the same arguments reuses it. At the
+    end, the comparison writes `baselines.md` and, with matplotlib, `baselines.png`.
 
     Args:
-        model: the base; not changed: every adapter is removed again.
+        model: the base; unchanged at the end, since every adapter is removed.
         tokenizer: its fast tokenizer.
         edits: anything `read_edits` reads.
-        args: epochs, learning rate, size of the mini-batches, and output folder. Order, objective, averaging and EOS
-            are set by each baseline.
-        location: what to train; `None` is `LocFTConfig()`. LoRA trains the same modules.
+        args: epochs, learning rate, size of the mini-batches, and output folder. Each baseline sets order, objective,
+            averaging and EOS.
+        location: the location to train; `None`: `LocFTConfig()`. LoRA trains the same modules.
         methods: keys of `METHODS`.
-        evaluation: how to evaluate.
+        evaluation: evaluation settings.
         text: text for perplexity, see `evaluate_edits`.
 
     Returns:
         A result for each baseline.
 
     Raises:
-        ValueError: if edits, methods or recipe cannot be used; nothing is trained then.
+        ValueError: if edits, methods or recipe are invalid. Nothing is trained.
 
     Example:
         >>> args = BreadthFirstConfig(output_dir="baselines", per_device_train_batch_size=20, learning_rate=2e-3)
@@ -193,7 +193,7 @@ def run_baselines(
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> list[BaselineResult]:
-    """Load a model and compare baselines on it, as `locft baselines` does; further arguments as `compare_baselines`.
+    """Load a model and compare baselines on it, as `locft baselines` does. Further arguments: see `compare_baselines`.
 
     Args:
         model_name_or_path: the base: a folder or a name on the Hub.

@@ -45,10 +45,10 @@ def evaluate_model(
     """Load a model, with or without an adapter, and evaluate it, as `locft evaluate` does.
 
     Args:
-        model_name_or_path: a folder or a name on the Hub: the base of `adapter`, or an edited model. `None` for the
-            base that the adapter names.
+        model_name_or_path: a folder or a name on the Hub: the base of `adapter`, or an edited model. `None`: the base
+            named by the adapter.
         edits: anything `read_edits` reads.
-        args: what to measure, and how.
+        args: metrics and settings.
         adapter: a PEFT adapter of any method.
         base_model_name_or_path: the model before the edit, if there is no adapter to disable.
         text: text for perplexity and KL, see `evaluate_edits`.
@@ -56,16 +56,16 @@ def evaluate_model(
         limit: maximum number of documents per task; below 1, a share of them.
         num_fewshot: examples in a task's prompt; `None` for the task's own number.
         num_edits: use only the first `num_edits` edits; `None` for all.
-        output_dir: folder for the report; `None` does not save it.
+        output_dir: folder for the report; `None`: do not save it.
         revision: branch, tag or commit of the model on the Hub.
         dtype: `"auto"` (the checkpoint's), `"float32"`, `"bfloat16"` or `"float16"`.
-        trust_remote_code: run code that comes with the model; leave it off unless you have read that code.
+        trust_remote_code: run the code that comes with the model. Read that code first.
 
     Returns:
-        See `evaluate_edits`. `curves` holds what the adapter's provenance records of its training.
+        See `evaluate_edits`. `curves` holds the metrics by epoch from the adapter's provenance.
 
     Raises:
-        ValueError: no model is named; edits or text cannot be used; the adapter does not fit the model, or was trained
+        ValueError: no model is named; edits or text are invalid; the adapter does not fit the model, or was trained
             on another base or on a prompt of the evaluation (see `EvaluationConfig.on_leak`); `num_edits` is below 1.
         OSError: model, tokenizer or adapter cannot be loaded.
         ImportError: there are tasks, and lm-evaluation-harness is not installed.
@@ -77,12 +77,12 @@ def evaluate_model(
     """
     read = first_edits(edits, num_edits)
     if output_dir is not None:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)  # fail now, not after an hour
+        Path(output_dir).mkdir(parents=True, exist_ok=True)  # fail now, not after the evaluation
     name = model_name_or_path or _base_of(adapter)
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     model, tokenizer = load_model(name, dtype, **source)
     edited = model if adapter is None else _with_adapter(model, adapter)
-    # an adapter on the Hub is not a folder here: nothing is known of its run
+    # an adapter on the Hub is not a local folder: its run is unknown
     run = None if adapter is None else read_provenance(Path(adapter)).run
     if run is not None and run.augmentation is not None:
         mark_trained(edited, run.augmentation.trained_prompts)
@@ -91,7 +91,7 @@ def evaluate_model(
         base, _ = load_model(base_model_name_or_path, dtype, trust_remote_code=trust_remote_code)
     evaluator = EditEvaluator(edited, tokenizer, read, args, base_model=base, text=text)
     task_metrics = {}
-    if tasks:  # first, since a name may be unknown
+    if tasks:  # first, to report unknown names early
         task_results = evaluate_on_tasks(
             edited,
             tokenizer,
@@ -116,10 +116,10 @@ def _text(path: str | os.PathLike[str] | None) -> str | None:
 
 def _base_of(adapter: str | os.PathLike[str] | None) -> str:
     if adapter is None:
-        raise ValueError("Found neither a model nor an adapter to evaluate; pass model_name_or_path or adapter.")
+        raise ValueError("Found neither a model nor an adapter to evaluate. Pass model_name_or_path or adapter.")
     name = PeftConfig.from_pretrained(os.fspath(adapter)).base_model_name_or_path
     if not name:
-        raise ValueError(f"{adapter}: the adapter does not name its base model; pass model_name_or_path.")
+        raise ValueError(f"{adapter}: the adapter does not name its base model. Pass model_name_or_path.")
     return str(name)
 
 
@@ -138,9 +138,9 @@ def _with_adapter(model: nn.Module, adapter: str | os.PathLike[str]) -> PeftMode
 
 
 def _curves(run: TrainingRun | None) -> list[dict[str, float]]:
-    """Return what is recorded of the epochs of a training run."""
+    """Return the recorded metrics, or else the losses, by epoch of a training run."""
     if run is None or run.training.curves:
         return [] if run is None else run.training.curves
     if run.is_depth_first:
-        return []  # its losses are of edits, not of epochs
+        return []  # depth-first losses are per edit, not per epoch
     return [{"epoch": n, "loss": loss} for n, loss in enumerate(run.training.epoch_losses, start=1)]

@@ -37,16 +37,16 @@ STATES = "states"
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """Which locations to try, and how many go on to the next rung.
+    """The locations to try, and how many advance to the next rung.
 
     Args:
         modules: kinds of modules or their names, see `location_of`.
         layers: indices of decoder layers, from 0; `None` for all.
         stride: start with every `stride`-th layer, then halve the distance around the best ones.
-        keep: one in `keep` locations goes on to the next rung, at least two; a trial there costs up to `keep` times as
-            much.
+        keep: one in `keep` locations advances to the next rung, at least two. A trial there costs up to `keep` times
+            as much.
         num_rungs: 1 tries every location on all edits; `None` chooses, see `rungs`.
-        learning_rates: by module, if not the recipe's; coarse modules need a lower one.
+        learning_rates: learning rates by module, instead of the recipe's; coarse modules need a lower one.
     """
 
     modules: Sequence[str] = KINDS
@@ -72,16 +72,16 @@ def search_locations(
 ) -> LocationSearchResult:
     """Find the location of a model where edits work best.
 
-    Successive halving: every location is trained on a few edits in small batches; one in `plan.keep` goes on to more
-    and other edits, and so on by the mean of the scores; at least the last two are trained on all edits. The layers
+    Successive halving: every location is trained on a few edits in small batches. One in `plan.keep`, by mean score,
+    advances to the next rung with more and other edits. At least the last two are trained on all edits. The layers
     before a location run once for all locations of a rung, and the base is evaluated once.
 
-    Every result is written to `args.output_dir` at once: a killed search continues where it stopped, and several
-    processes with the same arguments share the work. The end writes `locations.json`, `locations.md`, `best.json` (for
-    `locft train --location`) and, with matplotlib, `locations.png`.
+    Every result is written to `args.output_dir` immediately: a killed search continues where it stopped, and several
+    processes with the same arguments share the work. At the end, the search writes `locations.json`,
+    `locations.md`, `best.json` (for `locft train --location`) and, with matplotlib, `locations.png`.
 
     Args:
-        model: the base; not changed: every adapter is removed again.
+        model: the base; unchanged at the end, since every adapter is removed.
         tokenizer: its fast tokenizer.
         edits: anything `read_edits` reads, with rephrasings and locality probes.
         args: recipe of every trial, and output folder.
@@ -94,7 +94,7 @@ def search_locations(
         show_progress: show a progress bar; `None` follows `args.disable_tqdm`.
 
     Raises:
-        ValueError: edits, plan, score or text cannot be used; the folder holds a search with other settings; the
+        ValueError: edits, plan, score or text are invalid; the folder holds a search with other settings; the
             processes form a group (see `leave_group`); or training diverges at every location.
 
     Example:
@@ -194,7 +194,7 @@ def _setting(
     score: LocationScore,
     trials: LocationTrials,
 ) -> dict[str, Any]:
-    """Return everything that the results depend on, as plain data."""
+    """Return all settings that change the results, as plain data."""
     recipe = {name: getattr(args, name) for name in RECIPE_FIELDS}
     return {
         "model": getattr(model.config, "name_or_path", ""),
@@ -236,9 +236,9 @@ def run_location_search(
         **arguments: further arguments of `search_locations`.
 
     Raises:
-        ValueError: as `search_locations`.
+        ValueError: as in `search_locations`.
         OSError: if the model cannot be loaded.
     """
-    read = read_edits(edits)  # find mistakes in them before a large model loads
+    read = read_edits(edits)  # find errors before a large model is loaded
     model, tokenizer = load_model(model_name_or_path, dtype, revision=revision, trust_remote_code=trust_remote_code)
     return search_locations(model, tokenizer, read, args, **arguments)

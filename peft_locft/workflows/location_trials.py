@@ -1,4 +1,4 @@
-"""The trials of a location search: each is made once, by the first process to reach it, and written atomically."""
+"""The trials of a location search: the first free process runs each trial once and writes the result atomically."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .trials import known_result, try_adapter
 logger = logging.getLogger(__name__)
 
 SETTING, TRIALS = "search.json", "trials"
-POLL_SECONDS = 1.0  # between looks at the results of other processes
+POLL_SECONDS = 1.0  # interval of checks for the results of other processes
 
 
 @dataclass
@@ -48,10 +48,10 @@ class LocationTrials:
         args: the recipe.
         ladder: the rungs.
         score: ranks the trials.
-        evaluation: how the last rung is evaluated.
-        text: for perplexity and KL.
-        learning_rates: by module, if not the recipe's.
-        shared_activations: of the base, for all trials; `None`: each runs the frozen layers itself.
+        evaluation: evaluation settings of the last rung.
+        text: text for perplexity and KL.
+        learning_rates: learning rates by module, instead of the recipe's.
+        shared_activations: activations of the base for all trials; `None`: every trial runs the frozen layers.
     """
 
     model: PreTrainedModel
@@ -130,8 +130,8 @@ class LocationTrials:
         return trials
 
     def _rung(self, rung: int, candidates: Sequence[Candidate], bar: tqdm[Any]) -> dict[Candidate, LocationTrial]:
-        """Return the trials of a rung; missing ones are made here, or by other processes meanwhile."""
-        # the last layer first: its trunk passes, and stores, the states before all other layers
+        """Return the trials of a rung; run the missing ones, unless other processes run them."""
+        # the last layer first: its trunk computes and stores the inputs of all other layers
         waiting = sorted(candidates, key=lambda candidate: -candidate.layer)
         trials: dict[Candidate, LocationTrial] = {}
         while waiting:
@@ -148,7 +148,7 @@ class LocationTrials:
         return {candidate: trials[candidate] for candidate in candidates}
 
     def _trial(self, rung: int, candidate: Candidate, bar: tqdm[Any]) -> LocationTrial | None:
-        """Return a trial; `None` while another process makes it."""
+        """Return a trial; `None` while another process runs it."""
         path = self._folder / f"{rung}-{candidate.file_name}.json"
         cell = asdict(candidate) | {"rung": rung, "num_edits": self.ladder[rung].num_edits}
         row = known_result(path, cell)
@@ -158,14 +158,14 @@ class LocationTrials:
             with locked(place) as is_ours:
                 if not is_ours:
                     return None
-                row = known_result(path, cell)  # another process may have made it before we got the lock
+                row = known_result(path, cell)  # another process may have finished it before this one got the lock
                 if row is None:
                     trial = self._measure(rung, candidate, place)
                     write_atomically(path, json.dumps(asdict(trial), indent=1) + "\n")
                     bar.update(self.ladder[rung].num_edits)
                     shutil.rmtree(place, ignore_errors=True)
                     return trial
-        # it took no time here, so it must not count in the estimate of the time left
+        # it took no time here, so do not count it in the remaining time
         bar.total -= self.ladder[rung].num_edits
         return read_trial(row)
 

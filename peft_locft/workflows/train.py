@@ -65,7 +65,7 @@ def train_edits(
             `locft locate` found. `None`: `LocFTConfig()`.
         args: the recipe and the output folder; `None`: the published recipe.
         revision: branch, tag or commit of the base model on the Hub.
-        dtype: of the base model: `"auto"` (as in the checkpoint), `"float32"`, `"bfloat16"` or `"float16"`.
+        dtype: dtype of the base model: `"auto"` (as in the checkpoint), `"float32"`, `"bfloat16"` or `"float16"`.
         trust_remote_code: run the code that comes with the base model. Read that code first.
         on_conflict: what to do about a prompt with two targets, see `read_edits`.
         num_edits: use only the first N edits; `None`: all.
@@ -73,8 +73,8 @@ def train_edits(
         evaluate_num_edits: number of edits to evaluate, drawn with `args.seed`.
         best_metric: metric that selects the best epoch; enables early stopping.
         patience: stop after this many evaluations without improvement.
-        keep_reliability: after training, set the smallest `scale` from 0.5 to 1 at which the reliability on
-            `evaluate_num_edits` edits is at least this, see `choose_scale`.
+        keep_reliability: after training, set the smallest `scale` from 0.5 to 1 with at least this reliability on
+            `evaluate_num_edits` edits, see `choose_scale`.
         ship_edits: save the edits in the adapter folder. Everyone with the adapter can read them, and
             `update_adapter` then needs no other file.
 
@@ -82,7 +82,7 @@ def train_edits(
         A summary of the saved adapter.
 
     Raises:
-        ValueError: if the edits, the location or the recipe cannot be used. Nothing is trained or written then.
+        ValueError: if the edits, the location or the recipe are invalid. Nothing is trained or written.
         NotADirectoryError: if `args.output_dir` is a file.
         OSError: if the base model or its tokenizer cannot be loaded.
 
@@ -93,7 +93,7 @@ def train_edits(
     args = BreadthFirstConfig() if args is None else args
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     peft_config = _what_to_train(peft_config, model_name_or_path, source)
-    # find mistakes before a large model is loaded or trained
+    # find errors before a large model is loaded or trained
     if best_metric is not None and not evaluate_every:
         raise ValueError(f"best_metric={best_metric!r} needs evaluations during training. Set evaluate_every, too.")
     _check(args, peft_config, keep_reliability)
@@ -102,7 +102,7 @@ def train_edits(
     model, tokenizer = load_model(model_name_or_path, dtype, **source)
     _set_default_location(peft_config, model, args)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".* prompts have several targets")  # said by read_edits, once
+        warnings.filterwarnings("ignore", message=".* prompts have several targets")  # read_edits has already warned
         trainer = BreadthFirstTrainer(
             model=get_peft_model(model, peft_config, revision=revision),
             args=args,
@@ -119,7 +119,7 @@ def train_edits(
     trainer.save_model()
     if ship_edits and args.should_save:
         describe_adapter(args.output_dir, edits=trainer.edits)
-    trainer.accelerator.wait_for_everyone()  # one process has written what all read now
+    trainer.accelerator.wait_for_everyone()  # all processes read the files that the main process wrote
     return inspect_adapter(args.output_dir)
 
 
@@ -139,7 +139,7 @@ def _evaluation(sample: Sequence[Edit], args: BreadthFirstConfig, **fields: Any)
 
 
 def _weaken(trainer: BreadthFirstTrainer, sample: Sequence[Edit], reliability: float) -> None:
-    """Set the smallest scale of the delta at which a sample of the edits keeps its reliability."""
+    """Set the smallest scale of the delta that keeps the reliability on a sample of the edits."""
     model, args = trainer.accelerator.unwrap_model(trainer.model), trainer.args
     prompts = [replace(edit, rephrasings=(), locality=(), portability=()) for edit in sample]
     evaluation = EvaluationConfig(protocols=["generation"], chat_template=args.chat_template)

@@ -1,4 +1,4 @@
-"""A trial: an adapter is trained on a base, evaluated, and removed again."""
+"""A trial: trains an adapter on a base, evaluates it, and removes it."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class TrialResult:
 
     Attributes:
         report: the evaluation of the adapter.
-        epoch_losses: of the training.
-        training_seconds: of the training and its preparation.
-        evaluation_seconds: of the adapter; in the first trial of the base, too.
+        epoch_losses: mean loss of each epoch.
+        training_seconds: duration of the training, with its preparation.
+        evaluation_seconds: duration of the evaluation; the first trial also evaluates the base.
     """
 
     report: EvaluationReport
@@ -53,10 +53,10 @@ def try_adapter(
         model: the base; it is not changed.
         tokenizer: its tokenizer.
         edits: the edits to train.
-        config: of the adapter; a new one for every trial, since PEFT writes into it.
+        config: configuration of the adapter; pass a new one to every trial, since PEFT changes it.
         args: the recipe.
-        evaluator: of the base, shared by all trials, so that the base is evaluated once.
-        shared_activations: of the base, shared by all trials; `None`: each runs the frozen layers itself.
+        evaluator: evaluator of the base, shared by all trials to evaluate the base once.
+        shared_activations: activations of the base for all trials; `None`: every trial runs the frozen layers.
 
     Raises:
         RuntimeError: if the loss becomes NaN or infinite.
@@ -89,6 +89,6 @@ def known_result(path: Path, cell: dict[str, Any]) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     row: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    # through JSON and back, as the file was
+    # convert through JSON to compare with the file
     expected = json.loads(json.dumps(cell))
     return row if {name: row.get(name) for name in expected} == expected else None

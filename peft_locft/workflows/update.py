@@ -38,7 +38,7 @@ from ..training.trainer import BreadthFirstTrainer
 from ..training.training_data import TrainingData, check_sources
 from ..tuner.model import differing_from_base
 
-ANSWER_TOKENS = 32  # of the base, as in the published protocol
+ANSWER_TOKENS = 32  # length of the base's answers, as in the published protocol
 SHARE_CHANGED = 0.1  # smallest share of changed rows in an epoch
 COUNTED = ("added", "replaced", "withdrawn")
 
@@ -47,7 +47,7 @@ class ContinuedTrainer(BreadthFirstTrainer):
     """A `BreadthFirstTrainer` that updates an adapter.
 
     Args:
-        model: with the adapter, trainable and active.
+        model: the model with the adapter, trainable and active.
         args: the recipe.
         plan: the edits to keep, add, replace and withdraw.
         processing_class: the model's fast tokenizer.
@@ -120,8 +120,8 @@ def _repeated(
 ) -> EncodedEdits | None:
     """Return the rows to add to the edits: answered prompts, and repetitions of them and of the `num_new` last edits.
 
-    They are repeated until they make up a tenth of all rows, or more. Shared prefixes are computed once, so that this
-    costs almost nothing.
+    They are repeated until they are a tenth of all rows, or more. This costs almost nothing, since shared prefixes are
+    computed once.
     """
     num_known = num_edits - num_new
     new = [(rows[n].input_ids.tolist(), rows[n].target_start) for n in range(num_known, num_edits)]
@@ -186,22 +186,22 @@ def update_adapter(
     """Add, replace and withdraw edits of a saved adapter, and save the new one to `args.output_dir`.
 
     Training continues from the adapter's delta with a fresh optimizer, over all edits of the new adapter. Prompts of
-    withdrawn edits are trained towards the base's greedy answer, and are no edits afterwards. New and withdrawn edits
-    are repeated until they make up a tenth of every epoch, so that the loss floor does not end training before they
-    are learned. For the same reason `stop_at_learned` is a share of these rows.
+    withdrawn edits are trained towards the base's greedy answer, and do not count as edits afterwards. New and
+    withdrawn edits are repeated until they are a tenth of every epoch. Otherwise the loss floor would end training
+    before they are learned. For the same reason, `stop_at_learned` is a share of these rows.
 
     Args:
         adapter: a local adapter folder of any PEFT method. If `args.output_dir` is the same folder, the new adapter
             replaces it once it is complete.
-        edits: new edits, anything that `read_edits` reads. One with another target for a known prompt replaces it.
+        edits: new edits, anything that `read_edits` reads. A new target for a known prompt replaces the old one.
         forget: edits to withdraw: a text file or lines, see `merge_edit_lists`.
         args: the recipe and the output folder; `None`: the published recipe. `append_eos` and `chat_template` must be
             as in the adapter's training.
         trained_edits: the edits that the adapter was trained on, if it does not ship them, see `adapter_edits`.
-        ship_edits: save the edits in the new adapter folder; `None`: as the old one. Without, they are written to a
-            file beside `args.output_dir`, named by their sha256: `trained_edits` of the next update.
-        model_name_or_path: the base model; `None`: the one that the adapter names.
-        revision: branch, tag or commit of the base on the Hub; `None`: the one that the adapter names.
+        ship_edits: save the edits in the new adapter folder; `None`: as in the old one. `False` writes them to a file
+            beside `args.output_dir`, named by their sha256; pass it as `trained_edits` to the next update.
+        model_name_or_path: the base model; `None`: the base named by the adapter.
+        revision: branch, tag or commit of the base on the Hub; `None`: the revision named by the adapter.
         dtype: as in `train_edits`.
         trust_remote_code: as in `train_edits`.
         on_conflict: what to do about a new prompt with two targets, see `read_edits`.
@@ -211,9 +211,9 @@ def update_adapter(
         A summary of the saved adapter and of the withdrawn prompts.
 
     Raises:
-        ValueError: if there is nothing to do; `check_adapter`, `adapter_edits` or `merge_edit_lists` refuses its
+        ValueError: if there is nothing to update; `check_adapter`, `adapter_edits` or `merge_edit_lists` refuses its
             input; the adapter belongs to another base or was trained with other `append_eos` or `chat_template`; or
-            the recipe is depth-first. Nothing is trained or written then.
+            the recipe is depth-first. Nothing is trained or written.
         NotADirectoryError: if `args.output_dir` is a file.
         OSError: if a file, the base model or its tokenizer cannot be read.
 
@@ -244,7 +244,7 @@ def update_adapter(
     model, tokenizer = load_model(base, dtype, revision=revision, trust_remote_code=trust_remote_code)
     peft_model = _with_trainable_adapter(model, checked)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".* prompts have several targets")  # said by read_edits, once
+        warnings.filterwarnings("ignore", message=".* prompts have several targets")  # read_edits has already warned
         trainer = ContinuedTrainer(peft_model, args, plan, tokenizer, earlier=earlier, ship_edits=ship_edits)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     num_restored, num_as_base = len(trainer.questions), trainer.count_as_base()
@@ -256,7 +256,7 @@ def update_adapter(
         )
     file = None if ship_edits else _write_beside(args, plan.edits)
     trainer.save_model()
-    trainer.accelerator.wait_for_everyone()  # one process has written what all read now
+    trainer.accelerator.wait_for_everyone()  # all processes read the files that the main process wrote
     return UpdateSummary(plan, num_restored, num_as_base, file, inspect_adapter(args.output_dir))
 
 
@@ -279,7 +279,7 @@ def _check_recipe(adapter: CheckedAdapter, args: BreadthFirstConfig) -> None:
 def _with_trainable_adapter(model: nn.Module, adapter: CheckedAdapter) -> PeftModel:
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*was trained on another base")  # an error below
+            warnings.filterwarnings("ignore", message=".*was trained on another base")  # raised as an error below
             peft_model = PeftModel.from_pretrained(model, str(adapter.folder), is_trainable=True)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{adapter.folder}: the adapter does not fit the base model: {error}") from None

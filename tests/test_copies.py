@@ -128,8 +128,8 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from peft_locft.io.folders import locked
-with locked(Path(sys.argv[1])) as has_it:
-    print(has_it, flush=True)
+with locked(Path(sys.argv[1])) as acquired:
+    print(acquired, flush=True)
     time.sleep(60)
 """
 
@@ -139,18 +139,20 @@ def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "True\n"
-        with locked(tmp_path) as has_it:
-            assert not has_it
+        with locked(tmp_path) as acquired:
+            assert not acquired
         holder.kill()
         holder.wait()
-    with locked(tmp_path) as has_it:
-        assert has_it
+    with locked(tmp_path) as acquired:
+        assert acquired
 
 
-def test_where_there_are_no_locks_everybody_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_there_are_no_locks_every_process_acquires_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(folders.fcntl, "flock", fail(errno.ENOLCK))
-    with locked(tmp_path) as has_it:
-        assert has_it
+    with locked(tmp_path) as acquired:
+        assert acquired
     monkeypatch.setattr(folders.fcntl, "flock", fail(errno.EIO))
     with pytest.raises(OSError, match="Input/output"), locked(tmp_path):
         pass

@@ -137,7 +137,7 @@ def test_experts_that_may_be_rearranged_are_refused_where_nothing_says_that_they
     assert len(assert_merges(base, tmp_path, EXPERTS, model_class=AutoModelForImageTextToText)) == 2
     shutil.rmtree(tmp_path / "out")
     rewrite_adapter(tmp_path / "adapter", base_sha256=None)
-    assert_refused(r"is made of .* by Transpose, which cannot be reversed on disk. Merge this", base, tmp_path)
+    assert_refused(r"is built from .* by Transpose, which a merge on disk cannot reverse. Merge this", base, tmp_path)
 
 
 def test_experts_of_another_number_are_refused(tmp_path: Path) -> None:
@@ -152,7 +152,8 @@ def test_two_tensors_for_one_parameter_are_refused(tmp_path: Path) -> None:
     found = {f"layers.1.{mlp}.LayerNorm.gamma": torch.ones(3) for mlp in ("mlp", "block_sparse_moe")}
     save_file(found, base / "model.safetensors", {"format": "pt"})
     with pytest.raises(
-        ValueError, match=r"LayerNorm.weight may be layers.1.\w+.LayerNorm.gamma or layers.1.\w+.Layer"
+        ValueError,
+        match=r"LayerNorm.weight is ambiguous in .*: it may be layers.1.\w+.LayerNorm.gamma or layers.1.\w+.Layer",
     ):
         ParameterFinder(Checkpoint(base)).find("layers.1.mlp.LayerNorm.weight", (3,))
 
@@ -176,7 +177,7 @@ def test_a_packed_tensor_is_refused(tmp_path: Path) -> None:
     module = DOWN.removesuffix(".weight")
     packed = {f"{module}.qweight": torch.zeros(3, dtype=torch.int32), f"{module}.scales": torch.ones(3)}
     save_file(tensors | packed, base / "model.safetensors", {"format": "pt"})
-    assert_refused(rf"holds no {DOWN}, but {module}.qweight, {module}.scales: it is quantized", base, tmp_path)
+    assert_refused(rf"has no tensor {DOWN}, but {module}.qweight, {module}.scales: it is quantized", base, tmp_path)
 
 
 UNTIED = LocFTConfig(target_modules=["embed_tokens"])
