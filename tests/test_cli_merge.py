@@ -89,7 +89,7 @@ def test_mistakes_end_with_2_and_one_message(
     calls = {
         "locft detach: .*nothing is merged in place there": ["detach", other],
         "locft merge: .* is not the weight that": ["merge", other, *adapters, str(tmp_path / "out")],
-        "locft merge: .*2 adapters but 1 weights": [
+        "locft merge: .*weights: found 1 for 2 adapters": [
             "merge", other, *adapters, str(tmp_path / "out"), "--weights", "1",
         ],
     }  # fmt: skip

@@ -146,7 +146,7 @@ def test_what_is_no_json_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(NotADirectoryError, match=r"Cannot save .*file is a file\. Give a folder\."):
+        with pytest.raises(NotADirectoryError, match=r"Cannot save .*file is a file\. Choose another folder\."):
             save_report(example_report(), place)
     assert (tmp_path / "file").read_text() == "mine"
 

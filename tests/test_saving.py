@@ -192,7 +192,9 @@ def test_leftovers_of_killed_saves_are_removed_and_those_of_others_left(tmp_path
 @pytest.mark.parametrize("below", ["", "out", "out/deeper"])
 def test_a_file_in_the_way_is_named(below: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(NotADirectoryError, match=r"Cannot save an adapter to .*: \S*/file is a file\. Give a folder"):
+    with pytest.raises(
+        NotADirectoryError, match=r"Cannot save an adapter to .*: \S*/file is a file\. Choose another folder"
+    ):
         save_adapter(make_adapter("down"), tmp_path / "file" / below)
     assert (tmp_path / "file").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

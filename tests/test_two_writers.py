@@ -84,7 +84,7 @@ def test_a_save_while_a_merge_is_under_way(place: Path, other: Process, tmp_path
     out = tmp_path / "out"
     assert tell(other, {"action": "merge", "folder": out}) == "open"
     save_adapter(make_adapter("down"), out)
-    assert "out is there now: another process has written to it meanwhile" in tell(other, "go on")
+    assert "out already exists: another process created it during this run" in tell(other, "go on")
     assert_alone(out, place / "down")
 
 
@@ -103,7 +103,7 @@ def test_a_merge_while_another_merge_is_under_way(place: Path, other: Process, t
     out = tmp_path / "out"
     assert tell(other, {"action": "merge", "folder": out}) == "open"
     merge_checkpoint(place / "base", [place / "adapter"], out)
-    assert "out is there now" in tell(other, "go on")
+    assert "out already exists: another process" in tell(other, "go on")
     assert_alone(out, place / "merged")
 
 
