@@ -74,7 +74,7 @@ def test_nothing_to_evaluate_is_said(tmp_path: Path) -> None:
     model = peft_model()
     model.peft_config["default"].base_model_name_or_path = None
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="does not name its base model. Pass model_name_or_path"):
+    with pytest.raises(ValueError, match=r"does not name its base model\. Pass model_name_or_path"):
         evaluate_model(None, PROBED, adapter=tmp_path)
 
 
