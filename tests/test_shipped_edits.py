@@ -149,7 +149,7 @@ def test_prompts_with_several_targets_are_found(tmp_path: Path) -> None:
     assert found.without_edits == [str(tmp_path / "silent")]
     assert found.num_edits == {str(monday): 3, str(tuesday): 2, str(friday): 1}
     assert str(found) == (
-        "1 prompts have different targets in several adapters, 1 have the same; compared: "
+        "prompts of several adapters: 1 with different targets, 1 with the same; compared: "
         f"3 edits in {monday}, 2 edits in {tuesday}, 1 edits in {friday}\n"
         f"  'The capital of Norway is': 'Bergen' in {monday}, 'Tromsø' in {tuesday}\n"
         f"{tmp_path / 'silent'} ships no edits, so its prompts are unknown"

@@ -158,7 +158,7 @@ def test_prompts_that_several_adapters_edit_are_reported(tmp_path: Path) -> None
     merged = merge_checkpoint(base, adapters, tmp_path / "out")
     assert merged.conflicts is not None and len(merged.conflicts.conflicts) == 1
     assert (
-        "conflicts   1 prompts have different targets in several adapters, 0 have the same; compared: 1 edits"
+        "conflicts   prompts of several adapters: 1 with different targets, 0 with the same; compared: 1 edits"
         in str(merged)
     )
     assert f"'Bergen' in {adapters[0]}, 'Tromsø' in {adapters[1]}\n" in str(merged)

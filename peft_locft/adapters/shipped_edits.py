@@ -90,7 +90,7 @@ class Conflicts:
         compared = ", ".join(f"{count} edits in {name}" for name, count in self.num_edits.items()) or "no edits"
         num_agreeing = len(self.conflicts) - len(differing)
         lines = [
-            f"{len(differing)} prompts have different targets in several adapters, {num_agreeing} have the same; "
+            f"prompts of several adapters: {len(differing)} with different targets, {num_agreeing} with the same; "
             f"compared: {compared}"
         ]
         for conflict in differing:
@@ -114,7 +114,7 @@ def find_conflicts(adapters: Sequence[str | os.PathLike[str]]) -> Conflicts:
 
     Example:
         >>> print(find_conflicts(["monday", "tuesday"]))
-        1 prompts have different targets in several adapters, 0 have the same; compared: 100 edits in monday, …
+        prompts of several adapters: 1 with different targets, 0 with the same; compared: 100 edits in monday, …
           'The capital of Norway is': 'Bergen' in monday, 'Tromsø' in tuesday
     """
     names = list(dict.fromkeys(str(adapter) for adapter in adapters))
