@@ -47,6 +47,16 @@ def test_a_header_of_ours_is_one_of_theirs(tmp_path: Path) -> None:
     assert read_header(tmp_path / "ours.safetensors")[1] == {"by": "us"}
 
 
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408])
+def test_a_header_whose_length_begins_as_a_pickle_is_read(length: int, tmp_path: Path) -> None:
+    path = tmp_path / "some.safetensors"
+    save_file({"a": torch.zeros(1)}, path, metadata={"padding": ""})
+    empty = int.from_bytes(path.read_bytes()[:8], "little")
+    save_file({"a": torch.zeros(1)}, path, metadata={"padding": "x" * (length - empty)})
+    assert path.read_bytes()[0] == 0x80 and int.from_bytes(path.read_bytes()[:8], "little") == length
+    assert list(read_header(path)[0]) == ["a"]
+
+
 def test_a_file_that_was_cut_off_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "some.safetensors"
     save_file({"a": torch.randn(100)}, path)

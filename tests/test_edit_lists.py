@@ -116,7 +116,9 @@ def test_held_edits_are_those_that_the_adapter_was_trained_on(tmp_path: Path) ->
         adapter_edits(tmp_path / "out")
     # the file of which it took the first five
     assert adapter_edits(tmp_path / "out", EDITS) == EDITS[:5]
-    with pytest.raises(ValueError, match=r"trained_edits: found 4 edits, the first 4 with .*; expected the 5 that"):
+    with pytest.raises(
+        ValueError, match=r"trained_edits: found 4 edits, the first 4 with .*; expected the 5 edits that"
+    ):
         adapter_edits(tmp_path / "out", EDITS[:4])
     with pytest.raises(ValueError, match=r"trained_edits: found 7 edits, the first 5 with (the )?sha256 \w{16}…"):
         adapter_edits(tmp_path / "out", EDITS[1:])
