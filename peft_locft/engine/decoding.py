@@ -43,7 +43,7 @@ def generate_and_score(
     `model.generate`. Both give the same answers, up to floating-point rounding.
 
     Args:
-        model: a decoder-only language model. It is in evaluation mode meanwhile.
+        model: a decoder-only language model. It is in evaluation mode during the call.
         tokenizer: the model's tokenizer.
         questions: equal questions are computed once.
         choose: chooses the next token from logits; [`TopK`] samples.

@@ -95,7 +95,7 @@ class QuestionTree:
         return cls(PrefixTree.of(tokens, offsets, torch.arange(len(rows))), of_question)
 
     def order(self) -> list[int]:
-        """Return the indices of the questions, with similar beginnings next to each other."""
+        """Return the indices of the questions, with similar prompts next to each other."""
         rank = self.prefixes.rank.tolist()
         return sorted(range(len(self.of_question)), key=lambda number: rank[self.of_question[number][-1]])
 
@@ -213,23 +213,23 @@ class PackedDecoder:
             row.history.append(slot)
 
         plan, slots = LogitsPlan(), iter(() if pack is None else pack.slots.tolist())
-        begun = []
+        started = []
         for number in new:
             of_question = [next(slots) for _ in tree.of_question[number]]
             plan.add(questions[number], of_question)
-            begun.append(ActiveSequence(number, answers[number], [first + slot for slot in of_question[-1]]))
+            started.append(ActiveSequence(number, answers[number], [first + slot for slot in of_question[-1]]))
         for offset in range(len(active)):
             plan.place(num_new + offset)
 
         logits = self._logits(pack, num_new, active, list(plan.columns))
         _check_finite(logits, plan, questions, new, active, self.ends)
-        self._read_new(questions, begun, plan, logits)
+        self._read_new(questions, started, plan, logits)
         if active:
             places = [(row.number, len(row.answer.token_ids)) for row in active]
             chosen = self.choose(logits[-len(active) :], places).tolist()
             for row, token in zip(active, chosen, strict=True):
                 row.answer.token_ids.append(token)
-        return active + begun
+        return active + started
 
     def _logits(
         self, pack: Pack | None, num_new: int, active: Sequence[ActiveSequence], columns: list[int]
@@ -277,12 +277,12 @@ class PackedDecoder:
         return torch.cat(outputs, dim=1)
 
     def _read_new(
-        self, questions: Sequence[Question], begun: Sequence[ActiveSequence], plan: LogitsPlan, logits: torch.Tensor
+        self, questions: Sequence[Question], started: Sequence[ActiveSequence], plan: LogitsPlan, logits: torch.Tensor
     ) -> None:
         """Set the scores, and the answers as far as their guesses are right; cut each history to match its answer."""
         best = logits.argmax(dim=-1).tolist()
         log_probs = iter(_log_probs(logits, [target for targets in plan.targets for target in targets]))
-        for row, targets, places in zip(begun, plan.targets, plan.answering, strict=True):
+        for row, targets, places in zip(started, plan.targets, plan.answering, strict=True):
             question, pairs = questions[row.number], iter(targets)
             for scored in question.scored:
                 predicted = [best[next(pairs)[0]] for _ in scored.token_ids[scored.start :]]
