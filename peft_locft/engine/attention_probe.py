@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -22,6 +22,10 @@ FLASH_ONLY = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", 
 
 # (batch index, head index, query positions, key positions) to whether the query sees the key
 MaskFunction = Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class _Unpackable(Exception):
+    """Ends the forward: the reason is known."""
 
 
 class AttentionProbe:
@@ -55,6 +59,8 @@ class AttentionProbe:
     ) -> tuple[torch.Tensor, None]:
         self.num_calls += 1
         self.why_not = self.why_not or self._why_not(module, attention_mask, kwargs)
+        if self.why_not is not None:
+            raise _Unpackable
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
     def _why_not(self, module: Any, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> str | None:
@@ -96,7 +102,7 @@ def why_not_packed(
         num_positions: how long the model's sequences can be.
     """
     probe = AttentionProbe(min(num_positions, MOST_POSITIONS))
-    with _probing(layers, probe):
+    with _probing(layers, probe), suppress(_Unpackable):
         model(**inputs)
     if not probe.num_calls:
         return "it does not use transformers' attention interface"
