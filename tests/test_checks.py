@@ -210,6 +210,14 @@ def test_a_model_is_checked_once() -> None:
     assert 0 < first == len(forwards)
 
 
+def test_what_was_found_before_training_holds_after_it() -> None:
+    edited = get_peft_model(build("llama"), LocFTConfig())
+    assert layout_of(edited) == "packed"
+    randomize(edited, std=0.5)
+    # a new check, against what the model says now
+    assert way_of(edited) == "packed"
+
+
 def test_another_configuration_is_checked_anew() -> None:
     model = build("llama")
     forwards = count_forwards(model)

@@ -18,6 +18,10 @@ from peft_locft.engine.trial import Trial, deviation, made_up_rows, make_trial
 CPU = torch.device("cpu")
 
 
+def trial_of(model: Any) -> Trial:
+    return make_trial(model, CPU, made_up_rows(model))
+
+
 def test_the_sequences_differ_in_length_and_beginning() -> None:
     rows = made_up_rows(build("llama"))
     assert len({len(row) for row in rows}) == 3
@@ -35,7 +39,7 @@ def test_special_tokens_are_left_out() -> None:
 def test_short_models_have_short_sequences(num_positions: int) -> None:
     rows = made_up_rows(build("gpt2", n_positions=num_positions))
     assert max(map(len, rows)) == num_positions and min(map(len, rows)) >= 1
-    assert make_trial(build("gpt2", n_positions=num_positions), CPU).is_finite
+    assert trial_of(build("gpt2", n_positions=num_positions)).is_finite
 
 
 def test_the_trial_needs_no_more_than_the_smallest_vocabulary() -> None:
@@ -45,21 +49,21 @@ def test_the_trial_needs_no_more_than_the_smallest_vocabulary() -> None:
 @every_family
 @every_dtype
 def test_a_causal_model_does_not_see_ahead(family: str, dtype: torch.dtype) -> None:
-    trial = make_trial(build(family, dtype), CPU)
+    trial = trial_of(build(family, dtype))
     assert trial.is_float32 and not trial.sees_ahead
     assert trial.bound <= 1e-4 < trial.influence
     assert trial.why_not(trial.expected) is None
 
 
 def test_a_fault_at_one_position_is_found() -> None:
-    trial = make_trial(build("llama"), CPU)
+    trial = trial_of(build("llama"))
     found = [logits.clone() for logits in trial.expected]
     found[2][3, 5] += 1e-2
     assert "its logits change by" in str(trial.why_not(found))
 
 
 def test_nan_is_not_taken_for_equal() -> None:
-    trial = make_trial(build("llama"), CPU)
+    trial = trial_of(build("llama"))
     found = [torch.full_like(logits, float("nan")) for logits in trial.expected]
     assert trial.why_not(found) is not None
     assert not replace(trial, expected=found).is_finite
@@ -126,6 +130,6 @@ def test_a_model_that_insists_on_its_dtype_is_compared_in_it(monkeypatch: pytest
             raise TypeError("bfloat16 only")
 
     model.model.layers[1].mlp.register_forward_pre_hook(insist)
-    trial: Trial = make_trial(model, CPU)
+    trial: Trial = trial_of(model)
     assert not trial.is_float32 and not trial.sees_ahead
     assert 3e-2 <= trial.bound < 0.1

@@ -73,7 +73,7 @@ def _check_states(model: nn.Module, plan: ForwardPlan, checks: ModelChecks) -> N
         states = _states_before(model, on_trial, {first: _in_memory}, rows, tqdm(disable=True))
         # what the trunk may have left elsewhere in the model must not be that of the same sequences
         logits_of(model, trial.rows[-1], plan.device)
-        why = trial.why_not(trial_logits(model, replace(plan, states=states), trial))
+        why = checks.trial.why_not(trial_logits(model, replace(plan, states=states), trial))
         return why and f"later layers use more of the earlier layers than their hidden states ({why})"
 
     what = f"activations kept before layer {first}"

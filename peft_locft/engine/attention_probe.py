@@ -17,9 +17,21 @@ from .packed_attention import attention_configs, named_attention
 NAME = "locft_probe"
 MOST_POSITIONS = 2**17
 # arguments that packed attention handles as the model's own does, and those that a model only passes on
-HANDLED = frozenset(
-    "dropout scaling is_causal sliding_window position_ids position_embeddings use_cache cache_position logits_to_keep "
-    "return_dict labels token_type_ids mm_token_type_ids cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k".split()
+HANDLED = frozenset(["dropout", "scaling", "is_causal", "sliding_window", "position_ids", "position_embeddings"])
+PASSED_ON = frozenset(
+    [
+        "use_cache",
+        "cache_position",
+        "logits_to_keep",
+        "return_dict",
+        "labels",
+        "token_type_ids",
+        "mm_token_type_ids",
+        "cu_seq_lens_q",
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+    ]
 )
 
 # (batch index, head index, query positions, key positions) to whether the query sees the key
@@ -67,7 +79,7 @@ class AttentionProbe:
 
     def _why_not(self, module: Any, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> str | None:
         for name, value in kwargs.items():
-            if name not in HANDLED and value is not None and value is not False:
+            if name not in HANDLED | PASSED_ON and value is not None and value is not False:
                 return f"its attention takes {name}"
         if not (kwargs.get("is_causal") or (kwargs.get("is_causal") is None and getattr(module, "is_causal", True))):
             return "its attention is not causal"

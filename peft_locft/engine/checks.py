@@ -22,7 +22,7 @@ from .model_state import max_length
 from .narrowing import find_narrowable
 from .offload import whole_layer
 from .tail import logits_at
-from .trial import Trial, make_trial
+from .trial import Trial, deviation, logits_of, made_up_rows, make_trial
 
 logger = logging.getLogger(__name__)
 
@@ -38,17 +38,23 @@ class ModelChecks:
         trial: made-up sequences with the model's own logits.
         device: where forwards run.
         longest: the largest number of tokens for which the length of one sequence changes nothing in another.
+        is_sharded: the model's weights are sharded between processes.
     """
 
-    def __init__(self, trial: Trial, device: torch.device, longest: int) -> None:
-        self.trial, self.device, self.longest = trial, device, longest
+    def __init__(self, trial: Trial, device: torch.device, longest: int, *, is_sharded: bool = False) -> None:
+        self.trial, self.device, self.longest, self.is_sharded = trial, device, longest, is_sharded
+        # the weights are those of the trial
+        self.is_fresh = True
         self._found: dict[Hashable, Any] = {}
 
     def once(self, key: Hashable, find: Callable[[], Found]) -> Found:
         """Return what `find` returns; it is called only the first time."""
-        if key not in self._found:
-            self._found[key] = find()
-        found: Found = self._found[key]
+        if key in self._found:
+            found: Found = self._found[key]
+            return found
+        found = find()
+        if self.trial.is_finite:  # else nothing could be compared
+            self._found[key] = found
         return found
 
     def why_not(self, what: str, model: nn.Module, find: Callable[[], str | None]) -> str | None:
@@ -60,6 +66,7 @@ class ModelChecks:
             find: tries the short cut, and returns why it is not right. Whatever it raises means that it is not.
         """
         try:
+            self._refresh(model)
             with self.trial.running(model, self.device):
                 why = find()
         except Exception as error:  # a family's own code may raise anything
@@ -67,6 +74,17 @@ class ModelChecks:
         if why is not None:
             logger.info("%s does without %s: %s.", type(_base_of(model)).__name__, what, why)
         return why
+
+    def _refresh(self, model: nn.Module) -> None:
+        """Compute the expected logits anew if the weights have changed, as training changes them."""
+        if self.is_fresh:
+            return
+        row, expected = self.trial.rows[-1], self.trial.expected[-1]
+        with self.trial.running(model, self.device):
+            changed = deviation(logits_of(model, row, self.device), expected)
+        if not changed <= self.trial.bound / 10:
+            self.trial = make_trial(model, self.device, rows=self.trial.rows, is_sharded=self.is_sharded)
+        self.is_fresh = True
 
 
 _known: WeakKeyDictionary[nn.Module, dict[str, ModelChecks]] = WeakKeyDictionary()
@@ -87,8 +105,8 @@ def checks_of(model: nn.Module, device: torch.device, *, is_sharded: bool = Fals
     known = _known.setdefault(base, {})
     key = _key(model, base, device)
     if key not in known:
-        trial = make_trial(model, device, is_sharded=is_sharded)
-        checks = ModelChecks(trial, device, _longest(base))
+        trial = make_trial(model, device, rows=made_up_rows(model), is_sharded=is_sharded)
+        checks = ModelChecks(trial, device, _longest(base), is_sharded=is_sharded)
         if not trial.is_finite:  # nothing can be compared, and the next model with these modules may be finite
             return checks
         if trial.sees_ahead:
@@ -98,6 +116,8 @@ def checks_of(model: nn.Module, device: torch.device, *, is_sharded: bool = Fals
                 "decoder-only language model. Load another model, or make this one causal in its configuration."
             )
         known[key] = checks
+        return checks
+    known[key].is_fresh = False
     return known[key]
 
 
@@ -225,11 +245,11 @@ def find_narrow(model: nn.Module, plan: ForwardPlan, checks: ModelChecks) -> For
 
     def find() -> str | None:
         with on_trial.applied(pack):
-            found.extend(find_narrowable(plan.tail.layers[-1], logits, last, trial.bound))
+            found.extend(find_narrowable(plan.tail.layers[-1], logits, last, checks.trial.bound))
         with replace(on_trial, narrow=tuple(found)).applied(pack, last):
             narrowed = logits().float()
-        own = [trial.expected[index][-1:] for index in indices.tolist()]
-        return trial.why_other(list(narrowed.split(1)), own)
+        own = [checks.trial.expected[index][-1:] for index in indices.tolist()]
+        return checks.trial.why_other(list(narrowed.split(1)), own)
 
     why = checks.why_not("narrowing its last layer", model, find)
     return replace(plan, narrow=tuple(found) if why is None else ())

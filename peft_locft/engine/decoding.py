@@ -308,9 +308,10 @@ def _why_not(name: str, model: nn.Module, checks: ModelChecks, ends: StopCounter
         with tqdm(disable=True) as hidden:
             WAYS[name](answering, questions, hidden)
         steps = [question.max_new_tokens for question in questions]
-        own = [logits[start - 1 :][:num] for logits, start, num in zip(trial.expected, starts, steps, strict=True)]
+        expected = zip(checks.trial.expected, starts, steps, strict=True)
+        own = [logits[start - 1 :][:num] for logits, start, num in expected]
         new = [torch.stack([found[number, step] for step in range(num)]) for number, num in enumerate(steps)]
-        return trial.why_other(new, own)
+        return checks.trial.why_other(new, own)
 
     return checks.why_not(f"{name} answers", model, find)
 

@@ -88,18 +88,20 @@ class Trial:
                 yield
 
 
-def make_trial(model: nn.Module, device: torch.device, *, is_sharded: bool = False) -> Trial:
+def make_trial(
+    model: nn.Module, device: torch.device, rows: Sequence[tuple[int, ...]], *, is_sharded: bool = False
+) -> Trial:
     """Run a model on made-up sequences, one at a time and unpadded.
 
     Args:
         model: the model.
         device: where forwards run.
+        rows: the sequences, from `made_up_rows`.
         is_sharded: weights are sharded between processes, so there are no float32 copies of them.
 
     Raises:
         ValueError: if the model cannot run on token ids alone.
     """
-    rows = made_up_rows(model)
     if not is_sharded:
         # a family's own code may insist on its dtype, and a copy may not fit
         with suppress(Exception), evaluating(model), in_float32(model, device):
