@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from benchmarks import gpu, gpu_cells
 from benchmarks.timed_cells import Cell, run_cells
 from cells_for_tests import broken_law, dies, good, hangs, raises
@@ -128,3 +129,22 @@ def test_a_cell_is_not_started_without_its_time() -> None:
     assert [cell["status"] for cell in results] == ["stopped", "skipped"]
     assert "it needs 30" in results[1]["reason"] and not results[1]["rows"]
     assert time.monotonic() - begun < 20
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this torch has no devices written in Python",
+)
+def test_every_cell_keeps_its_tensors_on_the_device() -> None:
+    process = REPOSITORY / "tests" / "emulated_device_process.py"
+    done = subprocess.run([sys.executable, str(process)], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    # the emulation refuses what CUDA refuses
+    assert len(found["refused"]) == 2 and all("device" in error for error in found["refused"])
+    assert [all(row["laws"].values()) for row in found["laws"]] == [True]
+    (plain,), (ours,) = found["plain"], found["ours"]
+    assert ours["packed"] and ours["cached"]
+    assert ours["epoch_losses"][0] == pytest.approx(plain["epoch_losses"][0], rel=1e-3)
+    assert [row["layers on the CPU"] for row in found["72B"]] == [2, 3]
+    assert len(found["evaluation"]) == 3

@@ -62,6 +62,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--attentions", nargs="+", help=f"try these; default: {', '.join(ATTENTIONS)}; toy: first two")
     parser.add_argument("--counts", type=int, nargs="+", help="edits (100 1000 10000; toy: 8 24)")
     parser.add_argument("--host_gib", type=float, help="CPU memory for the 72B shape (what is free)")
+    parser.add_argument(
+        "--seconds_72b", type=float, default=100.0, help="for the 72B shape: more hold more layers (100)"
+    )
     parser.add_argument("--output", type=Path, default=Path("benchmark_results"), help="folder of gpu.json")
     return parser.parse_args(argv)
 
@@ -82,7 +85,7 @@ def planned(arguments: argparse.Namespace, toy: bool) -> list[Cell]:
             for variant, each, most in (("plain", 7.0, 45), ("ours", 9.0, 60))
         ]
 
-    seconds = 100.0
+    seconds = arguments.seconds_72b
     cells = [
         Cell("device", device, common, 30, 1),
         laws_of(LLAMA_8B),

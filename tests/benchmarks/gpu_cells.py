@@ -52,7 +52,7 @@ from .speed import SEED, plain_loss
 from .timed_cells import Row, one_line
 
 # the last one compiles, which may take all the time that is left
-ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 LAW_LAYERS = 4  # of the full width; the laws do not depend on the depth
 LEARNING_RATE = 5e-4
 # a wrong mask or position moves the loss of random weights by several percent, rounding to bfloat16 by 0.1 percent
@@ -345,7 +345,7 @@ def layerwise(toy: bool, host_gib: float | None, seconds: float) -> Iterator[Row
     grow(model, 3)
     making = (time.monotonic() - begun) / 2
     edits = synthetic_edits(16 if toy else 1000)
-    small = offloaded(model, 2, edits, 8 if toy else 100)
+    small = {"making the layers, s": 2 * making} | offloaded(model, 2, edits, 8 if toy else 100)
     yield small
 
     tail = fitting_tail(model, layer_bytes, min(1 if toy else TAIL_LAYERS, most - 2))
@@ -354,7 +354,8 @@ def layerwise(toy: bool, host_gib: float | None, seconds: float) -> Iterator[Row
     num_frozen = min(most - tail, max(2, int(left / (making + small["caching, s/frozen layer"]))))
     begun = time.monotonic()
     grow(model, num_frozen + tail)
-    yield offloaded(model, num_frozen, edits, 8 if toy else 100) | {"making the layers, s": time.monotonic() - begun}
+    row = {"making the layers, s": time.monotonic() - begun}
+    yield row | offloaded(model, num_frozen, edits, 8 if toy else 100)
 
 
 def offloaded(model: Any, num_frozen: int, edits: Sequence[Edit], batch_size: int) -> Row:

@@ -45,7 +45,7 @@ class Worker:
         # never a fork: a process that inherits CUDA's state cannot use it
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs,), daemon=True)
+        self.process = context.Process(target=_work, args=(theirs,))
         self.process.start()
         theirs.close()
         self.is_ready = False
@@ -120,25 +120,28 @@ def run_cells(
         after_each: gets all results so far, so that a killed run leaves them behind.
     """
     results: list[Row] = []
-    waiting: Worker | None = None
-    for number, cell in enumerate(cells):
-        begun = time.monotonic()
-        left = until - begun
-        if left < cell.least_seconds:
-            outcome: Outcome = ([], SKIPPED, f"{max(left, 0):.0f} s were left, and it needs {cell.least_seconds:.0f}")
-        else:
-            print(f"{left:.0f} s left: {cell.name}", file=sys.stderr, flush=True)
-            worker = waiting or Worker()
-            waiting = None if share_process or number == len(cells) - 1 else Worker()
-            outcome = worker.run(cell, until)
-            if share_process and outcome[1] == DONE:
-                waiting = worker
+    workers: list[Worker] = []  # the one at work, and the one that waits
+    try:
+        for number, cell in enumerate(cells):
+            begun = time.monotonic()
+            left = until - begun
+            if left < cell.least_seconds:
+                why = f"{max(left, 0):.0f} s were left, and it needs {cell.least_seconds:.0f}"
+                outcome: Outcome = ([], SKIPPED, why)
             else:
-                worker.close(is_idle=outcome[1] == DONE)
-        rows, status, reason = outcome
-        seconds = time.monotonic() - begun
-        results.append({"cell": cell.name, "status": status, "reason": reason, "seconds": seconds, "rows": rows})
-        after_each(results)
-    if waiting is not None:
-        waiting.close()
+                print(f"{left:.0f} s left: {cell.name}", file=sys.stderr, flush=True)
+                workers = workers or [Worker()]
+                if not share_process and number < len(cells) - 1:
+                    workers.append(Worker())
+                outcome = workers[0].run(cell, until)
+                is_idle = outcome[1] == DONE
+                if not (share_process and is_idle):
+                    workers.pop(0).close(is_idle)
+            rows, status, reason = outcome
+            seconds = time.monotonic() - begun
+            results.append({"cell": cell.name, "status": status, "reason": reason, "seconds": seconds, "rows": rows})
+            after_each(results)
+    finally:
+        for worker in workers:
+            worker.close()
     return results
