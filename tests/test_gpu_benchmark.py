@@ -102,6 +102,14 @@ def test_laws_that_nobody_checked_do_not_hold(tmp_path: Path, capsys: pytest.Cap
     assert set(statuses) == {"skipped"} and len(statuses) > 3
 
 
+def test_an_attention_that_compiles_takes_no_time_from_the_others() -> None:
+    for options in (["--attentions", "flex_attention", "eager"], ["--toy", "--attentions", "flex_attention", "eager"]):
+        cells = gpu.planned(gpu.parse(options), toy="--toy" in options)
+        tried = {cell.name: cell.arguments["attentions"] for cell in cells if cell.name.startswith("laws")}
+        assert cells[-1].name == f"laws, {LLAMA}, flex_attention" and tried.pop(cells[-1].name) == ["flex_attention"]
+        assert set(map(tuple, tried.values())) == {("eager",)}
+
+
 @pytest.mark.parametrize("share_process", [True, False])
 def test_one_cell_that_fails_does_not_end_the_others(share_process: bool) -> None:
     cells = [Cell("good", good, {"number": 7}), Cell("raises", raises), Cell("dies", dies)]

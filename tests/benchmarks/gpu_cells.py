@@ -51,7 +51,6 @@ from .gpu_models import (
 from .speed import SEED, plain_loss
 from .timed_cells import Row, one_line
 
-# the last one compiles, which may take all the time that is left
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 LAW_LAYERS = 4  # of the full width; the laws do not depend on the depth
 LEARNING_RATE = 5e-4
