@@ -3,12 +3,13 @@
     python -m tests.benchmarks.gpu --toy                                     # first: seconds
     python -m tests.benchmarks.gpu --minutes 6 --output benchmark_results    # 4 to 6 minutes, an estimate
 
-**Nobody has run it on a GPU yet.** On a CPU the toy takes 18 seconds of processor time. Its cells also run on an emulated
-device (`tests/emulated_device.py`). Run it from the root of the repository, with the versions that `pyproject.toml`
-asks for: a machine's own transformers may be too old. Nothing is downloaded: the weights are random bfloat16, made on
-the device; the tokenizer is trained on the spot. It needs some 40 GB on the GPU (50 for the 72B shape) and as much of the
-CPU's memory as there is. What `--minutes` leaves no time for is skipped and named; `gpu.json` is written after every
-cell. With more time, `--minutes 9 --seconds_72b 250` puts more of the 72B shape's layers on the CPU.
+**Nobody has run it on a GPU yet.** On a CPU the toy takes 18 seconds of processor time. Its cells also run on an
+emulated device (`tests/emulated_device.py`). Run it from the root of the repository, with the versions that
+`pyproject.toml` asks for: a machine's own transformers may be too old. Nothing is downloaded: the weights are random
+bfloat16, made on the device; the tokenizer is trained on the spot. It needs some 40 GB on the GPU (50 for the 72B
+shape) and as much of the CPU's memory as there is; both are estimates. What `--minutes` leaves no time for is skipped
+and named; `gpu.json` is written after every cell. With more time, `--minutes 9 --seconds_72b 250` puts more of the 72B
+shape's layers on the CPU.
 
 Every cell is a process of its own, so that nothing of one is in the next one's memory, and one that crashes does not
 end the others (the toy's share one). Peaks are those of `torch.cuda.max_memory_allocated`, which fragments do not
