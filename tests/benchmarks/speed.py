@@ -133,6 +133,8 @@ def plain_loss(model: nn.Module, edits: Sequence[EncodedEdit], pad_token_id: int
     labels = input_ids.masked_fill(attention_mask == 0, -100)
     for row, edit in enumerate(edits):
         labels[row, : edit.target_start] = -100
+    device = next(model.parameters()).device
+    input_ids, attention_mask, labels = input_ids.to(device), attention_mask.to(device), labels.to(device)
     logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits.float()
     losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none", ignore_index=-100)
     return (losses.sum(dim=1) / (labels[:, 1:] != -100).sum(dim=1)).mean()
