@@ -106,7 +106,9 @@ FAMILIES: dict[str, Family] = {
         make("Qwen3Next", SIZES, EXPERTS, LINEAR, shared_expert_intermediate_size=40, head_dim=8),
         "mlp.shared_expert.down_proj",
     ),
-    "deepseek_v3": Family(make("DeepseekV3", SIZES, DEEPSEEK, first_k_dense_replace=1), "model.layers", SHARED),
+    "deepseek_v3": Family(
+        make("DeepseekV3", SIZES, DEEPSEEK, num_key_value_heads=4, first_k_dense_replace=1), "model.layers", SHARED
+    ),
     "glm4_moe": Family(
         make("Glm4Moe", SIZES, EXPERTS, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, head_dim=8),
         "model.layers",

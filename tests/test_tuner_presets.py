@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import FAMILIES, LLAMA_LIKE, base_state, build, changed, every_family, locations, randomize
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, Qwen2MoeConfig
+from transformers import AutoModel, AutoModelForCausalLM, MllamaForCausalLM, Qwen2MoeConfig
 
 from peft_locft import LocFTConfig, balanced_config, merge_checkpoint
 from peft_locft.tuner import default_location, find_decoder_layers
@@ -297,12 +297,31 @@ def test_a_layer_that_text_skips_is_not_the_default() -> None:
     config = make(
         "MllamaText", SIZES, cross_attention_layers=[1], rope_parameters={"rope_type": "default", "rope_theta": 1e4}
     )
-    model = AutoModelForCausalLM.from_config(config())
+    model = MllamaForCausalLM(config())
     assert default_location(model).target_modules == ("model.layers.2.mlp.down_proj",)
     assert default_location(model, [1]).target_modules == ("model.layers.1.mlp.down_proj",)
 
 
 # ---------------------------------------------------------------------- the text model's layers
+
+
+def test_other_lists_of_the_same_length_are_not_the_decoder_layers() -> None:
+    def blocks(inner: int) -> nn.ModuleList:
+        return nn.ModuleList([nn.Sequential(nn.Linear(4, inner), nn.ReLU(), nn.Linear(inner, 4)) for _ in range(3)])
+
+    class Cross(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cross_attn, self.mlp = nn.Linear(4, 4), blocks(64)[0]
+
+    model = nn.Module()
+    model.heads = nn.ModuleList([nn.Linear(4, 5000) for _ in range(3)])
+    model.prediction = nn.Module()
+    model.prediction.layers = blocks(64)
+    model.to_pictures = nn.ModuleList([Cross() for _ in range(3)])
+    model.layers = blocks(6)
+    assert find_decoder_layers(model)[0] == "layers"
+    assert default_location(model).target_modules == ("layers.1.2",)
 
 
 def vision_language(**fields: Any) -> Any:

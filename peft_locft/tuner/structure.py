@@ -43,7 +43,8 @@ def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
     It is found by structure, not by name: of the lists in the part of the model that the text configuration belongs to
     (not a vision or audio tower), the one of length `num_hidden_layers`. If several have that length, it is the one
-    nearest to the top (not the layers of a multi-token-prediction head), then the one with the most parameters.
+    nearest to the top (not cross-attention to pictures, nor the layers of a multi-token-prediction head), then the one
+    with the most parameters.
 
     Raises:
         ValueError: if the model has no such list.
@@ -63,7 +64,12 @@ def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"is no default location{f'; its lists: {lists}' if lists else ''}. Name one: "
             "LocFTConfig(target_modules=[...])."
         )
-    name = max(found, key=lambda each: (-each.count("."), sum(p.numel() for p in stacks[each].parameters())))
+
+    def preference(each: str) -> tuple[bool, int, int]:
+        reads = any(reads_text(layer) for layer in stacks[each])
+        return reads, -each.count("."), sum(parameter.numel() for parameter in stacks[each].parameters())
+
+    name = max(found, key=preference)
     return name, stacks[name]
 
 
