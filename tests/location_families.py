@@ -122,7 +122,7 @@ FAMILIES: dict[str, Family] = {
     "llama4_text": Family(
         make("Llama4Text", SIZES, intermediate_size_mlp=64, num_local_experts=4, moe_layers=[1, 2], head_dim=8),
         "model.layers",
-        ("feed_forward.down_proj", *["feed_forward.shared_expert.down_proj"] * 2),
+        ("feed_forward.down_proj", "feed_forward.shared_expert.down_proj", "feed_forward.shared_expert.down_proj"),
     ),
     # the defaults of the low rank and of the per-layer inputs are larger than the inner size here
     "gemma3n_text": _same(

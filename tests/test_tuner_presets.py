@@ -208,7 +208,7 @@ def test_a_fresh_adapter_changes_nothing_and_learns_from_text(family: str) -> No
     assert delta.grad.abs().sum() > 0
 
 
-EQUAL = [
+EQUAL: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"intermediate_size": 32}),
     ("gpt2", {"n_inner": 32}),
     ("gpt_neox", {"intermediate_size": 32}),
@@ -220,7 +220,7 @@ EQUAL = [
 
 
 @pytest.mark.parametrize(("family", "sizes"), EQUAL)
-def test_an_inner_size_may_be_the_hidden_size(family: str, sizes: dict[str, int]) -> None:
+def test_an_inner_size_may_be_the_hidden_size(family: str, sizes: dict[str, Any]) -> None:
     assert names_in(build(family, **sizes), 1)[1] == names_in(build(family), 1)[1]
 
 
@@ -381,7 +381,7 @@ def test_experts_that_their_owner_slices(tmp_path: Any) -> None:
     model.save_pretrained(tmp_path / "adapter")
     reloaded = PeftModel.from_pretrained(build_family("dbrx"), tmp_path / "adapter")
     assert torch.equal(reloaded(input_ids=IDS).logits, edited)
-    with model.get_submodule("base_model").composed_once():  # type: ignore[operator]
+    with model.get_submodule("base_model").composed_once():
         assert torch.equal(model(input_ids=IDS).logits, edited)
     model.merge_adapter()
     assert torch.equal(model(input_ids=IDS).logits, edited)
@@ -394,12 +394,20 @@ def test_experts_that_their_owner_slices(tmp_path: Any) -> None:
     assert torch.equal(on_disk[name], base_state(model.merge_and_unload())[name])
 
 
-def test_a_router_with_a_buffer_for_its_owner() -> None:
-    base = build_family("deepseek_v3")
+@pytest.mark.parametrize("family", ["dbrx", "deepseek_v3", "jetmoe", "qwen3_next", "bamba"])
+def test_every_part_of_an_entire_layer_may_be_read_by_its_owner(family: str) -> None:
+    """A router with a buffer for its owner, attention experts with two methods, convolutions."""
+    base = build_family(family)
     plain = base(input_ids=IDS).logits
     model = get_peft_model(base, LocFTConfig(target_modules="entire-layer", layers_to_transform=[1]))
-    assert "model.layers.1.mlp.gate.weight" in locations(model)
     assert torch.equal(model(input_ids=IDS).logits, plain)
+    randomize(model, std=0.02)
+    edited = model(input_ids=IDS).logits
+    edited.square().mean().backward()
+    assert [name for name, (delta, _) in locations(model).items() if delta.grad is None] == []
+    assert not torch.equal(edited, plain)
+    model.merge_adapter()
+    assert torch.equal(model(input_ids=IDS).logits, edited)
 
 
 class Part(nn.Module):
