@@ -44,12 +44,12 @@ def location_of(model: nn.Module, kind: str, layer: int) -> Location:
         )
     if kind == ENTIRE_LAYER:
         return entire_layers(model, [layer])
+    matrices = matrices_of(stack[layer])
     if kind in (UP, DOWN):
         projections = projections_in(model, layer)
-        found = projections.ups if kind == UP else projections.downs
-    matrices = matrices_of(stack[layer])
-    if kind not in (UP, DOWN):
-        found = tuple(matrices_of_kind(matrices, kind))
+        found = list(projections.ups if kind == UP else projections.downs)
+    else:
+        found = matrices_of_kind(matrices, kind)
     if not found:
         names = ", ".join(dict.fromkeys(matrix.module for matrix in matrices))
         raise ValueError(

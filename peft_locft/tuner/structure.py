@@ -127,7 +127,7 @@ class Matrix:
 
     @property
     def is_linear(self) -> bool:
-        return self.key == "weight" and self.num_experts == 1
+        return self.key == "weight" and len(self.layouts) == 1
 
 
 def matrices_of(layer: nn.Module) -> list[Matrix]:
