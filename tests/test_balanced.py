@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from location_families import FAMILIES as OTHERS
+from location_families import build_family
 from tiny_models import build
 from tiny_training import EDITS, base_model, make_trainer, peft_model
 from tokenizers_for_tests import make_tokenizer
@@ -61,9 +63,17 @@ def test_it_is_as_deep_in_a_deep_model() -> None:
     assert sorted(found.target_modules or ()) == [f"model.layers.{layer}.mlp.down_proj" for layer in range(22, 25)]
 
 
-def test_experts_in_one_parameter_have_no_projector() -> None:
-    with pytest.raises(ValueError, match=r"holds all experts in one parameter.* Name Linear modules"):
-        balanced_config(build("mixtral"))
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "dbrx", "jetmoe"])
+def test_experts_in_one_parameter_have_no_projector(family: str) -> None:
+    model = build(family) if family == "mixtral" else build_family(family)
+    with pytest.raises(ValueError, match=r"\.0\.\S+ holds all experts in one parameter.* Name Linear modules"):
+        balanced_config(model)
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_next", "deepseek_v3", "llama4_text", "gemma3n_text", "mamba"])
+def test_the_location_is_the_one_rule_in_each_layer(family: str) -> None:
+    expected = [f"{OTHERS[family].stack}.{layer}.{down}" for layer, down in enumerate(OTHERS[family].downs)]
+    assert sorted(balanced_config(build_family(family)).target_modules or ()) == expected
 
 
 def test_one_word_trains_it(saved: Path, tmp_path: Path) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+from location_families import FAMILIES as OTHERS
+from location_families import build_family
 from peft import get_peft_model
 from tiny_models import FAMILIES, build, every_family, locations
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
@@ -74,6 +78,27 @@ def test_a_gate_beside_experts_is_no_down_projection() -> None:
     model = AutoModelForCausalLM.from_config(config)
     assert location_of(model, "down", 1).target_modules == ("model.layers.1.mlp.shared_expert.down_proj",)
     assert location_of(model, "up", 1).target_modules == ("model.layers.1.mlp.shared_expert.up_proj",)
+
+
+@pytest.mark.parametrize("family", sorted(OTHERS))
+def test_down_is_the_default_location_and_up_feeds_it(family: str) -> None:
+    model = build_family(family)
+    stack, downs = OTHERS[family].stack, OTHERS[family].downs
+    for layer in range(3):
+        down, up = location_of(model, "down", layer), location_of(model, "up", layer)
+        assert (*down.target_modules, *down.target_parameters) == (f"{stack}.{layer}.{downs[layer]}",)
+        (name,) = (*up.target_modules, *up.target_parameters)
+        assert re.search(r"up|c_fc|w_1|input_linear|in_proj|v1|ffn\.0|feed_forward\.key|intermediate", name)
+
+
+def test_a_state_space_stands_in_for_the_attention() -> None:
+    model = build_family("bamba")
+    names = location_of(model, "attention", 0).target_modules
+    assert set(names) == {f"model.layers.0.mamba.{name}" for name in ("conv1d", "in_proj", "out_proj")}
+    mlp = location_of(model, "mlp", 0).target_modules
+    assert set(mlp) == {f"model.layers.0.feed_forward.{name}_proj" for name in ("gate", "up", "down")}
+    with pytest.raises(ValueError, match=r"found 'mlp', but backbone\.layers\.0 has no module of that kind"):
+        location_of(build_family("mamba"), "mlp", 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

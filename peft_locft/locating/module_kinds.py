@@ -5,18 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from ..tuner.config import ENTIRE_LAYER, LocFTConfig
-from ..tuner.presets import (
-    ATTENTION,
-    DOWN,
-    MLP,
-    UP,
-    Location,
-    entire_layers,
-    find_decoder_layers,
-    location_in_layers,
-    matrices_of,
-    matrices_of_kind,
-)
+from ..tuner.presets import Location, entire_layers, location_in_layers, projections_in
+from ..tuner.structure import ATTENTION, DOWN, MLP, UP, find_decoder_layers, matrices_of, matrices_of_kind
 
 # the five of arXiv 2509.22072, from fine to coarse
 KINDS = (DOWN, UP, ATTENTION, MLP, ENTIRE_LAYER)
@@ -25,11 +15,12 @@ KINDS = (DOWN, UP, ATTENTION, MLP, ENTIRE_LAYER)
 def location_of(model: nn.Module, kind: str, layer: int) -> Location:
     """Return the weights of one kind in one decoder layer.
 
-    - `"attention"`: every matrix of the attention.
+    - `"attention"`: every matrix of the attention, or of the state space or convolution in its place.
     - `"mlp"`: every other matrix of the layer, including a router.
-    - `"down"`: the last of these that writes into the residual stream.
-    - `"up"`: the last of these that reads the residual stream and feeds `"down"`; in a gated MLP, the matrix beside
-      the gate, or the tensor that holds both.
+    - `"down"`: the MLP's down-projection, as in `LocFTConfig(layers_to_transform=[layer])` for a model without a
+      published location: with experts that of the shared expert, without an MLP that of the state space or attention.
+    - `"up"`: the matrix that makes the input of `"down"` from the hidden states; in a gated MLP, the matrix beside the
+      gate, or the tensor that holds both.
     - `"entire-layer"`: every parameter of the layer, including norms.
     - anything else: the modules of the layer with this name, or whose name ends with it, such as `"o_proj"`.
 
@@ -54,7 +45,11 @@ def location_of(model: nn.Module, kind: str, layer: int) -> Location:
     if kind == ENTIRE_LAYER:
         return entire_layers(model, [layer])
     matrices = matrices_of(stack[layer])
-    found = matrices_of_kind(matrices, kind)
+    if kind in (UP, DOWN):
+        projections = projections_in(model, layer)
+        found = list(projections.ups if kind == UP else projections.downs)
+    else:
+        found = matrices_of_kind(matrices, kind)
     if not found:
         names = ", ".join(dict.fromkeys(matrix.module for matrix in matrices))
         raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
@@ -188,22 +188,28 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
     # ------------------------------------------------------------------ forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(self.base_layer, *args, **kwargs)
+
+    def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call the base module, or a method of it, with the edited tensors in place of its parameters."""
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self.base_layer(*args, **kwargs)
+            return function(*args, **kwargs)
         if self._composed:
             with substituted(self.base_layer, self._composed):
-                return self.base_layer(*args, **kwargs)
+                return function(*args, **kwargs)
         names = [] if self.merged else self._present(self.active_adapters)
         if not names:
-            return self.base_layer(*args, **kwargs)
+            return function(*args, **kwargs)
 
         def use(tensors: list[DeltaTensors]) -> Any:
             if self._can_compose():
                 with substituted(self.base_layer, self._compose(names, tensors)):
-                    return self.base_layer(*args, **kwargs)
-            return self._add_delta_output(self.base_layer(*args, **kwargs), names, tensors, args)
+                    return function(*args, **kwargs)
+            if function is not self.base_layer:
+                return LocFTLayer._delta_output(self, args, **tensors[0])
+            return self._add_delta_output(function(*args, **kwargs), names, tensors, args)
 
         return with_deltas([self._delta(name) for name in names], use)
 
@@ -239,15 +245,36 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
     def bias(self) -> torch.Tensor:
         return self._effective("bias")
 
+    def __getattr__(self, name: str) -> Any:
+        # Some modules are read by their owner, which finds the tuner layer in their place: stacked experts that it
+        # slices, a router with a buffer for it, a module with other methods than forward.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base_layer")
+            # a private attribute is the base module's own: its hooks, what transformers and accelerate note there
+            if base is None or name.startswith("_") or not hasattr(base, name):
+                raise
+        if name in self._shapes:
+            return self._effective(name)
+        found = getattr(base, name)
+        return partial(self._call, found) if getattr(found, "__self__", None) is base else found
+
     def _effective(self, name: str) -> torch.Tensor:
         if name in self._composed:
             return self._composed[name]
+        if self.disable_adapters and self.merged:
+            self.unmerge()  # as in forward
         active = [] if self.merged or self.disable_adapters else self._present(self.active_adapters)
         names = [adapter for adapter in active if name in self._delta(adapter).names]
         if names and self._can_compose():
             deltas = [self._delta(adapter) for adapter in names]
             return with_deltas(deltas, lambda tensors: self._compose(names, tensors)[name])
-        return getattr(super(), name)
+        if name in ("weight", "bias"):
+            return getattr(super(), name)
+        if names:
+            self._delta_output(name, **self._delta(names[0]).tensors())
+        return getattr(self.base_layer, name)
 
     def _add_delta_output(
         self, result: torch.Tensor, adapters: Sequence[str], tensors: Sequence[DeltaTensors], inputs: Sequence[Any]
@@ -257,7 +284,7 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
             total = total + self.scaling[adapter] * self._delta_output(inputs[0], **delta).to(total)
         return total.to(result.dtype)
 
-    def _delta_output(self, x: torch.Tensor, **delta: torch.Tensor) -> torch.Tensor:
+    def _delta_output(self, x: Any, **delta: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError(
             f"The {' and '.join(delta)} of {type(self.base_layer).__name__} is quantized, offloaded or sharded. This "
             "module's output is not linear in it, so a delta cannot be applied beside it. Keep this module "

@@ -1,23 +1,26 @@
-"""Locations in a decoder-only model: the published ones, the default, and the weights of one kind in a layer."""
+"""Locations in a decoder-only model: the published ones, the default, and what a configuration names."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from peft.tuners.tuners_utils import (
-    BaseTunerLayer,
-    _maybe_include_all_linear_layers,
-    check_target_module_exists,
-)
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from .base_weights import has_own_weight
 from .config import ALL_LINEAR, ENTIRE_LAYER, LocFTConfig
-
-ATTENTION, MLP, UP, DOWN = "attention", "mlp", "up", "down"
+from .structure import (
+    Matrix,
+    Projections,
+    base_of,
+    find_decoder_layers,
+    find_projections,
+    modules_of,
+    reads_text,
+    text_config,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,65 +59,45 @@ class Location:
     learning_rate: float | None = None
 
 
-def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Return the name of the list of decoder layers in the model, and the list.
-
-    It is found by structure, not by name: the `ModuleList` with the most parameters, of length `num_hidden_layers` if
-    the model's configuration has that.
-
-    Raises:
-        ValueError: if the model has no such list.
-    """
-    text_config = _text_config(model)
-    num_layers = getattr(text_config, "num_hidden_layers", None)
-    stacks = [
-        (sum(parameter.numel() for parameter in module.parameters()), name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and num_layers in (None, len(module))
-    ]
-    if not stacks:
-        raise ValueError(
-            f"{type(model).__name__} has no list of {f'{num_layers} ' if num_layers else ''}decoder layers, so there "
-            "is no default location. Name one: LocFTConfig(target_modules=[...])."
-        )
-    _, name, stack = max(stacks, key=lambda entry: entry[0])
-    return name, stack
-
-
 def default_location(model: nn.Module, layers: list[int] | None = None) -> Location:
     """Return the location of `LocFTConfig()` for a model.
 
     - Llama, Qwen2, Mistral and Qwen-MoE: the published module, at the same relative depth in every size.
-    - Any other model: the MLP's down-projection (the last matrix of the layer outside of attention that reads or
-      writes the residual stream), at two thirds of the depth.
+    - Any other model: the MLP's down-projection, at two thirds of the depth. In a mixture of experts it is that of the
+      shared expert; without one, the parameter in which the experts are stacked.
+
+    Some layers of a hybrid have no MLP, and some of a vision-language model do not run on text. If no layer is given,
+    the default is then the nearest layer with an MLP that reads text (of two that are as near, the later one). A layer
+    that is given is used: without an MLP its location is the output projection of its attention or state space
+    (`o_proj`, `out_proj`), as in a model that has no MLP at all.
 
     Args:
         model: a decoder-only language model.
         layers: decoder layers to use instead of the published one, counted from 0.
 
     Raises:
-        ValueError: if the decoder layers cannot be found, or a layer is not among them.
+        ValueError: if the decoder layers cannot be found, or a layer is not among them or has no down-projection.
     """
     stack_name, stack = find_decoder_layers(model)
-    text_config = _text_config(model)
-    published = PUBLISHED.get(getattr(text_config, "model_type", ""))
+    config = text_config(model)
+    published = PUBLISHED.get(getattr(config, "model_type", ""))
     if layers is None:
-        layers = [(published or DEFAULT_DEPTH).layer_of(len(stack))]
+        layer = (published or DEFAULT_DEPTH).layer_of(len(stack))
+        layers = [min(_layers_with_mlp(model), key=lambda each: (abs(each - layer), -each), default=layer)]
     _check_layers(layers, stack_name, len(stack))
-    if published is None:
-        return _down_projections(stack_name, stack, layers, text_config)
-    if published.module == ENTIRE_LAYER:
+    rate = None if published is None else published.learning_rate
+    if published is not None and published.module == ENTIRE_LAYER:
         location = entire_layers(model, layers)
-        return Location(location.target_modules, location.target_parameters, published.learning_rate)
-    names = tuple(f"{stack_name}.{layer}.{published.module}" for layer in layers)
-    return Location(names, (), published.learning_rate)
+        return Location(location.target_modules, location.target_parameters, rate)
+    location = down_projections(model, layers)
+    return Location(location.target_modules, location.target_parameters, rate)
 
 
 def balanced_config(model: nn.Module, **fields: Any) -> LocFTConfig:
     """Return the configuration of `BreadthFirstConfig(recipe="balanced")`: down-projections of three layers.
 
     They begin at three quarters of the model's depth (layers 22 to 24 of 30); in a shallow model they are the last
-    three. Together they learn the same edits with a smaller change in each.
+    three. Layers without an MLP are passed over. Together they learn the same edits with a smaller change in each.
 
     Args:
         model: a decoder-only language model.
@@ -128,16 +111,66 @@ def balanced_config(model: nn.Module, **fields: Any) -> LocFTConfig:
         >>> model = get_peft_model(model, balanced_config(model))
     """
     stack_name, stack = find_decoder_layers(model)
-    text_config = _text_config(model)
-    first = max(min(len(stack) * 3 // 4, len(stack) - 3), 0)
-    layers = list(range(first, min(first + 3, len(stack))))
-    location = _down_projections(stack_name, stack, layers, text_config)
-    if location.target_parameters:
+    eligible = _layers_with_mlp(model) or list(range(len(stack)))
+    first = sum(layer < len(stack) * 3 // 4 for layer in eligible)
+    first = max(min(first, len(eligible) - 3), 0)
+    layers = eligible[first : first + 3]
+    for layer in layers:
+        for down in projections_in(model, layer).downs:
+            if not down.is_linear:
+                raise ValueError(
+                    f"{stack_name}.{layer}.{down.full_name} holds all experts in one parameter, and a projector needs "
+                    "a Linear. Name Linear modules, such as those of the attention: "
+                    "LocFTConfig(target_modules=['o_proj'], layers_to_transform=[...])."
+                )
+    return LocFTConfig(target_modules=list(down_projections(model, layers).target_modules), **fields)
+
+
+def projections_in(model: nn.Module, layer: int) -> Projections:
+    """Return the up- and down-projection in one decoder layer.
+
+    Raises:
+        ValueError: if it has no down-projection.
+    """
+    stack_name, stack = find_decoder_layers(model)
+    (found,) = find_projections(stack, [layer], getattr(text_config(model), "hidden_size", None))
+    if found is None:
         raise ValueError(
-            f"{location.target_parameters[0]} holds all experts in one parameter, and a projector needs a Linear. "
-            "Name Linear modules: LocFTConfig(target_modules=['o_proj'], layers_to_transform=[...])."
+            f"No down-projection was found in {stack_name}.{layer}. Name the location: "
+            "LocFTConfig(target_modules=[...])."
         )
-    return LocFTConfig(target_modules=list(location.target_modules), **fields)
+    return found
+
+
+def down_projections(model: nn.Module, layers: Sequence[int]) -> Location:
+    """Return the down-projections of some decoder layers.
+
+    Raises:
+        ValueError: if the decoder layers cannot be found, or a layer has no down-projection.
+    """
+    stack_name, _ = find_decoder_layers(model)
+    downs = [(layer, projections_in(model, layer).downs) for layer in layers]
+    return location_in_layers((f"{stack_name}.{layer}", down) for layer, found in downs for down in found)
+
+
+def location_in_layers(matrices: Iterable[tuple[str, Matrix]]) -> Location:
+    """Return the location of matrices, each with the full name of its decoder layer."""
+    matrices = list(matrices)
+    modules = [f"{layer}.{matrix.module}" for layer, matrix in matrices if matrix.key == "weight"]
+    parameters = [f"{layer}.{matrix.full_name}" for layer, matrix in matrices if matrix.key != "weight"]
+    return Location(tuple(dict.fromkeys(modules)), tuple(parameters))
+
+
+def _layers_with_mlp(model: nn.Module) -> list[int]:
+    """Return the decoder layers that have an MLP of their own and read the text."""
+    _, stack = find_decoder_layers(model)
+    hidden_size = getattr(text_config(model), "hidden_size", None)
+    found = find_projections(stack, range(len(stack)), hidden_size)
+    return [
+        index
+        for index, projections in enumerate(found)
+        if projections is not None and projections.of_mlp and reads_text(stack[index])
+    ]
 
 
 def entire_layers(model: nn.Module, layers: list[int]) -> Location:
@@ -151,9 +184,9 @@ def entire_layers(model: nn.Module, layers: list[int]) -> Location:
     modules: list[str] = []
     parameters: list[str] = []
     for layer in layers:
-        for name, module in _without_tuner_insides(stack[layer]):
+        for name, module in modules_of(stack[layer]):
             full_name = f"{stack_name}.{layer}.{name}"
-            base = _base(module)
+            base = base_of(module)
             if has_own_weight(base):
                 modules.append(full_name)
             else:
@@ -167,11 +200,12 @@ def resolve_location(config: LocFTConfig, model: nn.Module) -> None:
     Raises:
         ValueError: if the decoder layers cannot be found, or a layer is not among them.
     """
-    layers = config.layers_to_transform
-    assert not isinstance(layers, int)  # made a list by the config itself
+    layers = (
+        [config.layers_to_transform] if isinstance(config.layers_to_transform, int) else config.layers_to_transform
+    )
     if config.target_parameters and layers:
         # PEFT applies layers_to_transform to modules only
-        config.target_parameters = _parameters_in_layers(config, model)
+        config.target_parameters = _parameters_in_layers(config, model, layers)
     if config.target_modules is None and config.target_parameters:
         config.target_modules = set()  # type: ignore[assignment]
         config.layers_to_transform = config.layers_pattern = None
@@ -187,13 +221,57 @@ def resolve_location(config: LocFTConfig, model: nn.Module) -> None:
             _check_layers(layers, stack_name, len(stack))
             inside = tuple(f"{stack_name}.{layer}." for layer in layers)
             _write(config, Location(tuple(name for name in config.target_modules if name.startswith(inside))))
+    elif layers and not isinstance(config.target_modules, str):
+        _limit_to_text_model(config, model, layers)
 
 
-def _parameters_in_layers(config: LocFTConfig, model: nn.Module) -> list[str]:
+def _limit_to_text_model(config: LocFTConfig, model: nn.Module, layers: list[int]) -> None:
+    """Replace names by full names where PEFT would find other modules: it counts the layers of every list."""
+    inside = _text_layers(config, model, layers)
+    if inside is None:
+        return
+    names = [name for name, _ in model.named_modules()]
+    found = {name for name in names if check_target_module_exists(config, name)}
+    wanted = _names_inside(config, names, inside) | found.intersection(config.target_modules or ())
+    if found and not wanted:
+        raise ValueError(
+            f"target_modules={sorted(config.target_modules or ())}: found only {', '.join(sorted(found)[:3])}, but "
+            f"layers_to_transform={layers} counts the layers of the text model: {', '.join(inside)[:-1]}. Name other "
+            "modules by their full names."
+        )
+    if wanted != found:
+        _write(config, Location(tuple(sorted(wanted))))
+
+
+def _text_layers(config: LocFTConfig, model: nn.Module, layers: list[int]) -> tuple[str, ...] | None:
+    """Return the name beginnings of the chosen layers; `None` if they are counted in another list."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    try:
+        stack_name, _ = find_decoder_layers(model)
+    except ValueError:
+        return None
+    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    if patterns and stack_name.rpartition(".")[2] not in patterns:
+        return None
+    return tuple(f"{stack_name}.{layer}." for layer in layers)
+
+
+def _names_inside(config: LocFTConfig, names: Iterable[str], inside: tuple[str, ...]) -> set[str]:
+    in_any_layer = replace(config, layers_to_transform=None, layers_pattern=None)
+    return {name for name in names if name.startswith(inside) and check_target_module_exists(in_any_layer, name)}
+
+
+def _parameters_in_layers(config: LocFTConfig, model: nn.Module, layers: list[int]) -> list[str]:
     # PEFT's matching of module names, applied to parameter names
     as_modules = replace(config, target_modules=config.target_parameters, target_parameters=None, modules_to_save=None)
-    names = (name.replace(".base_layer", "") for name, _ in model.named_parameters(remove_duplicate=False))
-    found = [name for name in names if check_target_module_exists(as_modules, name)]
+    names = [name.replace(".base_layer", "") for name, _ in model.named_parameters(remove_duplicate=False)]
+    inside = _text_layers(config, model, layers)
+    if inside is None:
+        found = [name for name in names if check_target_module_exists(as_modules, name)]
+    else:
+        wanted = _names_inside(as_modules, names, inside).union(config.target_parameters or ())
+        found = [name for name in names if name in wanted]
     if not found:
         raise ValueError(
             f"target_parameters={config.target_parameters}: no parameter has that name in layers_to_transform="
@@ -209,105 +287,6 @@ def _write(config: LocFTConfig, location: Location) -> None:
     # the full names contain the layer
     config.layers_to_transform = None
     config.layers_pattern = None
-
-
-# ---------------------------------------------------------------------- the matrices of one decoder layer
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """A parameter (…, outputs, inputs) of a decoder layer, of one module or of several experts.
-
-    `module` is the name inside the layer, `key` the name of the parameter in the module.
-    """
-
-    module: str
-    key: str
-    inputs: int
-    outputs: int
-
-    @property
-    def in_attention(self) -> bool:
-        return "attn" in self.module or "attention" in self.module
-
-
-def matrices_of(layer: nn.Module) -> list[Matrix]:
-    """Return every parameter of a decoder layer with two or more dimensions, in order of registration."""
-    return [
-        Matrix(name, key, *_features(base, parameter.shape))
-        for name, module in _without_tuner_insides(layer)
-        for base in [_base(module)]
-        for key, parameter in base._parameters.items()
-        if parameter is not None and parameter.ndim > 1
-    ]
-
-
-def matrices_of_kind(matrices: Sequence[Matrix], kind: str) -> list[Matrix]:
-    """Return the matrices of a kind: `"attention"`, `"mlp"`, `"up"`, `"down"`, or a module name or name ending."""
-    mlp = [matrix for matrix in matrices if not matrix.in_attention]
-    if kind == ATTENTION:
-        return [matrix for matrix in matrices if matrix.in_attention]
-    if kind == MLP:
-        return mlp
-    if kind in (UP, DOWN):
-        pair = up_and_down(mlp)
-        return [] if pair is None else [pair[kind == DOWN]]
-    return [matrix for matrix in matrices if f".{matrix.module}".endswith(f".{kind}")]
-
-
-def up_and_down(mlp: Sequence[Matrix]) -> tuple[Matrix, Matrix] | None:
-    """Return the last pair of which the second reads the output of the first and writes what the first reads."""
-    for index, down in reversed(list(enumerate(mlp))):
-        for up in reversed(mlp[:index]):
-            # a fused gate doubles the outputs
-            if up.inputs == down.outputs and up.outputs % down.inputs == 0:
-                return up, down
-    return None
-
-
-def location_in_layers(matrices: Sequence[tuple[str, Matrix]]) -> Location:
-    """Return the location of matrices, each with the full name of its decoder layer."""
-    modules = [f"{layer}.{matrix.module}" for layer, matrix in matrices if matrix.key == "weight"]
-    parameters = [f"{layer}.{matrix.module}.{matrix.key}" for layer, matrix in matrices if matrix.key != "weight"]
-    return Location(tuple(dict.fromkeys(modules)), tuple(parameters))
-
-
-def _down_projections(stack_name: str, stack: nn.ModuleList, layers: list[int], text_config: Any) -> Location:
-    hidden_size = getattr(text_config, "hidden_size", None)
-    found = []
-    for layer in layers:
-        on_residual = [
-            matrix
-            for matrix in matrices_of(stack[layer])
-            if not matrix.in_attention and hidden_size in (matrix.inputs, matrix.outputs)
-        ]
-        if not on_residual:
-            raise ValueError(
-                f"No down-projection was found in {stack_name}.{layer}. Name the location: "
-                "LocFTConfig(target_modules=[...])."
-            )
-        found.append((f"{stack_name}.{layer}", on_residual[-1]))
-    return location_in_layers(found)
-
-
-def _features(base: nn.Module, shape: Sequence[int]) -> tuple[int, int]:
-    """Return the inputs and outputs of a matrix: (…, out, in), but (in, out) in a Conv1D."""
-    return (shape[-2], shape[-1]) if isinstance(base, Conv1D) else (shape[-1], shape[-2])
-
-
-def _without_tuner_insides(layer: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the modules of a decoder layer by name, tuner layers instead of the modules that they wrap."""
-    inside = tuple(f"{name}." for name, module in layer.named_modules() if isinstance(module, BaseTunerLayer))
-    return [(name, module) for name, module in layer.named_modules() if name and not name.startswith(inside)]
-
-
-def _text_config(model: nn.Module) -> Any:
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _base(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _check_layers(layers: list[int], stack_name: str, num_layers: int) -> None:
