@@ -178,12 +178,13 @@ class ParameterFinder:
         """Return a parameter's name in a table, the tensors that form it, and the table."""
         if name in self.checkpoint.files:
             # stored under its own name: unchanged, unless one way to load it rearranges it
-            for table in self._tables:
-                for key, sources in table.items():
-                    rearranged = [source for source in sources if source.name == name and source.converter is not None]
-                    if rearranged:
-                        return key, rearranged, table
-            return name, [Source(name, None, None)], {key: [Source(key, None, None)] for key in self.checkpoint.files}
+            found = [
+                (key, own, table)
+                for table in self._tables
+                for key, sources in table.items()
+                if (own := [source for source in sources if source.name == name])
+            ]
+            return next((each for each in found if each[1][0].converter is not None), found[0])
         for table in self._tables:
             for candidate in _with_and_without_prefix(name, table):
                 return candidate, table[candidate], table
