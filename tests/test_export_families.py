@@ -33,6 +33,7 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2MoeConfig,
     Qwen3MoeConfig,
+    Qwen3VLMoeConfig,
 )
 
 from peft_locft import (
@@ -134,6 +135,33 @@ def assert_exports(
 def test_experts_that_the_checkpoint_holds_one_by_one(family: str, tmp_path: Path) -> None:
     config, location = FAMILIES[family]
     assert_exports(save_from_config(tmp_path / "base", config, torch.bfloat16), tmp_path, location)
+
+
+def test_experts_that_are_transposed_only_where_the_checkpoint_holds_them_so(tmp_path: Path) -> None:
+    """As Qwen3-VL-MoE's: transformers compares the shapes when it loads them."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    text = SMALL_EXPERTS | {"moe_intermediate_size": 16, "head_dim": 8, "rope_parameters": rope}
+    vision: dict[str, Any] = {
+        "depth": 2,
+        "hidden_size": 32,
+        "out_hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+    }
+    vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    config = Qwen3VLMoeConfig(text_config=text, vision_config=vision)
+    base = save_from_config(tmp_path / "base", config, torch.bfloat16, AutoModelForImageTextToText)
+    location = LocFTConfig(target_parameters=["language_model.layers.1.mlp.experts.down_proj"])
+    assert_exports(base, tmp_path, location, AutoModelForImageTextToText)
+    # as published: the other way round
+    tensors = {
+        name: tensor.mT.contiguous() if ".experts." in name else tensor for name, tensor in stored(base).items()
+    }
+    for file in base.glob("*.safetensors*"):
+        file.unlink()
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="by Transpose, which a merge on disk cannot reverse"):
+        merge_checkpoint(base, [tmp_path / "adapter"], tmp_path / "transposed")
 
 
 @pytest.mark.parametrize("names", ["as saved", "of the first release"])
