@@ -159,6 +159,13 @@ def test_a_target_of_which_the_tokenizer_knows_a_part_is_warned_of() -> None:
     assert halves(word_level(), target="<unk>")[1] == ["<unk>", "</s>"]
 
 
+def test_a_prompt_without_a_token_is_refused() -> None:
+    tokenizer = make_tokenizer("gpt2")
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("a", "")
+    with pytest.raises(ValueError, match="^'aaa': found no token of the prompt"):
+        encode_prompts(["The king is", "aaa"], tokenizer)
+
+
 class OtherOffsets(PreTrainedTokenizerFast):
     """A tokenizer whose offsets are what `change` makes of them."""
 

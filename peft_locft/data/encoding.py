@@ -139,15 +139,19 @@ def encode_prompts(
         The token ids of each prompt, with the tokenizer's special tokens in front and none at the end.
 
     Raises:
-        ValueError: if the tokenizer is not fast; if `chat_template` is set and it has none, or it fails or leaves out
-            a prompt.
+        ValueError: if the tokenizer is not fast or gives no token of a prompt; if `chat_template` is set and it has
+            none, or it fails or leaves out a prompt.
 
     Example:
         >>> encode_prompts(["The capital of France is"], tokenizer)
         [[504, 3575, 282, 4649, 314]]
     """
     texts = [prompt_text(prompt, tokenizer, chat_template=chat_template) for prompt in prompts]
-    return [ids for ids, _ in _tokenize(texts, tokenizer, add_special_tokens=not chat_template)]
+    rows = [ids for ids, _ in _tokenize(texts, tokenizer, add_special_tokens=not chat_template)]
+    if [] in rows:
+        prompt = prompts[rows.index([])]
+        raise ValueError(f"{prompt!r}: found no token of the prompt; expected text that the tokenizer knows")
+    return rows
 
 
 def collate(batch: Sequence[EncodedEdit], pad_token_id: int) -> dict[str, torch.Tensor]:
