@@ -162,7 +162,7 @@ def test_a_target_of_which_the_tokenizer_knows_a_part_is_warned_of() -> None:
 def test_a_prompt_without_a_token_is_refused() -> None:
     tokenizer = make_tokenizer("gpt2")
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("a", "")
-    with pytest.raises(ValueError, match="^'aaa': found no token of the prompt"):
+    with pytest.raises(ValueError, match=r"^'aaa': found no token of the prompt"):
         encode_prompts(["The king is", "aaa"], tokenizer)
 
 
