@@ -136,6 +136,10 @@ class ParameterFinder:
             for key, sources in table.items()
             if key.startswith(f"{stored_module}.") and key != own
         }
+        placed = {source.name for sources in beside.values() for source in sources}
+        if name in self.checkpoint.files:  # other tensors of the module may be stored under their own names, too
+            inside = [key for key in self.checkpoint.files if key.startswith(f"{module}.") and key != name]
+            beside |= {key: [Source(key, None, None)] for key in inside if key not in placed}
         expected = self._shapes_inside(module)
         if expected is not None:
             missing = sorted(expected.keys() - beside.keys() - {name})
