@@ -118,7 +118,7 @@ class ParameterFinder:
         found = self._sources_of(name)
         if found is None:
             raise ValueError(self._missing(name))
-        return self._stored(name, self._applied(found[1], shape), shape)
+        return self._stored(name, found[1], shape)
 
     def find_beside(self, name: str) -> dict[str, StoredParameter]:
         """Return all other tensors of a parameter's module, including submodules, by name in the model.
@@ -136,11 +136,11 @@ class ParameterFinder:
             for key, sources in table.items()
             if key.startswith(f"{stored_module}.") and key != own
         }
-        placed = {source.name for sources in beside.values() for source in sources}
-        if name in self.checkpoint.files:  # other tensors of the module may be stored under their own names, too
-            inside = [key for key in self.checkpoint.files if key.startswith(f"{module}.") and key != name]
-            beside |= {key: [Source(key, None, None)] for key in inside if key not in placed}
         expected = self._shapes_inside(module)
+        if name in self.checkpoint.files and expected is not None:
+            # the module's other tensors may be stored under their own names, too
+            own_names = (expected.keys() & self.checkpoint.files.keys()) - beside.keys() - {name}
+            beside |= {key: [Source(key, None, None)] for key in own_names}
         if expected is not None:
             missing = sorted(expected.keys() - beside.keys() - {name})
             if missing:
