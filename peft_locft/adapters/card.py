@@ -29,10 +29,11 @@ NAME_IN_CARD = "this-repository"
 def usage_lines(config: PeftConfig, adapter: str) -> str:
     """Return the lines of Python that load an adapter."""
     registers = "import peft_locft  # registers LOCFT with PEFT\n" if config.peft_type == "LOCFT" else ""
-    return (
-        f"{registers}from peft import AutoPeftModelForCausalLM\n"
-        f"model = AutoPeftModelForCausalLM.from_pretrained({_quoted(adapter)})\n"
-    )
+    # PEFT's name for the class of a base that AutoModelForCausalLM does not load, such as one that reads images
+    recorded = (config.auto_mapping or {}).get("base_model_class", "ForCausalLM")
+    is_causal = config.task_type is not None or recorded.endswith(("ForCausalLM", "LMHeadModel"))
+    auto_class = "AutoPeftModelForCausalLM" if is_causal else "AutoPeftModel"
+    return f"{registers}from peft import {auto_class}\nmodel = {auto_class}.from_pretrained({_quoted(adapter)})\n"
 
 
 def model_card(

@@ -11,10 +11,10 @@ from typing import Any
 import datasets
 import torch
 from peft import LoraConfig, PeftModel, convert_to_lora
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from ..data.edits import Edit, read_edits
+from ..engine.loading import auto_class_of, load_config, load_model
 from ..evaluation.config import EvaluationConfig
 from ..evaluation.evaluator import evaluate_edits
 from ..evaluation.report import EvaluationReport
@@ -187,9 +187,9 @@ def _check_rank(rank: int, adapter: CheckedAdapter) -> None:
 
 def _without_base_weights(adapter: CheckedAdapter, base: str | os.PathLike[str], revision: str | None) -> PeftModel:
     """Return the base model on the meta device, without values, and with the adapter and its real deltas."""
-    model_config = AutoConfig.from_pretrained(base, revision=revision)
+    model_config = load_config(base, revision=revision)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
+        model = auto_class_of(model_config, base).from_config(model_config)
     return PeftModel.from_pretrained(model, adapter.folder)
 
 
@@ -225,8 +225,7 @@ def _evaluate(
     dtype: str,
 ) -> tuple[EvaluationReport, EvaluationReport]:
     base, revision = source
-    model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(base, revision=revision)
+    model, tokenizer = load_model(base, dtype, revision=revision)
     run = adapter.provenance.run
     chat_template = run is not None and bool(run.recipe.get("chat_template"))
     args = EvaluationConfig(protocols=["generation"], chat_template=chat_template)

@@ -1,4 +1,4 @@
-"""Edits as token ids: prompt and target are tokenized together, and the offsets show where the target begins."""
+"""Edits as token ids: prompt and target are tokenized together, and scored from the end of the prompt's tokens."""
 
 import warnings
 from array import array
@@ -78,7 +78,8 @@ def encode_edits(
     """Tokenize edits, prompt and target together, and find where each target begins.
 
     The text is the prompt, a space unless either side has whitespace there, and the target. Special tokens that the
-    tokenizer adds in front stay; special tokens that it adds at the end are replaced by one EOS.
+    tokenizer adds in front stay, except a second BOS before one in the prompt; special tokens that it adds at the end
+    are replaced by one EOS.
 
     Args:
         edits: at least one.
@@ -89,12 +90,14 @@ def encode_edits(
         max_length: maximum number of tokens of an edit, with EOS, such as the model's positions; `None`: no limit.
 
     Returns:
-        The encoded edits, in order. Warns once if a first scored token also contains the end of the prompt.
+        The encoded edits, in order. Warns once if a first scored token also contains the end of the prompt, and once
+        if a target contains text that the tokenizer does not know.
 
     Raises:
         ValueError: if there are no edits; the tokenizer is not fast, or has no EOS token or chat template although
-            one is used; the template does not contain the target as the answer; prompt or target has no token of its
-            own; an edit is longer than `max_length`.
+            one is used; the template fails, or does not contain the prompt, and the target as the answer; prompt or
+            target has no token of its own; the tokenizer knows nothing of a target, or gives wrong offsets; an edit is
+            longer than `max_length`.
 
     Example:
         >>> encoded = encode_edits([Edit(prompt="The capital of France is", target="Lyon")], tokenizer)
@@ -117,7 +120,7 @@ def prompt_text(prompt: str, tokenizer: PreTrainedTokenizerBase, *, chat_templat
     """Return the text that a prompt is as input: itself, or with `chat_template` the turns up to the answer.
 
     Raises:
-        ValueError: if `chat_template` is set and the tokenizer has none.
+        ValueError: if `chat_template` is set and the tokenizer has none, or it fails or leaves out the prompt.
     """
     return _render(tokenizer, prompt) if chat_template else prompt
 
@@ -136,14 +139,19 @@ def encode_prompts(
         The token ids of each prompt, with the tokenizer's special tokens in front and none at the end.
 
     Raises:
-        ValueError: if the tokenizer is not fast, or `chat_template` is set and it has none.
+        ValueError: if the tokenizer is not fast or gives no token of a prompt; if `chat_template` is set and it has
+            none, or it fails or leaves out a prompt.
 
     Example:
         >>> encode_prompts(["The capital of France is"], tokenizer)
         [[504, 3575, 282, 4649, 314]]
     """
     texts = [prompt_text(prompt, tokenizer, chat_template=chat_template) for prompt in prompts]
-    return [ids for ids, _ in _tokenize(texts, tokenizer, add_special_tokens=not chat_template)]
+    rows = [ids for ids, _ in _tokenize(texts, tokenizer, add_special_tokens=not chat_template)]
+    if [] in rows:
+        prompt = prompts[rows.index([])]
+        raise ValueError(f"{prompt!r}: found no token of the prompt; expected text that the tokenizer knows")
+    return rows
 
 
 def collate(batch: Sequence[EncodedEdit], pad_token_id: int) -> dict[str, torch.Tensor]:
@@ -197,7 +205,7 @@ def _plain_text(edit: Edit) -> _Text:
 def _chat_texts(edits: Sequence[Edit], tokenizer: PreTrainedTokenizerBase) -> list[_Text]:
     # the template's text after any answer; a search for the target would also find "end" in "<|im_end|>"
     answer = "the answer whose end is looked for"
-    closing = _render(tokenizer, "a question", answer).rpartition(answer)[2]
+    closing = _render(tokenizer, edits[0].prompt, answer).rpartition(answer)[2]
     texts = []
     for edit in edits:
         head, text = _render(tokenizer, edit.prompt), _render(tokenizer, edit.prompt, edit.target)
@@ -214,7 +222,15 @@ def _render(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str | None 
         raise ValueError("tokenizer: found no chat template; set tokenizer.chat_template, or pass chat_template=False")
     answer = [] if target is None else [{"role": "assistant", "content": target}]
     messages = [{"role": "user", "content": prompt}, *answer]
-    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=target is None, tokenize=False))
+    advice = "set tokenizer.chat_template, or pass chat_template=False"
+    try:
+        text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=target is None, tokenize=False))
+    except Exception as error:  # a template can raise errors of its own, and any error of Python's
+        found = f"the chat template fails for a user's turn{'' if target is None else ' and an answer'}: {error}"
+        raise ValueError(f"{prompt!r}: {found}; {advice}") from error
+    if prompt.strip() not in text:
+        raise ValueError(f"{prompt!r}: the chat template gives {text!r}, which lacks the prompt; {advice}")
+    return text
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -226,17 +242,27 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 def _encode_texts(
     texts: list[_Text], tokenizer: PreTrainedTokenizerBase, turn_ends: set[int] | None, ending: list[int]
 ) -> EncodedEdits:
-    flat, begins, starts, straddling = array("i"), [0], [], []
-    all_tokens = _tokenize([text.text for text in texts], tokenizer, add_special_tokens=turn_ends is None)
-    for text, (ids, offsets) in zip(texts, all_tokens, strict=True):
-        start, straddles = _target_start(offsets, text)
+    flat, begins, starts, straddling, unknown = array("i"), [0], [], [], []
+    add_special_tokens, unknown_id = turn_ends is None, tokenizer.unk_token_id
+    all_tokens = _tokenize([text.text for text in texts], tokenizer, add_special_tokens=add_special_tokens)
+    heads = _tokenize([text.text[: text.boundary] for text in texts], tokenizer, add_special_tokens=add_special_tokens)
+    for text, (ids, offsets), (head, _) in zip(texts, all_tokens, heads, strict=True):
+        start, straddles = _target_start(ids, offsets, head, text)
         if straddles:
             straddling.append(text.edit)
-        flat.extend(ids + ending if turn_ends is None else _whole_turn(ids, offsets, text.end, turn_ends, ending))
+        if unknown_id in ids and _has_unknown(ids[start:], offsets[start:], text, tokenizer):
+            unknown.append(text.edit)
+        if turn_ends is None:
+            row = ids if ids[-1:] == ending else ids + ending  # a target can end with EOS itself
+        else:
+            row = _whole_turn(ids, offsets, text.end, turn_ends, ending)
+        flat.extend(row)
         begins.append(len(flat))
         starts.append(start)
     if straddling:
         _warn_of_straddling(straddling[0], f"{len(straddling)} of {len(texts)}")
+    if unknown:
+        _warn_of_unknown(unknown[0], f"{len(unknown)} of {len(texts)}")
     return EncodedEdits(torch.frombuffer(flat, dtype=torch.int32), torch.tensor(begins), torch.tensor(starts))
 
 
@@ -260,7 +286,9 @@ def _tokenize(texts: list[str], tokenizer: Any, *, add_special_tokens: bool) -> 
             stop = len(ids)
             while stop and is_added[stop - 1]:
                 stop -= 1
-            yield ids[:stop], offsets[:stop]
+            # a prompt that begins with BOS, such as one rendered with a chat template, needs no other
+            twice = stop > 1 and is_added[0] and ids[0] == ids[1] == tokenizer.bos_token_id
+            yield ids[twice:stop], offsets[twice:stop]
 
 
 @contextmanager
@@ -276,17 +304,50 @@ def _restored_padding_and_truncation(backend: Any) -> Iterator[None]:
             backend.enable_truncation(**truncation)
 
 
-def _target_start(offsets: Offsets, text: _Text) -> tuple[int, bool]:
+def _target_start(ids: list[int], offsets: Offsets, head: list[int], text: _Text) -> tuple[int, bool]:
     """Return the index of the target's first token, and whether it also contains the end of the prompt."""
-    # compare ends: tokenizers differ in whether a token's begin includes the space in front
-    start = next((index for index, (_, end) in enumerate(offsets) if end > text.boundary), None)
+    _check_offsets(offsets, True, text)
     first = text.text.rindex(text.edit.target.strip(), text.boundary, text.end)
-    has_target = any(begin < text.end and end > first for begin, end in offsets)
-    if not start or not has_target:
+    has_target = any(begin < text.end and end > first for begin, end in reversed(offsets))
+    # as evaluation feeds the prompt; without offsets, since some tokens take in the space that follows
+    whole_head = ids[: len(head)] == head
+    # compare ends: tokenizers differ in whether a token's begin includes the space in front
+    start = (
+        len(head) if whole_head else next((n for n, (_, end) in enumerate(offsets) if end > text.boundary), len(ids))
+    )
+    if not has_target or not start or start == len(ids):
         found = f"found no token of the {'prompt' if has_target else 'target'} alone in {text.text!r}"
         raise ValueError(f"{place_of(text.edit)}: {found}; expected at least one: use text that the tokenizer knows")
+    if not whole_head:
+        same = next((n for n, (one, other) in enumerate(zip(ids, head, strict=False)) if one != other), len(ids))
+        _check_offsets(offsets, start >= same, text)
     # if the token before it ends before the prompt does, this token contains the rest, whatever its offsets say
-    return start, offsets[start - 1][1] < text.boundary
+    return start, not whole_head and offsets[start - 1][1] < text.boundary
+
+
+def _check_offsets(offsets: Offsets, are_right: bool, text: _Text) -> None:
+    """Refuse offsets that go back, leave the text, or are known to be wrong."""
+    ends = [end for _, end in offsets if end]  # special tokens that were added are at (0, 0)
+    if not are_right or not ends or ends != sorted(ends) or ends[-1] > len(text.text):
+        found = f"found wrong offsets of the tokens of {text.text!r}: {offsets[:8]}"
+        raise ValueError(f"{place_of(text.edit)}: {found}; expected each token's place in it: use another tokenizer")
+
+
+def _has_unknown(ids: list[int], offsets: Offsets, text: _Text, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a target contains text that the tokenizer does not know; refuse one of which it knows nothing."""
+    first = text.text.rindex(text.edit.target.strip(), text.boundary, text.end)
+    own = [token for token, (begin, end) in zip(ids, offsets, strict=True) if begin < text.end and end > first]
+    if tokenizer.unk_token in text.edit.target or tokenizer.unk_token_id not in own:
+        return False  # written out, or not in the target
+    if set(own) == {tokenizer.unk_token_id}:
+        found = f"the tokenizer knows nothing of the target {text.edit.target!r}, only {tokenizer.unk_token!r}"
+        raise ValueError(f"{place_of(text.edit)}: {found}; expected text that it knows: use another target")
+    return True
+
+
+def _warn_of_unknown(edit: Edit, share: str) -> None:
+    found = f"the tokenizer does not know a part of the target {edit.target!r} (in {share} edits)"
+    warnings.warn(f"{place_of(edit)}: {found}; the model cannot answer it: use another target", stacklevel=4)
 
 
 def _warn_of_straddling(edit: Edit, share: str) -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..engine.decoding import generate_and_score
 from ..engine.model_state import as_base, max_length
-from ..engine.questions import UNTIL_EOS, Question, TopK
+from ..engine.questions import UNTIL_EOS, Question, TopK, end_token_ids
 from .edits import fold_case
 from .encoding import encode_prompts
 
@@ -223,7 +223,8 @@ def _sample(
     with as_base(model):
         answers = generate_and_score(model, tokenizer, questions, choose=choose, label="the base")
     ids = [answer.token_ids for answer in answers]
-    return [row[:-1] if row[-1] == tokenizer.eos_token_id else row for row in ids]
+    end_ids = end_token_ids(tokenizer, model)
+    return [row[:-1] if row[-1] in end_ids else row for row in ids]
 
 
 def _one_line(text: str) -> str:

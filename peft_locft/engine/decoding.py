@@ -67,7 +67,7 @@ def generate_and_score(
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     most = MOST_TOKENS_ON_CPU if embedding.device.type == "cpu" else MOST_TOKENS
     max_tokens = max_tokens or max(1, min(most, MOST_LOGITS // embedding.shape[0]))
-    ends = StopCounter(tokenizer, label=label)
+    ends = StopCounter(tokenizer, label=label, model=model)
 
     checks = checks_of(model, embedding.device)
     way = find_way(model, checks, ends, max(map(_length, distinct)))

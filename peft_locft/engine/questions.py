@@ -65,11 +65,36 @@ class Answer:
     scores: list[Score] = field(default_factory=list)
 
 
-class StopCounter:
-    """Counts the stops in the text of a token, to find where answers end. EOS ends any answer."""
+def end_token_ids(tokenizer: Any, model: Any = None) -> frozenset[int]:
+    """Return the ids that end any answer: the tokenizer's EOS, and its special tokens that end the model's generation.
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = STOPS, label: str = "the model") -> None:
+    Chat models often have several. A configuration's other ids are left out: a default may name any token.
+    """
+    generation = getattr(model, "generation_config", None)
+    own, found = (_ids(getattr(each, "eos_token_id", None)) for each in (tokenizer, generation))
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return frozenset(own) | {each for each in found if each in added and added[each].special}
+
+
+def _ids(value: Any) -> set[int]:
+    return set() if value is None else {value} if isinstance(value, int) else set(value)
+
+
+class StopCounter:
+    """Counts the stops in the text of a token, to find where answers end. EOS ends any answer.
+
+    Args:
+        tokenizer: the tokenizer.
+        stops: single characters.
+        label: the model's name in messages.
+        model: the model, which may have more tokens that end an answer.
+    """
+
+    def __init__(
+        self, tokenizer: Any, stops: Sequence[str] = STOPS, label: str = "the model", model: Any = None
+    ) -> None:
         self.tokenizer = tokenizer
+        self.end_ids = end_token_ids(tokenizer, model)
         self.label = label
         self.stops = stops
         self._known: dict[int, float] = {}
@@ -77,7 +102,7 @@ class StopCounter:
     def __call__(self, token_id: int) -> float:
         if token_id not in self._known:
             text = self.tokenizer.decode([token_id])
-            is_end = token_id == self.tokenizer.eos_token_id
+            is_end = token_id in self.end_ids
             self._known[token_id] = math.inf if is_end else sum(text.count(stop) for stop in self.stops)
         return self._known[token_id]
 

@@ -121,7 +121,8 @@ class ItemEncoder:
         edits = [Edit(prompt=prompt, target=text, source=repr(prompt)) for prompt, text in pairs]
         with warnings.catch_warnings():
             # as in training, a token that prompt and target share is scored; training warns of it
-            warnings.filterwarnings("ignore", message=".*share, as .* edits have")
+            warnings.filterwarnings("ignore", message=".*found a token shared by")
+            warnings.filterwarnings("ignore", message=".*the tokenizer does not know a part of the target")
             encoded = encode_edits(edits, self.tokenizer, append_eos=False, chat_template=chat_template)
         rows = (encoded[number] for number in range(len(encoded)))
         return {
@@ -178,12 +179,24 @@ class ItemEncoder:
 
     def _reply(self, item: EvalItem, answer: Answer, scores: dict[tuple[str, str], Score]) -> Reply:
         text = long_text = None
-        if self._generate:
-            generated = self.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
-            text, long_text = cut_answer(generated).strip(), cut_answer(generated, item.num_stops).strip()
         expected_ids: tuple[int, ...] = ()
         if item.expected is not None:
             continuation = self._continuations[item.prompt, item.expected]
             expected_ids = continuation.token_ids[continuation.start :]
+        if self._generate:
+            generated = self._text_of(answer.token_ids, item.expected, expected_ids)
+            text, long_text = cut_answer(generated).strip(), cut_answer(generated, item.num_stops).strip()
         expected, other = (scores.get((item.prompt, each)) if each else None for each in (item.expected, item.other))
         return Reply(text, long_text, tuple(answer.token_ids), expected, expected_ids, other)
+
+    def _text_of(self, token_ids: Sequence[int], expected: str | None, expected_ids: Sequence[int]) -> str:
+        """Return an answer's text; if it begins with the expected answer's tokens, with the expected answer.
+
+        Some tokenizers do not give back the text: they put spaces between words, or know no capitals.
+        """
+        generated = str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+        if not expected or expected in generated:
+            return generated
+        given_back = str(self.tokenizer.decode(expected_ids, skip_special_tokens=True)).strip()
+        rest = generated.strip().removeprefix(given_back)
+        return expected + rest if given_back and rest != generated.strip() else generated

@@ -136,16 +136,21 @@ class ParameterFinder:
             for key, sources in table.items()
             if key.startswith(f"{stored_module}.") and key != own
         }
-        expected = self._names_inside(module)
+        expected = self._shapes_inside(module)
+        if name in self.checkpoint.files and expected is not None:
+            # the module's other tensors may be stored under their own names, too
+            own_names = (expected.keys() & self.checkpoint.files.keys()) - beside.keys() - {name}
+            beside |= {key: [Source(key, None, None)] for key in own_names}
         if expected is not None:
-            missing = sorted(expected - beside.keys() - {name})
+            missing = sorted(expected.keys() - beside.keys() - {name})
             if missing:
                 raise ValueError(
                     f"{self.checkpoint.name} lacks {missing[0]}, a tensor of the edited module {module}, so the "
                     f"module cannot be saved as a whole. Export the edited weights instead. {MERGE_IN_MEMORY}"
                 )
             beside = {key: sources for key, sources in beside.items() if key in expected}
-        return {key: self._stored(key, sources) for key, sources in beside.items()}
+        shapes = expected or {}
+        return {key: self._stored(key, self._applied(sources, shapes.get(key))) for key, sources in beside.items()}
 
     # ------------------------------------------------------------------ names
 
@@ -178,24 +183,26 @@ class ParameterFinder:
         """Return a parameter's name in a table, the tensors that form it, and the table."""
         if name in self.checkpoint.files:
             # stored under its own name: unchanged, unless one way to load it rearranges it
-            for table in self._tables:
-                for key, sources in table.items():
-                    rearranged = [source for source in sources if source.name == name and source.converter is not None]
-                    if rearranged:
-                        return key, rearranged, table
-            return name, [Source(name, None, None)], {key: [Source(key, None, None)] for key in self.checkpoint.files}
+            found = [
+                (key, own, table)
+                for table in self._tables
+                for key, sources in table.items()
+                if (own := [source for source in sources if source.name == name])
+            ]
+            return next((each for each in found if each[1][0].converter is not None), found[0])
         for table in self._tables:
             for candidate in _with_and_without_prefix(name, table):
                 return candidate, table[candidate], table
         return None
 
-    def _names_inside(self, module: str) -> set[str] | None:
-        """Return the names of a module's tensors in the model; `None` if transformers does not know the model."""
+    def _shapes_inside(self, module: str) -> dict[str, tuple[int, ...]] | None:
+        """Return the shapes of a module's tensors in the model; `None` if transformers does not know the model."""
         if self._skeleton is None:
             return None
         inside = [name for name, _ in self._skeleton.named_modules() if name]
         for candidate in _with_and_without_prefix(module, dict.fromkeys(inside)):
-            return {f"{module}.{key}" for key in self._skeleton.get_submodule(candidate).state_dict()}
+            tensors = self._skeleton.get_submodule(candidate).state_dict()
+            return {f"{module}.{key}": tuple(tensor.shape) for key, tensor in tensors.items()}
         return None
 
     @cached_property
@@ -211,6 +218,15 @@ class ParameterFinder:
             return None
 
     # ------------------------------------------------------------------ tensors
+
+    def _applied(self, sources: list[Source], shape: tuple[int, ...] | None) -> list[Source]:
+        """Return the sources of a parameter of this shape, without a converter that would leave them as they are."""
+        converter: Any = sources[0].converter
+        operations = [] if converter is None else converter.operations
+        # transformers transposes only a tensor of another shape than the parameter's
+        only_transposes = all(type(each).__name__ == "Transpose" and each.check_dims for each in operations)
+        idle = only_transposes and len(sources) == 1 and self.checkpoint.tensor(sources[0].name).shape == shape
+        return [Source(sources[0].name, None, None)] if idle else sources
 
     def _stored(self, name: str, sources: Sequence[Source], shape: tuple[int, ...] | None = None) -> StoredParameter:
         """Return a parameter that `sources` form. Without a `shape`, any shape and dtype is allowed."""

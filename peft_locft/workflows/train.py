@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from ..adapters.inspection import AdapterSummary, inspect_adapter
 from ..adapters.saving import describe_adapter
 from ..data.edits import Edit, first_edits
-from ..engine.loading import load_model
+from ..engine.loading import load_model, task_type_of
 from ..evaluation.config import EvaluationConfig
 from ..evaluation.evaluator import EditEvaluator
 from ..io.files import check_folder
@@ -82,7 +82,8 @@ def train_edits(
         A summary of the saved adapter.
 
     Raises:
-        ValueError: if the edits, the location or the recipe are invalid. Nothing is trained or written.
+        ValueError: if the edits, the location or the recipe are invalid, or the model is not a decoder-only language
+            model with a fast tokenizer. Nothing is trained or written.
         NotADirectoryError: if `args.output_dir` is a file.
         OSError: if the base model or its tokenizer cannot be loaded.
 
@@ -92,19 +93,20 @@ def train_edits(
     """
     args = BreadthFirstConfig() if args is None else args
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    peft_config = _what_to_train(peft_config, model_name_or_path, source)
+    config = _what_to_train(peft_config, model_name_or_path, source)
     # find errors before a large model is loaded or trained
     if best_metric is not None and not evaluate_every:
         raise ValueError(f"best_metric={best_metric!r} needs evaluations during training. Set evaluate_every, too.")
-    _check(args, peft_config, keep_reliability)
+    _check(args, config, keep_reliability)
     read = first_edits(edits, num_edits, on_conflict)
     check_sources(read, args)
     model, tokenizer = load_model(model_name_or_path, dtype, **source)
-    _set_default_location(peft_config, model, args)
+    _set_task_type(config, model)
+    _set_default_location(config, model, args)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* prompts have several targets")  # read_edits has already warned
         trainer = BreadthFirstTrainer(
-            model=get_peft_model(model, peft_config, revision=revision),
+            model=get_peft_model(model, config, revision=revision),
             args=args,
             train_dataset=read,
             processing_class=tokenizer,
@@ -161,10 +163,12 @@ def _what_to_train(
 ) -> PeftConfig:
     if isinstance(wanted, LocationPreset):
         return wanted.config_for(AutoConfig.from_pretrained(model_name_or_path, **source))
-    config = LocFTConfig() if wanted is None else copy.deepcopy(wanted)
-    if config.task_type is None:
-        config.task_type = "CAUSAL_LM"  # lets AutoPeftModelForCausalLM load it
-    return config
+    return LocFTConfig() if wanted is None else copy.deepcopy(wanted)
+
+
+def _set_task_type(config: PeftConfig, model: Any) -> None:
+    if config.task_type in (None, "CAUSAL_LM"):
+        config.task_type = task_type_of(model)  # lets PEFT's Auto classes load the adapter
 
 
 def _set_default_location(config: PeftConfig, model: Any, args: BreadthFirstConfig) -> None:
