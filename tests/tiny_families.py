@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -113,13 +114,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "mistral": {"sliding_window": WINDOW},
     "muse_spark_audio": {"num_hidden_layers": 4, "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]},
-    "molmo2": {},
-    "nemotron_h_omni": {"video_temporal_patch_size": 1},
+    "molmo2_vision": {"image_size": [16, 16]},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 298},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 298},
     "paddleocr_vl_text": {"rope_parameters": MROPE},
-    "glm5_next": {"index_kpool": 2},
-    "glm5_next_text": {"index_kpool": 2},
+    "glm5_next_text": {"index_kpool": 2, "qk_rope_head_dim": 0},
     "granite4_vision": {"deepstack_layer_map": [[-1, 0]]},
     "glm4v_moe_text": {"rope_parameters": MROPE | {"partial_rotary_factor": 1.0}},
     "qwen4_exp_text": {
@@ -140,6 +139,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid_sliding", "hybrid"]},
 }
 STD: dict[str, float] = {}
+# model types that cannot run on text alone, or need what is not installed: building some of them takes a minute
+UNUSABLE = {
+    "pi0": "needs the state of a robot",
+}
+# one model type in other configurations
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama, eager": ("llama", {"attn_implementation": "eager"}),
+    "llama, tied head": ("llama", {"tie_word_embeddings": True}),
+    "llama, multi-query": ("llama", {"num_key_value_heads": 1}),
+}
 
 
 def tiny_config(model_type: str, **overrides: Any) -> PretrainedConfig:
@@ -168,7 +177,8 @@ def _sub_config(name: str, spec: Any) -> Any:
     model_type = spec.model_type or getattr(spec.config_class, "model_type", None)
     kind = CONFIG_MAPPING[model_type] if "model_type" not in vars(spec.config_class) else spec.config_class
     is_text = not any(word in name for word in ("vision", "visual", "audio", "vq", "vit", "sam", "image"))
-    return _config(kind, SIZES if is_text else SIZES | VISION, {})
+    given = {key: value for key, value in (spec.init_kwargs or {}).items() if key not in SIZES | VISION}
+    return _config(kind, SIZES if is_text else SIZES | VISION, given)
 
 
 def _placeholders(fields: dict[str, Any]) -> dict[str, int]:
@@ -199,13 +209,20 @@ def _layer_kinds(kind: type[PretrainedConfig], values: dict[str, Any]) -> dict[s
     return lists | dict.fromkeys(counts, number)
 
 
-def tiny_model(model_type: str, dtype: torch.dtype = torch.float32, auto: Any = None, **overrides: Any) -> Any:
-    """Return a random model in evaluation mode, every weight off its initial value; the same one at every call."""
-    auto = auto or auto_class(model_type)
-    config = tiny_config(model_type, **overrides)
+def build(family: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Return a random model in evaluation mode, every weight off its initial value; the same one at every call.
+
+    Args:
+        family: a model type, or a name in `VARIANTS`.
+    """
+    if family in UNUSABLE:
+        raise ValueError(f"{family}: {UNUSABLE[family]}")
+    model_type, overrides = VARIANTS.get(family, (family, {}))
+    loading = {name: value for name, value in overrides.items() if name == "attn_implementation"}
+    config = tiny_config(model_type, **{name: value for name, value in overrides.items() if name not in loading})
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = auto.from_config(config, dtype=torch.float32).eval()
+        model = auto_class(family).from_config(config, dtype=torch.float32, **loading).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.is_floating_point():
@@ -213,7 +230,8 @@ def tiny_model(model_type: str, dtype: torch.dtype = torch.float32, auto: Any = 
     return model.to(dtype)
 
 
-def auto_class(model_type: str) -> Any:
+def auto_class(family: str) -> Any:
+    model_type, _ = VARIANTS.get(family, (family, {}))
     is_causal = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     return AutoModelForCausalLM if is_causal else AutoModelForImageTextToText
 
@@ -221,3 +239,17 @@ def auto_class(model_type: str) -> Any:
 def all_families() -> list[str]:
     """Return every model type with a causal head, and every one that takes images beside text."""
     return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
+
+
+def randomize_deltas(model: nn.Module) -> None:
+    """Fill all deltas with random values, as training would."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in sorted(model.named_parameters()):
+        if ".locft_delta." in name:
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(one.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8))
