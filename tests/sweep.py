@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import os
 import sys
@@ -184,7 +185,7 @@ def _edited(base: nn.Module, row: Row) -> PeftModel:
     return model
 
 
-def _train(model: nn.Module, cache: str = "auto", max_tokens: int | None = None, **arguments: Any) -> Any:
+def _train(model: nn.Module, cache: Any = "auto", max_tokens: int | None = None, **arguments: Any) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         args = BreadthFirstConfig(
             output_dir=folder,
@@ -280,7 +281,7 @@ def _answers_to(name: str, model: nn.Module, prompts: Sequence[str]) -> Iterator
     questions = [
         Question(
             tuple(row),
-            tuple(Continuation(tuple(each.input_ids.tolist()), int(each.target_start)) for each in encoded),
+            tuple(Continuation(tuple(encoded[i].input_ids.tolist()), encoded[i].target_start) for i in range(2)),
             num_stops=0,
             max_new_tokens=NEW_TOKENS,
         )
@@ -415,15 +416,25 @@ def main() -> None:
     families = arguments.families.split(",") if arguments.families else [*all_families(), *VARIANTS]
     checks = arguments.checks.split(",") if arguments.checks else []
     rows = []
-    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn"), initializer=_quiet) as pool:
-        for row in pool.map(sweep_family, families, [checks] * len(families)):
-            rows.append(row)
-            print(f"{row.family}: {row.verdict}, {row.seconds:.1f} s", file=sys.stderr, flush=True)
-            arguments.output.write_text(json.dumps([dataclasses.asdict(each) for each in rows], indent=1))
+    for row in _rows(families, checks, arguments.jobs):
+        rows.append(row)
+        print(f"{row.family}: {row.verdict}, {row.seconds:.1f} s", file=sys.stderr, flush=True)
+        arguments.output.write_text(json.dumps([dataclasses.asdict(each) for each in rows], indent=1))
     print(table(rows))
 
 
+def _rows(families: Sequence[str], checks: Sequence[str], jobs: int) -> Iterator[Row]:
+    if jobs == 1:
+        _quiet()
+        for family in families:
+            yield sweep_family(family, checks)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_quiet) as pool:
+        yield from pool.map(sweep_family, families, [checks] * len(families))
+
+
 def _quiet() -> None:
+    gc.freeze()  # every training collects garbage, which takes half a second while all imported modules are looked at
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
 

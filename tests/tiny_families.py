@@ -68,7 +68,14 @@ VISION: dict[str, Any] = {
     **_same(HIDDEN, "hidden_size", "embed_dim", "out_hidden_size", "projection_dim"),
     **_same(HEADS, "num_heads", "num_attention_heads"),
 }
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
+LAYERS: tuple[str, ...] = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "decoder_layers",
+    "encoder_layers",
+)
 LAYERS += ("num_decoder_layers", "num_encoder_layers")
 KINDS = ("layer_types", "mlp_layer_types", "layers_block_type", "indexer_types")
 
@@ -100,6 +107,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         **{f"swa_{name}": 16 for name in ("q_lora_rank", "kv_lora_rank")},
         **{"swa_head_dim": 12, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8},
     },
+    "dots3_note_vision": {
+        "mlp_layer_types": ["dense", "sparse"],
+        "per_layer_config": {1: {"num_local_experts": 4, "num_experts_per_tok": 2}},
+    },
     "ernie4_5_vl_moe_text": {"moe_intermediate_size": [24, 24]},
     "falcon_h1": {"mamba_d_ssm": 64} | MAMBA2,
     "gemma4_assistant": {"vocab_size_per_layer_input": 0},
@@ -113,6 +124,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "longcat_flash": {"head_dim": 4},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "mistral": {"sliding_window": WINDOW},
+    "molmo2_adapter": {"vision_feature_layer": [1, 0]},
     "muse_spark_audio": {"num_hidden_layers": 4, "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]},
     "molmo2_vision": {"image_size": [16, 16]},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 298},
@@ -139,15 +151,53 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid_sliding", "hybrid"]},
 }
 STD: dict[str, float] = {}
+NEEDS_AN_IMAGE = "needs an image"
 # model types that cannot run on text alone, or need what is not installed: building some of them takes a minute
 UNUSABLE = {
+    **dict.fromkeys(("fast_vlm", "gemma3n", "perception_lm"), "needs timm"),
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "needs the states of another model"),
+    **dict.fromkeys(("musicgen", "musicgen_melody"), "predicts sounds, not text"),
+    **dict.fromkeys(("florence2", "t5gemma2", "udop"), "an encoder and a decoder"),
+    **dict.fromkeys(("blip", "blip-2", "idefics", "instructblip", "instructblipvideo", "kosmos-2"), NEEDS_AN_IMAGE),
+    **dict.fromkeys(("pix2struct", "pp_formulanet", "vision-encoder-decoder"), NEEDS_AN_IMAGE),
+    "evolla": "no auto class of transformers builds it",
     "pi0": "needs the state of a robot",
+}
+SIX_LAYERS = {"layer_types": ["sliding_attention", "full_attention"] * 3}
+LONG_ROPE = {
+    **{"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 20, "factor": POSITIONS / 20},
+    **{"short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0]},
 }
 # one model type in other configurations
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama, eager": ("llama", {"attn_implementation": "eager"}),
-    "llama, tied head": ("llama", {"tie_word_embeddings": True}),
-    "llama, multi-query": ("llama", {"num_key_value_heads": 1}),
+    "bert (decoder)": ("bert", {"is_decoder": True}),
+    "big_bird (decoder)": ("big_bird", {"is_decoder": True, "attention_type": "original_full"}),
+    "deepseek_v32 (eager)": ("deepseek_v32", {"attn_implementation": "eager"}),
+    "electra (decoder)": ("electra", {"is_decoder": True}),
+    "falcon (ALiBi)": ("falcon", {"alibi": True}),
+    "falcon (sequential)": ("falcon", {"parallel_attn": False, "multi_query": False}),
+    "falcon (new architecture)": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "gemma2 (eager)": ("gemma2", {"attn_implementation": "eager", "attn_logit_softcapping": 2.0}),
+    "gemma3_text (both directions)": ("gemma3_text", {"use_bidirectional_attention": True}),
+    "gemma3n_text (shared keys)": ("gemma3n_text", {"num_hidden_layers": 6, "num_kv_shared_layers": 2, **SIX_LAYERS}),
+    "gemma4_text (shared keys)": ("gemma4_text", {"num_hidden_layers": 6, "num_kv_shared_layers": 2, **SIX_LAYERS}),
+    "gpt_bigcode (multi-head)": ("gpt_bigcode", {"multi_query": False}),
+    "gpt_neox (sequential)": ("gpt_neox", {"use_parallel_residual": False}),
+    "llama (eager)": ("llama", {"attn_implementation": "eager"}),
+    "llama (multi-query)": ("llama", {"num_key_value_heads": 1}),
+    "llama (tied head)": ("llama", {"tie_word_embeddings": True}),
+    "mistral (no window)": ("mistral", {"sliding_window": None}),
+    "mpt (no ALiBi)": ("mpt", {"attn_config": {"alibi": False}}),
+    "opt (projected)": ("opt", {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+    "phi3 (long rope)": ("phi3", {"original_max_position_embeddings": 20, "rope_parameters": LONG_ROPE}),
+    "qwen2 (window)": ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}),
+    "qwen2 (tied head)": ("qwen2", {"tie_word_embeddings": True}),
+    "roberta (decoder)": ("roberta", {"is_decoder": True}),
+    "starcoder2 (no window)": ("starcoder2", {"sliding_window": None}),
+    "xlm (causal)": ("xlm", {"causal": True}),
+    "xlm-roberta-xl (decoder)": ("xlm-roberta-xl", {"is_decoder": True}),
+    "xlnet (one direction)": ("xlnet", {"attn_type": "uni"}),
+    "xmod (decoder)": ("xmod", {"is_decoder": True}),
 }
 
 
