@@ -32,7 +32,7 @@ import transformers
 from peft import PeftModel, get_peft_model
 from plain import EDITS, PROMPTS, byte_tokenizer, plain_answer, plain_gradient, plain_logits, plain_losses, sees_ahead
 from safetensors.torch import load_file
-from tiny_families import VARIANTS, all_families, auto_class, build, randomize_deltas, same_bits
+from tiny_families import VARIANTS, all_families, build, randomize_deltas, same_bits
 from torch import nn
 from transformers import PrinterCallback
 
@@ -101,9 +101,11 @@ def sweep_family(family: str, checks: Sequence[str] = ()) -> Row:
             row.findings = [Finding("build", "left out", 0.0, _said(error))]
             return row
         ahead = sees_ahead(base)
-        names = [name for name in (checks or CHECKS)] if not ahead else ["refusal"]
-        for name in names:
-            row.findings += _tried(name, (_refusal if ahead else CHECKS[name]), family, row)
+        refusal = _tried("refusal", _refusal, family, row) if ahead != "no" else []
+        if ahead == "yes" or (refusal and all(finding.status == "refused" for finding in refusal)):
+            row.findings = refusal
+        else:  # what sees ahead in part is right too if its numbers are those of whole single rows
+            row.findings = [each for name in checks or CHECKS for each in _tried(name, CHECKS[name], family, row)]
     row.verdict = _verdict(row, ahead)
     row.seconds = time.perf_counter() - start
     return row
@@ -114,10 +116,15 @@ def _tried(name: str, check: Callable[[str, Row], Iterator[Finding]], family: st
     try:
         found.extend(check(family, row))
     except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        is_ours = isinstance(error, ValueError) and "peft_locft" in Path(frames[-1].filename).parts
-        found.append(Finding(name, "refused" if is_ours else "crash", 0.0, _said(error)))
+        found.append(_stopped(name, error))
     return found
+
+
+def _stopped(name: str, error: Exception) -> Finding:
+    """A ValueError that the package itself raises is a refusal; anything else is a crash."""
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    is_refusal = isinstance(error, ValueError) and "peft_locft" in raised_in.parts
+    return Finding(name, "refused" if is_refusal else "crash", 0.0, _said(error))
 
 
 def _said(error: Exception) -> str:
@@ -126,12 +133,12 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {text} ({Path(frame.filename).name}:{frame.lineno})"
 
 
-def _verdict(row: Row, ahead: bool) -> str:
+def _verdict(row: Row, ahead: str) -> str:
     worst = row.worst
     if worst is None or worst.status in ("right", "left out"):
-        return f"right, {row.engine}" if row.engine else "right"
+        return ", ".join(filter(None, ("right", row.engine, "sees ahead in part" if ahead == "in part" else "")))
     if worst.status == "refused":
-        return "refused: sees ahead" if ahead else "refused"
+        return "refused: sees ahead" if ahead != "no" else "refused"
     return worst.status.upper() if worst.status == "wrong" else worst.status
 
 
@@ -157,10 +164,8 @@ def _refusal(family: str, row: Row) -> Iterator[Finding]:
     for name, run in (("training", trains), ("evaluation", evaluates)):
         try:
             run()
-        except ValueError as error:
-            yield Finding(name, "refused", 0.0, _said(error))
         except Exception as error:
-            yield Finding(name, "crash", 0.0, _said(error))
+            yield _stopped(name, error)
         else:
             yield Finding(name, "wrong", 0.0, "the model sees ahead and was not refused")
 
@@ -330,7 +335,7 @@ def _on_disk(family: str, model: PeftModel, plain: nn.Module, unmerged: torch.Te
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         plain.save_pretrained(folder / "base")  # type: ignore[operator]
-        load = auto_class(family).from_pretrained
+        load = type(plain).from_pretrained  # type: ignore[attr-defined]
         again = load(folder / "base", dtype="auto").eval()
         if _bits("", again.state_dict(), plain.state_dict()).status == "wrong":
             yield Finding("on disk", "left out", 0.0, "transformers does not reload the weights that it saved")

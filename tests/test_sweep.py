@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
+import plain
 import pytest
 import sweep
 from tiny_families import VARIANTS, all_families, build, tiny_config
+
+gc.freeze()  # as in tiny_training
 
 # what a family has that an engine can get wrong
 FAMILIES = {
@@ -45,6 +49,11 @@ def test_agrees_with_the_plain_computation(family: str) -> None:
 def test_a_model_that_sees_ahead_is_refused(family: str) -> None:
     row = sweep.sweep_family(family)
     assert row.verdict == "refused: sees ahead", row.findings
+
+
+def test_what_sees_ahead_is_found() -> None:
+    seen = {family: plain.sees_ahead(build(family)) for family in ("llama", "qwen3_moe", "deepseek_v32", "bert")}
+    assert seen == {"llama": "no", "qwen3_moe": "no", "deepseek_v32": "in part", "bert": "yes"}
 
 
 def test_a_loss_that_differs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ SIZES: dict[str, Any] = {
     **_same(HIDDEN, "word_embed_proj_dim", "backbone_hidden_size", "input_embedding_size", "output_embedding_size"),
     **_same(HIDDEN, "projection_dim", "out_hidden_size", "projector_hidden_size", "text_hidden_size", "lru_width"),
     **_same(HIDDEN, "attention_hidden_size", "projection_hidden_size", "mamba_d_ssm", "kv_dim", "output_dim"),
+    **_same(HIDDEN, "adapter_in_dim", "adapter_input_size", "adapter_out_dim", "codebook_dim"),
     **_same(INNER, "intermediate_size", "ffn_dim", "n_inner", "dff", "dim_ff", "d_inner", "decoder_ffn_dim"),
     **_same(INNER, "ffn_hidden_size", "encoder_ffn_dim", "dense_intermediate_size", "intermediate_size_mlp"),
     **_same(24, "moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"),
@@ -107,7 +108,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         **{f"swa_{name}": 16 for name in ("q_lora_rank", "kv_lora_rank")},
         **{"swa_head_dim": 12, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8},
     },
-    "dots3_note_vision": {
+    "dots3_note_vision_encoder": {
         "mlp_layer_types": ["dense", "sparse"],
         "per_layer_config": {1: {"num_local_experts": 4, "num_experts_per_tok": 2}},
     },
