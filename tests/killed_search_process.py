@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +24,26 @@ import conftest  # noqa: F401  (offline, one thread)
 from tiny_searches import search, without_seconds
 
 from peft_locft.cli.commands import main
-from peft_locft.engine.forward_plan import equals_whole_model
 
 
 def search_until(folder: Path, kill: int | None) -> None:
-    import peft_locft.engine.activation_cache as cache
-    import peft_locft.engine.forward_plan as plan
+    import peft_locft.training.edit_runner as runner
 
     left = kill or 0
 
-    def dying(*arguments: Any) -> bool:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return equals_whole_model(*arguments)
+    def dying(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments)
 
-    # in the middle of a trial: once for packing, once for the cached states
-    cache.equals_whole_model = plan.equals_whole_model = dying  # type: ignore[assignment]
+        return call
+
+    # in the middle of a trial: once for its layout, once for the cached states
+    for name in ("find_layout", "cache_trunk"):
+        setattr(runner, name, dying(getattr(runner, name)))
     found = search(folder)
     (folder / "found.json").write_text(json.dumps(without_seconds(found)))
 

@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 
 import peft_locft.engine.decoding as decoding
 from peft_locft import LocFTConfig
+from peft_locft.engine.checks import checks_of
 from peft_locft.engine.decoding import check_fits, generate_and_score
 from peft_locft.engine.questions import Answer, Continuation, Question, StopCounter, TopK
 
@@ -79,17 +80,27 @@ def assert_same(model: Any, questions: list[Question], answers: list[Answer]) ->
             assert score.predicted == predicted
 
 
+every_way = pytest.mark.parametrize("way", list(decoding.WAYS))
+
+
+def way_of(model: Any) -> str:
+    """Return the way in which a model answers short questions."""
+    device = torch.device("cpu")
+    return decoding.find_way(model, checks_of(model, device), StopCounter(Words()), longest=10)
+
+
 @every_family
 def test_packed_answers_and_scores_are_the_models_own(family: str) -> None:
     model, questions = build(family), some_questions()
-    assert decoding._packable_layers(model, questions, torch.device("cpu")) is not None
+    assert way_of(model) == "packed"
     # a budget that few questions fit into: answers under way and fresh questions share many forwards
     assert_same(model, questions, generate_and_score(model, Words(), questions, max_tokens=40))
 
 
+@pytest.mark.parametrize("way", [way for way in decoding.WAYS if way != "packed"])
 @every_family
-def test_padded_answers_and_scores_are_the_models_own(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "_packable_layers", lambda *arguments: None)
+def test_other_answers_and_scores_are_the_models_own(family: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "find_way", lambda *arguments: way)
     model, questions = build(family), some_questions(12)
     assert_same(model, questions, generate_and_score(model, Words(), questions, max_tokens=100))
 
@@ -120,9 +131,8 @@ def test_a_right_guess_leaves_nothing_to_decode() -> None:
         forwards += 1
 
     model.register_forward_hook(count)
-    trial = 2  # packed and whole
     generate_and_score(model, Words(), guessed, max_tokens=10_000)
-    assert forwards == trial + 1
+    assert forwards == 1
 
 
 def test_a_prompt_longer_than_max_tokens_is_a_forward_by_itself() -> None:
@@ -184,10 +194,9 @@ def test_an_adapter_answers_as_in_generate(make: Any) -> None:
         assert_same(build("llama"), questions, generate_and_score(model, Words(), questions))
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_the_model_is_unchanged_afterwards(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not packed:
-        monkeypatch.setattr(decoding, "_packable_layers", lambda *arguments: None)
+@every_way
+def test_the_model_is_unchanged_afterwards(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "find_way", lambda *arguments: way)
     model = build("gpt2")
     expected = [answer.token_ids for answer in generate_and_score(model, Words(), some_questions(6))]
     model.train()
@@ -201,9 +210,9 @@ def test_the_model_is_unchanged_afterwards(packed: bool, monkeypatch: pytest.Mon
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_nan_logits_are_an_error(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "_packable_layers", lambda model, *rest: model.model.layers if packed else None)
+@every_way
+def test_nan_logits_are_an_error(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "find_way", lambda *arguments: way)
     model = build("llama")
     model.model.embed_tokens.weight.data[7] = float("nan")
     fine, bad = Question((3, 4, 5)), Question((8, 7))
@@ -223,14 +232,13 @@ def test_nan_while_decoding_names_the_prompt() -> None:
         generate_and_score(model, Words(), questions)
 
 
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("way", ["packed", "left-padded"])
 def test_out_of_memory_halves_the_forwards(
-    packed: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    way: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, questions = build("llama"), some_questions(8)
     expected = generate_and_score(model, Words(), questions)
-    if not packed:
-        monkeypatch.setattr(decoding, "_packable_layers", lambda *arguments: None)
+    monkeypatch.setattr(decoding, "find_way", lambda *arguments: way)
 
     def runs_out(module: Any, args: Any, kwargs: Any) -> None:
         if kwargs["input_ids"].numel() > 60:
@@ -242,10 +250,9 @@ def test_out_of_memory_halves_the_forwards(
     assert "Out of memory: max_tokens_per_forward is 100" in caplog.text
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_samples_follow_from_seed_and_question_alone(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not packed:
-        monkeypatch.setattr(decoding, "_packable_layers", lambda *arguments: None)
+@every_way
+def test_samples_follow_from_seed_and_question_alone(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "find_way", lambda *arguments: way)
     model, questions = build("llama"), some_questions(12, num_stops=0)
     together = [answer.token_ids for answer in generate_and_score(model, Words(), questions, choose=TopK(5, seed=1))]
     again = [

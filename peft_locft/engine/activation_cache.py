@@ -14,10 +14,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .activation_storage import StateStorage, load_states, new_states_file, state_files
-from .forward_plan import ForwardPlan, equals_whole_model
+from .checks import ModelChecks, trial_logits
+from .forward_plan import ForwardPlan
 from .offload import OffloadedLayer
 from .prefix_tree import Pack
-from .tail import CacheUnusableError, Tail, entering, logits_at, skipped
+from .tail import CacheUnusableError, entering, logits_at, skipped
 
 # a shape, (nodes, hidden), and a dtype to an empty tensor
 Allocate = Callable[[tuple[int, int], torch.dtype], torch.Tensor]
@@ -26,7 +27,7 @@ FEWEST_WITH_PROGRESS = 20  # forwards
 
 
 def cache_trunk(
-    model: nn.Module, plan: ForwardPlan, batches: Sequence[torch.Tensor], trial: torch.Tensor, storage: StateStorage
+    model: nn.Module, plan: ForwardPlan, batches: Sequence[torch.Tensor], checks: ModelChecks, storage: StateStorage
 ) -> ForwardPlan:
     """Return the plan with the states that leave the trunk: taken from a file, or by running the trunk on all edits.
 
@@ -34,9 +35,9 @@ def cache_trunk(
 
     Args:
         model: the model, in evaluation mode.
-        plan: from `find_packing`.
+        plan: with its layout, from `find_layout`.
         batches: indices of edits, each edit at least once.
-        trial: indices of a few edits, for which the tail alone is compared with the whole model.
+        checks: of the model; with their sequences, the tail alone is compared with the whole model.
         storage: where the states are stored.
 
     Raises:
@@ -44,6 +45,8 @@ def cache_trunk(
     """
     if plan.tail.why_no_trunk is not None:
         raise CacheUnusableError(plan.tail.why_no_trunk)
+    plan = replace(plan, tail=replace(plan.tail, num_outputs=checks.trial.num_outputs))
+    _check_states(model, plan, checks)
     shared, path, states = storage.shared, None, None
     others: dict[int, Path] = {}
     folder = storage.cache_dir or (None if shared is None else shared.folder)
@@ -56,10 +59,30 @@ def cache_trunk(
             others = {layer: files[layer] for layer in earlier if not files[layer].exists()}
     if states is None:
         states = _run_trunk(model, plan, batches, storage, path, others)
-    plan = replace(plan, states=states)
-    if not equals_whole_model(model, plan, trial):
-        raise CacheUnusableError("the model's later layers use more of the earlier layers than their hidden states")
-    return plan
+    return replace(plan, states=states)
+
+
+def _check_states(model: nn.Module, plan: ForwardPlan, checks: ModelChecks) -> None:
+    """Raise a CacheUnusableError if the states that enter the tail are not all that it takes from the trunk."""
+    trial, first = checks.trial, plan.tail.first
+
+    def find() -> str | None:
+        on_trial = replace(plan, tail=replace(plan.tail, first=0), tree=trial.tree, narrow=())
+        rows = torch.arange(len(trial.rows)).split(1 if plan.layout == "single" else len(trial.rows))
+        states = _states_before(model, on_trial, {first: _in_memory}, rows, tqdm(disable=True))
+        # what the trunk may have left elsewhere in the model must not be that of the same sequences
+        trial_logits(model, replace(on_trial, layout="single"), trial)
+        why = trial.why_not(trial_logits(model, replace(plan, states=states), trial))
+        return why and f"later layers use more of the earlier layers than their hidden states ({why})"
+
+    what = f"activations kept before layer {first}"
+    why = checks.once(("states", plan.layout, first), lambda: checks.why_not(what, model, find))
+    if why is not None:
+        raise CacheUnusableError(why)
+
+
+def _in_memory(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype)
 
 
 def _run_trunk(
@@ -78,10 +101,10 @@ def _run_trunk(
         path: the file for the states; `None`: no file, or a scratch file.
         others: for earlier layers, the files for the states that enter them.
     """
-    layers, last = plan.tail.layers, plan.tail.first
+    last = plan.tail.first
     offloaded = [layer for layer in plan.tail.trunk if isinstance(layer, OffloadedLayer)]
     stops = range(1, last + 1) if offloaded else [last]
-    part = replace(plan, tail=Tail(layers, 0))
+    part = replace(plan, tail=replace(plan.tail, first=0))
     num_forwards = len(stops) * len(batches)
     hidden = not storage.progress or num_forwards < FEWEST_WITH_PROGRESS
     with ExitStack() as stack:
@@ -100,7 +123,7 @@ def _run_trunk(
                 allocations |= {layer: partial(allocate, file) for layer, file in others.items()}
             with offloaded[stop - 1].resident() if offloaded else nullcontext():
                 states = _states_before(model, part, allocations, batches, progress)
-            part = replace(part, tail=Tail(layers, stop), states=states)
+            part = replace(part, tail=replace(plan.tail, first=stop), states=states)
     return states
 
 
@@ -114,9 +137,14 @@ class _StateWriter:
         self.plan, self.allocate = plan, allocate
 
     def __call__(self, arriving: torch.Tensor) -> None:
+        pack = self.pack
+        expected = (1, len(pack.nodes)) if self.plan.packed else tuple(pack.slots.shape)
+        if arriving.shape[:2] != expected:
+            raise CacheUnusableError(f"states of shape {tuple(arriving.shape)} enter a layer, not {expected} and more")
+        # a layer may pass several streams, (B, T, streams, hidden)
+        rows = arriving.flatten(0, 1).flatten(1)
         if self.states is None:
-            self.states = self.allocate((len(self.plan.tree), arriving.shape[-1]), arriving.dtype)
-        rows, pack = arriving.flatten(0, 1), self.pack
+            self.states = self.allocate((len(self.plan.tree), rows.shape[-1]), arriving.dtype)
         rows = rows if self.plan.packed else rows[pack.whole.places.to(rows.device)]
         self.states[pack.nodes] = rows.to(self.states.device)
 
@@ -143,7 +171,7 @@ def _states_before(
     with ExitStack() as stack:
         for stop, writer in writers.items():
             stack.enter_context(entering(plan.tail.layers[stop], writer))
-        stack.enter_context(skipped(list(plan.tail.layers[last:])))
+        stack.enter_context(skipped(list(plan.tail.layers[last:]), plan.tail.num_outputs))
         for batch in batches:
             pack = plan.tree.pack(batch)
             for writer in writers.values():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,13 +14,13 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from ..tuner.presets import find_decoder_layers
-from .forward_plan import ForwardPlan, find_packing
+from .checks import ModelChecks, checks_of, why_not_laid_out
+from .forward_plan import ForwardPlan
 from .memory import MOST_TOKENS, run_halving
 from .model_state import check_vocabulary, evaluating, max_length
 from .packed_decoding import PackedDecoder, num_tokens
 from .padding import batches_by_length, pad_right
-from .prefix_tree import PrefixTree
-from .questions import Answer, Choice, Question, Score, StopCounter, greedy
+from .questions import Answer, Choice, Continuation, Question, Score, StopCounter, greedy
 from .tail import Tail, logits_at
 
 MOST_TOKENS_ON_CPU = 512
@@ -39,8 +41,8 @@ def generate_and_score(
     """Return an answer to each question: generated tokens, and scores of continuations.
 
     Prompts are packed, not padded; shared prefixes are computed once; a finished answer makes room for the next
-    question. If the model does not use transformers' attention interface, questions are padded and answered by
-    `model.generate`. Both give the same answers, up to floating-point rounding.
+    question. For a model whose numbers this changes, prompts are padded on the left and answered by `model.generate`,
+    or run without padding, or without a KV cache. All give the same answers, up to floating-point rounding.
 
     Args:
         model: a decoder-only language model. It is in evaluation mode during the call.
@@ -57,6 +59,7 @@ def generate_and_score(
 
     Raises:
         FloatingPointError: if the model's logits are NaN or infinite.
+        ValueError: if the model is not causal.
     """
     distinct = [question for question in dict.fromkeys(questions) if question.scored or question.max_new_tokens]
     if not distinct:
@@ -66,29 +69,25 @@ def generate_and_score(
     max_tokens = max_tokens or max(1, min(most, MOST_LOGITS // embedding.shape[0]))
     ends = StopCounter(tokenizer, label=label)
 
+    checks = checks_of(model, embedding.device)
+    way = find_way(model, checks, ends, max(map(_length, distinct)))
+    pads = way != "packed" and max(map(_length, distinct)) <= checks.longest and _can_pad(model, checks)
+
     def answer_all(max_tokens: int) -> list[Answer]:
         hidden = not progress or len(distinct) < FEWEST_WITH_PROGRESS
+        answering = Answering(model, embedding.device, max_tokens, ends, choose, pads)
         with tqdm(total=len(distinct), desc=f"running {label}", leave=False, disable=hidden) as bar, evaluating(model):
-            return _answer(model, distinct, embedding.device, max_tokens, ends, choose, bar)
+            return WAYS[way](answering, distinct, bar)
 
     answers, _ = run_halving(answer_all, max_tokens, smallest=1, option="max_tokens_per_forward")
     by_question = dict(zip(distinct, answers, strict=True))
     return [by_question.get(question) or Answer() for question in questions]
 
 
-def _answer(
-    model: nn.Module,
-    questions: Sequence[Question],
-    device: torch.device,
-    max_tokens: int,
-    ends: StopCounter,
-    choose: Choice,
-    progress: tqdm[Any],
-) -> list[Answer]:
-    layers = _packable_layers(model, questions, device)
-    if layers is not None:
-        return PackedDecoder(model, layers, device, max_tokens, ends, choose).answer(questions, progress)
-    return _answer_padded(model, questions, device, max_tokens, ends, choose, progress)
+def _length(question: Question) -> int:
+    """Return the number of tokens of the longest sequence that a question needs."""
+    scored = (len(each.token_ids) for each in question.scored)
+    return max(len(question.prompt) + question.max_new_tokens, *scored, 0)
 
 
 def check_fits(model: nn.Module, questions: Sequence[Question], tokenizer: Any) -> None:
@@ -112,105 +111,213 @@ def check_fits(model: nn.Module, questions: Sequence[Question], tokenizer: Any) 
     check_vocabulary(model, torch.tensor(largest))
 
 
-def _packable_layers(model: nn.Module, questions: Sequence[Question], device: torch.device) -> nn.ModuleList | None:
-    """Return the decoder layers; `None` if packing changes the logits of a short, a middle or a long prompt."""
+# ---------------------------------------------------------------------- ways to answer, the fastest first
+
+
+@dataclass
+class Answering:
+    """Answers questions in one of several ways, which differ in what they leave out.
+
+    Args:
+        model: the model, in evaluation mode.
+        device: where forwards run.
+        max_tokens: the largest number of tokens in one forward.
+        ends: finds where answers end.
+        choose: chooses the next token from logits.
+        pads: score continuations of one prompt together, padded on the right.
+    """
+
+    model: Any
+    device: torch.device
+    max_tokens: int
+    ends: StopCounter
+    choose: Choice
+    pads: bool = True
+
+    def packed(self, questions: Sequence[Question], progress: tqdm[Any]) -> list[Answer]:
+        """Pack prompts, and continue them with a KV cache without padding."""
+        _, layers = find_decoder_layers(self.model)
+        decoder = PackedDecoder(self.model, layers, self.device, self.max_tokens, self.ends, self.choose)
+        return decoder.answer(questions, progress)
+
+    def left_padded(self, questions: Sequence[Question], progress: tqdm[Any]) -> list[Answer]:
+        """Pad prompts on the left, and continue them with `model.generate`."""
+        batches = batches_by_length([num_tokens(question) for question in questions], self.max_tokens)
+        return self._by_batches(questions, batches, progress, self._generate)
+
+    def unpadded(self, questions: Sequence[Question], progress: tqdm[Any]) -> list[Answer]:
+        """Continue prompts of the same length together, with `model.generate`."""
+        by_length: dict[int, list[int]] = {}
+        for number, question in enumerate(questions):
+            by_length.setdefault(len(question.prompt), []).append(number)
+        batches = [
+            [numbers[index] for index in batch]
+            for numbers in by_length.values()
+            for batch in batches_by_length([num_tokens(questions[number]) for number in numbers], self.max_tokens)
+        ]
+        return self._by_batches(questions, batches, progress, self._generate)
+
+    def whole(self, questions: Sequence[Question], progress: tqdm[Any]) -> list[Answer]:
+        """Run the whole model on every sequence alone, for every token: slow, but the model's own numbers."""
+        return self._by_batches(questions, [[number] for number in range(len(questions))], progress, self._run_whole)
+
+    def _by_batches(
+        self,
+        questions: Sequence[Question],
+        batches: Sequence[Sequence[int]],
+        progress: tqdm[Any],
+        generate: Callable[[Sequence[Question], Sequence[Answer], Sequence[int]], None],
+    ) -> list[Answer]:
+        answers = [Answer() for _ in questions]
+        for batch in batches:
+            for number in batch:
+                answers[number].scores = self._scores(questions[number])
+            to_generate = [number for number in batch if questions[number].max_new_tokens]
+            if to_generate:
+                generate(questions, answers, to_generate)
+            progress.update(len(batch))
+        return answers
+
+    def _scores(self, question: Question) -> list[Score]:
+        """Score the continuations of one question, in one forward if they may be padded."""
+        scored = question.scored
+        parts = [scored] if self.pads else [(each,) for each in scored]
+        return [score for part in parts if part for score in self._score(question, part)]
+
+    def _score(self, question: Question, scored: Sequence[Continuation]) -> list[Score]:
+        rows = [torch.tensor(each.token_ids) for each in scored]
+        input_ids, mask = pad_right(rows, self.device)
+        where = [(r, t) for r, each in enumerate(scored) for t in range(each.start, len(each.token_ids))]
+        row, column = torch.tensor(where, device=self.device).unbind(dim=1)
+        inputs = {"input_ids": input_ids, "attention_mask": mask, "use_cache": False}
+        logits = logits_at(self.model, row, column - 1, inputs).logits.float()
+        self._check_finite(logits, [question] * len(logits))
+        log_probs = iter((logits.gather(1, input_ids[row, column, None])[:, 0] - logits.logsumexp(dim=-1)).tolist())
+        predicted = iter(logits.argmax(dim=-1).tolist())
+        lengths = [len(each.token_ids) - each.start for each in scored]
+        return [Score([next(log_probs) for _ in range(n)], [next(predicted) for _ in range(n)]) for n in lengths]
+
+    def _check_finite(self, logits: torch.Tensor, questions: Sequence[Question]) -> None:
+        bad = (~logits.amax(dim=-1).isfinite()).nonzero().flatten().tolist()
+        if bad:
+            raise self.ends.not_finite(questions[bad[0]])
+
+    def _run_whole(self, questions: Sequence[Question], answers: Sequence[Answer], batch: Sequence[int]) -> None:
+        for number in batch:
+            question, tokens = questions[number], answers[number].token_ids
+            while not self.ends.is_finished(question, tokens):
+                input_ids = torch.tensor([[*question.prompt, *tokens]], device=self.device)
+                inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "use_cache": False}
+                last = torch.tensor([input_ids.shape[1] - 1], device=self.device)
+                logits = logits_at(self.model, torch.zeros_like(last), last, inputs).logits.float()
+                self._check_finite(logits, [question])
+                tokens.append(int(self.choose(logits, [(number, len(tokens))])))
+
+    def _generate(self, questions: Sequence[Question], answers: Sequence[Answer], batch: Sequence[int]) -> None:
+        """Answer a batch with `model.generate`, padded on the left, until every answer ends."""
+        batch_questions = [questions[number] for number in batch]
+        prompts = [list(question.prompt) for question in batch_questions]
+        width = max(map(len, prompts))
+        input_ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        check_finite, choose, ends = self._check_finite, self.choose, self.ends
+
+        class ChoiceProcessor(LogitsProcessor):
+            def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+                check_finite(scores, batch_questions)
+                tokens = choose(scores, [(number, input_ids.shape[1] - width) for number in batch])
+                return torch.full_like(scores, -math.inf).scatter(1, tokens[:, None], 0.0)
+
+        class EndOfAnswers(StoppingCriteria):
+            def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+                rows = zip(batch_questions, input_ids[:, width:].tolist(), strict=True)
+                return torch.tensor(
+                    [ends.is_finished(question, row) for question, row in rows], device=input_ids.device
+                )
+
+        # the model's own configuration may sample, or penalize repetition; `evaluating` restores it
+        own = vars(self.model.generation_config)
+        own.clear()
+        own.update(vars(GenerationConfig(pad_token_id=0)))
+        generated = self.model.generate(
+            input_ids=input_ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            max_new_tokens=max(question.max_new_tokens for question in batch_questions),
+            do_sample=False,
+            logits_processor=[ChoiceProcessor()],
+            stopping_criteria=[EndOfAnswers()],
+        )
+        for number, question, row in zip(batch, batch_questions, generated[:, width:].tolist(), strict=True):
+            length = next((n for n in range(1, len(row)) if ends.is_finished(question, row[:n])), len(row))
+            answers[number].token_ids = row[:length]
+
+
+Way = Callable[[Answering, Sequence[Question], "tqdm[Any]"], "list[Answer]"]
+WAYS: dict[str, Way] = {
+    "packed": Answering.packed,
+    "left-padded": Answering.left_padded,
+    "unpadded": Answering.unpadded,
+    "whole": Answering.whole,
+}
+MOST_TRIAL_TOKENS = 32  # so that some prompts of the trial are read while others are continued
+
+
+def find_way(model: nn.Module, checks: ModelChecks, ends: StopCounter, longest: int) -> str:
+    """Return the name of the fastest way to answer that gives the model's own logits.
+
+    Args:
+        model: the model, in evaluation mode.
+        checks: of the model.
+        ends: finds where answers end.
+        longest: the largest number of tokens in a prompt and its answer.
+    """
+    if longest > checks.longest:
+        return "whole"
+    for name in WAYS:
+        if name == "whole" or checks.once(("answers", name), partial(_why_not, name, model, checks, ends)) is None:
+            return name
+    return "whole"
+
+
+def _why_not(name: str, model: nn.Module, checks: ModelChecks, ends: StopCounter) -> str | None:
+    """Return why a way to answer does not give the model's own logits on several prompts, over several tokens."""
+    if name == "packed" and not _can_pack(model, checks):
+        return "prompts cannot be packed"
+    trial, device = checks.trial, checks.device
+    # the first two prompts have the same length, and share a beginning
+    starts = [max(1, len(row) - number) for row, number in zip(trial.rows, (4, 4, 3, 3), strict=True)]
+    questions = [
+        Question(row[:start], num_stops=0, max_new_tokens=max(1, len(row) - start), sample=number)
+        for number, (row, start) in enumerate(zip(trial.rows, starts, strict=True))
+    ]
+    found: dict[tuple[int, int], torch.Tensor] = {}
+
+    def follow(logits: torch.Tensor, places: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Choose the sequences' own tokens, and note the logits."""
+        found.update(zip(places, logits, strict=True))
+        rows = [(trial.rows[number], starts[number] + step) for number, step in places]
+        return torch.tensor([row[min(place, len(row) - 1)] for row, place in rows], device=logits.device)
+
+    def find() -> str | None:
+        answering = Answering(model, device, MOST_TRIAL_TOKENS, ends, follow)
+        with tqdm(disable=True) as hidden:
+            WAYS[name](answering, questions, hidden)
+        steps = [question.max_new_tokens for question in questions]
+        own = [logits[start - 1 :][:num] for logits, start, num in zip(trial.expected, starts, steps, strict=True)]
+        new = [torch.stack([found[number, step] for step in range(num)]) for number, num in enumerate(steps)]
+        return trial.why_other(new, own)
+
+    return checks.why_not(f"{name} answers", model, find)
+
+
+def _can_pack(model: nn.Module, checks: ModelChecks) -> bool:
     try:
         _, layers = find_decoder_layers(model)
     except ValueError:
-        return None
-    by_length = sorted({question.prompt for question in questions}, key=len)
-    # the tree leaves out the last token of each row
-    trial = [(*prompt, 0) for prompt in {by_length[0], by_length[len(by_length) // 2], by_length[-1]}]
-    tokens = torch.tensor([token for prompt in trial for token in prompt])
-    offsets = torch.tensor([0, *map(len, trial)]).cumsum(0)
-    numbers = torch.arange(len(trial))
-    tree = PrefixTree.of(tokens, offsets, numbers)
-    found = find_packing(model, ForwardPlan(Tail(layers, 0), tree, device), numbers, narrow=False)
-    return layers if found.packed else None
+        return False
+    return why_not_laid_out(model, ForwardPlan(Tail(layers, 0), checks.trial.tree, checks.device), checks) is None
 
 
-# ---------------------------------------------------------------------- padded, for attention of a model's own
-
-
-def _answer_padded(
-    model: nn.Module,
-    questions: Sequence[Question],
-    device: torch.device,
-    max_tokens: int,
-    ends: StopCounter,
-    choose: Choice,
-    progress: tqdm[Any],
-) -> list[Answer]:
-    answers = [Answer() for _ in questions]
-    for batch in batches_by_length([num_tokens(question) for question in questions], max_tokens):
-        for number in batch:
-            answers[number].scores = _score(model, questions[number], device, ends)
-        to_generate = [number for number in batch if questions[number].max_new_tokens]
-        if to_generate:
-            _generate(model, questions, answers, to_generate, device, ends, choose)
-        progress.update(len(batch))
-    return answers
-
-
-def _score(model: nn.Module, question: Question, device: torch.device, ends: StopCounter) -> list[Score]:
-    """Score the continuations of one question in one forward, padded on the right."""
-    if not question.scored:
-        return []
-    rows = [torch.tensor(scored.token_ids) for scored in question.scored]
-    input_ids, mask = pad_right(rows, device)
-    where = [(r, t) for r, scored in enumerate(question.scored) for t in range(scored.start, len(scored.token_ids))]
-    row, column = torch.tensor(where, device=device).unbind(dim=1)
-    inputs = {"input_ids": input_ids, "attention_mask": mask, "use_cache": False}
-    logits = logits_at(model, row, column - 1, inputs).logits.float()
-    if not bool(logits.amax(dim=-1).isfinite().all()):
-        raise ends.not_finite(question)
-    log_probs = iter((logits.gather(1, input_ids[row, column, None])[:, 0] - logits.logsumexp(dim=-1)).tolist())
-    predicted = iter(logits.argmax(dim=-1).tolist())
-    lengths = [len(scored.token_ids) - scored.start for scored in question.scored]
-    return [Score([next(log_probs) for _ in range(n)], [next(predicted) for _ in range(n)]) for n in lengths]
-
-
-def _generate(
-    model: Any,
-    questions: Sequence[Question],
-    answers: Sequence[Answer],
-    batch: Sequence[int],
-    device: torch.device,
-    ends: StopCounter,
-    choose: Choice,
-) -> None:
-    """Answer a batch with `model.generate`, padded on the left, until every answer ends."""
-    batch_questions = [questions[number] for number in batch]
-    prompts = [list(question.prompt) for question in batch_questions]
-    width = max(map(len, prompts))
-    input_ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-
-    class ChoiceProcessor(LogitsProcessor):
-        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            bad = (~scores.amax(dim=-1).isfinite()).nonzero().flatten().tolist()
-            if bad:
-                raise ends.not_finite(batch_questions[bad[0]])
-            tokens = choose(scores, [(number, input_ids.shape[1] - width) for number in batch])
-            return torch.full_like(scores, -math.inf).scatter(1, tokens[:, None], 0.0)
-
-    class EndOfAnswers(StoppingCriteria):
-        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-            rows = zip(batch_questions, input_ids[:, width:].tolist(), strict=True)
-            return torch.tensor([ends.is_finished(question, row) for question, row in rows], device=input_ids.device)
-
-    # the model's own configuration may sample, or penalize repetition; `evaluating` restores it
-    own = vars(model.generation_config)
-    own.clear()
-    own.update(vars(GenerationConfig(pad_token_id=0)))
-    generated = model.generate(
-        input_ids=input_ids.to(device),
-        attention_mask=mask.to(device),
-        max_new_tokens=max(question.max_new_tokens for question in batch_questions),
-        do_sample=False,
-        logits_processor=[ChoiceProcessor()],
-        stopping_criteria=[EndOfAnswers()],
-    )
-    for number, question, row in zip(batch, batch_questions, generated[:, width:].tolist(), strict=True):
-        length = next((n for n in range(1, len(row)) if ends.is_finished(question, row[:n])), len(row))
-        answers[number].token_ids = row[:length]
+def _can_pad(model: nn.Module, checks: ModelChecks) -> bool:
+    plan = ForwardPlan(Tail(nn.ModuleList(), 0), checks.trial.tree, checks.device, layout="masked")
+    return why_not_laid_out(model, plan, checks) is None

@@ -49,7 +49,7 @@ def layer_digests(
     inside = {id(tensor) for layer in layers for _, tensor in _tensors(layer)}
     outside = ((name, tensor) for name, tensor in _tensors(model) if id(tensor) not in inside)
     parts = [outside, *(_tensors(layer) for layer in layers[:num_layers])]
-    digests, digest = [], sha256_of(transformers.__version__, _configuration(model))
+    digests, digest = [], sha256_of(transformers.__version__, configuration_of(model))
     for part in parts:
         described = []
         for name, tensor in part:
@@ -77,7 +77,8 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         yield clean_name(name), tensor
 
 
-def _configuration(model: nn.Module) -> str:
+def configuration_of(model: nn.Module) -> str:
+    """Return the settings that hidden states depend on, as JSON."""
     config: Any = getattr(model, "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
     with_effect = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from .offload import whole_layer
 from .prefix_tree import Pack
 
 NAME = "locft_packed"
@@ -25,24 +26,34 @@ _attentions: dict[int, Attention] = {}
 
 
 @contextmanager
-def attending(layers: nn.ModuleList, attention: Attention) -> Iterator[None]:
+def attending(layers: Iterable[nn.Module], attention: Attention) -> Iterator[None]:
     """Replace the layers' attention, for states (1, N, hidden) with one row for each distinct prefix.
 
     Everything else in a decoder layer works on each token by itself, so nothing else changes. This holds for families
-    that use transformers' `AttentionInterface`; check a model's logits before relying on it.
+    that use transformers' `AttentionInterface`; check a model before relying on it.
     """
     AttentionInterface.register(NAME, _attend)
-    configs = {id(config): config for layer in layers for config in _configs(layer)}
+    configs = attention_configs(layers)
+    _attentions.update(dict.fromkeys(configs, attention))
+    try:
+        with named_attention(configs, NAME):
+            yield
+    finally:
+        for key in configs:
+            del _attentions[key]
+
+
+@contextmanager
+def named_attention(configs: Mapping[int, Any], name: str) -> Iterator[None]:
+    """Let configurations name an attention that is registered with transformers."""
     before = {key: config._attn_implementation for key, config in configs.items()}
-    for key, config in configs.items():
-        config._attn_implementation = NAME
-        _attentions[key] = attention
+    for config in configs.values():
+        config._attn_implementation = name
     try:
         yield
     finally:
         for key, config in configs.items():
             config._attn_implementation = before[key]
-            del _attentions[key]
 
 
 def packed_attention(layers: nn.ModuleList, pack: Pack) -> Any:
@@ -50,10 +61,11 @@ def packed_attention(layers: nn.ModuleList, pack: Pack) -> Any:
     return attending(layers, partial(attend_within, pack))
 
 
-def _configs(layer: nn.Module) -> Iterator[Any]:
-    for module in layer.modules():
-        if hasattr(getattr(module, "config", None), "_attn_implementation"):
-            yield module.config
+def attention_configs(layers: Iterable[nn.Module]) -> dict[int, Any]:
+    """Return the configurations that name the attention of some layers, by their id."""
+    modules = (module for layer in layers for module in whole_layer(layer).modules())
+    found = (getattr(module, "config", None) for module in modules)
+    return {id(config): config for config in found if hasattr(config, "_attn_implementation")}
 
 
 def _attend(
@@ -64,6 +76,8 @@ def _attend(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
+    if attention_mask is not None:
+        raise NotImplementedError("a mask of the model's own does not fit packed edits")
     return _attentions[id(module.config)](module, query, key, value, **kwargs), None
 
 

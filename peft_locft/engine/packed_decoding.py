@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,12 +36,21 @@ class ActiveSequence:
 
 
 class PackedKVCache:
-    """Keys and values of tokens, by layer, (capacity, heads, d): appended, and compacted when full."""
+    """Keys and values of tokens, by layer, (capacity, heads, d): appended, and compacted when full.
+
+    A layer that attends several times in a forward has as many entries.
+    """
 
     def __init__(self) -> None:
-        self.layers: dict[nn.Module, list[torch.Tensor]] = {}
+        self.layers: dict[tuple[nn.Module, int], list[torch.Tensor]] = {}
         self.used = 0
         self.capacity = 0
+        self._num_calls: Counter[nn.Module] = Counter()
+
+    def end_forward(self, num_tokens: int) -> None:
+        """Count the tokens of a forward as stored."""
+        self.used += num_tokens
+        self._num_calls.clear()
 
     def make_room(self, num_tokens: int, active: Sequence[ActiveSequence]) -> None:
         """Make room for more tokens; if needed, drop the tokens that no active sequence uses."""
@@ -61,11 +71,13 @@ class PackedKVCache:
     def write(self, module: nn.Module, states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Append a layer's keys and values, each (1, heads, N, d), and return all of the layer's."""
         rows = [tensor[0].transpose(0, 1) for tensor in states]
-        if module not in self.layers:
-            self.layers[module] = [tensor.new_empty(self.capacity, *tensor.shape[1:]) for tensor in rows]
-        for cached, tensor in zip(self.layers[module], rows, strict=True):
+        key = (module, self._num_calls[module])
+        self._num_calls[module] += 1
+        if key not in self.layers:
+            self.layers[key] = [tensor.new_empty(self.capacity, *tensor.shape[1:]) for tensor in rows]
+        for cached, tensor in zip(self.layers[key], rows, strict=True):
             cached[self.used : self.used + len(tensor)] = tensor
-        return self.layers[module]
+        return self.layers[key]
 
 
 @dataclass(frozen=True)
@@ -151,7 +163,7 @@ class Step:
 
 @dataclass
 class PackedDecoder:
-    """Answers questions with a model for which `find_packing` allows packing.
+    """Answers questions with a model for which packing gives its own logits.
 
     Args:
         model: the model, in evaluation mode.
@@ -245,7 +257,7 @@ class PackedDecoder:
         inputs = {"input_ids": tokens[None].to(self.device), "position_ids": positions[None].to(self.device)}
         with attending(self.layers, partial(self._attend, Step(pack, num_new, history, lengths))):
             outputs = logits_at(self.model, torch.zeros_like(where), where, inputs | {"use_cache": False})
-        self._cache.used += len(tokens)
+        self._cache.end_forward(len(tokens))
         return outputs.logits.float()
 
     def _attend(

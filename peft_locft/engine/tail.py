@@ -29,11 +29,13 @@ class Tail:
         layers: all decoder layers.
         first: the number of the first layer of the tail, the entry layer.
         why_no_trunk: if there is no trunk, the reason.
+        num_outputs: the length of the tuples that layers return; 0: they return the states alone.
     """
 
     layers: nn.ModuleList
     first: int
     why_no_trunk: str | None = None
+    num_outputs: int = 0
 
     @property
     def trunk(self) -> list[nn.Module]:
@@ -75,6 +77,8 @@ def entering(layer: nn.Module, change: Callable[[torch.Tensor], torch.Tensor | N
     """Call `change` with the states that enter a layer, (B, T, hidden); states that it returns enter instead."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        if not args and "hidden_states" not in kwargs:
+            raise CacheUnusableError("the layers take their states by another name than hidden_states")
         states = change(args[0] if args else kwargs["hidden_states"])
         if states is None:
             return None
@@ -88,11 +92,15 @@ def entering(layer: nn.Module, change: Callable[[torch.Tensor], torch.Tensor | N
 
 
 @contextmanager
-def skipped(layers: list[nn.Module]) -> Iterator[None]:
-    """Let layers return their input unchanged."""
+def skipped(layers: list[nn.Module], num_outputs: int = 0) -> Iterator[None]:
+    """Let layers return their input unchanged: alone, or as the first of `num_outputs` values of a tuple."""
+
+    def return_input(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (hidden_states, *[None] * (num_outputs - 1)) if num_outputs else hidden_states
+
     before = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
-        layer.forward = _return_input  # an instance's `forward` comes before its class's
+        layer.forward = return_input  # an instance's `forward` comes before its class's
     try:
         yield
     finally:
@@ -100,10 +108,6 @@ def skipped(layers: list[nn.Module]) -> Iterator[None]:
             del layer.forward
             if forward is not None:  # accelerate's hooks set one
                 layer.forward = forward
-
-
-def _return_input(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    return hidden_states
 
 
 def logits_at(model: nn.Module, rows: torch.Tensor, columns: torch.Tensor, inputs: dict[str, Any]) -> Any:

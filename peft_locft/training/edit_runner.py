@@ -10,13 +10,15 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from ..data.encoding import EncodedEdits, collate
 from ..engine.activation_cache import cache_trunk
 from ..engine.activation_storage import SharedActivations, StateStorage
+from ..engine.checks import ModelChecks, checks_of, find_layout, find_narrow
 from ..engine.distributed import SHARDED, missing_forwards
-from ..engine.forward_plan import ForwardPlan, find_packing
+from ..engine.forward_plan import ForwardPlan, Layout
 from ..engine.memory import FEWEST_TOKENS_ON_CPU, MOST_TOKENS, fitting_tokens, run_halving
 from ..engine.prefix_tree import PrefixTree
 from ..engine.tail import CacheUnusableError, Tail, find_tail
@@ -89,36 +91,60 @@ class EditRunner:
             accelerator: what wrapped the model.
 
         Raises:
-            ValueError: if the states cannot be stored and something in `args` needs them.
+            ValueError: if the model is not causal, or the states cannot be stored and something in `args` needs them.
         """
         self.plan = None
+        is_sharded = accelerator.distributed_type in SHARDED
         unwrapped = accelerator.unwrap_model(model)
+        # a wrapper that shards weights must see every forward; one that averages gradients only those of training
+        model = model if is_sharded else unwrapped
+        checks = self.halving(lambda: checks_of(model, self.device, is_sharded=is_sharded))
         try:
             tail = find_tail(unwrapped)
-            if self._choose_tokens:
-                head, share = unwrapped.get_output_embeddings(), self._share_scored()
-                self.max_tokens, self._choose_tokens = fitting_tokens(tail, head, share, self.device), False
-            if args.activation_cache != "off":
-                self.halving(lambda: self._cache(model, tail, args, accelerator))
         except CacheUnusableError as reason:
-            if args.activation_cache != "auto" or args.activation_cache_dir or args.offload_trunk:
+            tail = Tail(nn.ModuleList(), 0, str(reason))
+        if self._choose_tokens and len(tail.layers):
+            head, share = unwrapped.get_output_embeddings(), self._share_scored()
+            self.max_tokens, self._choose_tokens = fitting_tokens(tail, head, share, self.device), False
+        self.plan = self._find_plan(model, tail, args, checks)
+        if self.plan.packed and not is_sharded:
+            self.plan = find_narrow(model, self.plan, checks)
+        if args.activation_cache != "off":
+            self._keep_states(model, args, accelerator, checks)
+        self.is_prepared = True
+
+    def _find_plan(self, model: nn.Module, tail: Tail, args: BreadthFirstConfig, checks: ModelChecks) -> ForwardPlan:
+        layouts: tuple[Layout, ...] = ("packed", "padded", "masked")
+        if args.activation_cache == "off" or not len(tail.layers):
+            layouts = ("masked",)
+        tree = PrefixTree.of(self.edits.token_ids, self.edits.offsets, self.own)
+        plan = ForwardPlan(tail, tree, self.device)
+        longest = int(self.edits.lengths.max())
+        return self.halving(lambda: find_layout(model, plan, checks, layouts, longest))
+
+    def _keep_states(
+        self, model: nn.Module, args: BreadthFirstConfig, accelerator: Accelerator, checks: ModelChecks
+    ) -> None:
+        """Run the trunk over all edits and store the states that leave it, or say why not."""
+        must = args.activation_cache != "auto" or bool(args.activation_cache_dir) or args.offload_trunk
+        try:
+            self.plan = self.halving(lambda: self._with_states(model, args, accelerator, checks))
+        except CacheUnusableError as reason:
+            if must:
                 raise ValueError(
                     f"The activation cache cannot be used with this model and location: {reason}. Leave "
                     "activation_cache on 'auto', activation_cache_dir unset and offload_trunk=False."
                 ) from None
             logger.warning("Every epoch runs the whole model: %s.", reason)
-            if self.plan is not None and not self.plan.packed:
-                self.plan = None
-        self.is_prepared = True
+        except Exception as error:  # a family's own code may raise anything
+            if must or should_reduce_batch_size(error):
+                raise
+            logger.warning("Every epoch runs the whole model: %s: %s.", type(error).__name__, error)
 
-    def _cache(self, model: nn.Module, tail: Tail, args: BreadthFirstConfig, accelerator: Accelerator) -> None:
-        """Find a packing, and store the states that leave the trunk."""
-        self.plan = None
-        is_sharded = accelerator.distributed_type in SHARDED
-        # a wrapper that shards weights must see every forward; one that averages gradients only those of training
-        model = model if is_sharded else accelerator.unwrap_model(model)
-        tree, trial = PrefixTree.of(self.edits.token_ids, self.edits.offsets, self.own), self._trial()
-        self.plan = find_packing(model, ForwardPlan(tail, tree, self.device), trial, narrow=not is_sharded)
+    def _with_states(
+        self, model: nn.Module, args: BreadthFirstConfig, accelerator: Accelerator, checks: ModelChecks
+    ) -> ForwardPlan:
+        assert self.plan is not None
         batches = self.micro_batches(self.own)
         batches += batches[:1] * missing_forwards(len(batches), accelerator)
         storage = StateStorage(
@@ -128,17 +154,11 @@ class EditRunner:
             shared=self.shared,
             progress=not args.disable_tqdm,
         )
-        self.plan = cache_trunk(model, self.plan, batches, trial, storage)
+        return cache_trunk(model, self.plan, batches, checks, storage)
 
     def _share_scored(self) -> float:
         scored = self.edits.lengths - (1 if self.objective == "full" else self.edits.target_starts)
         return float(scored.sum() / self.edits.lengths.sum())
-
-    def _trial(self) -> torch.Tensor:
-        """Choose a few edits, long and short, that make one micro-batch."""
-        by_length = self.own[torch.argsort(self.edits.lengths[self.own], descending=True)]
-        fitting = max(1, self.max_tokens // int(self.edits.lengths[by_length[0]]))
-        return torch.cat([by_length[:1], by_length[-2:], by_length[1:2]])[:fitting].unique()
 
     def halving(self, run: Callable[[], Result]) -> Result:
         """Call `run`; out of memory, call it again with micro-batches half as large, and keep that size."""
@@ -153,6 +173,8 @@ class EditRunner:
 
     def micro_batches(self, indices: torch.Tensor) -> list[torch.Tensor]:
         """Split a batch into micro-batches."""
+        if self.plan is not None and self.plan.layout == "single":
+            return list(indices.split(1))
         rank = self.plan.tree.rank if self.plan is not None and self.plan.packed else None
         return micro_batches(indices, self.edits.lengths, self.max_tokens, rank)
 

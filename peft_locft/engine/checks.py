@@ -1,0 +1,229 @@
+"""What the engine may leave out for a model: found by comparison, once for each model and configuration."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..io.parameter_names import clean_name
+from .attention_probe import why_not_packed
+from .fingerprint import configuration_of, sha256_of
+from .forward_plan import ForwardPlan, Layout
+from .model_state import max_length
+from .narrowing import find_narrowable
+from .offload import whole_layer
+from .tail import logits_at
+from .trial import Trial, make_trial
+
+logger = logging.getLogger(__name__)
+
+Found = TypeVar("Found")
+
+WITHOUT_LIMIT = 2**31
+
+
+class ModelChecks:
+    """What was found out about one model in one configuration.
+
+    Args:
+        trial: made-up sequences with the model's own logits.
+        device: where forwards run.
+        longest: the largest number of tokens for which the length of one sequence changes nothing in another.
+    """
+
+    def __init__(self, trial: Trial, device: torch.device, longest: int) -> None:
+        self.trial, self.device, self.longest = trial, device, longest
+        self._found: dict[Hashable, Any] = {}
+
+    def once(self, key: Hashable, find: Callable[[], Found]) -> Found:
+        """Return what `find` returns; it is called only the first time."""
+        if key not in self._found:
+            self._found[key] = find()
+        found: Found = self._found[key]
+        return found
+
+    def why_not(self, what: str, model: nn.Module, find: Callable[[], str | None]) -> str | None:
+        """Return why a short cut does not give the model's own logits on the made-up sequences; `None`: it does.
+
+        Args:
+            what: the short cut, for the log.
+            model: the model; it is set up as it was for the expected logits.
+            find: tries the short cut, and returns why it is not right. Whatever it raises means that it is not.
+        """
+        try:
+            with self.trial.running(model, self.device):
+                why = find()
+        except Exception as error:  # a family's own code may raise anything
+            why = f"{type(error).__name__}: {error}"
+        if why is not None:
+            logger.info("%s does without %s: %s.", type(_base_of(model)).__name__, what, why)
+        return why
+
+
+_known: WeakKeyDictionary[nn.Module, dict[str, ModelChecks]] = WeakKeyDictionary()
+
+
+def checks_of(model: nn.Module, device: torch.device, *, is_sharded: bool = False) -> ModelChecks:
+    """Return what is known of a model in its present configuration; the first time, run it on made-up sequences.
+
+    Args:
+        model: a decoder-only language model, with or without adapters.
+        device: where forwards run.
+        is_sharded: its weights are sharded between processes.
+
+    Raises:
+        ValueError: if the model sees tokens ahead, or cannot run on token ids alone.
+    """
+    base = _base_of(model)
+    known = _known.setdefault(base, {})
+    key = _key(model, base, device)
+    if key not in known:
+        trial = make_trial(model, device, is_sharded=is_sharded)
+        checks = ModelChecks(trial, device, _longest(base))
+        if not trial.is_finite:  # nothing can be compared, and the next model with these modules may be finite
+            return checks
+        if trial.sees_ahead:
+            raise ValueError(
+                f"{type(base).__name__} is not causal: a later token changes the logits of earlier ones (by "
+                f"{trial.ahead:.1g} of their spread), so it would see the target that it is trained on. Expected a "
+                "decoder-only language model. Load another model, or make this one causal in its configuration."
+            )
+        known[key] = checks
+    return known[key]
+
+
+def _base_of(model: Any) -> nn.Module:
+    unwrapped = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    return unwrapped.get_base_model() if isinstance(unwrapped, PeftModel) else unwrapped
+
+
+def _key(model: Any, base: Any, device: torch.device) -> str:
+    """Return the sha256 of all that decides how tokens act on each other: modules and settings, but no weights."""
+    inside: list[str] = []
+    modules = []
+    for name, module in base.named_modules():
+        if name.startswith(tuple(inside)):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside.append(f"{name}.")
+            module = module.get_base_layer()
+        modules.append(f"{clean_name(name)} {type(whole_layer(module)).__qualname__}")
+    prompts = [
+        str(config.peft_type) for config in getattr(model, "peft_config", {}).values() if config.is_prompt_learning
+    ]
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    attention = [
+        str(getattr(module.config, "_attn_implementation", ""))
+        for module in base.modules()
+        if hasattr(module, "config")
+    ]
+    dtypes = sorted({str(parameter.dtype) for parameter in base.parameters()})
+    mixed = "_original_forward" in vars(model)
+    return sha256_of(
+        configuration_of(base), json.dumps([modules, prompts, attention, dtypes]), str((device, autocast, mixed))
+    )
+
+
+def _longest(base: nn.Module) -> int:
+    """Return the number of positions from which on RoPE has other frequencies for all tokens of a batch."""
+    found = [WITHOUT_LIMIT]
+    for module in base.modules():
+        kinds = getattr(module, "rope_type", None)
+        for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
+            if kind == "longrope" or (isinstance(kind, str) and "dynamic" in kind):
+                found.append(getattr(module, "original_max_seq_len", WITHOUT_LIMIT))
+    return min(found)
+
+
+# ---------------------------------------------------------------------- layouts
+
+
+def find_layout(
+    model: nn.Module, plan: ForwardPlan, checks: ModelChecks, layouts: Sequence[Layout], longest: int
+) -> ForwardPlan:
+    """Return the plan with the first of some layouts that gives the model's own logits.
+
+    Args:
+        model: the model.
+        plan: with its tail, its tree and its device.
+        checks: of the model.
+        layouts: in the order of preference; `"single"`, the model's own, needs no check.
+        longest: the number of tokens of the longest edit.
+    """
+    if longest > checks.longest:
+        logger.info("Edits run one at a time: beyond %d tokens, RoPE depends on the longest edit.", checks.longest)
+        return replace(plan, layout="single")
+    for layout in layouts:
+        if layout == "single" or why_not_laid_out(model, replace(plan, layout=layout), checks) is None:
+            return replace(plan, layout=layout)
+    return replace(plan, layout="single")
+
+
+def why_not_laid_out(model: nn.Module, plan: ForwardPlan, checks: ModelChecks) -> str | None:
+    """Return why a plan's layout does not give the model's own logits; `None`: it does."""
+    words = {"packed": "packed edits", "padded": "padding without a mask", "masked": "padding"}
+
+    def find() -> str | None:
+        if plan.packed:
+            inputs = {"input_ids": torch.tensor([checks.trial.rows[0]], device=plan.device), "use_cache": False}
+            why = why_not_packed(model, plan.tail.layers, inputs, max_length(model) or WITHOUT_LIMIT)
+            if why is not None:
+                return why
+        return checks.trial.why_not(trial_logits(model, plan, checks.trial))
+
+    return checks.once(("layout", plan.layout), lambda: checks.why_not(words[plan.layout], model, find))
+
+
+def trial_logits(model: nn.Module, plan: ForwardPlan, trial: Trial) -> list[torch.Tensor]:
+    """Return the logits, (T, V), of each made-up sequence, computed as a plan says.
+
+    Args:
+        model: the model, set up by `Trial.running`.
+        plan: its `states`, if any, are of the trial's tree.
+        trial: the sequences.
+    """
+    plan = replace(plan, tree=trial.tree, narrow=())
+    everything = torch.arange(len(trial.rows))
+    found = []
+    for indices in everything.split(1 if plan.layout == "single" else len(trial.rows)):
+        pack = plan.tree.pack(indices)
+        rows = torch.repeat_interleave(torch.arange(len(indices)), pack.lengths)
+        columns = torch.cat([torch.arange(length) for length in pack.lengths.tolist()])
+        with torch.no_grad(), plan.applied(pack):
+            where = plan.output_places(pack, rows.to(plan.device), columns.to(plan.device))
+            logits = logits_at(model, *where, plan.inputs(pack)).logits.float()
+        found += list(logits.split(pack.lengths.tolist()))
+    return found
+
+
+def find_narrow(model: nn.Module, plan: ForwardPlan, checks: ModelChecks) -> ForwardPlan:
+    """Return a packed plan with the modules of the last layer that can do with the rows of the scored tokens."""
+    trial = checks.trial
+    on_trial = replace(plan, tree=trial.tree, states=None)
+    pack = trial.tree.pack(torch.arange(len(trial.rows)))
+    last = pack.slots[:, -1].unique().to(plan.device)
+    inputs = on_trial.inputs(pack)
+    found: list[nn.Module] = []
+
+    def logits() -> torch.Tensor:
+        return logits_at(model, torch.zeros_like(last), last, inputs).logits
+
+    def find() -> str | None:
+        with on_trial.applied(pack):
+            found.extend(find_narrowable(plan.tail.layers[-1], logits, last, trial.bound))
+            expected = logits()
+        with replace(on_trial, narrow=tuple(found)).applied(pack, last):
+            error = float((logits() - expected).abs().max())
+        return None if error <= trial.bound * float(expected.abs().max()) else "its logits change"
+
+    why = checks.why_not("narrowing its last layer", model, find)
+    return replace(plan, narrow=tuple(found) if why is None else ())

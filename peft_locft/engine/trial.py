@@ -1,0 +1,203 @@
+"""Made-up sequences with the model's own logits: what every short cut of the engine is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import nn
+
+from ..tuner.presets import find_decoder_layers
+from .full_precision import in_float32
+from .model_state import evaluating, max_length
+from .prefix_tree import PrefixTree
+
+LENGTH = 21  # tokens of the longest sequence
+SHARED = 13  # tokens with which two sequences begin
+CUT = 12
+SHORT = 5
+# relative deviations that rounding alone explains
+FLOOR = {True: 1e-5, False: 3e-2}  # in float32, and in half precision
+# a smaller part of what one token does to the next ones is no fault
+SHARE_OF_INFLUENCE = 1e-2
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Sequences of different lengths, some with a shared beginning, and the model's logits on each alone.
+
+    Args:
+        rows: token ids of each sequence.
+        expected: for each, its logits, (T, V), from a forward on this sequence alone, without padding.
+        bound: the largest deviation, as `deviation` measures it, that rounding explains.
+        is_float32: compare in float32. `False`: this model runs in its own dtype only.
+        ahead: by how much a later token changes earlier logits.
+        influence: by how much an earlier token changes later logits.
+        num_outputs: the length of the tuples that decoder layers return; 0: they return the states alone.
+    """
+
+    rows: Sequence[tuple[int, ...]]
+    expected: Sequence[torch.Tensor]
+    bound: float
+    is_float32: bool
+    ahead: float
+    influence: float
+    num_outputs: int = 0
+
+    @cached_property
+    def tree(self) -> PrefixTree:
+        """The sequences as a tree of prefixes, with all their tokens."""
+        # the tree leaves out the last token of each row, so append one
+        tokens = torch.tensor([token for row in self.rows for token in (*row, 0)])
+        offsets = torch.tensor([0, *(len(row) + 1 for row in self.rows)]).cumsum(0)
+        return PrefixTree.of(tokens, offsets, torch.arange(len(self.rows)))
+
+    @property
+    def is_finite(self) -> bool:
+        return all(bool(logits.isfinite().all()) for logits in self.expected)
+
+    @property
+    def sees_ahead(self) -> bool:
+        return self.ahead > max(FLOOR[self.is_float32], SHARE_OF_INFLUENCE * self.influence)
+
+    def why_not(self, found: Sequence[torch.Tensor]) -> str | None:
+        """Return by how much logits, (T, V) for each sequence, are not the model's own; `None`: by rounding alone."""
+        return self.why_other(found, self.expected)
+
+    def why_other(self, found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> str | None:
+        """Return by how much logits differ from others, (T, V) each; `None`: by rounding alone."""
+        largest = max(deviation(*pair) for pair in zip(found, expected, strict=True))
+        if largest <= self.bound:
+            return None
+        return f"its logits change by {largest:.1g} of their spread, where rounding explains {self.bound:.1g}"
+
+    @contextmanager
+    def running(self, model: nn.Module, device: torch.device) -> Iterator[None]:
+        """Set the model up as it was for the expected logits."""
+        with evaluating(model):
+            if not self.is_float32:
+                yield
+                return
+            with in_float32(model, device):
+                yield
+
+
+def make_trial(model: nn.Module, device: torch.device, *, is_sharded: bool = False) -> Trial:
+    """Run a model on made-up sequences, one at a time and unpadded.
+
+    Args:
+        model: the model.
+        device: where forwards run.
+        is_sharded: weights are sharded between processes, so there are no float32 copies of them.
+
+    Raises:
+        ValueError: if the model cannot run on token ids alone.
+    """
+    rows = made_up_rows(model)
+    if not is_sharded:
+        # a family's own code may insist on its dtype, and a copy may not fit
+        with suppress(Exception), evaluating(model), in_float32(model, device):
+            return _trial(model, rows, device, is_float32=True)
+    try:
+        with evaluating(model):
+            return _trial(model, rows, device, is_float32=next(model.parameters()).itemsize >= 4)
+    except Exception as error:
+        if should_reduce_batch_size(error):
+            raise
+        raise ValueError(
+            f"{type(model).__name__} does not run on token ids alone: {type(error).__name__}: {error}. Expected a "
+            "decoder-only language model, as AutoModelForCausalLM loads it."
+        ) from error
+
+
+def made_up_rows(model: nn.Module) -> list[tuple[int, ...]]:
+    """Return four sequences: a long one, one with the same beginning, a cut of the long one, and a short one.
+
+    The short one has the long one's tokens, but for the first.
+    """
+    most = min(LENGTH, max_length(model) or LENGTH)
+    shared, cut, short = (max(1, most * length // LENGTH) for length in (SHARED, CUT, SHORT))
+    vocabulary_size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    special = _special_tokens(model)
+    # tokens for images and audio are often at the end of a vocabulary
+    usual = [token for token in range(max(2, vocabulary_size // 2)) if token not in special] or [0]
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(usual), (2, most), generator=generator).tolist()
+    long, other = ([usual[number] for number in row] for row in drawn)
+    first = next((token for token in usual if token != long[0]), long[0])
+    rows = (long, long[:shared] + other[shared:], long[:cut], [first, *long[1:short]])
+    return [tuple(row) for row in rows]
+
+
+def _special_tokens(model: Any) -> set[int]:
+    config: Any = getattr(model, "config", None)
+    found: set[int] = set()
+    for settings in (config, config.get_text_config()) if hasattr(config, "get_text_config") else ():
+        for name, value in vars(settings).items():
+            if name.endswith(("_token_id", "_token_ids", "_token_index")):
+                found.update(each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int))
+    return found
+
+
+def _trial(model: nn.Module, rows: Sequence[tuple[int, ...]], device: torch.device, *, is_float32: bool) -> Trial:
+    """Run the model on every row, and measure what rounding changes and what tokens do to each other."""
+    num_outputs: list[int] = []
+
+    def count(module: nn.Module, args: Any, output: Any) -> None:
+        num_outputs.append(len(output) if isinstance(output, tuple) else 0)
+
+    layer = _first_layer(model)
+    handle = None if layer is None else layer.register_forward_hook(count)
+    try:
+        expected = [_logits(model, row, device) for row in rows]
+    finally:
+        if handle is not None:
+            handle.remove()
+    long, sibling, cut, short = expected
+    shared = _common(rows[0], rows[1])
+    ahead = deviation(sibling[:shared], long[:shared])
+    # another number of tokens is another way to compute the same
+    rounding = deviation(cut, long[: len(cut)])
+    influence = deviation(short[1:], long[1 : len(short)]) if len(short) > 1 else 0.0
+    floor = FLOOR[is_float32]
+    bound = max(floor, min(10 * rounding, 5e-2), min(SHARE_OF_INFLUENCE * influence, 10 * floor))
+    return Trial(rows, expected, bound, is_float32, ahead, influence, next(iter(num_outputs), 0))
+
+
+def _first_layer(model: nn.Module) -> nn.Module | None:
+    try:
+        return find_decoder_layers(model)[1][0]
+    except ValueError:
+        return None
+
+
+def _logits(model: nn.Module, row: Sequence[int], device: torch.device) -> torch.Tensor:
+    input_ids = torch.tensor([row], device=device)
+    outputs = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)
+    logits: torch.Tensor = outputs.logits[0].float()
+    return logits
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    pairs = zip(one, other, strict=True)
+    return next((place for place, (first, second) in enumerate(pairs) if first != second), len(one))
+
+
+def deviation(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return how far logits are from others: of all positions, the largest error relative to the logits' spread.
+
+    Args:
+        found: (T, V) logits.
+        expected: (T, V) logits.
+    """
+    if found.shape != expected.shape:
+        return float("inf")
+    spread = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1)
+    # where a model says nothing, rounding is all there is
+    spread = spread.clamp_min(max(1e-2 * float(spread.mean()), 1e-30))
+    return float(((found - expected).norm(dim=-1) / spread).max())
