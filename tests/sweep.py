@@ -51,7 +51,9 @@ from peft_locft import (
     merge_checkpoint,
     save_adapter,
 )
-from peft_locft.engine import Continuation, Question, generate_and_score
+from peft_locft.engine import Continuation, Question, StopCounter, generate_and_score
+from peft_locft.engine.checks import checks_of
+from peft_locft.engine.decoding import find_way
 
 Status = Literal["right", "wrong", "refused", "crash", "left out"]
 NEW_TOKENS = 8
@@ -76,7 +78,8 @@ class Row:
 
     family: str
     verdict: str = ""
-    engine: str = ""
+    engine: str = ""  # how "auto" trains
+    decoder: str = ""  # how several prompts are answered
     location: str = ""
     findings: list[Finding] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
@@ -274,35 +277,37 @@ def _answers(family: str, row: Row) -> Iterator[Finding]:
     for name, prompts in (("answers", PROMPTS), ("answer to one prompt", PROMPTS[:1])):
 
         def run(family: str, row: Row, name: str = name, prompts: Sequence[str] = prompts) -> Iterator[Finding]:
-            return _answers_to(name, build(family), prompts)
+            return _answers_to(name, build(family), prompts, row)
 
         yield from _tried(name, run, family, row)
 
 
-def _answers_to(name: str, model: nn.Module, prompts: Sequence[str]) -> Iterator[Finding]:
+def _answers_to(name: str, model: nn.Module, prompts: Sequence[str], row: Row) -> Iterator[Finding]:
     tokenizer = byte_tokenizer()
-    rows = encode_prompts(prompts, tokenizer)
+    encoded_prompts = encode_prompts(prompts, tokenizer)
     scored = [encode_edits([Edit(prompt=p, target=t) for t in ("Louis", "no")], tokenizer) for p in prompts]
     questions = [
         Question(
-            tuple(row),
+            tuple(prompt),
             tuple(Continuation(tuple(encoded[i].input_ids.tolist()), encoded[i].target_start) for i in range(2)),
             num_stops=0,
             max_new_tokens=NEW_TOKENS,
         )
-        for row, encoded in zip(rows, scored, strict=True)
+        for prompt, encoded in zip(encoded_prompts, scored, strict=True)
     ]
     answers = generate_and_score(model, tokenizer, questions, progress=False)
+    longest = max(map(len, encoded_prompts)) + NEW_TOKENS
+    row.decoder = find_way(model, checks_of(model, torch.device("cpu")), StopCounter(tokenizer), longest)
     different, deviation = 0, 0.0
-    for row, question, answer in zip(rows, questions, answers, strict=True):
-        expected, margin = plain_answer(model, row, NEW_TOKENS)
+    for prompt, question, answer in zip(encoded_prompts, questions, answers, strict=True):
+        expected, margin = plain_answer(model, prompt, NEW_TOKENS)
         different += _differs(answer.token_ids, expected, margin)
         for continuation, score in zip(question.scored, answer.scores, strict=True):
             ids = torch.tensor(continuation.token_ids)
             log_probs = plain_logits(model, continuation.token_ids).log_softmax(dim=-1)[:-1].gather(1, ids[1:, None])
             found = torch.tensor(score.log_probs)
             deviation = max(deviation, float((found - log_probs[continuation.start - 1 :, 0]).abs().max()))
-    yield _compared(name, float(different), 0.0, f"{different} of {len(rows)} differ")
+    yield _compared(name, float(different), 0.0, f"{different} of {len(prompts)} differ")
     yield _compared(f"{name}: log-probabilities", deviation, LOG_PROB_BOUND)
 
 
@@ -399,7 +404,10 @@ def table(rows: Sequence[Row]) -> str:
         counts[row.verdict] = counts.get(row.verdict, 0) + 1
     summary = ", ".join(f"{verdict}: {count}" for verdict, count in sorted(counts.items()))
     lines = [f"peft_locft {peft_locft.__version__}, {versions}", "", f"{len(rows)} families. {summary}", ""]
-    lines += ["| family | verdict | largest deviation | default location | seconds |", "|---|---|---|---|---|"]
+    lines += [
+        "| family | verdict | answers | largest deviation | default location | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in rows:
         numbers = [each for each in row.findings if each.bound]
         largest = max(numbers, key=lambda each: each.deviation / each.bound, default=None)
@@ -407,7 +415,9 @@ def table(rows: Sequence[Row]) -> str:
         bad = [f"{e.check}: {e.detail or f'{e.deviation:.1e}'}" for e in row.findings if e.status not in ("right",)]
         note = "; ".join(bad)[:400].replace("|", "/")
         verdict = f"{row.verdict}" + (f" ({note})" if note else "")
-        lines.append(f"| {row.family} | {verdict} | {deviation} | {row.location} | {row.seconds:.1f} |")
+        lines.append(
+            f"| {row.family} | {verdict} | {row.decoder} | {deviation} | {row.location} | {row.seconds:.1f} |"
+        )
     return "\n".join(lines)
 
 
