@@ -32,7 +32,9 @@ import transformers
 from peft import PeftModel, get_peft_model
 from plain import EDITS, PROMPTS, byte_tokenizer, plain_answer, plain_gradient, plain_logits, plain_losses, sees_ahead
 from safetensors.torch import load_file
-from tiny_families import VARIANTS, all_families, build, randomize_deltas, same_bits
+from tiny_checkpoints import stored
+from tiny_families import VARIANTS, all_families, build
+from tiny_models import base_state, randomize, same_bits
 from torch import nn
 from transformers import PrinterCallback
 
@@ -325,14 +327,14 @@ def _merging(family: str, row: Row) -> Iterator[Finding]:
     """Merged, unmerged, reloaded and merged on disk agree bit for bit."""
     base, plain = build(family), build(family)
     model = _edited(base, row)
-    randomize_deltas(model)
+    randomize(model)
     unmerged = plain_logits(model, range(3, 23))
     changed = not torch.equal(unmerged, plain_logits(plain, range(3, 23)))
     yield Finding("the edit changes the logits", "right" if changed else "wrong")
     model.merge_adapter()
     yield _bits("merged", {"logits": plain_logits(model, range(3, 23))}, {"logits": unmerged})
     model.unmerge_adapter()
-    yield _bits("unmerged", _base_state(model), dict(plain.state_dict()))
+    yield _bits("unmerged", base_state(model), dict(plain.state_dict()))
     yield from _tried("on disk", lambda *_: _on_disk(family, model, plain, unmerged), family, row)
 
 
@@ -362,18 +364,9 @@ def _exported(folder: Path) -> Iterator[Finding]:
     except Exception as error:  # what a merge can place, an export can
         yield Finding("export", "wrong", 0.0, _said(error))
         return
-    before, after = _stored(folder / "base"), _stored(folder / "merged")
+    before, after = stored(folder / "base"), stored(folder / "merged")
     names = [name for name in after if not same_bits(after[name], before[name])]
     yield _bits("export", load_file(folder / "edited.safetensors"), {name: after[name] for name in names})
-
-
-def _stored(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def _base_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    state = {name: tensor for name, tensor in model.state_dict().items() if "locft_" not in name}
-    return {name.replace("base_model.model.", "").replace(".base_layer", ""): state[name] for name in state}
 
 
 def _bits(check: str, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> Finding:

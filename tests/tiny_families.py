@@ -6,10 +6,10 @@ Sizes are set by the names of a configuration's fields. What these do not get ri
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -118,6 +118,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gpt_neo": {"num_layers": 4, "attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": MAMBA2 | {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2},
     "hy_v4_vl_text": {"rope_parameters": MROPE | {"mrope_section": [1, 1, 0]}},
+    "inkling_text": {"logits_mup_width_multiplier": 1.0},
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
     "laguna": {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "lfm2": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
@@ -151,7 +152,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid_sliding", "hybrid"]},
 }
-STD: dict[str, float] = {}
 NEEDS_AN_IMAGE = "needs an image"
 # model types that cannot run on text alone, or need what is not installed: building some of them takes a minute
 UNUSABLE = {
@@ -245,7 +245,7 @@ def _layer_kinds(kind: type[PretrainedConfig], values: dict[str, Any]) -> dict[s
     counts = [name for name in LAYERS if name in values]
     try:
         large = kind(**(values | dict.fromkeys(counts, 24)))
-    except Exception:
+    except Exception:  # lists in `OVERRIDES` say it all
         return {}
     found = {name: list(dict.fromkeys(getattr(large, name, None) or ())) for name in KINDS}
     found = {name: kinds for name, kinds in found.items() if kinds and name in fields and name not in values}
@@ -271,14 +271,19 @@ def build(family: str, dtype: torch.dtype = torch.float32) -> Any:
     model_type, overrides = VARIANTS.get(family, (family, {}))
     loading = {name: value for name, value in overrides.items() if name == "attn_implementation"}
     config = tiny_config(model_type, **{name: value for name, value in overrides.items() if name not in loading})
+    make = partial(auto_class(family).from_config, config, **loading)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = auto_class(family).from_config(config, dtype=torch.float32, **loading).eval()
+        model = make(dtype=torch.float32).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.is_floating_point():
-                    parameter.add_(STD.get(model_type, 0.1) * torch.randn(parameter.shape))
-    return model.to(dtype)
+                    parameter.add_(0.1 * torch.randn(parameter.shape))
+        if dtype == torch.float32:
+            return model
+        rounded = make(dtype=dtype).eval()  # not `to`: buffers and some weights stay float32 in models that are loaded
+    rounded.load_state_dict(model.state_dict())
+    return rounded
 
 
 def auto_class(family: str) -> Any:
@@ -290,17 +295,3 @@ def auto_class(family: str) -> Any:
 def all_families() -> list[str]:
     """Return every model type with a causal head, and every one that takes images beside text."""
     return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
-
-
-def randomize_deltas(model: nn.Module) -> None:
-    """Fill all deltas with random values, as training would."""
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in sorted(model.named_parameters()):
-        if ".locft_delta." in name:
-            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-
-
-def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    return torch.equal(one.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8))
