@@ -140,11 +140,13 @@ def _said(error: Exception) -> str:
 
 def _verdict(row: Row, ahead: str) -> str:
     worst = row.worst
-    if worst is None or worst.status in ("right", "left out"):
-        return ", ".join(filter(None, ("right", row.engine, "sees ahead in part" if ahead == "in part" else "")))
-    if worst.status == "refused":
+    if worst is not None and worst.status in ("wrong", "crash"):
+        return worst.status.upper()
+    refused = {finding.check for finding in row.findings if finding.status == "refused"}
+    if refused - {"on disk"}:
         return "refused: sees ahead" if ahead != "no" else "refused"
-    return worst.status.upper() if worst.status == "wrong" else worst.status
+    notes = ["sees ahead in part"] * (ahead == "in part") + ["no merge on disk"] * bool(refused)
+    return ", ".join(filter(None, ("right", row.engine, *notes)))
 
 
 def _compared(check: str, deviation: float, bound: float, detail: str = "") -> Finding:
@@ -343,7 +345,8 @@ def _on_disk(family: str, model: PeftModel, plain: nn.Module, unmerged: torch.Te
         folder = Path(place)
         plain.save_pretrained(folder / "base")  # type: ignore[operator]
         load = type(plain).from_pretrained  # type: ignore[attr-defined]
-        again = load(folder / "base", dtype="auto").eval()
+        loading = {"dtype": "auto", "attn_implementation": plain.config._attn_implementation}  # type: ignore[union-attr]
+        again = load(folder / "base", **loading).eval()
         if _bits("", again.state_dict(), plain.state_dict()).status == "wrong":
             yield Finding("on disk", "left out", 0.0, "transformers does not reload the weights that it saved")
             return
@@ -352,7 +355,7 @@ def _on_disk(family: str, model: PeftModel, plain: nn.Module, unmerged: torch.Te
         yield _bits("reloaded", {"logits": plain_logits(reloaded, range(3, 23))}, {"logits": unmerged})
         merge_checkpoint(folder / "base", [folder / "adapter"], folder / "merged")
         in_memory = reloaded.merge_and_unload()
-        on_disk = load(folder / "merged", dtype="auto").eval()
+        on_disk = load(folder / "merged", **loading).eval()
         yield _bits("merged on disk", dict(on_disk.state_dict()), dict(in_memory.state_dict()))
         yield from _tried("export", lambda *_: _exported(folder), family, Row(family))
 

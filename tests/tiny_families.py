@@ -127,6 +127,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "mistral": {"sliding_window": WINDOW},
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
+    "muse_glimmer_text": {"output_multiplier": 1.0},
+    "muse_spark_text": {"output_multiplier": 1.0},
     "muse_spark_audio": {"num_hidden_layers": 4, "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]},
     "molmo2_vision": {"image_size": [16, 16]},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 298},
