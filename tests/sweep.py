@@ -241,10 +241,7 @@ def _losses(family: str, row: Row) -> Iterator[Finding]:
 
 def _engine(trainer: Any) -> str:
     plan = trainer.runner.plan
-    if plan is None:
-        return "padded, no cache"
-    layout = getattr(plan, "layout", None) or ("packed" if plan.packed else "padded")
-    return f"{layout}, {'no cache' if plan.states is None else 'cache'}"
+    return f"{plan.layout}, {'no cache' if plan.states is None else 'cache'}"
 
 
 def _losses_bf16(family: str, row: Row) -> Iterator[Finding]:
@@ -256,7 +253,7 @@ def _losses_bf16(family: str, row: Row) -> Iterator[Finding]:
     noise = sum(abs(a - b) for a, b in zip(rounded, exact, strict=True)) / len(exact)
     expected = sum(rounded) / len(rounded)
     for cache in ("off", "auto"):
-        loss = _train(model, cache, learning_rate=0.0, bf16=False).epoch_losses[0]
+        loss = _train(model, cache, learning_rate=0.0).epoch_losses[0]
         yield _compared(f"losses in bfloat16, {cache}", abs(loss - expected), 3 * noise + 1e-3, f"noise {noise:.1e}")
 
 
