@@ -19,6 +19,7 @@ from .forward_plan import ForwardPlan
 from .offload import OffloadedLayer
 from .prefix_tree import Pack
 from .tail import CacheUnusableError, entering, logits_at, skipped
+from .trial import logits_of
 
 # a shape, (nodes, hidden), and a dtype to an empty tensor
 Allocate = Callable[[tuple[int, int], torch.dtype], torch.Tensor]
@@ -71,7 +72,7 @@ def _check_states(model: nn.Module, plan: ForwardPlan, checks: ModelChecks) -> N
         rows = torch.arange(len(trial.rows)).split(1 if plan.layout == "single" else len(trial.rows))
         states = _states_before(model, on_trial, {first: _in_memory}, rows, tqdm(disable=True))
         # what the trunk may have left elsewhere in the model must not be that of the same sequences
-        trial_logits(model, replace(on_trial, layout="single"), trial)
+        logits_of(model, trial.rows[-1], plan.device)
         why = trial.why_not(trial_logits(model, replace(plan, states=states), trial))
         return why and f"later layers use more of the earlier layers than their hidden states ({why})"
 

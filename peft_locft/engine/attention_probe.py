@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -16,12 +16,18 @@ from .packed_attention import attention_configs, named_attention
 
 NAME = "locft_probe"
 MOST_POSITIONS = 2**17
-# arguments that change no number, or that packed attention handles as the model's own does
-HANDLED = ("dropout", "scaling", "is_causal", "sliding_window", "position_ids", "position_embeddings", "use_cache")
-FLASH_ONLY = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+# arguments that packed attention handles as the model's own does, and those that a model only passes on
+HANDLED = frozenset(
+    "dropout scaling is_causal sliding_window position_ids position_embeddings use_cache cache_position logits_to_keep "
+    "return_dict labels token_type_ids mm_token_type_ids cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k".split()
+)
 
 # (batch index, head index, query positions, key positions) to whether the query sees the key
 MaskFunction = Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class _Unpackable(Exception):
+    """Ends the forward: the reason is known."""
 
 
 class AttentionProbe:
@@ -55,11 +61,13 @@ class AttentionProbe:
     ) -> tuple[torch.Tensor, None]:
         self.num_calls += 1
         self.why_not = self.why_not or self._why_not(module, attention_mask, kwargs)
+        if self.why_not is not None:
+            raise _Unpackable
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
     def _why_not(self, module: Any, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> str | None:
         for name, value in kwargs.items():
-            if name not in HANDLED and name not in FLASH_ONLY and value is not None and value is not False:
+            if name not in HANDLED and value is not None and value is not False:
                 return f"its attention takes {name}"
         if not (kwargs.get("is_causal") or (kwargs.get("is_causal") is None and getattr(module, "is_causal", True))):
             return "its attention is not causal"
@@ -67,11 +75,14 @@ class AttentionProbe:
             return None
         if id(mask) not in self._masks:
             return "it changes its attention mask between the layers"
-        return self._why_other_mask(self._masks[id(mask)][1], kwargs.get("sliding_window"))
+        rule, sliding_window = self._masks[id(mask)][1], kwargs.get("sliding_window")
+        try:
+            return self._why_other_mask(rule, sliding_window, self.num_positions)
+        except IndexError:  # a rule that also looks at the kinds of this sequence's tokens knows no others
+            return self._why_other_mask(rule, sliding_window, mask.shape[-1])
 
-    def _why_other_mask(self, mask_function: MaskFunction, sliding_window: int | None) -> str | None:
-        """Compare a mask's rule with that of packed attention, far beyond the sequence of this forward, too."""
-        most = self.num_positions
+    def _why_other_mask(self, mask_function: MaskFunction, sliding_window: int | None, most: int) -> str | None:
+        """Compare a mask's rule with that of packed attention up to a position, often far beyond this sequence."""
         keys = torch.arange(most)
         for position in {0, min(1, most - 1), min(7, most - 1), most // 3, most - 1}:
             query = torch.tensor(position)
@@ -96,7 +107,7 @@ def why_not_packed(
         num_positions: how long the model's sequences can be.
     """
     probe = AttentionProbe(min(num_positions, MOST_POSITIONS))
-    with _probing(layers, probe):
+    with _probing(layers, probe), suppress(_Unpackable):
         model(**inputs)
     if not probe.num_calls:
         return "it does not use transformers' attention interface"

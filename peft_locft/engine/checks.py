@@ -134,13 +134,17 @@ def _key(model: Any, base: Any, device: torch.device) -> str:
 
 
 def _longest(base: nn.Module) -> int:
-    """Return the number of positions from which on RoPE has other frequencies for all tokens of a batch."""
+    """Return the number of tokens beyond which one sequence changes the RoPE frequencies of its whole batch."""
     found = [WITHOUT_LIMIT]
     for module in base.modules():
-        kinds = getattr(module, "rope_type", None)
-        for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
-            if kind == "longrope" or (isinstance(kind, str) and "dynamic" in kind):
-                found.append(getattr(module, "original_max_seq_len", WITHOUT_LIMIT))
+        if not isinstance(settings := getattr(getattr(module, "config", None), "rope_parameters", None), dict):
+            continue
+        # one RoPE for all layers, or one for each kind of layer
+        for rope in [settings, *(value for value in settings.values() if isinstance(value, dict))]:
+            kind = str(rope.get("rope_type"))
+            if kind == "longrope" or "dynamic" in kind:
+                length = rope.get("original_max_position_embeddings") or max_length(base)
+                found.append(length or WITHOUT_LIMIT)
     return min(found)
 
 
@@ -208,9 +212,11 @@ def trial_logits(model: nn.Module, plan: ForwardPlan, trial: Trial) -> list[torc
 def find_narrow(model: nn.Module, plan: ForwardPlan, checks: ModelChecks) -> ForwardPlan:
     """Return a packed plan with the modules of the last layer that can do with the rows of the scored tokens."""
     trial = checks.trial
+    # two sequences that share nothing
+    indices = torch.tensor([len(trial.rows) - 2, len(trial.rows) - 1])
     on_trial = replace(plan, tree=trial.tree, states=None)
-    pack = trial.tree.pack(torch.arange(len(trial.rows)))
-    last = pack.slots[:, -1].unique().to(plan.device)
+    pack = trial.tree.pack(indices)
+    last = pack.slots[:, -1].to(plan.device)
     inputs = on_trial.inputs(pack)
     found: list[nn.Module] = []
 
@@ -220,10 +226,10 @@ def find_narrow(model: nn.Module, plan: ForwardPlan, checks: ModelChecks) -> For
     def find() -> str | None:
         with on_trial.applied(pack):
             found.extend(find_narrowable(plan.tail.layers[-1], logits, last, trial.bound))
-            expected = logits()
         with replace(on_trial, narrow=tuple(found)).applied(pack, last):
-            error = float((logits() - expected).abs().max())
-        return None if error <= trial.bound * float(expected.abs().max()) else "its logits change"
+            narrowed = logits().float()
+        own = [trial.expected[index][-1:] for index in indices.tolist()]
+        return trial.why_other(list(narrowed.split(1)), own)
 
     why = checks.why_not("narrowing its last layer", model, find)
     return replace(plan, narrow=tuple(found) if why is None else ())

@@ -157,6 +157,10 @@ class Answering:
         ]
         return self._by_batches(questions, batches, progress, self._generate)
 
+    def alone(self, questions: Sequence[Question], progress: tqdm[Any]) -> list[Answer]:
+        """Continue one prompt at a time, with `model.generate`."""
+        return self._by_batches(questions, [[number] for number in range(len(questions))], progress, self._generate)
+
     def whole(self, questions: Sequence[Question], progress: tqdm[Any]) -> list[Answer]:
         """Run the whole model on every sequence alone, for every token: slow, but the model's own numbers."""
         return self._by_batches(questions, [[number] for number in range(len(questions))], progress, self._run_whole)
@@ -257,6 +261,7 @@ WAYS: dict[str, Way] = {
     "packed": Answering.packed,
     "left-padded": Answering.left_padded,
     "unpadded": Answering.unpadded,
+    "alone": Answering.alone,
     "whole": Answering.whole,
 }
 MOST_TRIAL_TOKENS = 32  # so that some prompts of the trial are read while others are continued

@@ -98,8 +98,9 @@ def measure_text(
 def _logits(model: Any, window: torch.Tensor) -> torch.Tensor:
     """Return the logits of every next token, (window - 1, V), in the model's dtype."""
     with evaluating(model):
-        device = model.get_input_embeddings().weight.device
-        logits: torch.Tensor = model(input_ids=window[None].to(device), use_cache=False).logits[0, :-1]
+        input_ids = window[None].to(model.get_input_embeddings().weight.device)
+        outputs = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)
+        logits: torch.Tensor = outputs.logits[0, :-1]
     return finite_logits(logits, "the text")
 
 
