@@ -32,6 +32,8 @@ FAMILIES = {
     "diffllama": "attention called twice in a layer",
     "gemma3n_text": "inputs of every layer",
     "deepseek_v32": "sparse attention by an indexer",
+    "glm_moe_dsa": "an indexer shared by layers",
+    "deepseek_v4": "attention to compressed keys",
     "rwkv": "left padding is not neutral",
     "qwen2_5_vl": "images beside text",
 }
