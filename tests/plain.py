@@ -69,9 +69,8 @@ def sees_ahead(model: nn.Module) -> Literal["no", "in part", "yes"]:
 
 
 def _loss(model: nn.Module, row: Any) -> torch.Tensor:
-    # without the last token, as it scores nothing: a model that sees ahead in part would see it
-    logits = _forward(model, row.input_ids[:-1].tolist())
-    return F.cross_entropy(logits[row.target_start - 1 :], row.input_ids[row.target_start :])
+    logits = _forward(model, row.input_ids.tolist())
+    return F.cross_entropy(logits[row.target_start - 1 : -1], row.input_ids[row.target_start :])
 
 
 @torch.no_grad()

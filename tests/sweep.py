@@ -298,7 +298,7 @@ def _answers_to(name: str, model: nn.Module, prompts: Sequence[str], row: Row) -
     ]
     answers = generate_and_score(model, tokenizer, questions, progress=False)
     longest = max(map(len, encoded_prompts)) + NEW_TOKENS
-    row.decoder = find_way(model, checks_of(model, torch.device("cpu")), StopCounter(tokenizer), longest)
+    row.decoder = find_way(model, checks_of(model, torch.device("cpu"), longest), StopCounter(tokenizer), longest)
     different, deviation = 0, 0.0
     for prompt, question, answer in zip(encoded_prompts, questions, answers, strict=True):
         expected, margin = plain_answer(model, prompt, NEW_TOKENS)

@@ -84,14 +84,14 @@ def model_of(name: str, dtype: torch.dtype = torch.float32) -> Any:
 
 def layout_of(model: Any, longest: int = 10) -> str:
     """Return how training lays out edits of at most `longest` tokens."""
-    checks = checks_of(model, CPU)
+    checks = checks_of(model, CPU, longest)
     plan = ForwardPlan(Tail(find_decoder_layers(model)[1], 0), checks.trial.tree, CPU)
     return find_layout(model, plan, checks, ("packed", "padded", "masked"), longest).layout
 
 
 def way_of(model: Any, longest: int = 10) -> str:
     """Return how the model answers."""
-    return find_way(model, checks_of(model, CPU), StopCounter(TOKENIZER), longest)
+    return find_way(model, checks_of(model, CPU, longest), StopCounter(TOKENIZER), longest)
 
 
 @torch.no_grad()
@@ -165,7 +165,7 @@ def test_answers_are_the_models_own(name: str, num: int) -> None:
 def test_an_encoder_is_refused(tmp_path: Path) -> None:
     config = BertConfig(**WITHOUT_GROUPS)
     model = AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(ValueError, match=r"BertLMHeadModel is not causal: a later token changes the logits"):
+    with pytest.raises(ValueError, match=r"BertLMHeadModel is not causal: later tokens change the logits"):
         evaluate_edits(model, TOKENIZER, EDITS[:2], EvaluationConfig(max_new_tokens=2), progress=False)
     edited = get_peft_model(model, LocFTConfig(target_modules=["intermediate.dense"], layers_to_transform=[1]))
     with pytest.raises(ValueError, match="BertLMHeadModel is not causal"):
@@ -258,7 +258,7 @@ def test_where_padding_is_wrong_edits_run_alone(layouts: tuple[Any, ...], tmp_pa
         return output + output.sum(dim=0, keepdim=True) if len(output) > 1 else output
 
     model.model.layers[1].mlp.register_forward_hook(mix_rows)
-    checks = checks_of(model, CPU)
+    checks = checks_of(model, CPU, 10)
     plan = ForwardPlan(Tail(model.model.layers, 0), checks.trial.tree, CPU)
     assert find_layout(model, plan, checks, layouts, longest=10).layout == "single"
     edited = get_peft_model(model, LocFTConfig(task_type="CAUSAL_LM"))

@@ -86,7 +86,7 @@ every_way = pytest.mark.parametrize("way", list(decoding.WAYS))
 def way_of(model: Any) -> str:
     """Return the way in which a model answers short questions."""
     device = torch.device("cpu")
-    return decoding.find_way(model, checks_of(model, device), StopCounter(Words()), longest=10)
+    return decoding.find_way(model, checks_of(model, device, 10), StopCounter(Words()), longest=10)
 
 
 @every_family

@@ -13,46 +13,51 @@ from torch import nn
 
 from peft_locft import LocFTConfig
 from peft_locft.engine.full_precision import in_float32
-from peft_locft.engine.trial import Trial, deviation, made_up_rows, make_trial
+from peft_locft.engine.trial import Trial, deviation, made_up_rows, make_trial, trial_length
 
 CPU = torch.device("cpu")
 
 
-def trial_of(model: Any) -> Trial:
-    return make_trial(model, CPU, made_up_rows(model))
+def trial_of(model: Any, length: int = 16) -> Trial:
+    return make_trial(model, CPU, made_up_rows(model, length))
 
 
 def test_the_sequences_differ_in_length_and_beginning() -> None:
-    rows = made_up_rows(build("llama"))
-    assert len({len(row) for row in rows}) == 3
+    rows = made_up_rows(build("llama"), 16)
+    assert [len(row) for row in rows] == [16, 13, 10, 4]
     long, sibling, cut, short = rows
-    assert long[: len(cut)] == cut and long != sibling and long[:4] == sibling[:4]
+    assert long[: len(cut)] == cut and long[:8] == sibling[:8] and long[8] != sibling[8]
     assert long[0] != short[0] and long[1 : len(short)] == short[1:]
 
 
 def test_special_tokens_are_left_out() -> None:
     model = build("llama", bos_token_id=7, eos_token_id=[8, 9], pad_token_id=10)
-    assert not {7, 8, 9, 10} & {token for row in made_up_rows(model) for token in row}
+    assert not {7, 8, 9, 10} & {token for row in made_up_rows(model, 16) for token in row}
 
 
 @pytest.mark.parametrize("num_positions", [1, 2, 5])
 def test_short_models_have_short_sequences(num_positions: int) -> None:
-    rows = made_up_rows(build("gpt2", n_positions=num_positions))
+    rows = made_up_rows(build("gpt2", n_positions=num_positions), 16)
     assert max(map(len, rows)) == num_positions and min(map(len, rows)) >= 1
     assert trial_of(build("gpt2", n_positions=num_positions)).is_finite
 
 
 def test_the_trial_needs_no_more_than_the_smallest_vocabulary() -> None:
-    assert {token for row in made_up_rows(build("llama", vocab_size=4)) for token in row} <= {0, 1, 2, 3}
+    assert {token for row in made_up_rows(build("llama", vocab_size=4), 16) for token in row} <= {0, 1, 2, 3}
 
 
 @every_family
 @every_dtype
 def test_a_causal_model_does_not_see_ahead(family: str, dtype: torch.dtype) -> None:
     trial = trial_of(build(family, dtype))
-    assert trial.is_float32 and not trial.sees_ahead
-    assert trial.bound <= 1e-4 < trial.influence
+    assert trial.is_float32 and trial.is_consistent and not trial.sees_ahead
+    assert trial.bound <= 1e-4
     assert trial.why_not(trial.expected) is None
+
+
+@pytest.mark.parametrize(("longest", "length"), [(1, 16), (16, 16), (17, 32), (100, 128), (10**5, 256)])
+def test_the_sequences_are_about_as_long_as_the_edits(longest: int, length: int) -> None:
+    assert trial_length(longest) == length
 
 
 def test_a_fault_at_one_position_is_found() -> None:
@@ -131,5 +136,5 @@ def test_a_model_that_insists_on_its_dtype_is_compared_in_it(monkeypatch: pytest
 
     model.model.layers[1].mlp.register_forward_pre_hook(insist)
     trial: Trial = trial_of(model)
-    assert not trial.is_float32 and not trial.sees_ahead
+    assert not trial.is_float32 and trial.is_consistent and not trial.sees_ahead
     assert 3e-2 <= trial.bound < 0.1

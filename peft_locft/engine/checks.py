@@ -22,7 +22,7 @@ from .model_state import max_length
 from .narrowing import find_narrowable
 from .offload import whole_layer
 from .tail import logits_at
-from .trial import Trial, deviation, logits_of, made_up_rows, make_trial
+from .trial import Trial, deviation, logits_of, made_up_rows, make_trial, thinned, trial_length
 
 logger = logging.getLogger(__name__)
 
@@ -90,12 +90,13 @@ class ModelChecks:
 _known: WeakKeyDictionary[nn.Module, dict[str, ModelChecks]] = WeakKeyDictionary()
 
 
-def checks_of(model: nn.Module, device: torch.device, *, is_sharded: bool = False) -> ModelChecks:
+def checks_of(model: nn.Module, device: torch.device, longest: int, *, is_sharded: bool = False) -> ModelChecks:
     """Return what is known of a model in its present configuration; the first time, run it on made-up sequences.
 
     Args:
         model: a decoder-only language model, with or without adapters.
         device: where forwards run.
+        longest: the number of tokens of the longest sequence; the made-up ones are about as long.
         is_sharded: its weights are sharded between processes.
 
     Raises:
@@ -103,17 +104,18 @@ def checks_of(model: nn.Module, device: torch.device, *, is_sharded: bool = Fals
     """
     base = _base_of(model)
     known = _known.setdefault(base, {})
-    key = _key(model, base, device)
+    length = trial_length(longest)
+    key = f"{length} {_key(model, base, device)}"
     if key not in known:
-        trial = make_trial(model, device, rows=made_up_rows(model), is_sharded=is_sharded)
+        trial = make_trial(model, device, made_up_rows(model, length), is_sharded=is_sharded)
         checks = ModelChecks(trial, device, _longest(base), is_sharded=is_sharded)
         if not trial.is_finite:  # nothing can be compared, and the next model with these modules may be finite
             return checks
         if trial.sees_ahead:
             raise ValueError(
-                f"{type(base).__name__} is not causal: a later token changes the logits of earlier ones (by "
-                f"{trial.ahead:.1g} of their spread), so it would see the target that it is trained on. Expected a "
-                "decoder-only language model. Load another model, or make this one causal in its configuration."
+                f"{type(base).__name__} is not causal: later tokens change the logits of earlier ones, so it would "
+                "see the target that it is trained on. Expected a decoder-only language model. Load another model, or "
+                "make this one causal in its configuration."
             )
         known[key] = checks
         return checks
@@ -186,6 +188,9 @@ def find_layout(
     if longest > checks.longest:
         logger.info("Edits run one at a time: beyond %d tokens, RoPE depends on the longest edit.", checks.longest)
         return replace(plan, layout="single")
+    if not checks.trial.is_consistent:
+        logger.info("Edits run one at a time: the number of later tokens changes the logits of earlier ones.")
+        return replace(plan, layout="single")
     for layout in layouts:
         if layout == "single" or why_not_laid_out(model, replace(plan, layout=layout), checks) is None:
             return replace(plan, layout=layout)
@@ -208,7 +213,7 @@ def why_not_laid_out(model: nn.Module, plan: ForwardPlan, checks: ModelChecks) -
 
 
 def trial_logits(model: nn.Module, plan: ForwardPlan, trial: Trial) -> list[torch.Tensor]:
-    """Return the logits, (T, V), of each made-up sequence, computed as a plan says.
+    """Return the logits, (T, thinned V), of each made-up sequence, computed as a plan says.
 
     Args:
         model: the model, set up by `Trial.running`.
@@ -224,7 +229,7 @@ def trial_logits(model: nn.Module, plan: ForwardPlan, trial: Trial) -> list[torc
         columns = torch.cat([torch.arange(length) for length in pack.lengths.tolist()])
         with torch.no_grad(), plan.applied(pack):
             where = plan.output_places(pack, rows.to(plan.device), columns.to(plan.device))
-            logits = logits_at(model, *where, plan.inputs(pack)).logits.float()
+            logits = thinned(logits_at(model, *where, plan.inputs(pack)).logits)
         found += list(logits.split(pack.lengths.tolist()))
     return found
 
@@ -247,7 +252,7 @@ def find_narrow(model: nn.Module, plan: ForwardPlan, checks: ModelChecks) -> For
         with on_trial.applied(pack):
             found.extend(find_narrowable(plan.tail.layers[-1], logits, last, checks.trial.bound))
         with replace(on_trial, narrow=tuple(found)).applied(pack, last):
-            narrowed = logits().float()
+            narrowed = thinned(logits())
         own = [checks.trial.expected[index][-1:] for index in indices.tolist()]
         return checks.trial.why_other(list(narrowed.split(1)), own)
 

@@ -22,6 +22,7 @@ from .packed_decoding import PackedDecoder, num_tokens
 from .padding import batches_by_length, pad_right
 from .questions import Answer, Choice, Continuation, Question, Score, StopCounter, greedy
 from .tail import Tail, logits_at
+from .trial import thinned
 
 MOST_TOKENS_ON_CPU = 512
 MOST_LOGITS = 2**29  # of one forward: 2 GiB in float32
@@ -69,9 +70,10 @@ def generate_and_score(
     max_tokens = max_tokens or max(1, min(most, MOST_LOGITS // embedding.shape[0]))
     ends = StopCounter(tokenizer, label=label, model=model)
 
-    checks = checks_of(model, embedding.device)
-    way = find_way(model, checks, ends, max(map(_length, distinct)))
-    pads = way != "packed" and max(map(_length, distinct)) <= checks.longest and _can_pad(model, checks)
+    longest = max(map(_length, distinct))
+    checks = checks_of(model, embedding.device, longest)
+    way = find_way(model, checks, ends, longest)
+    pads = way not in ("packed", "whole") and _can_pad(model, checks)
 
     def answer_all(max_tokens: int) -> list[Answer]:
         hidden = not progress or len(distinct) < FEWEST_WITH_PROGRESS
@@ -264,7 +266,7 @@ WAYS: dict[str, Way] = {
     "alone": Answering.alone,
     "whole": Answering.whole,
 }
-MOST_TRIAL_TOKENS = 32  # so that some prompts of the trial are read while others are continued
+STEPS = (4, 4, 3, 3)  # tokens that continue each sequence of a trial
 
 
 def find_way(model: nn.Module, checks: ModelChecks, ends: StopCounter, longest: int) -> str:
@@ -276,7 +278,7 @@ def find_way(model: nn.Module, checks: ModelChecks, ends: StopCounter, longest: 
         ends: finds where answers end.
         longest: the largest number of tokens in a prompt and its answer.
     """
-    if longest > checks.longest:
+    if longest > checks.longest or not checks.trial.is_consistent:
         return "whole"
     for name in WAYS:
         if name == "whole" or checks.once(("answers", name), partial(_why_not, name, model, checks, ends)) is None:
@@ -289,25 +291,27 @@ def _why_not(name: str, model: nn.Module, checks: ModelChecks, ends: StopCounter
     if name == "packed" and not _can_pack(model, checks):
         return "prompts cannot be packed"
     trial, device = checks.trial, checks.device
-    # the first two prompts have the same length, and share a beginning
-    starts = [max(1, len(row) - number) for row, number in zip(trial.rows, (4, 4, 3, 3), strict=True)]
+    # two prompts have the same length, and share a beginning
+    ends_at = [len(trial.rows[1]), *map(len, trial.rows[1:])]
+    steps = [min(number, max(1, end - 1)) for number, end in zip(STEPS, ends_at, strict=True)]
+    starts = [max(1, end - number) for number, end in zip(steps, ends_at, strict=True)]
     questions = [
-        Question(row[:start], num_stops=0, max_new_tokens=max(1, len(row) - start), sample=number)
-        for number, (row, start) in enumerate(zip(trial.rows, starts, strict=True))
+        Question(row[:start], num_stops=0, max_new_tokens=num, sample=number)
+        for number, (row, start, num) in enumerate(zip(trial.rows, starts, steps, strict=True))
     ]
     found: dict[tuple[int, int], torch.Tensor] = {}
 
     def follow(logits: torch.Tensor, places: Sequence[tuple[int, int]]) -> torch.Tensor:
         """Choose the sequences' own tokens, and note the logits."""
-        found.update(zip(places, logits, strict=True))
+        found.update(zip(places, thinned(logits), strict=True))
         rows = [(trial.rows[number], starts[number] + step) for number, step in places]
         return torch.tensor([row[min(place, len(row) - 1)] for row, place in rows], device=logits.device)
 
     def find() -> str | None:
-        answering = Answering(model, device, MOST_TRIAL_TOKENS, ends, follow)
+        # two prompts in a batch; packed, they are continued while the others are read
+        answering = Answering(model, device, 2 * len(trial.rows[1]), ends, follow)
         with tqdm(disable=True) as hidden:
             WAYS[name](answering, questions, hidden)
-        steps = [question.max_new_tokens for question in questions]
         expected = zip(checks.trial.expected, starts, steps, strict=True)
         own = [logits[start - 1 :][:num] for logits, start, num in expected]
         new = [torch.stack([found[number, step] for step in range(num)]) for number, num in enumerate(steps)]

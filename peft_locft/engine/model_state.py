@@ -44,7 +44,8 @@ def max_length(model: nn.Module) -> int | None:
     """Return the number of positions of a model; `None` if its configuration has none."""
     config: Any = getattr(model, "config", None)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text_config, "max_position_embeddings", None)
+    length = getattr(text_config, "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None  # XLNet says -1
 
 
 def check_vocabulary(model: Any, input_ids: torch.Tensor) -> None:

@@ -120,8 +120,10 @@ def logits_at(model: nn.Module, rows: torch.Tensor, columns: torch.Tensor, input
     head = unwrapped.get_output_embeddings()
     selected = False
 
-    def select(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def select(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         nonlocal selected
+        if args[0].shape[:-1] != inputs["input_ids"].shape:  # a head over several streams
+            return None
         selected = True
         device = args[0].device
         return (args[0][rows.to(device), columns.to(device)].unsqueeze(0), *args[1:])

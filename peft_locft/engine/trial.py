@@ -17,10 +17,10 @@ from .full_precision import in_float32
 from .model_state import evaluating, max_length
 from .prefix_tree import PrefixTree
 
-LENGTH = 14  # tokens of the longest sequence
-SHARED = 8  # tokens with which two sequences begin
-CUT = 9
-SHORT = 4
+SHORTEST, LONGEST = 16, 256  # tokens of the longest sequence
+# parts of its length: the shared beginning of the second sequence, its whole, a cut of the first, and a short one
+SHARED, SIBLING, CUT, SHORT = 0.55, 0.85, 0.65, 0.3
+MOST_LOGITS = 1024  # of a position; each depends on all of the last state
 # relative deviations that rounding may explain, at least and at most, in float32 and in half precision
 FLOOR = {True: 1e-5, False: 3e-2}
 CEILING = {True: 1e-3, False: 1e-1}
@@ -34,11 +34,11 @@ class Trial:
 
     Args:
         rows: token ids of each sequence.
-        expected: for each, its logits, (T, V), from a forward on this sequence alone, without padding.
+        expected: for each, its logits, (T, thinned V), from a forward on this sequence alone, without padding.
         bound: the largest deviation, as `deviation` measures it, that rounding explains.
         is_float32: compare in float32. `False`: this model runs in its own dtype only.
-        ahead: by how much a later token changes earlier logits.
-        influence: by how much an earlier token changes later logits.
+        is_consistent: what follows a token, and how much, does not change its logits.
+        sees_ahead: the values of later tokens enter the logits of earlier ones.
         num_outputs: the length of the tuples that decoder layers return; 0: they return the states alone.
     """
 
@@ -46,8 +46,8 @@ class Trial:
     expected: Sequence[torch.Tensor]
     bound: float
     is_float32: bool
-    ahead: float
-    influence: float
+    is_consistent: bool
+    sees_ahead: bool
     num_outputs: int = 0
 
     @cached_property
@@ -62,16 +62,12 @@ class Trial:
     def is_finite(self) -> bool:
         return all(bool(logits.isfinite().all()) for logits in self.expected)
 
-    @property
-    def sees_ahead(self) -> bool:
-        return self.ahead > max(FLOOR[self.is_float32], SHARE_OF_INFLUENCE * self.influence)
-
     def why_not(self, found: Sequence[torch.Tensor]) -> str | None:
-        """Return by how much logits, (T, V) for each sequence, are not the model's own; `None`: by rounding alone."""
+        """Return by how much logits, (T, thinned V) for each sequence, are not the model's own; `None`: they are."""
         return self.why_other(found, self.expected)
 
     def why_other(self, found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> str | None:
-        """Return by how much logits differ from others, (T, V) each; `None`: by rounding alone."""
+        """Return by how much logits differ from others, (T, thinned V) each; `None`: by rounding alone."""
         largest = max(deviation(*pair) for pair in zip(found, expected, strict=True))
         if largest <= self.bound:
             return None
@@ -86,6 +82,47 @@ class Trial:
                 return
             with in_float32(model, device):
                 yield
+
+
+def trial_length(longest: int) -> int:
+    """Return the length of the longest made-up sequence for sequences of at most `longest` tokens.
+
+    Some models change what they do at a length: a window, a chunk, the number of tokens that they choose among.
+    """
+    return min(max(SHORTEST, 1 << (longest - 1).bit_length()), LONGEST)
+
+
+def made_up_rows(model: nn.Module, length: int) -> list[tuple[int, ...]]:
+    """Return four sequences: a long one, one with the same beginning, a cut of the long one, and a short one.
+
+    The short one has the long one's tokens, but for the first.
+
+    Args:
+        model: gives vocabulary, special tokens and number of positions.
+        length: number of tokens of the longest; fewer if the model has fewer positions.
+    """
+    most = min(length, max_length(model) or length)
+    shared, sibling, cut, short = (max(1, int(part * most)) for part in (SHARED, SIBLING, CUT, SHORT))
+    vocabulary_size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    special = _special_tokens(model)
+    # tokens for images and audio are often at the end of a vocabulary
+    usual = [token for token in range(max(2, vocabulary_size // 2)) if token not in special] or [0]
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(usual), (2, most), generator=generator).tolist()
+    long, other = ([usual[number] for number in row] for row in drawn)
+    first = next((token for token in usual if token != long[0]), long[0])
+    rows = (long, long[:shared] + other[shared:sibling], long[:cut], [first, *long[1:short]])
+    return [tuple(row) for row in rows]
+
+
+def _special_tokens(model: Any) -> set[int]:
+    config: Any = getattr(model, "config", None)
+    found: set[int] = set()
+    for settings in (config, config.get_text_config()) if hasattr(config, "get_text_config") else ():
+        for name, value in vars(settings).items():
+            if name.endswith(("_token_id", "_token_ids", "_token_index")):
+                found.update(each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int))
+    return found
 
 
 def make_trial(
@@ -118,35 +155,6 @@ def make_trial(
         ) from error
 
 
-def made_up_rows(model: nn.Module) -> list[tuple[int, ...]]:
-    """Return four sequences: a long one, one with the same beginning, a cut of the long one, and a short one.
-
-    The short one has the long one's tokens, but for the first.
-    """
-    most = min(LENGTH, max_length(model) or LENGTH)
-    shared, cut, short = (max(1, most * length // LENGTH) for length in (SHARED, CUT, SHORT))
-    vocabulary_size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    special = _special_tokens(model)
-    # tokens for images and audio are often at the end of a vocabulary
-    usual = [token for token in range(max(2, vocabulary_size // 2)) if token not in special] or [0]
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(len(usual), (2, most), generator=generator).tolist()
-    long, other = ([usual[number] for number in row] for row in drawn)
-    first = next((token for token in usual if token != long[0]), long[0])
-    rows = (long, long[:shared] + other[shared:], long[:cut], [first, *long[1:short]])
-    return [tuple(row) for row in rows]
-
-
-def _special_tokens(model: Any) -> set[int]:
-    config: Any = getattr(model, "config", None)
-    found: set[int] = set()
-    for settings in (config, config.get_text_config()) if hasattr(config, "get_text_config") else ():
-        for name, value in vars(settings).items():
-            if name.endswith(("_token_id", "_token_ids", "_token_index")):
-                found.update(each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int))
-    return found
-
-
 def _trial(model: nn.Module, rows: Sequence[tuple[int, ...]], device: torch.device, *, is_float32: bool) -> Trial:
     """Run the model on every row, and measure what rounding changes and what tokens do to each other."""
     num_outputs: list[int] = []
@@ -163,13 +171,38 @@ def _trial(model: nn.Module, rows: Sequence[tuple[int, ...]], device: torch.devi
             handle.remove()
     long, sibling, cut, short = expected
     shared = _common(rows[0], rows[1])
-    ahead = deviation(sibling[:shared], long[:shared])
     # another number of tokens is another way to compute the same
-    rounding = deviation(cut, long[: len(cut)])
+    rounding = max(deviation(sibling[:shared], long[:shared]), deviation(cut, long[: len(cut)]))
     influence = deviation(short[1:], long[1 : len(short)]) if len(short) > 1 else 0.0
     floor, ceiling = FLOOR[is_float32], CEILING[is_float32]
     bound = max(floor, min(10 * rounding, ceiling), min(SHARE_OF_INFLUENCE * influence, 10 * floor, ceiling))
-    return Trial(rows, expected, bound, is_float32, ahead, influence, next(iter(num_outputs), 0))
+    is_consistent = rounding <= max(floor, min(SHARE_OF_INFLUENCE * influence, ceiling))
+    places = () if is_consistent else (shared, len(cut))
+    sees_ahead = any(_sees_beyond(model, rows[0], place, device) for place in places)
+    return Trial(rows, expected, bound, is_float32, is_consistent, sees_ahead, next(iter(num_outputs), 0))
+
+
+def _sees_beyond(model: Any, row: Sequence[int], place: int, device: torch.device) -> bool:
+    """Whether the embeddings of the tokens from `place` on have a gradient from the logits before it.
+
+    A model that chooses which tokens to attend to, and leaves the later ones out afterwards, does not see them.
+    """
+    zeros: list[torch.Tensor] = []
+
+    def add(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        zeros.append(torch.zeros_like(output, requires_grad=True))
+        return output + zeros[-1]
+
+    handle = model.get_input_embeddings().register_forward_hook(add)
+    try:
+        with torch.enable_grad():
+            logits = logits_of(model, row, device)[:place]
+            weights = torch.rand(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
+            (gradient,) = torch.autograd.grad((logits * weights).sum(), zeros)
+    finally:
+        handle.remove()
+    sizes = gradient.reshape(len(row), -1).norm(dim=-1)
+    return float(sizes[place:].max()) > 1e-6 * float(sizes[:place].max())
 
 
 def _first_layer(model: nn.Module) -> nn.Module | None:
@@ -180,16 +213,20 @@ def _first_layer(model: nn.Module) -> nn.Module | None:
 
 
 def logits_of(model: nn.Module, row: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Return the model's own logits on one sequence, (T, V) in float32: alone, unpadded, without a KV cache."""
+    """Return the model's own logits on one sequence, (T, thinned V): alone, unpadded, without a KV cache."""
     input_ids = torch.tensor([row], device=device)
     outputs = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)
-    logits: torch.Tensor = outputs.logits[0].float()
-    return logits
+    return thinned(outputs.logits[0])
+
+
+def thinned(logits: torch.Tensor) -> torch.Tensor:
+    """Return logits, (…, V), at some thousand tokens of the vocabulary at most, in float32."""
+    return logits[..., :: max(1, logits.shape[-1] // MOST_LOGITS)].float()
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    pairs = zip(one, other, strict=True)
-    return next((place for place, (first, second) in enumerate(pairs) if first != second), len(one))
+    pairs = zip(one, other, strict=False)
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def deviation(found: torch.Tensor, expected: torch.Tensor) -> float:

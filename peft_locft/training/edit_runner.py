@@ -98,7 +98,8 @@ class EditRunner:
         unwrapped = accelerator.unwrap_model(model)
         # a wrapper that shards weights must see every forward; one that averages gradients only those of training
         model = model if is_sharded else unwrapped
-        checks = self.halving(lambda: checks_of(model, self.device, is_sharded=is_sharded))
+        longest = int(self.edits.lengths.max())
+        checks = self.halving(lambda: checks_of(model, self.device, longest, is_sharded=is_sharded))
         try:
             tail = find_tail(unwrapped)
         except CacheUnusableError as reason:
@@ -186,7 +187,8 @@ class EditRunner:
         labels = labels_for(self.objective, batch["input_ids"], batch["attention_mask"], batch["target_start"])
         scored = scored_positions(labels, self.objective)
         where = (scored.rows, scored.sources)
-        if self.plan is None:
+        if self.plan is None or (self.plan.layout == "single" and self.plan.states is None):
+            # whole rows: of a model that may choose among later tokens, the last one counts, too
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask")} | {"use_cache": False}
             ready: AbstractContextManager[None] = nullcontext()
         else:
