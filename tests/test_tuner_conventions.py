@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from tiny_models import assert_same_tensors, base_state, build, every_family, locations, logits, randomize, same_bits
+from torch import nn
 
 from peft_locft import LocFTConfig
 
@@ -293,3 +294,31 @@ def test_a_merge_that_only_together_overflows_names_all() -> None:
         delta.data[0, 0] = 5e4
     with pytest.raises(ValueError, match="The adapter a, b seems to be broken: it would put NaN or infinite values"):
         model.merge_adapter(safe_merge=True, adapter_names=["a", "b"])
+
+
+# ---------------------------------------------------------------- a weight that another module reads
+
+
+def test_disabling_unmerges_a_weight_that_another_module_reads() -> None:
+    """torch's attention reads the weight of `out_proj` and never calls it."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2)).eval()
+
+    def answer(model: Any) -> torch.Tensor:
+        linear, attention = model.base_model.model
+        with torch.no_grad():
+            x = linear(torch.ones(3, 8))
+            return attention(x, x, x)[0]
+
+    config = LocFTConfig(target_modules=["out_proj"], init_weights=False, train_bias=True)
+    model = get_peft_model(base, config)
+    edited = answer(model)
+    with model.disable_adapter():
+        plain = answer(model)
+    assert not same_bits(edited, plain)
+    model.merge_adapter()
+    assert same_bits(answer(model), edited)
+    with model.disable_adapter():
+        assert same_bits(answer(model), plain)
+    assert same_bits(answer(model), edited)
+    assert model.get_model_status().merged_adapters == []

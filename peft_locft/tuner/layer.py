@@ -255,6 +255,8 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
         return self._effective("bias")
 
     def _effective(self, name: str) -> torch.Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()  # as the forward does, which such a module never calls
         if name in self._composed:
             return self._composed[name]
         active = [] if self.merged or self.disable_adapters else self._present(self.active_adapters)
