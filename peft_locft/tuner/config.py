@@ -103,10 +103,7 @@ class LocFTConfig(PeftConfig):
     )
     delta_dtype: str | None = field(
         default=None,
-        metadata={
-            "help": "Dtype of the delta: float32, bfloat16 or float16. Default: float32, or the base's dtype with "
-            "autocast_adapter_dtype=False."
-        },
+        metadata={"help": "Dtype of the delta: float32 (the default), bfloat16 or float16."},
     )
     scale: float = field(default=1.0, metadata={"help": "Strength of the delta; 0 = the base model."})
     init_weights: bool = field(
