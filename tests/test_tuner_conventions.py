@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny_models import assert_same_tensors, base_state, build, every_family, locations, logits, randomize, same_bits
 from torch import nn
 
@@ -176,6 +177,20 @@ def test_token_rows_are_merged_and_unmerged_with_the_deltas() -> None:
         assert same_bits(logits(merged), answers[name])
     model.merge_adapter()
     assert same_bits(logits(model.unload()), logits(build("llama")))
+
+
+def test_what_is_active_in_the_layers_is_merged() -> None:
+    """PEFT's own tests activate several adapters layer by layer, without the model's set_adapter."""
+    model = get_peft_model(build("llama"), LocFTConfig(), adapter_name="x")
+    model.add_adapter("y", LocFTConfig())
+    for seed, name in enumerate("xy"):
+        randomize(model, name, seed=seed)
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.set_adapter(["x", "y"])
+    together = logits(model)
+    model.merge_adapter()
+    assert same_bits(logits(model), together)
 
 
 @was_merged

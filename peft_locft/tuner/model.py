@@ -120,10 +120,10 @@ class LocFTModel(BaseTuner):
                 warnings.filterwarnings("ignore", message="All adapters are already merged")
             self._check_merge_allowed()
             for layer in self._tuner_layers():
-                own: Any = names
-                if not isinstance(layer, LocFTLayer):
+                own = adapter_names  # None: those that are active in the layer
+                if adapter_names is not None and not isinstance(layer, LocFTLayer):
                     # PEFT's layer for trainable_token_indices fails for an adapter that it does not have
-                    own = [name for name in names if name in layer._all_available_adapter_names()]
+                    own = [name for name in adapter_names if name in layer._all_available_adapter_names()]
                 with onload_layer(layer):
                     layer.merge(adapter_names=own, safe_merge=safe_merge)
 
