@@ -316,7 +316,7 @@ HOSTILE: dict[str, tuple[Spoil, str]] = {
         changed_json(CONFIG, base_model_name_or_path=7), "base_model_name_or_path is 7; expected a name or null"
     ),
     "unknown delta dtype": (
-        changed_json(CONFIG, delta_dtype="int4"), "delta_dtype is 'int4'; expected float32, bfloat16 or float16. Dow"
+        changed_json(CONFIG, delta_dtype="int4"), "delta_dtype is 'int4'; expected float32, bfloat16, float16 or null"
     ),
     "unknown task": (changed_json(CONFIG, task_type="EVIL"), "task_type is 'EVIL'; expected null or one of SEQ_CLS, "),
     # the provenance

@@ -24,12 +24,12 @@ DOWN = "model.layers.1.mlp.down_proj"
 def test_the_defaults_leave_the_location_open() -> None:
     config = LocFTConfig()
     assert (config.target_modules, config.target_parameters, config.layers_to_transform) == (None, None, None)
-    assert (config.scale, config.delta_dtype, config.init_weights, config.train_bias) == (1.0, "float32", True, False)
+    assert (config.scale, config.delta_dtype, config.init_weights, config.train_bias) == (1.0, None, True, False)
 
 
-def test_a_layer_number_is_a_list_of_one_and_names_are_a_set() -> None:
+def test_a_layer_number_stays_a_number_and_names_are_a_set() -> None:
     config = LocFTConfig(target_modules=["down_proj", "up_proj"], exclude_modules=["x"], layers_to_transform=0)
-    assert config.layers_to_transform == [0]
+    assert config.layers_to_transform == 0
     assert config.target_modules == {"down_proj", "up_proj"}
     assert config.exclude_modules == {"x"}
 
@@ -43,21 +43,24 @@ def test_a_torch_dtype_is_its_name() -> None:
     [
         (
             {"target_modules": ".*down_proj", "layers_to_transform": [1]},
+            r"^`layers_to_transform` cannot be used when `target_modules` is a str\. "
             r"LocFTConfig\.layers_to_transform=\[1\] has no effect with the regular expression .*'\.\*down_proj'",
         ),
         (
             {"target_modules": ".*down_proj", "layers_pattern": "h"},
-            r"LocFTConfig\.layers_pattern='h' has no effect with the regular expression",
+            r"^`layers_pattern` cannot .* is a str\. LocFTConfig\.layers_pattern='h' has no effect with the regular",
         ),
         (
             {"target_modules": ["down_proj"], "layers_pattern": "h"},
+            r"^When `layers_pattern` is specified, `layers_to_transform` must also be specified\. "
             r"LocFTConfig\.layers_pattern='h' has no effect without layers_to_transform\. Add layers_to",
         ),
         ({"target_modules": "entire-layer"}, r"'entire-layer' needs a layer: add layers_to_transform=\[23\]"),
         ({"layers_to_transform": []}, r"layers_to_transform=\[\]: expected one or more layer numbers"),
         ({"layers_to_transform": [-1]}, r"layers_to_transform=\[-1\]: expected .* 0 or above"),
-        ({"layers_to_transform": -1}, r"layers_to_transform=\[-1\]: expected .* 0 or above"),
+        ({"layers_to_transform": -1}, r"layers_to_transform=-1: expected .* 0 or above"),
         ({"layers_to_transform": ["1"]}, r"layers_to_transform=\['1'\]: expected"),
+        ({"layers_to_transform": True}, "layers_to_transform=True: expected"),
         ({"layers_to_transform": [True]}, r"layers_to_transform=\[True\]: expected"),
         ({"layers_to_transform": "1"}, r"layers_to_transform='1': expected"),
         ({"layers_to_transform": [1.0]}, r"layers_to_transform=\[1\.0\]: expected"),

@@ -165,14 +165,16 @@ def test_a_merge_that_fails_at_one_location_is_a_merge_nowhere(family: str, dtyp
     model = three_adapters(family, dtype)
     poison(model, "d")
     before = base_state(model)
-    with pytest.raises(ValueError, match=r"Merging d would put NaN or infinite values into .*Nothing was merged"):
+    # PEFT's own words, then ours
+    broken = r"^NaNs detected in the merged weights\. The adapter d seems to be broken: .*Nothing was merged"
+    with pytest.raises(ValueError, match=broken):
         getattr(model, method)(adapter_names=["d"], safe_merge=True)
     assert_same_tensors(base_state(model), before)
     assert model.get_model_status().merged_adapters == []
     # what was merged before stays merged
     model.merge_adapter(["a"])
     merged = base_state(model)
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(ValueError, match=broken):
         getattr(model, method)(adapter_names=["d"], safe_merge=True)
     assert_same_tensors(base_state(model), merged)
     assert model.get_model_status().merged_adapters == ["a"]

@@ -218,7 +218,7 @@ def test_a_broken_delta_is_not_merged(backend: str, bases: Path) -> None:
     model, layer = edited(quantized(bases, backend))
     original, before = layer.base_layer, bits(layer.base_layer)
     layer.locft_delta["default"].weight.data[0, 0] = float("inf")
-    with pytest.raises(ValueError, match="Merging default would put NaN or infinite values into weight"):
+    with pytest.raises(ValueError, match=r"NaNs detected .* default seems to be broken: it .* into weight\."):
         model.merge_adapter(safe_merge=True)
     assert layer.base_layer is original and not layer.merged
     assert changed(bits(original), before) == set()

@@ -38,7 +38,10 @@ CONFIG_FIELDS: Fields = {
     "auto_mapping": (or_none(dict_of(is_text)), "names of a class and its library, or null"),
     "base_model_name_or_path": (or_none(is_text), "a name or null"),
     "base_sha256": (or_none(dict_of(is_sha256)), "64 hexadecimal digits per tensor, or null"),
-    "delta_dtype": (lambda value: value in ("float32", "bfloat16", "float16"), "float32, bfloat16 or float16"),
+    "delta_dtype": (
+        lambda value: value in (None, "float32", "bfloat16", "float16"),
+        "float32, bfloat16, float16 or null",
+    ),
     "exclude_modules": (TEXTS, "a name, names or null"),
     "inference_mode": (is_flag, "true or false"),
     "init_weights": (is_flag, "true or false"),
@@ -58,7 +61,6 @@ CONFIG_FIELDS: Fields = {
 # defaults of missing fields, as in LocFTConfig
 CONFIG_DEFAULTS: dict[str, Any] = {
     **dict.fromkeys(CONFIG_FIELDS),
-    "delta_dtype": "float32",
     "inference_mode": False,
     "init_weights": True,
     "scale": 1.0,

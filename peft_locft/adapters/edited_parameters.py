@@ -137,7 +137,7 @@ def edited_parameters(
     """
     finder = ParameterFinder(checkpoint)
     by_spans: dict[tuple[str, ...], EditedParameter] = {}
-    combined_dtype = getattr(torch, adapters[0].config.delta_dtype)
+    combined_dtype = getattr(torch, adapters[0].config.delta_dtype or "float32")
     with one_thread():
         for index, adapter in enumerate(adapters):
             strength = adapter.config.scale if scale is None else scale

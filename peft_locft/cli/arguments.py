@@ -98,7 +98,7 @@ class LocationArguments:
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | None = None
     train_bias: bool = False
-    delta_dtype: str = "float32"
+    delta_dtype: str | None = None
     scale: float = 1.0
     init_weights: bool = True
 

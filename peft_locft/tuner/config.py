@@ -47,8 +47,9 @@ class LocFTConfig(PeftConfig):
         train_bias (`bool`, defaults to `False`):
             Also give a delta to the bias of every targeted module. It is switched, saved and detached like the other
             deltas. (PEFT's `bias` trains the base model's own bias, which cannot be detached.)
-        delta_dtype (`str`, defaults to `"float32"`):
-            Dtype in which the delta is trained and saved: `"float32"`, `"bfloat16"` or `"float16"`.
+        delta_dtype (`str`, *optional*):
+            Dtype in which the delta is trained and saved: `"float32"`, `"bfloat16"` or `"float16"`. `None`: float32,
+            or the dtype of the base weight, if it is one of these three and PEFT gets `autocast_adapter_dtype=False`.
         scale (`float`, defaults to `1.0`):
             Strength of the delta: the effective weight is `W + scale * delta`; 0 is the base model.
         init_weights (`bool`, defaults to `True`):
@@ -100,7 +101,10 @@ class LocFTConfig(PeftConfig):
     train_bias: bool = field(
         default=False, metadata={"help": "Also give a delta to the bias of every targeted module."}
     )
-    delta_dtype: str = field(default="float32", metadata={"help": "Dtype of the delta: float32, bfloat16 or float16."})
+    delta_dtype: str | None = field(
+        default=None,
+        metadata={"help": "Dtype of the delta: float32 (the default), bfloat16 or float16."},
+    )
     scale: float = field(default=1.0, metadata={"help": "Strength of the delta; 0 = the base model."})
     init_weights: bool = field(
         default=True, metadata={"help": "Start from a delta of zero; False = random, for tests."}
@@ -112,8 +116,6 @@ class LocFTConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.LOCFT
-        if isinstance(self.layers_to_transform, int):
-            self.layers_to_transform = [self.layers_to_transform]
         if isinstance(self.delta_dtype, torch.dtype):
             self.delta_dtype = str(self.delta_dtype).removeprefix("torch.")
         if isinstance(self.target_modules, str) and self.target_modules.lower() in (ALL_LINEAR, ENTIRE_LAYER):
@@ -127,29 +129,32 @@ class LocFTConfig(PeftConfig):
 
     def _check_location(self) -> None:
         by_pattern = isinstance(self.target_modules, str) and self.target_modules not in (ALL_LINEAR, ENTIRE_LAYER)
+        # the first words of these errors are PEFT's own, which its users match
         for name in ("layers_to_transform", "layers_pattern"):
             if by_pattern and getattr(self, name) is not None:
                 raise ValueError(
-                    f"LocFTConfig.{name}={getattr(self, name)!r} has no effect with the regular expression "
-                    f"target_modules={self.target_modules!r}. Give target_modules as a list of names, or write the "
-                    "layer into the expression, as in r'.*\\.layers\\.22\\.mlp\\.down_proj'."
+                    f"`{name}` cannot be used when `target_modules` is a str. LocFTConfig.{name}="
+                    f"{getattr(self, name)!r} has no effect with the regular expression target_modules="
+                    f"{self.target_modules!r}. Give target_modules as a list of names, or write the layer into "
+                    "the expression, as in r'.*\\.layers\\.22\\.mlp\\.down_proj'."
                 )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
+                "When `layers_pattern` is specified, `layers_to_transform` must also be specified. "
                 f"LocFTConfig.layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform. "
                 "Add layers_to_transform=[22], or leave layers_pattern out."
             )
         if self.target_modules == ENTIRE_LAYER and self.layers_to_transform is None:
             raise ValueError("LocFTConfig.target_modules='entire-layer' needs a layer: add layers_to_transform=[23].")
-        layers = self.layers_to_transform
-        if layers is not None and (not layers or not all(type(i) is int and i >= 0 for i in layers)):  # type: ignore[union-attr]
+        layers = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform
+        if layers is not None and (not layers or not all(type(i) is int and i >= 0 for i in layers)):
             raise ValueError(
-                f"LocFTConfig.layers_to_transform={layers!r}: expected one or more layer numbers, 0 or above, as in "
-                "[22]."
+                f"LocFTConfig.layers_to_transform={self.layers_to_transform!r}: expected one or more layer numbers, 0 "
+                "or above, as in [22]."
             )
 
     def _check_numbers(self) -> None:
-        if self.delta_dtype not in DELTA_DTYPES:
+        if self.delta_dtype not in (None, *DELTA_DTYPES):
             raise ValueError(
                 f"LocFTConfig.delta_dtype={self.delta_dtype!r}: expected one of {', '.join(DELTA_DTYPES)}."
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, TypeVar
 
@@ -30,7 +30,7 @@ class Delta(nn.Module):
 
     def add(self, shapes: Mapping[str, torch.Size], config: LocFTConfig) -> None:
         for name, shape in shapes.items():
-            tensor = torch.zeros(shape, dtype=getattr(torch, config.delta_dtype))
+            tensor = torch.zeros(shape, dtype=getattr(torch, config.delta_dtype or "float32"))
             if not config.init_weights:
                 nn.init.normal_(tensor, std=0.1)
             self.register_parameter(name, nn.Parameter(tensor))
@@ -59,13 +59,17 @@ def with_deltas(deltas: Sequence[nn.Module], use: Callable[[list[DeltaTensors]],
     return inside([])
 
 
-def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], adapters: Sequence[str]) -> None:
-    for name, tensor in tensors:
-        if not torch.isfinite(tensor).all():
-            raise ValueError(
-                f"Merging {', '.join(adapters)} would put NaN or infinite values into {name}: the adapter seems to be "
-                "broken. Nothing was merged. Run `locft inspect` to see the adapter's content."
-            )
+def check_finite(merged: DeltaTensors, deltas: Mapping[str, DeltaTensors]) -> None:
+    """Raise a ValueError if a merged tensor is not finite. It names the adapters whose `deltas` are not, if any."""
+    bad = [name for name, tensor in merged.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        broken = [name for name, own in deltas.items() if not all(torch.isfinite(t).all() for t in own.values())]
+        # the first words are PEFT's own, which its users match
+        raise ValueError(
+            f"NaNs detected in the merged weights. The adapter {', '.join(broken or deltas)} seems to be broken: it "
+            f"would put NaN or infinite values into {', '.join(bad)}. Nothing was merged. Run `locft inspect` to see "
+            "the adapter's content."
+        )
 
 
 def check_combination(

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..io.arithmetic import compose_weight
 from .base_weights import edited_copy, full_shape, is_whole, quantization_backend, substituted
-from .config import LocFTConfig
+from .config import DELTA_DTYPES, LocFTConfig
 from .delta import Delta, DeltaTensors, check_finite, with_deltas
 
 
@@ -110,6 +110,21 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
             device = next(self.base_layer.parameters()).device if tensor is None else tensor.device
         if device.type != "meta" and not any(parameter.is_meta for parameter in delta.parameters()):
             delta.to(device)
+
+    def cast_delta(self, adapter: str, dtype: torch.dtype | None) -> None:
+        """Cast the adapter's deltas to `dtype`; `None`: each to the dtype of its base tensor.
+
+        A delta stays as it is if that dtype is not one of `DELTA_DTYPES` (float64, or a quantized base).
+        """
+        for name, delta in self._delta(adapter).tensors().items() if adapter in self.locft_delta else ():
+            if dtype is not None:
+                wanted = dtype
+            elif name == "weight" and self.quantization_backend is not None:
+                wanted = self._get_base_layer_device_and_dtype(self.get_base_layer())[1]
+            else:
+                wanted = getattr(self.base_layer, name).dtype
+            if str(wanted).removeprefix("torch.") in DELTA_DTYPES:
+                delta.data = delta.data.to(wanted)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the strength of an adapter: `W + scale * delta`. Does nothing if this layer does not have the adapter.
@@ -261,6 +276,8 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
         return partial(self._call, found) if getattr(found, "__self__", None) is base else found
 
     def _effective(self, name: str) -> torch.Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()  # as the forward does, which such a module never calls
         if name in self._composed:
             return self._composed[name]
         if self.disable_adapters and self.merged:
@@ -340,9 +357,10 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
             )
 
     def _merge_composed(self, names: list[str], safe_merge: bool) -> None:
-        composed = self._compose(names, [self._delta(name).tensors() for name in names])
+        deltas = {name: self._delta(name).tensors() for name in names}
+        composed = self._compose(names, list(deltas.values()))
         if safe_merge:
-            check_finite(composed.items(), names)
+            check_finite(composed, deltas)
         originals = {name: self._originals.get(name, getattr(self.base_layer, name).data.cpu()) for name in composed}
         for name, tensor in composed.items():
             getattr(self.base_layer, name).data = tensor
@@ -350,12 +368,13 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
 
     def _merge_quantized(self, names: list[str], safe_merge: bool) -> None:
         original: Any = self._quantized_originals[0] if self._quantized_originals else self.base_layer
-        tensors = [self._delta(name).tensors() for name in names]
+        deltas = {name: self._delta(name).tensors() for name in names}
         if safe_merge:
-            check_finite([pair for delta in tensors for pair in delta.items()], names)
+            for adapter, tensors in deltas.items():
+                check_finite(tensors, {adapter: tensors})
         total = torch.stack([self.get_delta_weight(name) for name in names]).sum(0)
         edited: Any = edited_copy(self.quantization_backend, original, total)
-        biases = [(d["bias"], self.scaling[name]) for name, d in zip(names, tensors, strict=True) if "bias" in d]
+        biases = [(tensors["bias"], self.scaling[name]) for name, tensors in deltas.items() if "bias" in tensors]
         if biases:
             edited.bias.data = compose_weight(original.bias, biases)
         self._quantized_originals, self.base_layer = [original], edited

@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, onload_layer
-from peft.utils import get_quantization_kwargs
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
+from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs
 from peft.utils.other import _set_adapter
 from torch import nn
 
@@ -44,7 +44,17 @@ class LocFTModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (as BaseTuner declares it); see presets
 
     def _prepare_adapter_config(self, peft_config: LocFTConfig, model_config: dict[str, Any]) -> LocFTConfig:
-        resolve_location(peft_config, self.model)
+        layers = peft_config.layers_to_transform
+        if not isinstance(layers, int):
+            resolve_location(peft_config, self.model)
+            return peft_config
+        peft_config.layers_to_transform = [layers]
+        try:
+            resolve_location(peft_config, self.model)
+        finally:
+            if peft_config.layers_to_transform is not None:
+                # not resolved to full names: a number stays a number, as in every PEFT method
+                peft_config.layers_to_transform = layers
         return peft_config
 
     def _prepare_model(self, peft_config: LocFTConfig, model: nn.Module) -> None:
@@ -78,11 +88,10 @@ class LocFTModel(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        # PEFT casts every adapter to float32; here the user chooses the delta's dtype
-        dtype = getattr(torch, self.peft_config[adapter_name].delta_dtype)
+        # PEFT casts every adapter to float32 or leaves it in the base's dtype; here the user can choose another one
+        name = self.peft_config[adapter_name].delta_dtype or ("float32" if autocast_adapter_dtype else None)
         for _, layer in locft_layers(self.model):
-            if adapter_name in layer.locft_delta:
-                layer.locft_delta[adapter_name].to(dtype)
+            layer.cast_delta(adapter_name, None if name is None else getattr(torch, name))
 
     # ------------------------------------------------------------------ merge
 
@@ -109,16 +118,27 @@ class LocFTModel(BaseTuner):
         with self._all_or_nothing(), warnings.catch_warnings():
             if pending:  # a layer with nothing to merge would warn, although other layers merge
                 warnings.filterwarnings("ignore", message="All adapters are already merged")
-            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+            self._check_merge_allowed()
+            for layer in self._tuner_layers():
+                own = adapter_names  # None: those that are active in the layer
+                if adapter_names is not None and not isinstance(layer, LocFTLayer):
+                    # PEFT's layer for trainable_token_indices fails for an adapter that it does not have
+                    own = [name for name in adapter_names if name in layer._all_available_adapter_names()]
+                with onload_layer(layer):
+                    layer.merge(adapter_names=own, safe_merge=safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Restore the original base weights, bit for bit, at all locations."""
-        merged = [layer for _, layer in locft_layers(self.model) if layer.merged]
+        merged = [layer for layer in self._tuner_layers() if layer.merged]
         if not merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         for layer in merged:
             with onload_layer(layer):
                 layer.unmerge()
+
+    def _tuner_layers(self) -> list[BaseTunerLayer]:
+        """Return the layers that can be merged: ours, and PEFT's own for `trainable_token_indices`."""
+        return [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
 
     def _unload_and_optionally_merge(  # type: ignore[override]  # BaseTuner returns the model, annotated None
         self,
@@ -132,7 +152,8 @@ class LocFTModel(BaseTuner):
             if merge:
                 # BaseTuner merges and replaces module by module; an error must come before the first
                 self.merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-            elif any(layer.merged for _, layer in locft_layers(self.model)):
+                adapter_names = []  # all are merged
+            elif any(layer.merged for layer in self._tuner_layers()):
                 # unload() returns the base model, without merged edits
                 self.unmerge_adapter()
             return super()._unload_and_optionally_merge(  # type: ignore[return-value]
@@ -141,7 +162,7 @@ class LocFTModel(BaseTuner):
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        before = [(layer, list(layer.merged_adapters)) for _, layer in locft_layers(self.model)]
+        before = [(layer, list(layer.merged_adapters)) for layer in self._tuner_layers()]
         try:
             yield
         except BaseException:  # KeyboardInterrupt, too
@@ -191,27 +212,54 @@ class LocFTModel(BaseTuner):
             layer.set_scale(adapter, scale)
         self.peft_config[adapter].scale = config.scale
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate one or more adapters, or none (an empty list). What is merged is unmerged."""
+        if adapter_name:
+            super().set_adapter(adapter_name, inference_mode=inference_mode)
+        else:
+            # PEFT refuses this beside modules_to_save; it is the state after the last adapter was deleted
+            for module in self.model.modules():
+                if isinstance(module, LocFTLayer | AuxiliaryTrainingWrapper):
+                    module.set_adapter([], inference_mode=inference_mode)
+            self.active_adapter = []
+        # PEFT unmerges the layers of the tuner only, and would leave the rows of trainable_token_indices merged
+        if any(layer.merged for layer in self._tuner_layers()):
+            self.unmerge_adapter()
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter. If no active adapter is left, the first of the others, by name, becomes active.
 
         Raises:
             ValueError: if the adapter does not exist or is merged.
         """
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist: expected one of {sorted(self.peft_config)}.")
+        if any(adapter_name in layer.merged_adapters for layer in self._tuner_layers()):
+            raise ValueError(
+                f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first."
+            )
+        del self.peft_config[adapter_name]
         active = [name for name in self.active_adapters if name != adapter_name]
         was_active = adapter_name in self.active_adapters
-        with warnings.catch_warnings():
-            # each layer would choose from its own adapters; the choice for all layers is made below
-            warnings.filterwarnings("ignore", message=".*was active which is now deleted")
-            super().delete_adapter(adapter_name)
         if was_active and not active and self.peft_config:
             active = sorted(self.peft_config)[:1]
             warnings.warn(f"Deleted the active adapter {adapter_name}; {active[0]} is active now.", stacklevel=2)
+        # BaseTuner's version lets each layer choose from its own adapters, and raises halfway if the adapter has
+        # modules_to_save and several others stay active
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*was active which is now deleted")
+            for _, layer in locft_layers(self.model):
+                layer.delete_adapter(adapter_name)
+            for wrapper in self.model.modules():
+                if isinstance(wrapper, AuxiliaryTrainingWrapper) and adapter_name in wrapper._adapters:
+                    wrapper.delete_adapter(adapter_name, [name for name in active if name in wrapper._adapters])
         self.active_adapter = active
         if was_active:
             # self.set_adapter would unmerge the others
-            _set_adapter(self.model, active)
             for _, layer in locft_layers(self.model):
                 layer.set_adapter(active)
+            if active:
+                _set_adapter(self.model, active)
 
     # ------------------------------------------------------------------ combine
 
@@ -274,6 +322,10 @@ class LocFTModel(BaseTuner):
         return selected | _delta_tensors(names, adapter_name, state_dict)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if self.peft_config[adapter_name].trainable_token_indices and any(x.merged for x in self._tuner_layers()):
+            # PEFT would take the merged rows for the base's
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
+            self.unmerge_adapter()
         disabled = any(layer.disable_adapters for _, layer in locft_layers(model))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if disabled:
