@@ -91,6 +91,17 @@ def check_finite(loss: float, step: int, max_steps: int, learning_rate: float) -
     )
 
 
+def check_gradient(loss: torch.Tensor, model: nn.Module) -> None:
+    """Raise a ValueError if no trained weight has a gradient from a loss."""
+    if not loss.requires_grad:
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        raise ValueError(
+            f"The loss of the edits does not depend on the trained weights: {', '.join(trained[:3])}. Expected "
+            "weights that a forward on text uses, in a model that has gradients in evaluation mode. Choose another "
+            "location, or another model."
+        )
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode, without gradients; afterwards restore its mode and configuration."""

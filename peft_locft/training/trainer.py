@@ -23,7 +23,14 @@ from ..data.encoding import EncodedEdits
 from ..data.leaks import mark_trained
 from ..engine.activation_storage import SharedActivations
 from ..engine.distributed import backward, check_not_sharded, end_step, missing_forwards
-from ..engine.model_state import as_base, check_finite, check_vocabulary, configuration_unchanged, dropout_off
+from ..engine.model_state import (
+    as_base,
+    check_finite,
+    check_gradient,
+    check_vocabulary,
+    configuration_unchanged,
+    dropout_off,
+)
 from ..engine.offload import trunk_offloaded
 from .batches import EditBatches
 from .callbacks import CURVES_KEY, EditProgressBar, LossFloorCallback
@@ -272,6 +279,7 @@ class BreadthFirstTrainer(Trainer):
         with self.runner.micro_batch(indices) as batch:
             with self.compute_loss_context_manager():
                 loss, outputs = self.compute_loss(model, batch, return_outputs=True, num_items_in_batch=weight)
+            check_gradient(loss, model)
             backward(loss * factor, self.accelerator, is_last)
         return outputs["batch_shares"]
 

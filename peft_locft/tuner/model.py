@@ -44,17 +44,7 @@ class LocFTModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (as BaseTuner declares it); see presets
 
     def _prepare_adapter_config(self, peft_config: LocFTConfig, model_config: dict[str, Any]) -> LocFTConfig:
-        layers = peft_config.layers_to_transform
-        if not isinstance(layers, int):
-            resolve_location(peft_config, self.model)
-            return peft_config
-        peft_config.layers_to_transform = [layers]
-        try:
-            resolve_location(peft_config, self.model)
-        finally:
-            if peft_config.layers_to_transform is not None:
-                # not resolved to full names: a number stays a number, as in every PEFT method
-                peft_config.layers_to_transform = layers
+        resolve_location(peft_config, self.model)
         return peft_config
 
     def _prepare_model(self, peft_config: LocFTConfig, model: nn.Module) -> None:

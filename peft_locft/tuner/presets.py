@@ -210,7 +210,10 @@ def resolve_location(config: LocFTConfig, model: nn.Module) -> None:
         config.target_modules = set()  # type: ignore[assignment]
         config.layers_to_transform = config.layers_pattern = None
     elif config.target_modules is None:
-        _write(config, default_location(model, layers))
+        try:
+            _write(config, default_location(model, layers))
+        except ValueError as error:  # PEFT's own words first: users match them
+            raise ValueError(f"Please specify `target_modules` in `peft_config`. {error}") from None
     elif config.target_modules == ENTIRE_LAYER:
         assert layers is not None
         _write(config, entire_layers(model, layers))
