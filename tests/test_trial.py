@@ -55,7 +55,7 @@ def test_a_causal_model_does_not_see_ahead(family: str, dtype: torch.dtype) -> N
     assert trial.why_not(trial.expected) is None
 
 
-@pytest.mark.parametrize(("longest", "length"), [(1, 16), (16, 16), (17, 32), (100, 128), (10**5, 256)])
+@pytest.mark.parametrize(("longest", "length"), [(1, 16), (16, 16), (17, 32), (64, 64), (10**5, 64)])
 def test_the_sequences_are_about_as_long_as_the_edits(longest: int, length: int) -> None:
     assert trial_length(longest) == length
 

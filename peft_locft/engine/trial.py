@@ -17,7 +17,7 @@ from .full_precision import in_float32
 from .model_state import evaluating, max_length
 from .prefix_tree import PrefixTree
 
-SHORTEST, LONGEST = 16, 256  # tokens of the longest sequence
+SHORTEST, LONGEST = 16, 64  # tokens of the longest sequence
 # parts of its length: the shared beginning of the second sequence, its whole, a cut of the first, and a short one
 SHARED, SIBLING, CUT, SHORT = 0.55, 0.85, 0.65, 0.3
 MOST_LOGITS = 1024  # of a position; each depends on all of the last state
@@ -87,7 +87,8 @@ class Trial:
 def trial_length(longest: int) -> int:
     """Return the length of the longest made-up sequence for sequences of at most `longest` tokens.
 
-    Some models change what they do at a length: a window, a chunk, the number of tokens that they choose among.
+    Some models change what they do at a length: a window, a chunk, the number of tokens that they choose among. Where
+    these are longer than the sequences here, the mask's rule tells of them, see `why_not_packed`.
     """
     return min(max(SHORTEST, 1 << (longest - 1).bit_length()), LONGEST)
 
