@@ -91,7 +91,8 @@ def train(rank: int, strategy: str, port: str, output_folder: Path, recipes: dic
         assert (trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled) == ("FSDP" in strategy, "ZeRO" in strategy)
         trainer.train()
         trainer.save_model()
-        left = {"losses": trainer.epoch_losses, "cached": trainer.runner.plan is not None}
+        plan = trainer.runner.plan
+        left = {"losses": trainer.epoch_losses, "cached": plan is not None and plan.states is not None}
         (output_folder / name / f"left-{rank}.json").write_text(json.dumps(left))
 
 

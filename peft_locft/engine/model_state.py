@@ -12,6 +12,8 @@ from peft import PeftModel
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..tuner.structure import text_config
+
 
 def dropout_off(model: nn.Module) -> None:
     """Put a model into evaluation mode, but leave gradient checkpointing on."""
@@ -42,10 +44,8 @@ def configuration_unchanged(model: nn.Module) -> Iterator[None]:
 
 def max_length(model: nn.Module) -> int | None:
     """Return the number of positions of a model; `None` if its configuration has none."""
-    config: Any = getattr(model, "config", None)
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    length = getattr(text_config, "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else None  # XLNet says -1
+    length = getattr(text_config(model), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None  # some say -1
 
 
 def check_vocabulary(model: Any, input_ids: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
-from ..tuner.presets import find_decoder_layers
+from ..tuner.structure import find_decoder_layers, text_config
 from .full_precision import in_float32
 from .model_state import evaluating, max_length
 from .prefix_tree import PrefixTree
@@ -104,7 +104,10 @@ def made_up_rows(model: nn.Module, length: int) -> list[tuple[int, ...]]:
     """
     most = min(length, max_length(model) or length)
     shared, sibling, cut, short = (max(1, int(part * most)) for part in (SHARED, SIBLING, CUT, SHORT))
-    vocabulary_size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    # a sharded embedding does not say how many rows it has
+    vocabulary_size = getattr(text_config(model), "vocab_size", None)
+    if vocabulary_size is None:
+        vocabulary_size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     special = _special_tokens(model)
     # tokens for images and audio are often at the end of a vocabulary
     usual = [token for token in range(max(2, vocabulary_size // 2)) if token not in special] or [0]
@@ -117,10 +120,9 @@ def made_up_rows(model: nn.Module, length: int) -> list[tuple[int, ...]]:
 
 
 def _special_tokens(model: Any) -> set[int]:
-    config: Any = getattr(model, "config", None)
     found: set[int] = set()
-    for settings in (config, config.get_text_config()) if hasattr(config, "get_text_config") else ():
-        for name, value in vars(settings).items():
+    for settings in (getattr(model, "config", None), text_config(model)):
+        for name, value in vars(settings).items() if settings is not None else ():
             if name.endswith(("_token_id", "_token_ids", "_token_index")):
                 found.update(each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int))
     return found
