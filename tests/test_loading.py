@@ -19,6 +19,7 @@ from transformers import (
     BartForCausalLM,
     BartForConditionalGeneration,
     BertConfig,
+    BertForMaskedLM,
     BertModel,
     ByT5Tokenizer,
     LlamaConfig,
@@ -95,15 +96,26 @@ def test_a_decoder_saved_alone_is_loaded(tmp_path: Path) -> None:
     assert type(model) is BartForCausalLM
 
 
-def test_the_command_says_it_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = save(tmp_path / "model", t5())
+def masked() -> Any:
+    return BertForMaskedLM(BertConfig(hidden_size=16, num_attention_heads=2, intermediate_size=16, **SMALL))
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [(t5, "{folder}: found T5Config"), (masked, "BertLMHeadModel is not causal: later tokens change the logits")],
+    ids=["encoder-decoder", "encoder"],
+)
+def test_the_command_says_it_in_one_line(
+    model: Any, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save(tmp_path / "model", model())
     (tmp_path / "edits.json").write_text(json.dumps([{"prompt": "The king is", "target_new": "Louis"}]))
     files = ["--model_name_or_path", str(folder), "--edits", str(tmp_path / "edits.json")]
     assert main(["train", *files, "--output_dir", str(tmp_path / "out"), "--use_cpu"]) == 2
     *_, last = capsys.readouterr().err.splitlines()
-    assert last.startswith(f"locft train: {folder}: found T5Config")
+    assert last.startswith(f"locft train: {says.format(folder=folder)}")
     assert len(last) < 400
-    assert not (tmp_path / "out").exists()
+    assert not any((tmp_path / "out").glob("*"))
 
 
 # ---------------------------------------------------------------------- folders that hold less, or other things
