@@ -16,6 +16,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -38,7 +39,6 @@ from tiny_models import base_state, randomize, same_bits
 from torch import nn
 from transformers import PrinterCallback
 
-import peft_locft
 from peft_locft import (
     BreadthFirstConfig,
     BreadthFirstTrainer,
@@ -390,28 +390,22 @@ CHECKS: dict[str, Callable[[str, Row], Iterator[Finding]]] = {
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Return the rows as a Markdown table, with the versions and a count of each verdict."""
-    versions = f"transformers {transformers.__version__}, peft {peft.__version__}, torch {torch.__version__}"
-    counts: dict[str, int] = {}
-    for row in rows:
-        counts[row.verdict] = counts.get(row.verdict, 0) + 1
-    summary = ", ".join(f"{verdict}: {count}" for verdict, count in sorted(counts.items()))
-    lines = [f"peft_locft {peft_locft.__version__}, {versions}", "", f"{len(rows)} families. {summary}", ""]
-    lines += [
-        "| family | verdict | answers | largest deviation | default location | seconds |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
+    """Return the rows as a Markdown table, with the versions, a count of each verdict, and what was not built."""
+    versions = f"transformers {transformers.__version__}, PEFT {peft.__version__}, torch {torch.__version__}"
+    built = [row for row in rows if row.verdict != "not built"]
+    verdicts = Counter(row.verdict for row in built)
+    lines = [f"{versions}: {len(built)} families and variants.", "", "| verdict | families |", "| --- | --- |"]
+    lines += [f"| {verdict} | {count} |" for verdict, count in verdicts.most_common()]
+    lines += ["", "| family | verdict | answers | largest deviation | default location |", *["| --- " * 5 + "|"]]
+    for row in built:
         numbers = [each for each in row.findings if each.bound]
         largest = max(numbers, key=lambda each: each.deviation / each.bound, default=None)
         deviation = "" if largest is None else f"{largest.deviation:.1e} ({largest.check})"
-        bad = [f"{e.check}: {e.detail or f'{e.deviation:.1e}'}" for e in row.findings if e.status not in ("right",)]
-        note = "; ".join(bad)[:400].replace("|", "/")
-        verdict = f"{row.verdict}" + (f" ({note})" if note else "")
-        lines.append(
-            f"| {row.family} | {verdict} | {row.decoder} | {deviation} | {row.location} | {row.seconds:.1f} |"
-        )
-    return "\n".join(lines)
+        bad = [f"{each.check}: {each.detail}" for each in row.findings if each.status in ("wrong", "crash")]
+        verdict = row.verdict + (f" ({'; '.join(bad)[:400].replace('|', '/')})" if bad else "")
+        lines.append(f"| {row.family} | {verdict} | {row.decoder} | {deviation} | {row.location} |")
+    left_out = [f"{row.family} ({row.findings[0].detail[:80]})" for row in rows if row.verdict == "not built"]
+    return "\n".join([*lines, "", f"Not built: {'; '.join(left_out) or 'none'}."])
 
 
 def main() -> None:
