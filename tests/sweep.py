@@ -139,6 +139,9 @@ def _said(error: Exception) -> str:
 
 
 def _verdict(row: Row, ahead: str) -> str:
+    losses = [finding.status for finding in row.findings if finding.check.startswith("losses")]
+    if losses and set(losses) == {"refused"}:
+        return "refused: sees ahead" if ahead != "no" else "refused: no gradient in evaluation mode"
     worst = row.worst
     if worst is not None and worst.status in ("wrong", "crash"):
         return worst.status.upper()
@@ -342,7 +345,7 @@ def _on_disk(family: str, model: PeftModel, plain: nn.Module, unmerged: torch.Te
         folder = Path(place)
         plain.save_pretrained(folder / "base")  # type: ignore[operator]
         load = type(plain).from_pretrained  # type: ignore[attr-defined]
-        loading = {"dtype": "auto", "attn_implementation": plain.config._attn_implementation}  # type: ignore[union-attr]
+        loading = {"dtype": "auto", "attn_implementation": _attention(plain.config)}
         again = load(folder / "base", **loading).eval()
         if _bits("", again.state_dict(), plain.state_dict()).status == "wrong":
             yield Finding("on disk", "left out", 0.0, "transformers does not reload the weights that it saved")
@@ -355,6 +358,13 @@ def _on_disk(family: str, model: PeftModel, plain: nn.Module, unmerged: torch.Te
         on_disk = load(folder / "merged", **loading).eval()
         yield _bits("merged on disk", dict(on_disk.state_dict()), dict(in_memory.state_dict()))
         yield from _tried("export", lambda *_: _exported(folder), family, Row(family))
+
+
+def _attention(config: Any) -> dict[str, str]:
+    """Return the attention of a model and of its parts, as `from_pretrained` takes it."""
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    named = {"": config} | {name: part for name, part in parts.items() if part is not None}
+    return {name: part._attn_implementation for name, part in named.items()}
 
 
 def _exported(folder: Path) -> Iterator[Finding]:
@@ -401,8 +411,10 @@ def table(rows: Sequence[Row]) -> str:
         numbers = [each for each in row.findings if each.bound]
         largest = max(numbers, key=lambda each: each.deviation / each.bound, default=None)
         deviation = "" if largest is None else f"{largest.deviation:.1e} ({largest.check})"
-        bad = [f"{each.check}: {each.detail}" for each in row.findings if each.status in ("wrong", "crash")]
-        verdict = row.verdict + (f" ({'; '.join(bad)[:400].replace('|', '/')})" if bad else "")
+        verdict = row.verdict
+        if verdict in ("WRONG", "CRASH"):
+            bad = [f"{each.check}: {each.detail}" for each in row.findings if each.status in ("wrong", "crash")]
+            verdict += f" ({'; '.join(bad)[:400].replace('|', '/')})"
         lines.append(f"| {row.family} | {verdict} | {row.decoder} | {deviation} | {row.location} |")
     left_out = [f"{row.family} ({row.findings[0].detail[:80]})" for row in rows if row.verdict == "not built"]
     return "\n".join([*lines, "", f"Not built: {'; '.join(left_out) or 'none'}."])

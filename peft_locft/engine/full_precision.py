@@ -50,7 +50,10 @@ def in_float32(model: nn.Module, device: torch.device) -> Iterator[None]:
             del module.__dict__[name]
         module.__dict__.update(before[module].pop())
 
+    precision = torch.get_float32_matmul_precision()
     with ExitStack() as stack:
+        stack.callback(torch.set_float32_matmul_precision, precision)
+        torch.set_float32_matmul_precision("highest")  # not TF32
         for module in names:
             stack.callback(module.register_forward_pre_hook(enter).remove)
             stack.callback(module.register_forward_hook(leave, always_call=True).remove)
