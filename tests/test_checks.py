@@ -289,7 +289,9 @@ def test_rope_that_depends_on_the_longest_edit_keeps_edits_apart(tmp_path: Path)
     config = Phi3Config(**SIZES, original_max_position_embeddings=16, rope_parameters=rope)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    edits = [Edit(prompt="The king", target="Dave"), Edit(prompt="The river " * 6 + "is", target="Dave")]
+    edits = [Edit(prompt="The king", target="Dave"), Edit(prompt="The river " * 7 + "is", target="Dave")]
+    lengths = encode_edits(edits, TOKENIZER).lengths
+    assert lengths.min() < 16 < lengths.max()
     assert layout_of(model, longest=16) == way_of(model, longest=16) == "packed"
     assert (layout_of(model, longest=17), way_of(model, longest=17)) == ("single", "whole")
     edited = get_peft_model(model, LocFTConfig(task_type="CAUSAL_LM"))

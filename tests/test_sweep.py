@@ -98,8 +98,8 @@ def test_table_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     sweep.main()
     assert [row["verdict"] for row in json.loads(output.read_text())] == ["right", "not built"]
     printed = capsys.readouterr().out
-    assert "2 families. not built: 1, right: 1" in printed
-    assert "| llama | right |" in printed
+    assert "1 families and variants" in printed and "| right | 1 |" in printed
+    assert "| llama | right |" in printed and "Not built: pi0 (" in printed
 
 
 def test_variants_name_families() -> None:

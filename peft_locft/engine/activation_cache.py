@@ -46,8 +46,10 @@ def cache_trunk(
     """
     if plan.tail.why_no_trunk is not None:
         raise CacheUnusableError(plan.tail.why_no_trunk)
-    if not checks.trial.is_consistent:
-        raise CacheUnusableError("the number of later tokens changes the states of earlier ones")
+    # every token that follows counts, and the tree leaves out the last one
+    why_alone = checks.why_alone(int(plan.tree.offsets.diff().max()))
+    if why_alone is not None:
+        raise CacheUnusableError(why_alone)
     plan = replace(plan, tail=replace(plan.tail, num_outputs=checks.trial.num_outputs))
     _check_states(model, plan, checks)
     shared, path, states = storage.shared, None, None

@@ -47,6 +47,18 @@ class ModelChecks:
         self.is_fresh = True
         self._found: dict[Hashable, Any] = {}
 
+    def why_alone(self, longest: int) -> str | None:
+        """Return why each sequence has to run alone and whole; `None`: it need not.
+
+        Args:
+            longest: the number of tokens of the longest sequence.
+        """
+        if not self.trial.is_consistent:
+            return "the number of later tokens changes the logits of earlier ones"
+        if longest > self.longest:
+            return f"beyond {self.longest} tokens, the longest sequence changes RoPE's frequencies for all"
+        return None
+
     def once(self, key: Hashable, find: Callable[[], Found]) -> Found:
         """Return what `find` returns; it is called only the first time."""
         if key in self._found:
@@ -185,11 +197,9 @@ def find_layout(
         layouts: in the order of preference; `"single"`, the model's own, needs no check.
         longest: the number of tokens of the longest edit.
     """
-    if longest > checks.longest:
-        logger.info("Edits run one at a time: beyond %d tokens, RoPE depends on the longest edit.", checks.longest)
-        return replace(plan, layout="single")
-    if not checks.trial.is_consistent:
-        logger.info("Edits run one at a time: the number of later tokens changes the logits of earlier ones.")
+    why = checks.why_alone(longest)
+    if why is not None:
+        logger.info("Edits run one at a time: %s.", why)
         return replace(plan, layout="single")
     for layout in layouts:
         if layout == "single" or why_not_laid_out(model, replace(plan, layout=layout), checks) is None:

@@ -278,7 +278,7 @@ def find_way(model: nn.Module, checks: ModelChecks, ends: StopCounter, longest: 
         ends: finds where answers end.
         longest: the largest number of tokens in a prompt and its answer.
     """
-    if longest > checks.longest or not checks.trial.is_consistent:
+    if checks.why_alone(longest) is not None:
         return "whole"
     for name in WAYS:
         if name == "whole" or checks.once(("answers", name), partial(_why_not, name, model, checks, ends)) is None:
