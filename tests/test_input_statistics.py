@@ -12,12 +12,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from tiny_families import build as build_family
 from tiny_models import VOCAB_SIZE, base_state, build, changed, every_family, randomize, same_bits, token_ids
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_locft import LocFTConfig
 from peft_locft.training.input_statistics import InputStatistics, input_statistics
+from peft_locft.tuner import find_decoder_layers
 
 WINDOWS = token_ids(batch_size=5, length=9)
 DOWN = "model.layers.1.mlp.down_proj"
@@ -136,6 +138,16 @@ def test_layers_behind_the_last_location_do_not_run() -> None:
         input_statistics(model, WINDOWS, [*LOCATIONS, *LOCATIONS], progress=False)
     assert len(own) == 1  # the text is read once for all
     assert vars(model.model.layers[2]).get("forward") is None
+
+
+@pytest.mark.parametrize("name", ["falcon", "bloom", "rwkv"])
+def test_layers_that_return_tuples_are_read(name: str) -> None:
+    model = build_family(name)
+    stack, _ = find_decoder_layers(model)
+    location = next(each for each in linears_of(model) if each.startswith(f"{stack}.1."))
+    windows = torch.arange(24).view(3, 8)
+    found = input_statistics(model, windows, [location], progress=False)[location]
+    torch.testing.assert_close(found.second_moment, by_hand(model, location, windows), rtol=1e-4, atol=1e-5)
 
 
 def test_the_head_is_a_location_too() -> None:

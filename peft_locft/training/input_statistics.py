@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..engine.fingerprint import layer_digests, sha256_of
 from ..engine.model_state import as_base, check_vocabulary, evaluating
-from ..engine.tail import logits_at, skipped
+from ..engine.tail import logits_at
 from ..io.arithmetic import tensor_sha256
 from ..io.files import atomic_file
 from ..io.parameter_names import clean_name
@@ -258,15 +258,33 @@ def _batches(rows: list[torch.Tensor], max_tokens: int) -> Iterator[list[int]]:
 
 @contextmanager
 def _no_further_than(model: nn.Module, locations: list[str]) -> Iterator[Any]:
-    """Yield a function that runs the model without the layers behind the locations and most of the head."""
+    """Yield a function that runs the model up to the last location; of the head, no more than one token."""
     layers, numbers = layer_numbers(model, locations)
     if layers is None or None in numbers.values():
         yield lambda inputs: model(**inputs)
         return
     last = max(number for number in numbers.values() if number is not None)
-    one = torch.zeros(1, dtype=torch.int64)
-    with skipped(list(layers[last + 1 :])):
+    if last + 1 == len(layers):
+        one = torch.zeros(1, dtype=torch.int64)
         yield lambda inputs: logits_at(model, one, one, inputs)
+        return
+
+    def stop(*arguments: Any) -> None:
+        raise _Reached
+
+    def run(inputs: dict[str, Any]) -> None:
+        with suppress(_Reached):
+            model(**inputs)
+
+    handle = layers[last + 1].register_forward_pre_hook(stop)
+    try:
+        yield run
+    finally:
+        handle.remove()
+
+
+class _Reached(Exception):
+    """Ends a forward: what follows has no effect on the statistics."""
 
 
 # ---------------------------------------------------------------------- files
