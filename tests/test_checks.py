@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from peft import get_peft_model
 from tiny_models import LLAMA_LIKE, TOKENS, build, randomize
 from tiny_training import EDITS, TOKENIZER_SIZE, make_trainer
 from tokenizers_for_tests import make_tokenizer
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -34,7 +36,7 @@ from transformers import (
 import peft_locft.engine.checks as engine_checks
 from peft_locft import Edit, EvaluationConfig, LocFTConfig, encode_edits, evaluate_edits
 from peft_locft.engine.attention_probe import why_not_packed
-from peft_locft.engine.checks import checks_of, find_layout
+from peft_locft.engine.checks import checks_of, find_layout, why_not_laid_out
 from peft_locft.engine.decoding import find_way, generate_and_score
 from peft_locft.engine.forward_plan import ForwardPlan
 from peft_locft.engine.questions import Question, StopCounter
@@ -187,6 +189,59 @@ def test_an_encoder_decoder_is_refused() -> None:
     )
     with pytest.raises(ValueError, match=r"T5ForConditionalGeneration does not run on token ids alone: .*decoder"):
         generate_and_score(T5ForConditionalGeneration(config).eval(), TOKENIZER, [Question((3, 4, 5))])
+
+
+# ---------------------------------------------------------------------- where there is no float32
+
+
+class Int8Linear(nn.Module):
+    """Computes in bfloat16 whatever it gets, as quantized layers do."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.scales = linear.weight.float().abs().amax(1, keepdim=True) / 127
+        self.weight = nn.Parameter((linear.weight / self.scales).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        weight = (self.weight * self.scales).bfloat16()
+        return nn.functional.linear(states.bfloat16(), weight).to(states.dtype)
+
+
+def quantized(model: Any) -> Any:
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Linear and child is not model.get_output_embeddings():
+                setattr(module, name, Int8Linear(child))
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_quantized_model_is_compared_in_its_own_dtype(dtype: torch.dtype) -> None:
+    model = quantized(build("llama", dtype))
+    trial = checks_of(model, CPU, 10).trial
+    assert not trial.is_float32 and trial.is_consistent
+    assert (layout_of(model), way_of(model)) == ("packed", "packed")
+
+
+@pytest.mark.parametrize("name", ["lfm2", "bloom", "gpt_oss"])
+def test_a_quantized_model_that_cannot_be_packed_is_not(name: str) -> None:
+    assert layout_of(quantized(model_of(name, torch.bfloat16))) == "padded"
+
+
+def test_sequences_that_change_each_other_are_found_below_the_rounding() -> None:
+    model = model_of("lfm2", torch.bfloat16)
+    checks = checks_of(model, CPU, 10, is_sharded=True)
+    # as of a deep model
+    checks.trial = replace(checks.trial, bound=2.0)
+    plan = ForwardPlan(Tail(find_decoder_layers(model)[1], 0), checks.trial.tree, CPU)
+    why = why_not_laid_out(model, plan, checks)
+    assert why is not None and why.startswith("packed sequences change each other's logits")
+
+
+def test_a_quantized_encoder_is_refused() -> None:
+    model = quantized(AutoModelForCausalLM.from_config(BertConfig(**WITHOUT_GROUPS)).eval())
+    with pytest.raises(ValueError, match="not causal"):
+        layout_of(model)
 
 
 # ---------------------------------------------------------------------- the checks themselves

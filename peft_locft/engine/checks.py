@@ -22,13 +22,14 @@ from .model_state import max_length
 from .narrowing import find_narrowable
 from .offload import whole_layer
 from .tail import logits_at
-from .trial import Trial, deviation, logits_of, made_up_rows, make_trial, thinned, trial_length
+from .trial import SAME_SHAPE, Trial, deviation, logits_of, made_up_rows, make_trial, thinned, trial_length
 
 logger = logging.getLogger(__name__)
 
 Found = TypeVar("Found")
 
 WITHOUT_LIMIT = 2**31
+MOST_ROWWISE = 5e-2  # the largest relative difference of one module's output that rounding explains
 
 
 class ModelChecks:
@@ -194,7 +195,7 @@ def find_layout(
         model: the model.
         plan: with its tail, its tree and its device.
         checks: of the model.
-        layouts: in the order of preference; `"single"`, the model's own, needs no check.
+        layouts: in the order of preference. Without any of them edits run alone, which needs no check.
         longest: the number of tokens of the longest edit.
     """
     why = checks.why_alone(longest)
@@ -202,7 +203,7 @@ def find_layout(
         logger.info("Edits run one at a time: %s.", why)
         return replace(plan, layout="single")
     for layout in layouts:
-        if layout == "single" or why_not_laid_out(model, replace(plan, layout=layout), checks) is None:
+        if why_not_laid_out(model, replace(plan, layout=layout), checks) is None:
             return replace(plan, layout=layout)
     return replace(plan, layout="single")
 
@@ -217,9 +218,34 @@ def why_not_laid_out(model: nn.Module, plan: ForwardPlan, checks: ModelChecks) -
             why = why_not_packed(model, plan.tail.layers, inputs, max_length(model) or WITHOUT_LIMIT)
             if why is not None:
                 return why
-        return checks.trial.why_not(trial_logits(model, plan, checks.trial))
+        found = trial_logits(model, plan, checks.trial)
+        why = checks.trial.why_not(found)
+        if why is None and plan.packed and not checks.trial.is_float32:
+            return _why_leaking(model, plan, checks.trial, found)
+        return why
 
     return checks.once(("layout", plan.layout), lambda: checks.why_not(words[plan.layout], model, find))
+
+
+def _why_leaking(model: nn.Module, plan: ForwardPlan, trial: Trial, found: Sequence[torch.Tensor]) -> str | None:
+    """Return by how much the tokens of one packed sequence change the logits of others; `None`: not at all.
+
+    In half precision, rounding can be larger than such a fault. Here, rounding is the same in both forwards.
+
+    Args:
+        model: the model, set up by `Trial.running`.
+        plan: a packed plan.
+        trial: the sequences.
+        found: their logits in that plan.
+    """
+    other = replace(trial, rows=[*trial.rows[:-1], trial.rows[-1][::-1]])
+    pairs = zip(trial_logits(model, plan, other)[:-1], found[:-1], strict=True)
+    largest = max(deviation(*pair) for pair in pairs)
+    return (
+        None
+        if largest <= SAME_SHAPE
+        else f"packed sequences change each other's logits by {largest:.1g} of their spread"
+    )
 
 
 def trial_logits(model: nn.Module, plan: ForwardPlan, trial: Trial) -> list[torch.Tensor]:
@@ -260,7 +286,7 @@ def find_narrow(model: nn.Module, plan: ForwardPlan, checks: ModelChecks) -> For
 
     def find() -> str | None:
         with on_trial.applied(pack):
-            found.extend(find_narrowable(plan.tail.layers[-1], logits, last, checks.trial.bound))
+            found.extend(find_narrowable(plan.tail.layers[-1], logits, last, min(checks.trial.bound, MOST_ROWWISE)))
         with replace(on_trial, narrow=tuple(found)).applied(pack, last):
             narrowed = thinned(logits())
         own = [checks.trial.expected[index][-1:] for index in indices.tolist()]

@@ -278,12 +278,12 @@ def find_way(model: nn.Module, checks: ModelChecks, ends: StopCounter, longest: 
         ends: finds where answers end.
         longest: the largest number of tokens in a prompt and its answer.
     """
-    if checks.why_alone(longest) is not None:
-        return "whole"
-    for name in WAYS:
-        if name == "whole" or checks.once(("answers", name), partial(_why_not, name, model, checks, ends)) is None:
-            return name
-    return "whole"
+    *shorter, whole = WAYS
+    if checks.why_alone(longest) is None:
+        for name in shorter:
+            if checks.once(("answers", name), partial(_why_not, name, model, checks, ends)) is None:
+                return name
+    return whole
 
 
 def _why_not(name: str, model: nn.Module, checks: ModelChecks, ends: StopCounter) -> str | None:

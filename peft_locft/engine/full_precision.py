@@ -24,9 +24,8 @@ def in_float32(model: nn.Module, device: torch.device) -> Iterator[None]:
     A copy exists while its module runs, or until the end if all copies fit into a quarter of the free memory.
     """
     names = {module: found for module in _modules(model) if (found := _half_precision(module))}
-    keep = (
-        4 * sum(getattr(module, name).numel() for module in names for name in names[module]) < free_memory(device) // 4
-    )
+    num_values = sum(getattr(module, name).numel() for module, own in names.items() for name in own)
+    keep = 4 * num_values < free_memory(device) // 4
     copies: dict[tuple[nn.Module, str], torch.Tensor] = {}
     before: defaultdict[nn.Module, list[dict[str, Any]]] = defaultdict(list)
 
@@ -42,10 +41,13 @@ def in_float32(model: nn.Module, device: torch.device) -> Iterator[None]:
         return tensor
 
     def enter(module: nn.Module, args: Any) -> None:
+        new = {name: float_of(module, name) for name in names[module]}  # may not fit into memory
         before[module].append({name: module.__dict__[name] for name in names[module] if name in module.__dict__})
-        module.__dict__.update({name: float_of(module, name) for name in names[module]})
+        module.__dict__.update(new)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if not before[module]:
+            return
         for name in names[module]:
             del module.__dict__[name]
         module.__dict__.update(before[module].pop())

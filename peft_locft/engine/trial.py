@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -21,11 +21,27 @@ SHORTEST, LONGEST = 16, 64  # tokens of the longest sequence
 # parts of its length: the shared beginning of the second sequence, its whole, a cut of the first, and a short one
 SHARED, SIBLING, CUT, SHORT = 0.55, 0.85, 0.65, 0.3
 MOST_LOGITS = 1024  # of a position; each depends on all of the last state
-# relative deviations that rounding may explain, at least and at most, in float32 and in half precision
-FLOOR = {True: 1e-5, False: 3e-2}
-CEILING = {True: 1e-3, False: 1e-1}
 # a smaller part of what one token does to the next ones is no fault
 SHARE_OF_INFLUENCE = 1e-2
+
+
+class Rounding(NamedTuple):
+    """Deviations that rounding may explain: at least, at most, and as a multiple of those measured.
+
+    Logits that have nothing to do with each other deviate by more than 1, as `deviation` measures it.
+    """
+
+    floor: float
+    ceiling: float
+    factor: float
+
+
+# where other tokens are changed and no shape is, rounding is the same, and what remains is less than this in any dtype
+SAME_SHAPE = 1e-2
+
+FLOAT32 = Rounding(1e-5, 1e-3, 10)
+# deep models in bfloat16 reach 0.2
+HALF = Rounding(3e-2, 0.5, 3)
 
 
 @dataclass(frozen=True)
@@ -36,7 +52,8 @@ class Trial:
         rows: token ids of each sequence.
         expected: for each, its logits, (T, thinned V), from a forward on this sequence alone, without padding.
         bound: the largest deviation, as `deviation` measures it, that rounding explains.
-        is_float32: compare in float32. `False`: this model runs in its own dtype only.
+        is_float32: compare in float32. `False`: in the model's own dtype, since its weights are quantized or sharded,
+            or its code insists on it.
         is_consistent: what follows a token, and how much, does not change its logits.
         sees_ahead: the values of later tokens enter the logits of earlier ones.
         num_outputs: the length of the tuples that decoder layers return; 0: they return the states alone.
@@ -142,13 +159,14 @@ def make_trial(
     Raises:
         ValueError: if the model cannot run on token ids alone.
     """
-    if not is_sharded:
+    in_full = all(parameter.dtype in (torch.float32, torch.float64) for parameter in model.parameters())
+    if not is_sharded and not _is_quantized(model):
         # a family's own code may insist on its dtype, and a copy may not fit
         with suppress(Exception), evaluating(model), in_float32(model, device):
             return _trial(model, rows, device, is_float32=True)
     try:
         with evaluating(model):
-            return _trial(model, rows, device, is_float32=next(model.parameters()).itemsize >= 4)
+            return _trial(model, rows, device, is_float32=in_full)
     except Exception as error:
         if should_reduce_batch_size(error):
             raise
@@ -156,6 +174,17 @@ def make_trial(
             f"{type(model).__name__} does not run on token ids alone: {type(error).__name__}: {error}. Expected a "
             "decoder-only language model, as AutoModelForCausalLM loads it."
         ) from error
+
+
+def _is_quantized(model: nn.Module) -> bool:
+    """Whether a model has matrices that are not of a float dtype, and so computes in a dtype of its own."""
+    if getattr(model, "is_quantized", False):
+        return True
+    return any(
+        tensor.ndim > 1
+        and (type(tensor.data) is not torch.Tensor or not tensor.is_floating_point() or tensor.itemsize < 2)
+        for tensor in model.parameters()
+    )
 
 
 def _trial(model: nn.Module, rows: Sequence[tuple[int, ...]], device: torch.device, *, is_float32: bool) -> Trial:
@@ -177,11 +206,17 @@ def _trial(model: nn.Module, rows: Sequence[tuple[int, ...]], device: torch.devi
     # another number of tokens is another way to compute the same
     rounding = max(deviation(sibling[:shared], long[:shared]), deviation(cut, long[: len(cut)]))
     influence = deviation(short[1:], long[1 : len(short)]) if len(short) > 1 else 0.0
-    floor, ceiling = FLOOR[is_float32], CEILING[is_float32]
-    bound = max(floor, min(10 * rounding, ceiling), min(SHARE_OF_INFLUENCE * influence, 10 * floor, ceiling))
-    is_consistent = rounding <= max(floor, min(SHARE_OF_INFLUENCE * influence, ceiling))
-    places = () if is_consistent else (shared, len(cut))
-    sees_ahead = any(_sees_beyond(model, rows[0], place, device) for place in places)
+    floor, ceiling, factor = FLOAT32 if is_float32 else HALF
+    bound = max(floor, min(factor * rounding, ceiling), min(SHARE_OF_INFLUENCE * influence, 10 * floor))
+    if is_float32:
+        is_consistent = rounding <= max(floor, min(SHARE_OF_INFLUENCE * influence, ceiling))
+        is_suspect = not is_consistent
+    else:
+        other = logits_of(model, rows[0][:shared] + rows[0][: shared - 1 : -1], device)
+        ahead = deviation(other[:shared], long[:shared])
+        is_consistent = rounding <= ceiling and ahead <= SAME_SHAPE
+        is_suspect = not is_consistent or ahead > SHARE_OF_INFLUENCE * influence
+    sees_ahead = is_suspect and any(_sees_beyond(model, rows[0], place, device) for place in (shared, len(cut)))
     return Trial(rows, expected, bound, is_float32, is_consistent, sees_ahead, next(iter(num_outputs), 0))
 
 
@@ -202,6 +237,8 @@ def _sees_beyond(model: Any, row: Sequence[int], place: int, device: torch.devic
             logits = logits_of(model, row, device)[:place]
             weights = torch.rand(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
             (gradient,) = torch.autograd.grad((logits * weights).sum(), zeros)
+    except RuntimeError:  # without a gradient, nothing tells it from a model that sees ahead
+        return True
     finally:
         handle.remove()
     sizes = gradient.reshape(len(row), -1).norm(dim=-1)

@@ -107,20 +107,21 @@ class EditRunner:
         if self._choose_tokens and len(tail.layers):
             head, share = unwrapped.get_output_embeddings(), self._share_scored()
             self.max_tokens, self._choose_tokens = fitting_tokens(tail, head, share, self.device), False
-        self.plan = self._find_plan(model, tail, args, checks)
+        self.plan = self._find_plan(model, tail, args, checks, longest)
         if self.plan.packed and not is_sharded:
             self.plan = find_narrow(model, self.plan, checks)
         if args.activation_cache != "off":
             self._keep_states(model, args, accelerator, checks)
         self.is_prepared = True
 
-    def _find_plan(self, model: nn.Module, tail: Tail, args: BreadthFirstConfig, checks: ModelChecks) -> ForwardPlan:
+    def _find_plan(
+        self, model: nn.Module, tail: Tail, args: BreadthFirstConfig, checks: ModelChecks, longest: int
+    ) -> ForwardPlan:
         layouts: tuple[Layout, ...] = ("packed", "padded", "masked")
         if args.activation_cache == "off" or not len(tail.layers):
             layouts = ("masked",)
         tree = PrefixTree.of(self.edits.token_ids, self.edits.offsets, self.own)
         plan = ForwardPlan(tail, tree, self.device)
-        longest = int(self.edits.lengths.max())
         return self.halving(lambda: find_layout(model, plan, checks, layouts, longest))
 
     def _keep_states(
