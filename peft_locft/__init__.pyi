@@ -30,10 +30,12 @@ from .reporting import save_report as save_report
 from .training import BreadthFirstConfig as BreadthFirstConfig
 from .training import BreadthFirstTrainer as BreadthFirstTrainer
 from .training import EvaluationCallback as EvaluationCallback
+from .training import LearnedEdits as LearnedEdits
 from .tuner import LocFTConfig as LocFTConfig
 from .tuner import LocFTModel as LocFTModel
 from .tuner import balanced_config as balanced_config
 from .workflows import SearchPlan as SearchPlan
+from .workflows import TrainingSummary as TrainingSummary
 from .workflows import UpdateSummary as UpdateSummary
 from .workflows import compare_baselines as compare_baselines
 from .workflows import evaluate_model as evaluate_model

@@ -60,6 +60,7 @@ class TrainingResult:
         steps: number of optimizer steps.
         curves: metrics by epoch, each with an `epoch`, from an `EvaluationCallback`.
         best_epoch: the epoch whose weights the adapter has, if the callback chose one.
+        learned: number of learned and of all edits, and the median probability of their targets.
         others: fields of a later version.
     """
 
@@ -67,6 +68,7 @@ class TrainingResult:
     steps: int | None = None
     curves: list[dict[str, float]] = field(default_factory=list)
     best_epoch: float | None = None
+    learned: dict[str, float] | None = None
     others: dict[str, Any] = field(default_factory=dict)
 
 
@@ -129,7 +131,7 @@ class TrainingRun:
         yield (
             "recipe",
             f"{name}{order}, objective `{printable(recipe['objective'])}`, learning rate "
-            f"{recipe['learning_rate']:g}, batches of {recipe['per_device_train_batch_size']}, "
+            f"{recipe['learning_rate']:.3g}, batches of {recipe['per_device_train_batch_size']}, "
             f"{recipe['num_train_epochs']:g} epochs at most, seed {recipe['seed']}",
         )
         if detailed:
@@ -137,6 +139,10 @@ class TrainingRun:
         if losses:
             unit = "edits" if self.is_depth_first else "epochs"
             yield "training loss", f"{losses[0]:.4f} → {losses[-1]:.4f} in {len(losses)} {unit}"
+        learned = self.training.learned
+        if learned:
+            share = f"{learned['num_learned']:,} of {learned['num_edits']:,} edits"
+            yield "learned", f"{share}, median probability of a target {learned['median_probability']:.3f}"
         if self.augmentation is not None:
             counts = {"prefixes": len(self.augmentation.prefixes)} | self.augmentation.counts
             words = [f"{count} {printable(kind).replace('_', ' ')}" for kind, count in counts.items() if count]

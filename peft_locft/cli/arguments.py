@@ -45,7 +45,17 @@ class LoadArguments:
 
 
 @dataclass(kw_only=True)
-class TrainArguments(LoadArguments):
+class ConditionArguments:
+    """When a command fails although it did its work."""
+
+    fail_if: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Exit with 3 if a metric is out of bounds, such as 'reliability<0.98'."},
+    )
+
+
+@dataclass(kw_only=True)
+class TrainArguments(ConditionArguments, LoadArguments):
     """The base model, the edits, and what happens beside the training."""
 
     model_name_or_path: str | None = field(
@@ -118,7 +128,7 @@ class PresetArguments:
 
 
 @dataclass(kw_only=True)
-class EvaluateArguments(LoadArguments):
+class EvaluateArguments(ConditionArguments, LoadArguments):
     """What is evaluated."""
 
     edits: str = field(metadata={"help": EDITS})
@@ -196,7 +206,7 @@ TRAIN_SECTIONS = {
     "model and edits": ("model_name_or_path", "edits", "num_edits"),
     "where to edit": ("target_modules", "layers_to_transform", "location"),
     "recipe": ("recipe", *_RECIPE),
-    "output": ("output_dir", "ship_edits"),
+    "output": ("output_dir", "ship_edits", "fail_if"),
     "evaluate while training": ("evaluate_every", "best_metric"),
     "update an adapter": ("resume_from_adapter", "forget"),
 }

@@ -28,6 +28,9 @@ commands:
 `locft COMMAND --help` lists the flags of a command. `locft --version` prints the version."""
 
 
+CONDITION_MET = 3  # exit code of `--fail_if`
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line.
 
@@ -35,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: the words after `locft`; `None` takes them from the process.
 
     Returns:
-        The exit code: 0; or 2 for a mistake in the call or its files, or a model whose loss or logits are NaN.
+        The exit code: 0; 3 if a condition of `--fail_if` holds; or 2 for a
+        mistake in the call or its files, or a model whose loss or logits are NaN.
     """
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("-h", "--help"):
@@ -50,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"locft: unknown command '{command}'; {hint}\n`locft --help` lists the commands.", file=sys.stderr)
         return 2
     try:
-        COMMANDS[command](rest)
+        return COMMANDS[command](rest) or 0
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         message = str(error)
     except RuntimeError as error:
@@ -59,36 +63,53 @@ def main(argv: list[str] | None = None) -> int:
         if not isinstance(error, TrainingDivergedError):
             raise
         message = str(error)
-    else:
-        return 0
     print(f"locft {command}: {message}", file=sys.stderr)
     return 2
 
 
-def train(argv: list[str]) -> None:
+def train(argv: list[str]) -> int:
     """Train edits into a model and save the adapter; or add, replace and withdraw edits of a saved adapter."""
     from .arguments import parse_train
 
     arguments = parse_train(argv)
+    from ..evaluation.conditions import check_conditions
     from ..workflows.train import train_edits
     from ..workflows.update import update_adapter
 
+    fail_if = arguments.pop("fail_if")
+    check_conditions(fail_if, ["reliability", "median_probability"])
     begun = time.perf_counter()
     summary: Any = update_adapter(**arguments) if "adapter" in arguments else train_edits(**arguments)
     if arguments["args"].process_index == 0:  # of several, under torchrun or accelerate launch
         print(f"Trained in {time.perf_counter() - begun:.0f} s, saved to {summary.folder}\n\n{summary}")
+    return exit_code("train", fail_if, summary.metrics)
 
 
-def evaluate(argv: list[str]) -> None:
+def evaluate(argv: list[str]) -> int:
     """Measure what the edits changed in a model."""
     from .arguments import parse_evaluate
 
     arguments = parse_evaluate(argv)
+    from ..evaluation.conditions import check_conditions
     from ..workflows.evaluate import evaluate_model
 
-    print(evaluate_model(**arguments))
+    fail_if = arguments.pop("fail_if")
+    check_conditions(fail_if)
+    report = evaluate_model(**arguments)
+    print(report)
     if arguments["output_dir"]:
         print(f"\nSaved to {arguments['output_dir']}: open evaluation.html in a browser.")
+    return exit_code("evaluate", fail_if, {name: result.after.value for name, result in report.results.items()})
+
+
+def exit_code(command: str, fail_if: list[str], metrics: dict[str, float]) -> int:
+    """Return 3 and say why, if a condition of `--fail_if` holds; otherwise 0."""
+    from ..evaluation.conditions import met_conditions
+
+    met = met_conditions(fail_if, metrics)
+    for condition in met:
+        print(f"locft {command}: --fail_if {condition}", file=sys.stderr)
+    return CONDITION_MET if met else 0
 
 
 def locate(argv: list[str]) -> None:
@@ -221,7 +242,7 @@ def export(argv: list[str]) -> None:
     print(export_adapter(**given))
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "train": train,
     "evaluate": evaluate,
     "locate": locate,

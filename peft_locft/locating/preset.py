@@ -30,7 +30,7 @@ class LocationPreset:
         layer: index of the decoder layer, from 0.
         target_modules: full names of modules.
         target_parameters: full names of parameters that are not a module's weight.
-        learning_rate: of the trial.
+        learning_rate: of the trial; `"auto"`: relative to the weights, see `BreadthFirstConfig`.
         model: `model_type`, `num_hidden_layers` and `hidden_size` that a model's configuration must have.
         found: information for readers: base, edits, score and metrics of the search.
 
@@ -43,7 +43,7 @@ class LocationPreset:
     layer: int
     target_modules: tuple[str, ...]
     target_parameters: tuple[str, ...]
-    learning_rate: float
+    learning_rate: float | str
     model: dict[str, Any]
     found: dict[str, Any] = field(default_factory=dict)
 
@@ -86,8 +86,7 @@ class LocationPreset:
                 raise ValueError("another format or version")
             names = {name: _texts(content.pop(name)) for name in ("target_modules", "target_parameters")}
             preset = cls(**(content | names))
-            is_rate = isinstance(preset.learning_rate, float) and preset.learning_rate > 0
-            if not any(names.values()) or not is_rate or not math.isfinite(preset.learning_rate):
+            if not any(names.values()) or not _is_rate(preset.learning_rate):
                 raise ValueError("no location, or no learning rate above 0")
             if not isinstance(preset.model, dict):
                 raise ValueError("no model")
@@ -102,6 +101,10 @@ def model_shape(config: PretrainedConfig) -> dict[str, Any]:
     """Return the fields that must agree for the same names to be the same location in two models."""
     text_config: Any = config.get_text_config()
     return {name: getattr(text_config, name, None) for name in SHAPE}
+
+
+def _is_rate(value: Any) -> bool:
+    return value == "auto" or (isinstance(value, float) and math.isfinite(value) and value > 0)
 
 
 def _texts(values: Any) -> tuple[str, ...]:

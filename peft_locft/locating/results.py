@@ -36,7 +36,7 @@ class LocationTrial:
         layer: index of the decoder layer, from 0.
         rung: index of the rung, from 0; a location that goes on is tried again on more edits.
         num_edits: edits that were trained and evaluated.
-        learning_rate: of the trial, constant.
+        learning_rate: of the trial; `"auto"`: relative to the weights.
         score: from 0 to 1; 0 if the trial failed.
         metrics: value, low and high after the edit, by the metric's name.
         before: the same for the base.
@@ -52,7 +52,7 @@ class LocationTrial:
     layer: int
     rung: int
     num_edits: int
-    learning_rate: float
+    learning_rate: float | str
     score: float
     metrics: dict[str, dict[str, float]]
     before: dict[str, dict[str, float]]

@@ -1,5 +1,6 @@
 from .config import BreadthFirstConfig as BreadthFirstConfig
 from .evaluation_callback import EvaluationCallback as EvaluationCallback
+from .learned import LearnedEdits as LearnedEdits
 from .preservation import NullSpaceProjector as NullSpaceProjector
 from .preservation import SoftProjector as SoftProjector
 from .preserver import PreservationCallback as PreservationCallback

@@ -14,13 +14,16 @@ Recipe = Literal["published", "balanced"]
 RetainedLoss = Literal["kl", "likelihood"]
 RetainedFactsChoice = Literal["random", "nearest"]
 
+AUTO = "auto"
+BATCHES_PER_EPOCH = 10  # with a batch size that fits the number of edits
+SMALLEST_BATCH, LARGEST_BATCH = 5, 100  # the published one is 100
 GENERATED = "generated"
 LOCALITY = "locality"
 # the values of fields that were left open
 RECIPES: dict[str, dict[str, Any]] = {
     "published": {
-        "learning_rate": 5e-4,
-        "num_train_epochs": 25,
+        "relative_learning_rate": 0.025,
+        "num_train_epochs": 50,
         "lr_scheduler_type": "constant",
         "stop_at_learned": 0.0,
         "adam_epsilon": 1e-8,
@@ -35,7 +38,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "delta_decay": 0.0,
     },
     "balanced": {
-        "learning_rate": 8e-4,
+        "relative_learning_rate": 0.04,
         "num_train_epochs": 24,
         "lr_scheduler_type": "linear",
         "stop_at_learned": 0.98,
@@ -226,13 +229,22 @@ CHOICES = (
 class BreadthFirstConfig(PreservationArguments, TrainingArguments):
     """Arguments of [`BreadthFirstTrainer`]: those of `transformers.TrainingArguments`, and the recipe.
 
-    The defaults are those of Yang et al., "Fine-tuning Done Right in Model Editing" (arXiv 2509.22072v4): batches of
-    100, at most 25 epochs, Adam at a constant rate of 5e-4, no weight decay, no clipping. Small models need a higher
-    rate: 5e-3 suits one of 135M parameters.
+    The recipe is that of Yang et al., "Fine-tuning Done Right in Model Editing" (arXiv 2509.22072v4): Adam at a
+    constant rate, no weight decay, no clipping. Rate and batch size fit the model and the number of edits, unless you
+    give them; the paper uses 5e-4 (for three models of 7B and 8B parameters), batches of 100 and at most 25 epochs.
 
     Args:
-        learning_rate (`float`, *optional*): Learning rate of Adam. `None`: 5e-4, or as the recipe says.
-        num_train_epochs (`float`, *optional*): Largest number of passes over the edits. `None`: 25, or as the recipe
+        learning_rate (`float` or `str`, defaults to `"auto"`):
+            Learning rate of Adam. `"auto"`: a rate for each trained tensor, `relative_learning_rate` times the root
+            mean square of its base weight; the losses correct it while training (see `RateControl`). Published rates
+            are used for the very models and locations that they were published for. PEFT methods other than LocFT
+            have 5e-4. A number is used as it is.
+        relative_learning_rate (`float`, *optional*):
+            Learning rate relative to the trained weight, for `learning_rate="auto"`. Higher rates learn in fewer
+            steps and change more of the rest. `None`: 0.025, or as the recipe says.
+        per_device_train_batch_size (`int`, *optional*):
+            Edits in a batch on each device. `None`: a tenth of the edits, at least 5, at most 100 on all devices.
+        num_train_epochs (`float`, *optional*): Largest number of passes over the edits. `None`: 50, or as the recipe
             says.
         lr_scheduler_type (`str`, *optional*): `None`: `"constant"`, or as the recipe says.
         adam_epsilon (`float`, *optional*): `None`: 1e-8, or as the recipe says.
@@ -272,13 +284,20 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
         ValueError: if a field has a value that is not allowed here.
     """
 
-    learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of Adam; default: 5e-4, or as the recipe."}
+    # the parser makes it a text, which is read below
+    learning_rate: float | str | None = field(
+        default=AUTO, metadata={"help": "Learning rate of Adam; auto: one that fits each trained tensor."}
+    )
+    relative_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Rate relative to the trained weight, for auto; default: 0.025, or as the recipe."},
     )
     num_train_epochs: float | None = field(
-        default=None, metadata={"help": "Largest number of passes over the edits; default: 25, or as the recipe."}
+        default=None, metadata={"help": "Largest number of passes over the edits; default: 50, or as the recipe."}
     )
-    per_device_train_batch_size: int = field(default=100, metadata={"help": "Edits in a batch."})
+    per_device_train_batch_size: int | None = field(
+        default=None, metadata={"help": "Edits in a batch; default: a tenth of the edits, 5 to 100."}
+    )
     lr_scheduler_type: str | None = field(
         default=None, metadata={"help": "Learning rate schedule; default: constant, or as the recipe."}
     )
@@ -320,6 +339,7 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
 
     def __post_init__(self) -> None:
         self.resolve()  # before transformers checks the fields that the recipe fills
+        self._check_rate()
         super().__post_init__()
         if self.deepspeed:
             # DeepSpeed clips at 1.0 by default
@@ -357,6 +377,26 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
         if self.edit_order == "depth_first":
             self._check_depth_first()
 
+    def _check_rate(self) -> None:
+        if self.learning_rate is None:
+            self.learning_rate = AUTO
+        if isinstance(self.learning_rate, str) and self.learning_rate != AUTO:
+            try:
+                self.learning_rate = float(self.learning_rate)
+            except ValueError:
+                raise ValueError(
+                    f"BreadthFirstConfig.learning_rate={self.learning_rate!r}: expected a number, or 'auto'."
+                ) from None
+        for name in ("learning_rate", "relative_learning_rate"):
+            value = getattr(self, name)
+            if value != AUTO and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"BreadthFirstConfig.{name}={value!r}: expected a finite number above 0.")
+        if self.learning_rate == AUTO and self.deepspeed:
+            raise ValueError(
+                "BreadthFirstConfig.learning_rate='auto' reads the weights, and DeepSpeed may have sharded them. Pass "
+                "a number."
+            )
+
     def _check_depth_first(self) -> None:
         if self.num_prefixes or self.num_concatenated or self.has_retained or self.delta_decay:
             raise ValueError(
@@ -364,7 +404,7 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
                 f"recipe={self.recipe!r} and fields that train variants or retained facts, or decay the delta. Use "
                 "recipe='published' without them."
             )
-        if self.per_device_train_batch_size not in (1, type(self).per_device_train_batch_size):
+        if self.per_device_train_batch_size not in (1, None):
             raise ValueError(
                 f"BreadthFirstConfig.per_device_train_batch_size={self.per_device_train_batch_size}: depth-first "
                 "trains one edit at a time. Use 1, or leave it out."
@@ -390,3 +430,12 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
     def steps_per_edit(self) -> int | None:
         """Most steps that depth-first spends on one edit; `None` for breadth-first."""
         return math.ceil(self.num_train_epochs or 0) if self.edit_order == "depth_first" else None
+
+
+def batch_size_for(num_edits: int, args: BreadthFirstConfig) -> int:
+    """Return the number of edits in a batch on each device: the given one, or one that fits the number of edits."""
+    if args.per_device_train_batch_size is not None:
+        return args.per_device_train_batch_size
+    devices = args.world_size * max(args.n_gpu, 1)
+    fitting = min(max(num_edits / BATCHES_PER_EPOCH, min(num_edits, SMALLEST_BATCH)), LARGEST_BATCH)
+    return math.ceil(fitting / devices)

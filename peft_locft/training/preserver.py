@@ -244,11 +244,11 @@ class PreservationCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         decay = getattr(args, "delta_decay", None)
-        if decay and args.learning_rate:
+        if decay:
             steps = math.ceil(len(kwargs["train_dataloader"]) / args.gradient_accumulation_steps)  # of an epoch
             for group in kwargs["optimizer"].param_groups:
                 # a step of AdamW removes this share times the learning rate
-                group["weight_decay"] = args.weight_decay + decay / (args.learning_rate * steps)
+                group["weight_decay"] = args.weight_decay + decay / (group.get("initial_lr", group["lr"]) * steps)
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.preserver.before_step()

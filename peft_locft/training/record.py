@@ -8,6 +8,7 @@ from typing import Any
 from ..adapters.provenance import Augmentation, TrainedEdits, TrainingResult, TrainingRun
 from ..data.edits import Edit, edits_sha256
 from .config import BreadthFirstConfig
+from .learned import LearnedEdits
 from .loss_history import LossHistory
 
 # The settings that decide the weights, listed one by one: those at their default are recorded too, since a default may
@@ -56,6 +57,9 @@ def training_record(
     num_steps: int,
     evaluations: Mapping[str, Any] | None = None,
     augmentation: Augmentation | None = None,
+    learned: LearnedEdits | None = None,
+    *,
+    relative_rate: float | None = None,
 ) -> TrainingRun:
     """Return what is recorded of a training run beside its adapter.
 
@@ -66,11 +70,18 @@ def training_record(
         num_steps: its optimizer steps.
         evaluations: `curves`, and `best_epoch` if it chose one, as an `EvaluationCallback` leaves them.
         augmentation: the rows beyond the edits.
+        learned: what the model learned.
+        relative_rate: the learning rate relative to the weights, if none was given.
     """
-    settings = {name: getattr(args, name) for name in RECIPE_FIELDS}
+    settings = {name: getattr(args, name) for name in RECIPE_FIELDS} | {"relative_learning_rate": relative_rate}
     return TrainingRun(
         TrainedEdits(len(edits), edits_sha256(edits)),
         {name: getattr(value, "value", value) for name, value in settings.items()},
-        TrainingResult(list(losses.epoch_losses), num_steps, **(evaluations or {})),
+        TrainingResult(
+            list(losses.epoch_losses),
+            num_steps,
+            learned=None if learned is None else learned.record(),
+            **(evaluations or {}),
+        ),
         augmentation,
     )

@@ -204,6 +204,27 @@ class RowLosses:
             sums = torch.zeros(len(indices), device=losses.device).index_add(0, batch.scored.rows, losses)
         return sums / self.num_scored[indices].to(logits.device), outputs
 
+    @torch.no_grad()
+    def answers(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
+        """Return whether each target is the greedy answer, 0 or 1, and its log-probability, (B, 2) float32.
+
+        Args:
+            model: the model.
+            batch: (B,) rows of edits.
+        """
+        scored, logits = batch.scored, logits_at(model, *batch.where, batch.inputs).logits
+        tokens = batch.labels[scored.rows, scored.columns]
+        # with the objective "full" the prompt is scored, too
+        in_target = (
+            scored.columns >= self.runner.edits.target_starts[batch.indices].to(scored.rows.device)[scored.rows]
+        )
+        misses = ((logits.argmax(-1) != tokens) & in_target).float()
+        log_probs = log_probabilities(logits, tokens.unsqueeze(1)).squeeze(1) * in_target
+        sums = torch.zeros(len(batch.indices), 2, device=logits.device)
+        sums.index_add_(0, scored.rows, torch.stack([misses, log_probs], dim=1))
+        sums[:, 0] = (sums[:, 0] == 0).float()
+        return sums
+
     def _losses_beside_base(self, base: BaseDistributions, batch: MicroBatch, logits: torch.Tensor) -> torch.Tensor:
         """Return the loss of every scored token, (positions,), of targets and retained rows in one softmax."""
         retained = batch.indices >= self.rows.first_retained

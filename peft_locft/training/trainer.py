@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,7 +24,7 @@ from ..data.edits import Edit, edits_sha256, read_edits
 from ..data.encoding import EncodedEdits
 from ..data.leaks import mark_trained
 from ..engine.activation_storage import SharedActivations
-from ..engine.distributed import backward, check_not_sharded, end_step, missing_forwards
+from ..engine.distributed import SHARDED, backward, check_not_sharded, end_step, missing_forwards
 from ..engine.model_state import (
     as_base,
     check_finite,
@@ -30,18 +32,24 @@ from ..engine.model_state import (
     check_vocabulary,
     configuration_unchanged,
     dropout_off,
+    evaluating,
 )
 from ..engine.offload import trunk_offloaded
 from .batches import EditBatches
 from .callbacks import CURVES_KEY, EditProgressBar, LossFloorCallback
-from .config import BreadthFirstConfig
+from .config import AUTO, BreadthFirstConfig, batch_size_for
 from .edit_runner import MicroBatch
+from .learned import LearnedEdits
 from .loss_history import LossHistory
 from .preserver import PreservationCallback, prepare_preserver
+from .rate_control import RateControl
+from .rates import fitting_rates, set_rates
 from .record import training_record
 from .resume import check_same_edits, invalidate, whole_checkpoint
 from .row_losses import BatchWeight, RowLosses
 from .training_data import TrainingData, training_data
+
+NUM_FIRST_LOSSES = 100  # edits whose loss is measured before training
 
 
 class BreadthFirstTrainer(Trainer):
@@ -63,6 +71,8 @@ class BreadthFirstTrainer(Trainer):
         epoch_losses (`list[float]`): one per epoch: the mean loss of its batches, weighted by their size and taken
             before their step; batches below the loss floor count. With `edit_order="depth_first"`, one per edit: the
             loss of its last step.
+        learned (`LearnedEdits`, *optional*): after training, which edits the model learned; `None` before it, where
+            weights are sharded, and with `objective="prompt_last"`, which does not score answers.
 
     Raises:
         ValueError: if nothing in the model is trainable, if edits or tokenizer are missing, or if an edit cannot be
@@ -100,11 +110,17 @@ class BreadthFirstTrainer(Trainer):
                 "both."
             )
         self.edits = read_edits(train_dataset)
+        args = copy.copy(args)  # the caller's stays as it is
+        args.per_device_train_batch_size = batch_size_for(len(self.edits), args)
+        self.rates = fitting_rates(model, args) if args.learning_rate == AUTO else {}
+        if self.rates:
+            args.learning_rate = statistics.median(self.rates.values())
         self.data = self._make_data(model, processing_class, args)
         encoded = self.data.encoded
         check_vocabulary(model, encoded.token_ids)
         mark_trained(model, self.data.augmentation().trained_prompts)
         self.loss_history = LossHistory()
+        self.learned: LearnedEdits | None = None
         self.losses = RowLosses.of(encoded, self.data.rows, args, shared_activations)
         self.runner = self.losses.runner
         with configuration_unchanged(model):
@@ -120,12 +136,24 @@ class BreadthFirstTrainer(Trainer):
             retained_loss=args.has_retained and args.retained_loss == "kl",
         )
         self.add_callback(LossFloorCallback(self.loss_history, self.data.rows.num_new, args))
+        self.rate_control: RateControl | None = None
+        if self.rates and args.edit_order == "breadth_first" and self.accelerator.distributed_type not in SHARDED:
+            self.rate_control = RateControl(self.loss_history, self.data.rows.num_new)
+            self.add_callback(self.rate_control)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(EditProgressBar(self.loss_history, self.data.rows.num_edits))
 
     @property
     def epoch_losses(self) -> list[float]:
         return self.loss_history.epoch_losses
+
+    @property
+    def relative_rate(self) -> float | None:
+        """The learning rate relative to the trained weights, as corrected so far; `None` if it was given."""
+        if not self.rates:
+            return None
+        factor = 1.0 if self.rate_control is None else self.rate_control.state.factor
+        return (self.args.relative_learning_rate or 0.0) * factor
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train, as `Trainer.train` does. `resume_from_checkpoint=True` takes the last complete checkpoint.
@@ -138,15 +166,44 @@ class BreadthFirstTrainer(Trainer):
             checkpoint = whole_checkpoint(self.args.output_dir, resume_from_checkpoint)
             check_same_edits(checkpoint, edits_sha256(self.edits))
             resume_from_checkpoint = str(checkpoint)
+        if self.rate_control is not None:
+            self.rate_control.remember(self.model)
         self.runner.is_prepared = False  # the trunk may have changed since the last call
         offloaded = trunk_offloaded(self.model, self.args.device) if self.args.offload_trunk else nullcontext()
         with configuration_unchanged(self.model), offloaded:
             preservation = PreservationCallback(prepare_preserver(self.model, self.data.preserved, self.args))
             self.add_callback(preservation)  # the last one: its end comes after the best epoch was restored
             try:
-                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+                result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             finally:
                 self.remove_callback(preservation)
+            self.learned = self.measure_learned()
+            return result
+
+    def measure_learned(self) -> LearnedEdits | None:
+        """Return which edits the model answers with their targets; see the attribute `learned`."""
+        if self.args.objective == "prompt_last" or self.accelerator.distributed_type in SHARDED:
+            return None
+        model = self.accelerator.unwrap_model(self.model)
+        if not self.runner.is_prepared:  # a run that was resumed after its end
+            with self.compute_loss_context_manager():
+                self.runner.prepare(self.model, self.args, self.accelerator)
+        own = self.runner.own[self.runner.own < len(self.edits)]
+        found = torch.zeros(len(self.edits), 2, device=self.args.device)
+        with evaluating(model), self.compute_loss_context_manager():
+            for indices in self.runner.micro_batches(own) if len(own) else ():
+                with self.runner.micro_batch(indices) as batch:
+                    found[indices] = self.losses.answers(model, batch).to(found.device)
+        is_learned, log_probabilities = self.accelerator.reduce(found, reduction="sum").T.tolist()
+        return LearnedEdits.of(self.edits, [bool(each) for each in is_learned], log_probabilities)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the optimizer; with `learning_rate="auto"`, each trained tensor has its own rate."""
+        is_ours = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_ours and len(set(self.rates.values())) > 1:
+            set_rates(optimizer, self.model if model is None else model, self.rates)
+        return optimizer
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         if not self.args.offload_trunk:
@@ -221,15 +278,34 @@ class BreadthFirstTrainer(Trainer):
                 self.runner.prepare(model, self.args, self.accelerator)
                 plain = self.accelerator.unwrap_model(model)
                 self.losses.store_base(plain, as_base(plain))
+                if self.rate_control is not None and self.rate_control.needs_first_loss:
+                    self.rate_control.state.first_loss = self._mean_loss(plain)
         weight = num_items_in_batch or self.losses.weight(torch.tensor(inputs))
         shares = self._gradient(model, inputs, weight)
         share, retained_share, unlearned = shares.tolist()
-        check_finite(share + retained_share, self.state.global_step, self.state.max_steps, self._get_learning_rate())
         num_edits = sum(index < self.losses.rows.num_edits for index in inputs)
+        if self.rate_control is not None and self.rate_control.takes_over(share + retained_share):
+            # training starts again behind this step, from where it began
+            share, retained_share, unlearned = self.rate_control.state.first_loss or 0.0, 0.0, num_edits
+            shares = torch.zeros_like(shares)
+            model.zero_grad()
+        check_finite(share + retained_share, self.state.global_step, self.state.max_steps, self._get_learning_rate())
         self.loss_history.add_batch(share, num_edits, retained_share, int(unlearned))
         if self.accelerator.sync_gradients:
             end_step(model, self.accelerator, take_it=self.loss_history.end_step() >= self.args.loss_floor)
         return shares[:2].sum()
+
+    @torch.no_grad()
+    def _mean_loss(self, model: nn.Module) -> float:
+        """Return the mean loss of a batch's worth of edits, or more, over all processes."""
+        own = self.runner.own[self.runner.own < min(self.losses.rows.num_edits, NUM_FIRST_LOSSES)]
+        sums = torch.zeros(2, device=self.args.device)
+        for indices in self.runner.micro_batches(own) if len(own) else ():
+            with self.runner.micro_batch(indices) as batch:
+                losses, _ = self.losses(model, batch)
+            sums += torch.stack([losses.sum().to(sums.device), sums.new_tensor(len(indices))])
+        total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        return total / count
 
     def _gradient(self, model: nn.Module, inputs: list[int], weight: BatchWeight) -> torch.Tensor:
         """Add the gradient of the batch; out of memory, start again with smaller micro-batches."""
@@ -327,6 +403,8 @@ class BreadthFirstTrainer(Trainer):
                     self.state.global_step,
                     evaluations,
                     self.data.augmentation(),
+                    self.learned,
+                    relative_rate=self.relative_rate,
                 ),
                 state_dict=state_dict,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,11 +26,15 @@ from .structure import (
 
 @dataclass(frozen=True, slots=True)
 class PublishedLocation:
-    """A location from the paper (Yang et al., arXiv 2509.22072v4), found on a model with `num_layers` layers."""
+    """A location from the paper (Yang et al., arXiv 2509.22072v4), found on one model with `num_layers` layers.
+
+    The location transfers to other models of its `model_type`; the learning rate belongs to this model alone.
+    """
 
     layer: int
     num_layers: int
     module: str
+    model: str = ""
     learning_rate: float = 5e-4
 
     def layer_of(self, num_layers: int) -> int:
@@ -38,10 +43,10 @@ class PublishedLocation:
 
 
 PUBLISHED = {
-    "llama": PublishedLocation(layer=22, num_layers=32, module="mlp.down_proj"),  # Meta-Llama-3-8B-Instruct
-    "qwen2": PublishedLocation(layer=6, num_layers=28, module="mlp.down_proj"),  # Qwen2.5-7B-Instruct
-    "mistral": PublishedLocation(layer=23, num_layers=32, module=ENTIRE_LAYER, learning_rate=5e-5),  # Mistral-7B-v0.1
-    "qwen2_moe": PublishedLocation(layer=20, num_layers=24, module="mlp.shared_expert.down_proj"),  # Qwen1.5-MoE-A2.7B
+    "llama": PublishedLocation(22, 32, "mlp.down_proj", "Meta-Llama-3-8B-Instruct"),
+    "qwen2": PublishedLocation(6, 28, "mlp.down_proj", "Qwen2.5-7B-Instruct"),
+    "mistral": PublishedLocation(23, 32, ENTIRE_LAYER, "Mistral-7B-v0.1", learning_rate=5e-5),
+    "qwen2_moe": PublishedLocation(20, 24, "mlp.shared_expert.down_proj", "Qwen1.5-MoE-A2.7B"),
 }
 # the paper's rule of thumb, "later-layer down-projection", at the best depth of Llama
 DEFAULT_DEPTH = PublishedLocation(layer=22, num_layers=32, module="")
@@ -51,7 +56,7 @@ DEFAULT_DEPTH = PublishedLocation(layer=22, num_layers=32, module="")
 class Location:
     """A location as full names, as in `named_modules` and `named_parameters`.
 
-    `learning_rate` is the published one, or `None` if the location is not published.
+    `learning_rate` is the published one, or `None` if none was published for this very model.
     """
 
     target_modules: tuple[str, ...]
@@ -85,12 +90,32 @@ def default_location(model: nn.Module, layers: list[int] | None = None) -> Locat
         layer = (published or DEFAULT_DEPTH).layer_of(len(stack))
         layers = [min(_layers_with_mlp(model), key=lambda each: (abs(each - layer), -each), default=layer)]
     _check_layers(layers, stack_name, len(stack))
-    rate = None if published is None else published.learning_rate
+    rate = published.learning_rate if published is not None and _is_model(model, published.model) else None
     if published is not None and published.module == ENTIRE_LAYER:
         location = entire_layers(model, layers)
         return Location(location.target_modules, location.target_parameters, rate)
     location = down_projections(model, layers)
     return Location(location.target_modules, location.target_parameters, rate)
+
+
+def published_rate(model: nn.Module) -> float | None:
+    """Return the learning rate that was published for a model with an adapter; `None`: for another model or location.
+
+    Args:
+        model: a `PeftModel`; for others there is none.
+    """
+    tuner = getattr(model, "base_model", None)
+    names = {*getattr(tuner, "targeted_module_names", ()), *getattr(tuner, "targeted_parameter_names", ())}
+    if not names or not any(_is_model(model, each.model) for each in PUBLISHED.values()):
+        return None
+    location = default_location(model.get_base_model())  # type: ignore[operator]
+    return location.learning_rate if names == {*location.target_modules, *location.target_parameters} else None
+
+
+def _is_model(model: nn.Module, name: str) -> bool:
+    """Whether a model was loaded under this name: from the Hub, its cache, or a folder of that name."""
+    path = str(getattr(getattr(model, "config", None), "name_or_path", ""))
+    return name.lower() in re.split(r"[/\\]|--", path.lower())
 
 
 def balanced_config(model: nn.Module, **fields: Any) -> LocFTConfig:

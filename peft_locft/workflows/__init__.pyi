@@ -4,6 +4,7 @@ from .evaluate import evaluate_model as evaluate_model
 from .locate import SearchPlan as SearchPlan
 from .locate import run_location_search as run_location_search
 from .locate import search_locations as search_locations
+from .train import TrainingSummary as TrainingSummary
 from .train import train_edits as train_edits
 from .update import UpdateSummary as UpdateSummary
 from .update import update_adapter as update_adapter

@@ -23,7 +23,7 @@ from ..evaluation.evaluator import EditEvaluator, EditSource
 from ..io.files import write_atomically
 from ..reporting.baselines import TABLE_METRICS, Baseline, BaselineResult, baselines_to_markdown
 from ..reporting.plots import can_draw, draw_baselines
-from ..training.config import BreadthFirstConfig
+from ..training.config import BreadthFirstConfig, batch_size_for
 from ..tuner import LocFTConfig
 from .trials import known_result, try_adapter
 
@@ -108,8 +108,8 @@ def compare_baselines(
         >>> results = compare_baselines(model, tokenizer, "zsre.json", args)
         >>> print(baselines_to_markdown(results))
     """
-    chosen = baselines(args.per_device_train_batch_size, methods)
     edits = read_edits(edits)
+    chosen = baselines(batch_size_for(len(edits), args), methods)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     evaluator = EditEvaluator(model, tokenizer, edits, evaluation, text=text, progress=not args.disable_tqdm)

@@ -25,7 +25,7 @@ from ..locating.preset import model_shape
 from ..locating.results import LocationSearchResult
 from ..locating.score import LocationScore
 from ..reporting.plots import can_draw, draw_locations
-from ..training.config import BreadthFirstConfig
+from ..training.config import BreadthFirstConfig, batch_size_for
 from ..training.record import RECIPE_FIELDS
 from ..tuner.presets import find_decoder_layers
 from .location_trials import LocationTrials
@@ -118,7 +118,7 @@ def search_locations(
     evaluation = replace(evaluation, chat_template=args.chat_template)
     coarse = coarse_layers(layers, plan.stride)
     num_candidates = len(coarse) * len(plan.modules)
-    ladder = rungs(len(sample), args.per_device_train_batch_size, num_candidates, plan.keep, plan.num_rungs)
+    ladder = rungs(len(sample), batch_size_for(len(sample), args), num_candidates, plan.keep, plan.num_rungs)
     folder = Path(args.output_dir)
     progress = not args.disable_tqdm if show_progress is None else show_progress
     rates = plan.learning_rates or {}

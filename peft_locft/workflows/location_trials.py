@@ -173,7 +173,7 @@ class LocationTrials:
         location = location_of(self.model, candidate.module, candidate.layer)
         step = self.ladder[rung]
         edits = self._edits(rung)
-        rate = float(self.learning_rates.get(candidate.module) or self.args.learning_rate or 0)
+        rate = self.learning_rates.get(candidate.module) or self.args.learning_rate
         overrides: dict[str, Any] = {"output_dir": str(place), "per_device_train_batch_size": step.batch_size}
         overrides |= {"learning_rate": rate, "report_to": "none", "disable_tqdm": True}
         overrides |= dict.fromkeys(("save_strategy", "logging_strategy"), "no")

@@ -8,7 +8,7 @@ import os
 import random
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import datasets
@@ -24,18 +24,69 @@ from ..evaluation.evaluator import EditEvaluator
 from ..io.files import check_folder
 from ..locating.preset import LocationPreset
 from ..reporting.plots import can_draw, draw_curves
-from ..training.config import BreadthFirstConfig
+from ..training.config import AUTO, BreadthFirstConfig
 from ..training.evaluation_callback import EvaluationCallback
+from ..training.learned import LearnedEdits
 from ..training.resume import whole_checkpoint
 from ..training.scale_choice import TradeOff, choose_scale
 from ..training.trainer import BreadthFirstTrainer
 from ..training.training_data import check_sources
 from ..tuner import LocFTConfig, balanced_config
-from ..tuner.presets import default_location
 
 logger = logging.getLogger(__name__)
 
 WEAKER_SCALES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSummary(AdapterSummary):
+    """What a training saved, as `inspect_adapter` returns it, and what it learned.
+
+    Attributes:
+        learned: which edits the model learned; `None` where that cannot be measured, see `BreadthFirstTrainer`.
+        advice: what to change, if less than 99 % were learned; otherwise empty.
+    """
+
+    learned: LearnedEdits | None = None
+    advice: str = ""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """`reliability`, the share of learned edits, and `median_probability` of their targets."""
+        if self.learned is None:
+            return {}
+        return {"reliability": self.learned.reliability, "median_probability": self.learned.median_probability}
+
+    def __str__(self) -> str:
+        # a dataclass with slots is another class than the one that super() alone would find
+        return f"{AdapterSummary.__str__(self)}\n\n{outcome(self.learned, self.advice)}"
+
+
+def outcome(learned: LearnedEdits | None, advice: str) -> str:
+    """Return the last lines of a training: what was learned, and what to change."""
+    if learned is None:
+        return "Evaluate the adapter to see what it learned: `locft evaluate`."
+    return f"{learned}\n{advice}".rstrip()
+
+
+def what_to_change(trainer: BreadthFirstTrainer, given: BreadthFirstConfig) -> str:
+    """Return advice if a training learned less than it could; otherwise an empty text.
+
+    Args:
+        trainer: after its training.
+        given: the arguments as the user gave them.
+    """
+    learned, epochs = trainer.learned, len(trainer.epoch_losses)
+    if learned is None or learned.is_enough:
+        return ""
+    if given.learning_rate != AUTO:
+        return f"To learn more: leave out the learning rate ({given.learning_rate:g}); the default fits the model."
+    if given.edit_order == "breadth_first" and epochs >= (given.num_train_epochs or 0):
+        return (
+            f"To learn more: train longer (--num_train_epochs {2 * epochs}), or at another location "
+            "(`locft locate` finds one)."
+        )
+    return "To learn more: train at another location (`locft locate` finds one), or to a lower --loss_floor."
 
 
 def train_edits(
@@ -55,7 +106,7 @@ def train_edits(
     patience: int = 2,
     keep_reliability: float | None = None,
     ship_edits: bool = False,
-) -> AdapterSummary:
+) -> TrainingSummary:
     """Write edits into a model and save the adapter to `args.output_dir`.
 
     Args:
@@ -79,7 +130,7 @@ def train_edits(
             `update_adapter` then needs no other file.
 
     Returns:
-        A summary of the saved adapter.
+        What was learned, and a summary of the saved adapter.
 
     Raises:
         ValueError: if the edits, the location or the recipe are invalid, or the model is not a decoder-only language
@@ -118,11 +169,14 @@ def train_edits(
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if keep_reliability is not None:
         _weaken(trainer, sample, keep_reliability)
+        trainer.learned = trainer.measure_learned()
     trainer.save_model()
     if ship_edits and args.should_save:
         describe_adapter(args.output_dir, edits=trainer.edits)
     trainer.accelerator.wait_for_everyone()  # all processes read the files that the main process wrote
-    return inspect_adapter(args.output_dir)
+    saved = inspect_adapter(args.output_dir)
+    content = {each.name: getattr(saved, each.name) for each in fields(saved)}
+    return TrainingSummary(**content, learned=trainer.learned, advice=what_to_change(trainer, args))
 
 
 def _check(args: BreadthFirstConfig, peft_config: PeftConfig, keep_reliability: float | None) -> None:
@@ -176,11 +230,3 @@ def _set_default_location(config: PeftConfig, model: Any, args: BreadthFirstConf
         return
     if args.recipe == "balanced" and config.layers_to_transform is None and config.target_parameters is None:
         config.target_modules = balanced_config(model).target_modules
-        return
-    published = default_location(model).learning_rate
-    if published is not None and published != args.learning_rate:
-        logger.warning(
-            "The published learning rate for this model and location is %g; this run uses %g.",
-            published,
-            args.learning_rate,
-        )

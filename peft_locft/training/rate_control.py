@@ -1,0 +1,145 @@
+"""Corrects a learning rate that turns out too high or too low, from the losses of the run."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from .loss_history import LossHistory
+
+logger = logging.getLogger(__name__)
+
+STATE_KEY = "RateControl"  # where a checkpoint holds the state
+STEPS_BETWEEN = 5  # fewest optimizer steps between two decisions: fewer say little
+TOO_HIGH = 1.25  # loss after the first steps, relative to the loss before training
+TOO_SLOW = 0.95  # loss relative to the one of the decision before, above which the rate is raised
+NEARLY_LEARNED = 0.9  # share of learned edits from which the rate is not raised: the rest may contradict each other
+MOTIONLESS = 0.98  # the same, above which it is raised by more
+LOWER, RAISE = 0.25, 2.0
+LOWEST, HIGHEST = 2.0**-10, 64.0  # of the factor
+
+
+@dataclass
+class _State:
+    """What is known of the rate.
+
+    Attributes:
+        factor: current rate relative to the first one.
+        first_loss: mean loss of the edits before training.
+        last_loss: mean loss up to the last decision; `None`: since a restart there was none.
+        sum_losses: of the steps since the last decision.
+        num_steps: since the last decision.
+        total_steps: of the run.
+        may_raise: no rate that is too high was seen.
+    """
+
+    factor: float = 1.0
+    first_loss: float | None = None
+    last_loss: float | None = None
+    sum_losses: float = 0.0
+    num_steps: int = 0
+    total_steps: int = 0
+    may_raise: bool = True
+
+
+class RateControl(TrainerCallback):
+    """Raises a learning rate that learns next to nothing; lowers one that makes the edits less probable.
+
+    It decides after each epoch, but not before five steps. If the loss is well above the one before training, or not
+    finite, the trained weights are put back, the optimizer starts again, and the rate is a quarter. If the loss has
+    fallen by less than a twentieth since the last decision, and fewer than nine tenths of the edits are learned, the
+    rate is doubled (if it has hardly fallen at all: by four), until a rate was too high.
+
+    Args:
+        history: the losses of the run.
+        num_new: edits that the model had not learned before the run.
+    """
+
+    def __init__(self, history: LossHistory, num_new: int) -> None:
+        self.history = history
+        self.num_new = num_new
+        self.state = _State()
+        self.is_diverged = False
+        self._initial: dict[str, torch.Tensor | None] = {}
+
+    def remember(self, model: nn.Module) -> None:
+        """Copy the trained weights of a model, to put them back. Call it before a checkpoint is loaded."""
+        # a fresh delta is zero, and needs no copy
+        self._initial = {
+            name: parameter.detach().to("cpu", copy=True) if parameter.any() else None
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+
+    @property
+    def needs_first_loss(self) -> bool:
+        return self.state.first_loss is None
+
+    def takes_over(self, loss: float) -> bool:
+        """Whether a loss is not finite, and training will start again with a lower rate after this step."""
+        self.is_diverged |= (
+            self.state.total_steps > 0 and self.state.factor * LOWER >= LOWEST and not math.isfinite(loss)
+        )
+        return self.is_diverged
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.state = _State(**state.stateful_callbacks.get(STATE_KEY, {}))
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        own, loss = self.state, self.history.step_loss
+        assert own.first_loss is not None
+        own.sum_losses += loss
+        own.num_steps += 1
+        own.total_steps += 1
+        is_far_off = loss > 2 * TOO_HIGH * own.first_loss + 1
+        if self.is_diverged or is_far_off:
+            self._start_again(kwargs)
+        elif own.num_steps >= STEPS_BETWEEN and state.epoch is not None and state.epoch.is_integer():
+            self._decide(kwargs)
+        state.stateful_callbacks[STATE_KEY] = asdict(own)
+
+    def _decide(self, objects: dict[str, Any]) -> None:
+        own = self.state
+        assert own.first_loss is not None
+        loss, before = own.sum_losses / own.num_steps, own.last_loss
+        learned = 1 - (self.history.unlearned[-1] if self.history.unlearned else 0) / max(self.num_new, 1)
+        own.last_loss, own.sum_losses, own.num_steps = loss, 0.0, 0
+        if loss > TOO_HIGH * own.first_loss:
+            self._start_again(objects)
+        elif before is not None and loss > TOO_SLOW * before and learned < NEARLY_LEARNED and own.may_raise:
+            self._multiply(RAISE**2 if loss > MOTIONLESS * before else RAISE, objects)
+
+    def _start_again(self, objects: dict[str, Any]) -> None:
+        """Put the trained weights back and lower the rate."""
+        self.is_diverged = False
+        own = self.state
+        own.may_raise, own.last_loss, own.sum_losses, own.num_steps = False, None, 0.0, 0
+        self._multiply(LOWER, objects)
+        parameters = dict(objects["model"].named_parameters())
+        with torch.no_grad():
+            for name, value in self._initial.items():
+                if value is None:
+                    parameters[name].zero_()
+                else:
+                    parameters[name].copy_(value)
+        optimizer: Optimizer = objects["optimizer"]
+        getattr(optimizer, "optimizer", optimizer).state.clear()
+
+    def _multiply(self, by: float, objects: dict[str, Any]) -> None:
+        factor = self.state.factor * by
+        if not LOWEST <= factor <= HIGHEST:
+            return
+        self.state.factor = factor
+        scheduler = objects["lr_scheduler"]
+        scheduler = getattr(scheduler, "scheduler", scheduler)
+        scheduler.base_lrs = [rate * by for rate in scheduler.base_lrs]
+        for group in objects["optimizer"].param_groups:
+            group["lr"] = group["lr"] * by
+        logger.info("Learning rate %s: now %g times the first one.", "raised" if by > 1 else "lowered", factor)
