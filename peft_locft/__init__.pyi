@@ -34,11 +34,13 @@ from .training import LearnedEdits as LearnedEdits
 from .tuner import LocFTConfig as LocFTConfig
 from .tuner import LocFTModel as LocFTModel
 from .tuner import balanced_config as balanced_config
+from .workflows import AdapterComparison as AdapterComparison
 from .workflows import SearchPlan as SearchPlan
 from .workflows import TrainingSummary as TrainingSummary
 from .workflows import UpdateSummary as UpdateSummary
 from .workflows import compare_baselines as compare_baselines
 from .workflows import evaluate_model as evaluate_model
 from .workflows import search_locations as search_locations
+from .workflows import serve_comparison as serve_comparison
 from .workflows import train_edits as train_edits
 from .workflows import update_adapter as update_adapter

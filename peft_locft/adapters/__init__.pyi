@@ -20,6 +20,7 @@ from .reading import read_adapter as read_adapter
 from .saving import describe_adapter as describe_adapter
 from .saving import save_adapter as save_adapter
 from .sharing import push_adapter as push_adapter
+from .sharing import zip_adapter as zip_adapter
 from .shipped_edits import Conflict as Conflict
 from .shipped_edits import Conflicts as Conflicts
 from .shipped_edits import adapter_edits as adapter_edits

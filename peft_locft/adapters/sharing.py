@@ -1,9 +1,10 @@
-"""Checks an adapter and uploads it to the Hub, with its card and without other files."""
+"""Checks an adapter and uploads it to the Hub, or packs it into an archive, with its card and without other files."""
 
 from __future__ import annotations
 
 import json
 import os
+import zipfile
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
@@ -12,6 +13,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from .card import CARD_NAME, NAME_IN_CARD
 from .inspection import inspect_adapter
 from .provenance import PROVENANCE_NAME
+from .reading import MAX_CONFIG_BYTES, check_adapter, read_json
 from .shipped_edits import EDITS_NAME
 
 FILES = (CARD_NAME, CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PROVENANCE_NAME, EDITS_NAME)
@@ -74,3 +76,31 @@ def push_adapter(
         create_pr=create_pr,
     )
     return commit.commit_url
+
+
+def zip_adapter(
+    folder: str | os.PathLike[str], archive: str | os.PathLike[str], *, scale: float | None = None
+) -> Path:
+    """Write an adapter to a zip archive that holds one folder, and return the archive.
+
+    Args:
+        folder: a local adapter folder, of any PEFT method. Shipped edits are packed; checkpoints and other files are
+            not.
+        archive: the file to write; its name without `.zip` names the folder in it.
+        scale: strength of the deltas in the packed adapter; `None`: as in the folder.
+
+    Raises:
+        ValueError: if `check_adapter` refuses the folder, or a `scale` is given for another method than LocFT.
+    """
+    folder, archive = Path(folder), Path(archive)
+    method = check_adapter(folder, method=None).config.peft_type
+    if scale is not None and method != "LOCFT":
+        raise ValueError(f"{folder}: found a {method} adapter, which has no scale of its own; leave out scale.")
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in FILES:
+            if name == CONFIG_NAME and scale is not None:
+                config = read_json(folder, CONFIG_NAME, MAX_CONFIG_BYTES) | {"scale": float(scale)}
+                packed.writestr(f"{archive.stem}/{name}", json.dumps(config, indent=2, sort_keys=True))
+            elif (folder / name).is_file():
+                packed.write(folder / name, f"{archive.stem}/{name}")
+    return archive

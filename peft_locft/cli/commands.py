@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from .._version import __version__
@@ -18,6 +19,7 @@ USAGE = """usage: locft COMMAND ...
 commands:
   train      train edits into a model and save the adapter, or update a saved adapter
   evaluate   measure what the edits changed in a model
+  try        show answers of the base and of adapters side by side, in the terminal or on a page
   locate     search for the best location to edit
   baselines  compare fine-tuning baselines on the same edits
   merge      merge adapters into a checkpoint on disk
@@ -110,6 +112,44 @@ def exit_code(command: str, fail_if: list[str], metrics: dict[str, float]) -> in
     for condition in met:
         print(f"locft {command}: --fail_if {condition}", file=sys.stderr)
     return CONDITION_MET if met else 0
+
+
+def try_adapters(argv: list[str]) -> None:
+    """Show answers of the base model and of adapters side by side."""
+    from .try_arguments import parse_try
+
+    arguments = parse_try(argv)
+    from ..workflows.comparison import AdapterComparison
+    from ..workflows.web import check_gradio, serve_comparison
+
+    if arguments.page is not None:
+        check_gradio()  # before the model is loaded
+    comparison = AdapterComparison.load(arguments.adapters, **arguments.loading)
+    if arguments.page is not None:
+        with serve_comparison(comparison, **arguments.page) as page:
+            print(f"Open {page.url} in a browser. Ctrl-C ends it.")
+            page.wait()
+        return
+    for question in arguments.questions or _questions_from_input():
+        try:
+            print(f"{comparison.ask(question, **arguments.asking)}\n")
+        except ValueError as error:
+            if arguments.questions or not sys.stdin.isatty():
+                raise
+            print(error, file=sys.stderr)
+
+
+def _questions_from_input() -> Iterator[str]:
+    """Yield the lines of standard input; on a terminal, ask for each until an empty one."""
+    if not sys.stdin.isatty():
+        yield from filter(None, map(str.strip, sys.stdin))
+        return
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # line editing and history; not on Windows
+    print("Ask a question. An empty line or Ctrl-D ends.", file=sys.stderr)
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while question := input("> ").strip():
+            yield question
 
 
 def locate(argv: list[str]) -> None:
@@ -245,6 +285,7 @@ def export(argv: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "train": train,
     "evaluate": evaluate,
+    "try": try_adapters,
     "locate": locate,
     "baselines": baselines,
     "merge": merge,

@@ -1,5 +1,9 @@
 from .baselines import compare_baselines as compare_baselines
 from .baselines import run_baselines as run_baselines
+from .comparison import AdapterComparison as AdapterComparison
+from .comparison import ComparedAnswers as ComparedAnswers
+from .comparison import LearnedEdit as LearnedEdit
+from .comparison import ModelAnswer as ModelAnswer
 from .evaluate import evaluate_model as evaluate_model
 from .locate import SearchPlan as SearchPlan
 from .locate import run_location_search as run_location_search
@@ -8,3 +12,4 @@ from .train import TrainingSummary as TrainingSummary
 from .train import train_edits as train_edits
 from .update import UpdateSummary as UpdateSummary
 from .update import update_adapter as update_adapter
+from .web import serve_comparison as serve_comparison

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel
-from torch import nn
-
+from ..adapters.loading import base_of, load_adapter
 from ..adapters.provenance import TrainingRun
 from ..adapters.reading import read_provenance
 from ..data.edits import first_edits
@@ -81,7 +78,7 @@ def evaluate_model(
     name = model_name_or_path or _base_of(adapter)
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     model, tokenizer = load_model(name, dtype, **source)
-    edited = model if adapter is None else _with_adapter(model, adapter)
+    edited = model if adapter is None else load_adapter(model, adapter)
     # an adapter on the Hub is not a local folder: its run is unknown
     run = None if adapter is None else read_provenance(Path(adapter)).run
     if run is not None and run.augmentation is not None:
@@ -117,24 +114,7 @@ def _text(path: str | os.PathLike[str] | None) -> str | None:
 def _base_of(adapter: str | os.PathLike[str] | None) -> str:
     if adapter is None:
         raise ValueError("Found neither a model nor an adapter to evaluate. Pass model_name_or_path or adapter.")
-    name = PeftConfig.from_pretrained(os.fspath(adapter)).base_model_name_or_path
-    if not name:
-        raise ValueError(f"{adapter}: the adapter does not name its base model. Pass model_name_or_path.")
-    return str(name)
-
-
-def _with_adapter(model: nn.Module, adapter: str | os.PathLike[str]) -> PeftModel:
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*was trained on another base")  # an error below, or allowed
-            return PeftModel.from_pretrained(model, os.fspath(adapter))
-    except RuntimeError as error:
-        raise ValueError(
-            f"{adapter}: the adapter does not fit {getattr(model, 'name_or_path', 'this model')}: {error}. Pass the "
-            "base that it was trained on."
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{adapter}: cannot load the adapter onto this model: {error}") from None
+    return base_of(adapter)
 
 
 def _curves(run: TrainingRun | None) -> list[dict[str, float]]:

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..adapters.inspection import AdapterSummary, inspect_adapter
+from ..adapters.loading import load_adapter
 from ..adapters.provenance import TrainingRun
 from ..adapters.reading import CheckedAdapter, check_adapter
 from ..adapters.saving import save_adapter
@@ -277,12 +278,7 @@ def _check_recipe(adapter: CheckedAdapter, args: BreadthFirstConfig) -> None:
 
 
 def _with_trainable_adapter(model: nn.Module, adapter: CheckedAdapter) -> PeftModel:
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*was trained on another base")  # raised as an error below
-            peft_model = PeftModel.from_pretrained(model, str(adapter.folder), is_trainable=True)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{adapter.folder}: the adapter does not fit the base model: {error}") from None
+    peft_model = load_adapter(model, adapter.folder, is_trainable=True)
     differing = differing_from_base(peft_model, "default", adapter.config)
     if differing:
         raise ValueError(
