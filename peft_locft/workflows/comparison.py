@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from ..data.edits import Edit
 from ..data.encoding import encode_prompts
 from ..engine.decoding import check_fits, generate_and_score
 from ..engine.loading import load_model
-from ..engine.model_state import as_base
+from ..engine.model_state import as_base, max_length
 from ..engine.questions import UNTIL_EOS, Answer, Question, end_token_ids
 from ..evaluation.evaluator import check_base
 from ..evaluation.scoring import normalise
@@ -151,8 +152,6 @@ class AdapterComparison:
         *,
         allow_other_base: bool = False,
     ) -> None:
-        if not adapters:
-            raise ValueError("AdapterComparison: found no adapter; expected at least one.")
         self.tokenizer, self.allow_other_base = tokenizer, allow_other_base
         self.folders = _named(adapters)
         self._lock = threading.RLock()
@@ -258,7 +257,7 @@ class AdapterComparison:
             together: also answer with these adapters at once; their deltas add up.
             scale: strength of the deltas in place of the adapters' own scale; 0 gives the base.
             chat_template: ask as a user in chat; `None`: as the adapters were trained, see `trained_in_chat`.
-            max_new_tokens: the largest number of tokens in an answer.
+            max_new_tokens: the largest number of tokens in an answer; fewer where the model's positions end.
 
         Raises:
             ValueError: if a question is blank or too long for the model, an adapter is unknown or has no scale, the
@@ -274,7 +273,13 @@ class AdapterComparison:
         if chat_template is None:
             chat_template = self.trained_in_chat(names)
         prompts = encode_prompts(questions, self.tokenizer, chat_template=chat_template)
-        asked = [Question(tuple(ids), num_stops=UNTIL_EOS, max_new_tokens=max_new_tokens) for ids in prompts]
+        # a short answer is better than none; a prompt that does not fit is refused below
+        most = max_length(self._base) or sys.maxsize
+        lengths = [max(1, min(max_new_tokens, most - len(ids))) for ids in prompts]
+        asked = [
+            Question(tuple(ids), num_stops=UNTIL_EOS, max_new_tokens=length)
+            for ids, length in zip(prompts, lengths, strict=True)
+        ]
         with self._lock:
             check_fits(self._model, asked, self.tokenizer)
             with self._scaled(names, scale):
@@ -400,6 +405,8 @@ def recorded_chat_template(adapter: str | os.PathLike[str]) -> bool:
 def _named(adapters: Sequence[str | os.PathLike[str]]) -> dict[str, str]:
     """Return the adapters by short names, if these differ; else by what they are given as."""
     folders = list(dict.fromkeys(os.fspath(adapter) for adapter in adapters))
+    if not folders:
+        raise ValueError("AdapterComparison: found no adapter; expected at least one.")
     short = [Path(folder).resolve().name for folder in folders]
     distinct = len(set(short)) == len(short) and not {BASE, TOGETHER} & set(short)
     return dict(zip(short if distinct else folders, folders, strict=True))
