@@ -302,3 +302,13 @@ def test_templates_escape_what_is_not_html_and_refuse_unknown_names() -> None:
     )
     with pytest.raises(UndefinedError, match="'html' is undefined"):
         page.render(name="a", text="b")
+
+
+def test_on_a_phone_every_text_of_a_failure_has_its_name() -> None:
+    no_answer = {"edit": 2, "kind": "portability", "prompt": "Lyon is", "token_accuracy_after": 0.25}
+    rows = [*example_report().rows, row(1, "reliability", "", answer_after=" ", exact_match_after=0.0), no_answer]
+    _, _, table = render_report(example_report(rows=rows)).partition('<table class="failures">')
+    table, _, _ = table.partition("</table>")
+    names = re.findall(r'<th scope="col">(\w+)</th>', table)
+    assert re.findall(r'data-label="(\w+)"', table) == names * 4
+    assert table.count("<td") == len(names) * 4
