@@ -1,4 +1,4 @@
-"""One call from a name to a result: train, update, evaluate, locate, compare baselines."""
+"""One call from a name to a result: train, update, evaluate, try, locate, compare baselines."""
 
 import lazy_loader
 

@@ -12,4 +12,5 @@ from .train import TrainingSummary as TrainingSummary
 from .train import train_edits as train_edits
 from .update import UpdateSummary as UpdateSummary
 from .update import update_adapter as update_adapter
+from .web import ServedPage as ServedPage
 from .web import serve_comparison as serve_comparison
