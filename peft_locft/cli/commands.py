@@ -126,7 +126,7 @@ def try_adapters(argv: list[str]) -> None:
         check_gradio()  # before the model is loaded
     comparison = AdapterComparison.load(arguments.adapters, **arguments.loading)
     if arguments.page is not None:
-        with serve_comparison(comparison, **arguments.page) as page:
+        with contextlib.suppress(KeyboardInterrupt), serve_comparison(comparison, **arguments.page) as page:
             print(f"Open {page.url} in a browser. Ctrl-C ends it.")
             page.wait()
         return

@@ -71,8 +71,11 @@ def serve_comparison(
         actions = PageActions(comparison, Path(output_dir or folder.name), Path(folder.name))
         app = build_page(actions)
         _, url, _ = app.launch(server_name=host, server_port=port, **_launch_settings())
-    except BaseException:
+    except BaseException as error:
         folder.cleanup()
+        if isinstance(error, OSError) and "empty port" in str(error):
+            found = "no port from 7860 on is free" if port is None else f"port {port} is taken"
+            raise OSError(f"The page cannot be served: {found}. Choose another with port (--port).") from None
         raise
     return ServedPage(app, url, folder)
 
