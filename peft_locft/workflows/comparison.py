@@ -399,7 +399,8 @@ def recorded_chat_template(adapter: str | os.PathLike[str]) -> bool:
     """Return whether an adapter was trained with the chat template; `False` if its provenance does not say."""
     # an adapter on the Hub is not a local folder: its run is unknown
     run = read_provenance(Path(adapter)).run
-    return run is not None and bool(run.recipe.get("chat_template", False))
+    # "both" has trained it as plain text too: what people type into a chat model is chat
+    return run is not None and run.recipe.get("chat_template") in (True, "on", "both")
 
 
 def _named(adapters: Sequence[str | os.PathLike[str]]) -> dict[str, str]:
