@@ -21,14 +21,21 @@ def save_base(folder: Path, **arguments: Any) -> Path:
     return folder
 
 
-def save_learned(folder: Path, base: Path, edits: list[Edit], *, ship_edits: bool = False, **arguments: Any) -> Path:
+def save_learned(
+    folder: Path,
+    base: Path,
+    edits: list[Edit],
+    *,
+    ship_edits: bool = False,
+    chat_template: bool = False,
+    **arguments: Any,
+) -> Path:
     """Train an adapter that has learned some edits."""
     model = peft_model(sharp=True)
     model.peft_config["default"].base_model_name_or_path = str(base)
     tokenizer = make_tokenizer("llama2", chat_template="llama2")
-    trainer = make_trainer(
-        folder, model, edits, tokenizer=tokenizer, num_train_epochs=30, learning_rate=0.02, **arguments
-    )
+    recipe = {"num_train_epochs": 30, "learning_rate": 0.02, "chat_template": chat_template} | arguments
+    trainer = make_trainer(folder, model, edits, tokenizer=tokenizer, **recipe)
     trainer.train()
     trainer.save_model()
     if ship_edits:
