@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fake_hub import FakeHub, header_problem, running_hub
 from huggingface_hub import ModelCard
+from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny_models import same_bits
 from tiny_training import peft_model
 
 from peft_locft import push_adapter, save_adapter
+from peft_locft.adapters import zip_adapter
 
 ADAPTER_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "locft_provenance.json"}
 
@@ -128,3 +132,26 @@ def test_an_adapter_without_a_card_is_not_pushed(tmp_path: Path) -> None:
 )
 def test_the_fake_refuses_bad_headers(header: str, problem: str | None) -> None:
     assert header_problem(f"---\n{header}\n---\n# A card\n") == problem
+
+
+def test_an_archive_holds_the_adapter_and_nothing_else(tmp_path: Path) -> None:
+    save_adapter(peft_model(), tmp_path / "facts")
+    (tmp_path / "facts" / "optimizer.pt").write_bytes(b"large")
+    archive = zip_adapter(tmp_path / "facts", tmp_path / "monday.zip", scale=0.5)
+    with zipfile.ZipFile(archive) as packed:
+        packed.extractall(tmp_path)
+    found = {file.name: file for file in (tmp_path / "monday").iterdir()}
+    assert found.keys() == ADAPTER_FILES
+    config = json.loads(found.pop("adapter_config.json").read_text())
+    assert config["scale"] == 0.5
+    assert config | {"scale": 1.0} == json.loads((tmp_path / "facts" / "adapter_config.json").read_text())
+    assert all(file.read_bytes() == (tmp_path / "facts" / name).read_bytes() for name, file in found.items())
+
+
+def test_an_adapter_without_a_scale_is_packed_as_it_is(tmp_path: Path) -> None:
+    save_adapter(peft_model(config=LoraConfig(target_modules=["down_proj"])), tmp_path / "lora")
+    with pytest.raises(ValueError, match="found a LORA adapter, which has no scale of its own"):
+        zip_adapter(tmp_path / "lora", tmp_path / "lora.zip", scale=0.5)
+    assert not (tmp_path / "lora.zip").exists()
+    with zipfile.ZipFile(zip_adapter(tmp_path / "lora", tmp_path / "lora.zip")) as packed:
+        assert "lora/adapter_config.json" in packed.namelist()

@@ -9,6 +9,7 @@ import sys
 import urllib.request
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 from tiny_comparison import FACTS, OTHERS, save_base, save_learned, save_lora
 
 from peft_locft import AdapterComparison
-from peft_locft.workflows.web import PageActions
+from peft_locft.workflows.web import PageActions, _connect
 
 gradio = pytest.importorskip("gradio", reason="gradio is not installed: pip install 'peft-locft[web]'")
 
@@ -130,6 +131,24 @@ def test_the_archive_is_the_adapter_with_the_scale_of_the_page(
     assert weaker.ask(PROMPT).edited == actions.comparison.ask(PROMPT, ["facts"], scale=0.5).edited
 
 
+def test_an_error_is_a_message_and_what_nobody_expected_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    def act_of(error: Exception) -> Any:
+        def action() -> None:
+            raise error
+
+        # an event returns what it is to call
+        return _connect(gradio, lambda act, *arguments, **options: act, action, [], [], "ask")
+
+    with pytest.raises(gradio.Error) as shown:
+        act_of(ValueError("the prompt <b>is</b> too long"))()
+    assert shown.value.message == "the prompt &lt;b&gt;is&lt;/b&gt; too long"
+    assert not shown.value.print_exception
+    assert caplog.records == []
+    with pytest.raises(gradio.Error, match="KeyError"):
+        act_of(KeyError())()
+    assert [record.getMessage() for record in caplog.records] == ["the page: ask failed"]
+
+
 # ---------------------------------------------------------------------- served
 
 
@@ -176,14 +195,20 @@ def test_the_page_is_served_to_this_machine_and_calls_no_other(server: Server) -
     name, (base, edited) = server.call("ask", PROMPT, "facts", 1.0, False, 64)
     assert (name, edited["value"], edited["label"]) == ("complete", TARGET, "facts: changed")
     assert base != TARGET
+    # two clicks at once
+    with ThreadPoolExecutor(2) as visitors:
+        scales = [0.0, 1.0]
+        found = list(visitors.map(lambda scale: server.call("ask", PROMPT, "facts", scale, False, 64), scales))
+    assert [answers[1]["value"] for _, answers in found] == [base, TARGET]
     name, error = server.call("ask", "", "facts", 1.0, False, 64)
     assert (name, error["error"]) == ("error", "Write a question first.")
     _, (message, *_) = server.call("learn", "facts", "The king is", "Dave", "")
     assert message.startswith("Learned in ")
     assert message.endswith("Download the adapter to keep it: this page's files are deleted when it ends.")
-    found = server.end()
-    assert found["machines"] == []
-    assert "port" in found["taken"] and server.url.rpartition(":")[2].strip("/") in found["taken"]
+    ended = server.end()
+    assert ended["machines"] == []
+    port = server.url.rpartition(":")[2].strip("/")
+    assert ended["taken"] == f"The page cannot be served: port {port} is taken. Choose another with port (--port)."
     assert not server.folder.exists()
 
 

@@ -95,7 +95,8 @@ def zip_adapter(
     folder, archive = Path(folder), Path(archive)
     method = check_adapter(folder, method=None).config.peft_type
     if scale is not None and method != "LOCFT":
-        raise ValueError(f"{folder}: found a {method} adapter, which has no scale of its own; leave out scale.")
+        name = getattr(method, "value", method)
+        raise ValueError(f"{folder}: found a {name} adapter, which has no scale of its own; leave out scale.")
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
         for name in FILES:
             if name == CONFIG_NAME and scale is not None:

@@ -19,7 +19,7 @@ USAGE = """usage: locft COMMAND ...
 commands:
   train      train edits into a model and save the adapter, or update a saved adapter
   evaluate   measure what the edits changed in a model
-  try        show answers of the base and of adapters side by side, in the terminal or on a page
+  try        show answers of base and adapters side by side, in the terminal or on a page
   locate     search for the best location to edit
   baselines  compare fine-tuning baselines on the same edits
   merge      merge adapters into a checkpoint on disk
