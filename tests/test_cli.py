@@ -578,8 +578,8 @@ def test_a_model_that_is_not_there_is_named(call: Words, tmp_path: Path, capsys:
     [
         (
             ["edit"],
-            r"unknown command .edit.; expected one of train, evaluate, locate, baselines, merge, detach, inspect, "
-            r"export\n`locft --help` lists the commands\.\n$",
+            r"unknown command .edit.; expected one of train, evaluate, try, locate, baselines, merge, detach, "
+            r"inspect, export\n`locft --help` lists the commands\.\n$",
         ),
         (
             ["trian"],
