@@ -94,7 +94,8 @@ class ServedPage(AbstractContextManager["ServedPage"]):
     def wait(self) -> None:
         """Wait for Ctrl-C."""
         with suppress(KeyboardInterrupt):
-            threading.Event().wait()
+            while not threading.Event().wait(1):  # on Windows, Ctrl-C does not end a wait without a limit
+                pass
 
     def close(self) -> None:
         """Stop the server, and delete its temporary files."""
@@ -164,7 +165,7 @@ class PageActions:
     def scale_range(self) -> tuple[float, float]:
         """From the base to more than the adapters have."""
         scales = [scale for name in self.comparison.names if (scale := self.comparison.own_scale(name)) is not None]
-        return min(0.0, *scales, 0.0), max(LARGEST_SCALE, *(1.5 * scale for scale in scales), 0.0)
+        return min([0.0, *scales]), max([LARGEST_SCALE, *(1.5 * scale for scale in scales)])
 
     def start(self) -> list[Any]:
         """Fill in the choices, which other visitors may have changed."""
