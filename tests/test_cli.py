@@ -515,7 +515,7 @@ MISTAKES: dict[str, tuple[Spoil, str]] = {
     "edits not there": (with_words("--edits", "no.json"), r"no\.json: found no such file; expected a file of edits"),
     "edits a folder": (with_words("--edits", "."), r"\.: found a folder; expected a file of edits"),
     "edits broken": (with_edits('{"prompt": "x"\n'), r"bad\.jsonl:1: found broken JSON at column"),
-    "edits of no known kind": (with_edits("text", "bad.txt"), r"bad\.txt: found '\.txt'; expected one of \.json"),
+    "edits of no known kind": (with_edits("text", "bad.yaml"), r"bad\.yaml: found '\.yaml'; expected one of \.json"),
     "edits empty": (with_edits(""), "found no records; expected at least one edit"),
     "edits without target": (with_edits(json.dumps({"prompt": "x"})), r"bad\.jsonl:1: no prompt / target columns"),
     "edits with empty target": (with_edits(json.dumps(ASKED | {"target_new": ""})), r"bad\.jsonl:1: field 'target"),

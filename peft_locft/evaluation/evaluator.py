@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .._version import package_versions
-from ..data.edits import Edit, edits_sha256, read_edits
+from ..data.edits import Edit, EditSource, edits_sha256, read_edits
 from ..data.encoding import encode_prompts
 from ..data.leaks import trained_prompts, without_leaks
 from ..data.texts import TextSource, text_windows
@@ -32,8 +30,6 @@ from .perplexity import measure_text
 from .report import EvaluationReport
 from .scoring import n_gram_entropy
 from .tabulation import Column, PairedReplies, metric_results
-
-EditSource: TypeAlias = Sequence[Edit] | datasets.Dataset | str | os.PathLike[str]
 
 FLUENCY = "fluency_n_gram_entropy"
 FLUENCY_TOKENS = 100

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from accelerate.utils import DistributedType
 from peft import PeftModel
@@ -18,7 +17,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..adapters.saving import save_adapter
-from ..data.edits import Edit, edits_sha256, read_edits
+from ..data.edits import EditSource, edits_sha256, read_edits
 from ..data.encoding import EncodedEdits
 from ..data.leaks import mark_trained
 from ..engine.activation_storage import SharedActivations
@@ -82,7 +81,7 @@ class BreadthFirstTrainer(Trainer):
         self,
         model: nn.Module,
         args: BreadthFirstConfig | None = None,
-        train_dataset: Sequence[Edit] | datasets.Dataset | None = None,
+        train_dataset: EditSource | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
         shared_activations: SharedActivations | None = None,

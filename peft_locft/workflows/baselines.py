@@ -15,11 +15,11 @@ from peft import LoraConfig, PeftConfig
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.edits import Edit, edits_sha256, first_edits, read_edits
+from ..data.edits import Edit, EditSource, edits_sha256, first_edits, read_edits
 from ..data.texts import TextSource
 from ..engine.loading import load_model
 from ..evaluation.config import EvaluationConfig
-from ..evaluation.evaluator import EditEvaluator, EditSource
+from ..evaluation.evaluator import EditEvaluator
 from ..io.files import write_atomically
 from ..reporting.baselines import TABLE_METRICS, Baseline, BaselineResult, baselines_to_markdown
 from ..reporting.plots import can_draw, draw_baselines

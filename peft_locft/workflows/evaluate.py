@@ -14,12 +14,12 @@ from torch import nn
 
 from ..adapters.provenance import TrainingRun
 from ..adapters.reading import read_provenance
-from ..data.edits import first_edits
+from ..data.edits import EditSource, first_edits
 from ..data.leaks import mark_trained
 from ..data.texts import TextSource
 from ..engine.loading import load_model
 from ..evaluation.config import EvaluationConfig
-from ..evaluation.evaluator import EditEvaluator, EditSource
+from ..evaluation.evaluator import EditEvaluator
 from ..evaluation.harness import evaluate_on_tasks
 from ..evaluation.report import EvaluationReport
 from ..reporting.page import save_report

@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-import datasets
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoConfig
 
 from ..adapters.inspection import AdapterSummary, inspect_adapter
 from ..adapters.saving import describe_adapter
-from ..data.edits import Edit, first_edits
+from ..data.edits import Edit, EditSource, first_edits
 from ..engine.loading import load_model, task_type_of
 from ..evaluation.config import EvaluationConfig
 from ..evaluation.evaluator import EditEvaluator
@@ -40,7 +39,7 @@ WEAKER_SCALES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 def train_edits(
     model_name_or_path: str | os.PathLike[str],
-    edits: str | os.PathLike[str] | Sequence[Edit] | datasets.Dataset,
+    edits: EditSource,
     peft_config: PeftConfig | LocationPreset | None = None,
     args: BreadthFirstConfig | None = None,
     *,
