@@ -68,7 +68,9 @@ def test_every_vocabulary_says_the_same_from_every_source(name: str, tmp_path: P
     for source, place in by_source.items():
         assert read_edits(source) == [FULL]
         assert read_edits(source)[0].source == place
-    for in_memory in (dataset, dataset.with_format("numpy"), dataset.to_iterable_dataset(), [record], iter([record])):
+    numpy, iterable = dataset.with_format("numpy"), dataset.to_iterable_dataset()
+    sources: list[Any] = [dataset, numpy, iterable, [record], iter([record])]
+    for in_memory in sources:
         assert read_edits(in_memory) == [FULL]
 
 
