@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..io.untrusted_json import unique_pairs
-from .edit_records import SHAPE, column_name, vocabularies, with_column_names
+from .edit_records import KNOWN_COLUMNS, SHAPE, column_name, vocabularies, with_column_names
 from .tables import Row, table_rows
 from .text_files import read_text
 
@@ -71,6 +71,8 @@ def _records_of_mapping(mapping: Mapping[Any, Any], split: str, place: str) -> A
         if len({len(each) for each in columns.values()}) > 1:
             raise ValueError(f"{place}: found columns of different lengths; expected a value of each in every record")
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    if any(column_name(name) in KNOWN_COLUMNS for name in mapping):
+        return [mapping]  # a record that lacks its target, say, and no dictionary from prompts to targets
     if all(isinstance(target, str) for target in mapping.values()):
         return list(mapping.items())
     lists = [name for name, value in mapping.items() if isinstance(value, (list, tuple))]
@@ -152,24 +154,26 @@ def _other_kind(path: Path) -> str:
 
 def _json_rows(text: str, name: str, split: str) -> Iterable[Row]:
     """Return the records of JSON: one value in the file, or one in each line."""
+    is_lines = name.lower().endswith((".jsonl", ".jsonl.gz"))
     try:
         content = json.loads(text, object_pairs_hook=unique_pairs)
     except json.JSONDecodeError as error:
         first = next((line for line in text.split("\n") if line.strip()), "")
-        if name.lower().endswith((".jsonl", ".jsonl.gz")) or _is_record(first):
+        if is_lines or _is_record(first):
             return _lines_of_json(text, name)
         found = f"found broken JSON at column {error.colno} ({error.msg})"
         expected = "expected a list of records, or one record per line: fix it there"
         raise ValueError(f"{name}:{error.lineno}: {found}; {expected}") from None
     except ValueError as error:
-        if name.lower().endswith((".jsonl", ".jsonl.gz")):
+        if is_lines:
             return _lines_of_json(text, name)
         raise ValueError(f"{name}: found {error}; expected each name once in a record: rename or remove one") from None
     if isinstance(content, list):
         return _places_in_list(content, text, name)
     if not isinstance(content, dict):
         raise ValueError(f"{name}:1: found a {type(content).__name__}; expected a list of records")
-    records = _records_of_mapping(content, split, name)
+    in_one_line = is_lines and len(text.split("\n", 1)[0].strip()) == len(text.strip())
+    records = [content] if in_one_line else _records_of_mapping(content, split, name)
     if records == [content]:
         return _places_in_list(records, text, name)
     return ((f"{name}: record {number}", record) for number, record in enumerate(records, start=1))

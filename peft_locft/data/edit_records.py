@@ -35,6 +35,7 @@ PROBE_PAIRS = {
 LIST_COLUMNS = {*REPHRASING_COLUMNS, "paraphrases", "neighborhood_prompts", *PROBE_PAIRS}
 LIST_COLUMNS |= {name for pairs in PROBE_PAIRS.values() for pair in pairs for name in pair}
 READ_COLUMNS = {*LIST_COLUMNS, "subject", "ground_truth", "answers"}
+KNOWN_COLUMNS = {*READ_COLUMNS, *PROMPT_NAMES, *TARGET_NAMES} | {name for names in VOCABULARIES for name in names}
 # names of what a reader would miss: rephrasings, probes, and parts of a prompt
 MISSED = re.compile("rephras|paraphras|local|portab|neighbo|context|system|history|^input$")
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..adapters.provenance import TrainingRun
 from ..adapters.saving import save_adapter
 from ..data.edits import EditSource, edits_sha256, read_edits
 from ..data.encoding import EncodedEdits
@@ -315,17 +316,12 @@ class BreadthFirstTrainer(Trainer):
         if not isinstance(model, PeftModel):
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
-            evaluations = self.state.stateful_callbacks.get(CURVES_KEY)
-            save_adapter(
-                model,
-                output_dir or self.args.output_dir,
-                record=training_record(
-                    self.edits,
-                    self.args,
-                    self.loss_history,
-                    self.state.global_step,
-                    evaluations,
-                    self.data.augmentation(),
-                ),
-                state_dict=state_dict,
-            )
+            save_adapter(model, output_dir or self.args.output_dir, record=self.training_run(), state_dict=state_dict)
+
+    def training_run(self) -> TrainingRun:
+        """Return what `save_adapter` records of this run: the edits, the recipe and the losses."""
+        evaluations = self.state.stateful_callbacks.get(CURVES_KEY)
+        augmentation = self.data.augmentation()
+        return training_record(
+            self.edits, self.args, self.loss_history, self.state.global_step, evaluations, augmentation
+        )

@@ -1,5 +1,7 @@
 from .baselines import compare_baselines as compare_baselines
 from .baselines import run_baselines as run_baselines
+from .edited_model import EditedModel as EditedModel
+from .edited_model import edit as edit
 from .evaluate import evaluate_model as evaluate_model
 from .locate import SearchPlan as SearchPlan
 from .locate import run_location_search as run_location_search

@@ -100,8 +100,7 @@ def train_edits(
     read = first_edits(edits, num_edits, on_conflict)
     check_sources(read, args)
     model, tokenizer = load_model(model_name_or_path, dtype, **source)
-    _set_task_type(config, model)
-    _set_default_location(config, model, args)
+    complete_config(config, model, args)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* prompts have several targets")  # read_edits has already warned
         trainer = BreadthFirstTrainer(
@@ -163,6 +162,12 @@ def _what_to_train(
     if isinstance(wanted, LocationPreset):
         return wanted.config_for(AutoConfig.from_pretrained(model_name_or_path, **source))
     return LocFTConfig() if wanted is None else copy.deepcopy(wanted)
+
+
+def complete_config(config: PeftConfig, model: Any, args: BreadthFirstConfig) -> None:
+    """Fill in what a configuration leaves open and the model and the recipe decide: task type and location."""
+    _set_task_type(config, model)
+    _set_default_location(config, model, args)
 
 
 def _set_task_type(config: PeftConfig, model: Any) -> None:
