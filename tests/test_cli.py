@@ -497,7 +497,7 @@ MISTAKES: dict[str, tuple[Spoil, str]] = {
     "no output folder": (without("--output_dir"), r"required: --output_dir"),
     "unknown flag": (with_words("--learning_rat", "1"), r"--learning_rat 1\. Did you mean --learning_rate\?"),
     "abbreviated flag": (with_words("--conf", "x.yaml"), "unrecognized arguments: --conf x.yaml"),
-    "not a number": (with_words("--learning_rate", "fast"), r"--learning-rate: invalid float value: 'fast'"),
+    "not a number": (with_words("--learning_rate", "fast"), r"--learning_rate: invalid float value: 'fast'"),
     "not an objective": (with_words("--objective", "all"), r"--objective: invalid choice: 'all' .*target_new"),
     "not a dtype": (with_words("--dtype", "int8"), r"--dtype: invalid choice: 'int8' .*bfloat16"),
     "not a delta dtype": (with_words("--delta_dtype", "int8"), r"LocFTConfig.delta_dtype='int8': expected one of"),
@@ -507,7 +507,7 @@ MISTAKES: dict[str, tuple[Spoil, str]] = {
     "config file no YAML": (with_config_file("a: [1"), r"run\.yaml: cannot be read as YAML"),
     "config file a list": (with_config_file(["learning_rate"]), r"found list, expected flags as `name: value` lines"),
     "config file empty": (with_config_file(""), r"found NoneType, expected flags as `name: value` lines"),
-    "config file unknown key": (with_config_file({"lr": 1, "help": 1}), r"unknown keys help, lr\. `locft train"),
+    "config file unknown key": (with_config_file({"lr": 1, "help": 1}), r"keys help, lr\. Did you mean --learning_rate\? `"),
     "config file in itself": (with_config_file({"config": "x"}), r"unknown keys config\."),
     "config file no value": (with_config_file({"seed": None}), r"run\.yaml: seed without a value\. Give one"),
     "config file bad value": (with_config_file({"seed": "x"}), r"--seed: invalid int value: 'x'"),
@@ -577,8 +577,8 @@ def test_a_model_that_is_not_there_is_named(call: Words, tmp_path: Path, capsys:
     ("argv", "message"),
     [
         (
-            ["edit"],
-            r"unknown command .edit.; expected one of train, evaluate, locate, baselines, merge, detach, inspect, "
+            ["poem"],
+            r"unknown command .poem.; expected one of train, evaluate, locate, baselines, merge, detach, inspect, "
             r"export\n`locft --help` lists the commands\.\n$",
         ),
         (

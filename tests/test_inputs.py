@@ -183,7 +183,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a column twice": (lambda folder: TABLE.rename(columns={"Target New": "prompt"}), "prompt, prompt; expected diff"),
     "columns of two lengths": (lambda folder: {"prompt": ["a", "b"], "target": ["c"]}, "columns of different lengths"),
     "a record without a target": (lambda folder: {"Prompt": "a", "id": "b"}, "row 0: no prompt / target columns"),
-    "a line without a target": (lambda folder: touched(folder, "a.jsonl", '{"prompt": "a"}'), "a.jsonl:1: no prompt / t"),
+    "a line without a target": (lambda folder: touched(folder, "a.jsonl", '{"prompt": "a"}'), "a.jsonl:1: no pro"),
     "two lists": (lambda folder: {"a": RECORDS, "b": RECORDS}, "found no split 'train', but a, b; pass split="),
     "numbers as targets": (lambda folder: {NORWAY: 7}, r"found the keys \['The capital.*\nA file that works"),
     "adapter": (lambda folder: touched(folder, "adapter_config.json").parent, "found the folder of an adapter"),
