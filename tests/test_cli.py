@@ -507,7 +507,7 @@ MISTAKES: dict[str, tuple[Spoil, str]] = {
     "config file no YAML": (with_config_file("a: [1"), r"run\.yaml: cannot be read as YAML"),
     "config file a list": (with_config_file(["learning_rate"]), r"found list, expected flags as `name: value` lines"),
     "config file empty": (with_config_file(""), r"found NoneType, expected flags as `name: value` lines"),
-    "config file unknown key": (with_config_file({"lr": 1, "help": 1}), r"keys help, lr\. Did you mean --learning_rate\? `"),
+    "config file unknown key": (with_config_file({"lr": 1, "help": 1}), r"help, lr\. Did you mean --learning_rate\?"),
     "config file in itself": (with_config_file({"config": "x"}), r"unknown keys config\."),
     "config file no value": (with_config_file({"seed": None}), r"run\.yaml: seed without a value\. Give one"),
     "config file bad value": (with_config_file({"seed": "x"}), r"--seed: invalid int value: 'x'"),

@@ -213,12 +213,15 @@ MISTAKES: dict[str, tuple[Any, str]] = {
         "found a list and a target; expec",
     ),
     "a number": (lambda model: anything(model, TOKENIZER, PROMPT, 7), "field 'target': found 7 .*write \"7\""),
-    "swapped": (lambda model: anything(TOKENIZER, model, PROMPT, TARGET), "edit: model and tokenizer are swapped"),
+    "swapped": (
+        lambda model: anything(TOKENIZER, model, PROMPT, TARGET),
+        "edit: found a tokenizer as the model .*swap",
+    ),
     "no tokenizer": (
         lambda model: anything(model, None, PROMPT, TARGET),
         "found a NoneType as the tokenizer; exp",
     ),
-    "no model": (lambda model: anything(7, TOKENIZER, PROMPT, TARGET), "found a int as the model; expected a transf"),
+    "no model": (lambda model: anything(7, TOKENIZER, PROMPT, TARGET), "found a int as the model; expected a model"),
     "no file": (lambda model: anything(model, TOKENIZER, "my edits.csv"), "my edits.csv: found no such file"),
     "prompt learning": (
         lambda model: edited(model, PROMPT, TARGET, peft_config=PromptTuningConfig(task_type="CAUSAL_LM")),

@@ -47,8 +47,10 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def column_name(name: object) -> str:
-    """Return a column's name as it is compared: in lower case, with an underscore for spaces and dashes."""
-    return re.sub(r"[\s\-]+", "_", str(name).strip()).casefold()
+    """Return a column's name: a known one in lower case, with underscores for spaces and dashes; others as they are."""
+    own = str(name).strip()
+    known = re.sub(r"[\s\-]+", "_", own).casefold()
+    return known if known in KNOWN_COLUMNS or MISSED.search(known) else own
 
 
 def with_column_names(row: object) -> object:

@@ -7,7 +7,7 @@ import os
 import reprlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, fields, replace
 from itertools import chain
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -52,7 +52,7 @@ class Probe:
         optional_text(self.answer, "answer")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Edit:
     """One fact to write into a model: the edited model continues `prompt` with `target`.
 
@@ -71,11 +71,12 @@ class Edit:
         ValueError: if a text is empty, or a field has another type.
 
     Example:
-        >>> Edit(prompt="The capital of France is", target="Lyon", rephrasings=("France's capital city is",))
+        >>> Edit("The capital of France is", "Lyon", rephrasings=("France's capital city is",))
     """
 
     prompt: str
     target: str
+    _: KW_ONLY
     rephrasings: tuple[str, ...] = ()
     paraphrases: tuple[str, ...] = ()
     locality: tuple[Probe, ...] = ()

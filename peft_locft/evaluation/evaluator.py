@@ -20,7 +20,7 @@ from ..data.encoding import encode_prompts
 from ..data.leaks import trained_prompts, without_leaks
 from ..data.texts import TextSource, text_windows
 from ..engine.decoding import check_fits, generate_and_score
-from ..engine.model_state import as_base, has_adapter
+from ..engine.model_state import as_base, check_model_and_tokenizer, has_adapter
 from ..engine.questions import STOPS, Answer, Choice, Question, TopK, greedy
 from ..tuner.model import differing_from_base
 from .config import EvaluationConfig
@@ -147,6 +147,7 @@ class EditEvaluator:
         progress: bool = True,
     ) -> None:
         self.args = EvaluationConfig() if args is None else args
+        check_model_and_tokenizer(model, tokenizer, "evaluate_edits")
         read = _checked_edits(edits)
         self._identity = {"count": len(read), "sha256": edits_sha256(read)}
         self.edits, self._num_leaks = without_leaks(read, trained_prompts(model), self.args.on_leak)

@@ -320,6 +320,7 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
 
     def __post_init__(self) -> None:
         self.resolve()  # before transformers checks the fields that the recipe fills
+        self._check_numbers()
         super().__post_init__()
         if self.deepspeed:
             # DeepSpeed clips at 1.0 by default
@@ -356,6 +357,14 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
             )
         if self.edit_order == "depth_first":
             self._check_depth_first()
+
+    def _check_numbers(self) -> None:
+        if isinstance(self.learning_rate, (int, float)) and not 0 <= self.learning_rate < math.inf:
+            raise ValueError(f"BreadthFirstConfig.learning_rate={self.learning_rate!r}: expected a number, 0 or more.")
+        for name in ("per_device_train_batch_size", *(["num_train_epochs"] if self.max_steps <= 0 else [])):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"BreadthFirstConfig.{name}={value!r}: expected a number above 0.")
 
     def _check_depth_first(self) -> None:
         if self.num_prefixes or self.num_concatenated or self.has_retained or self.delta_decay:

@@ -27,6 +27,7 @@ from ..engine.model_state import (
     as_base,
     check_finite,
     check_gradient,
+    check_model_and_tokenizer,
     check_vocabulary,
     configuration_unchanged,
     dropout_off,
@@ -89,6 +90,11 @@ class BreadthFirstTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = BreadthFirstConfig() if args is None else args
+        if not isinstance(args, BreadthFirstConfig):
+            found = f"found a {type(args).__name__} as args"
+            raise ValueError(f"BreadthFirstTrainer: {found}; expected a BreadthFirstConfig with the same fields.")
+        if processing_class is not None:
+            check_model_and_tokenizer(model, processing_class, "BreadthFirstTrainer")
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(
                 "BreadthFirstTrainer: no parameter of the model is trainable. Add an adapter with get_peft_model("

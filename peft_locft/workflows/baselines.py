@@ -53,11 +53,10 @@ def baselines(batch_size: int, methods: Sequence[str] = tuple(METHODS)) -> list[
         ValueError: if a method is unknown, or `batch_size` is below 2.
     """
     unknown = sorted(set(methods) - set(METHODS))
-    if unknown or batch_size < 2:
-        raise ValueError(
-            f"methods={list(methods)}, batch_size={batch_size}: expected methods among {', '.join(METHODS)}, and a "
-            "batch size of 2 or more."
-        )
+    if unknown:
+        raise ValueError(f"methods: found {', '.join(unknown)}; expected some of {', '.join(METHODS)}.")
+    if batch_size < 2:
+        raise ValueError(f"batch_size={batch_size}: expected 2 or more, as breadth-first trains in mini-batches.")
     return [
         baseline
         for method in methods

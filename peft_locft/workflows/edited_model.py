@@ -24,6 +24,7 @@ from ..data.edit_files import READ_SUFFIXES
 from ..data.edits import Edit, EditSource, read_edits
 from ..data.texts import TextSource
 from ..engine.loading import load_model
+from ..engine.model_state import check_model_and_tokenizer
 from ..evaluation.config import EvaluationConfig
 from ..evaluation.evaluator import EditEvaluator, evaluate_edits
 from ..evaluation.report import EvaluationReport
@@ -204,9 +205,8 @@ def edit(
         progress: show a progress bar.
 
     Raises:
-        ValueError: if the model has an adapter, the target is missing, or as in `train_edits`. The model is then as
-            before.
-        TypeError: if model and tokenizer are something else, or swapped.
+        ValueError: if the model has an adapter, the target is missing, model and tokenizer are something else, or as
+            in `train_edits`. The model is then as before.
         OSError: if a model or file is not there.
 
     Example:
@@ -267,13 +267,8 @@ def _facts(edits: EditSource, target: str | None) -> list[Edit]:
 
 
 def _checked(model: Any, tokenizer: Any) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    if isinstance(model, PreTrainedTokenizerBase) and isinstance(tokenizer, nn.Module):
-        raise TypeError("edit: model and tokenizer are swapped; expected edit(model, tokenizer, prompt, target)")
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        expected = "expected the tokenizer of the model: AutoTokenizer.from_pretrained(name)"
-        raise TypeError(f"edit: found a {type(tokenizer).__name__} as the tokenizer; {expected}")
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in modules):
+    check_model_and_tokenizer(model, tokenizer, "edit")
+    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(
             "edit: the model has an adapter already, perhaps of an earlier edit(). Give all facts in one call, which "
             "also learns them better; or first take the adapter out (.undo()) or write it into the weights (.merge())."

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME
 from torch import nn
 
 from ..adapters.provenance import TrainingRun
@@ -78,6 +79,7 @@ def evaluate_model(
     read = first_edits(edits, num_edits)
     if output_dir is not None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)  # fail now, not after the evaluation
+    _check_adapter(adapter)
     name = model_name_or_path or _base_of(adapter)
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     model, tokenizer = load_model(name, dtype, **source)
@@ -114,10 +116,23 @@ def _text(path: str | os.PathLike[str] | None) -> str | None:
     return None if path is None else os.fspath(path)
 
 
+def _check_adapter(adapter: str | os.PathLike[str] | None) -> None:
+    """Raise a ValueError if something local is no adapter."""
+    if adapter is None or not Path(adapter).exists() or (Path(adapter) / CONFIG_NAME).is_file():
+        return
+    is_model = (Path(adapter) / "config.json").is_file()
+    found = "a model" if is_model else "a file" if Path(adapter).is_file() else f"a folder without {CONFIG_NAME}"
+    advice = "Give a model as model_name_or_path." if is_model else "Give the folder that `locft train` wrote."
+    raise ValueError(f"{adapter}: found {found}; expected the folder of an adapter. {advice}")
+
+
 def _base_of(adapter: str | os.PathLike[str] | None) -> str:
     if adapter is None:
         raise ValueError("Found neither a model nor an adapter to evaluate. Pass model_name_or_path or adapter.")
-    name = PeftConfig.from_pretrained(os.fspath(adapter)).base_model_name_or_path
+    try:
+        name = PeftConfig.from_pretrained(os.fspath(adapter)).base_model_name_or_path
+    except ValueError:
+        raise ValueError(f"{adapter}: found neither an adapter folder nor that name on the Hub.") from None
     if not name:
         raise ValueError(f"{adapter}: the adapter does not name its base model. Pass model_name_or_path.")
     return str(name)
@@ -130,11 +145,16 @@ def _with_adapter(model: nn.Module, adapter: str | os.PathLike[str]) -> PeftMode
             return PeftModel.from_pretrained(model, os.fspath(adapter))
     except RuntimeError as error:
         raise ValueError(
-            f"{adapter}: the adapter does not fit {getattr(model, 'name_or_path', 'this model')}: {error}. Pass the "
-            "base that it was trained on."
+            f"{adapter}: the adapter does not fit {getattr(model, 'name_or_path', 'this model')}: {_reason(error)}. "
+            "Pass the base that it was trained on."
         ) from None
     except ValueError as error:
         raise ValueError(f"{adapter}: cannot load the adapter onto this model: {error}") from None
+
+
+def _reason(error: RuntimeError) -> str:
+    """Return the last line of torch's message about a state dict, which names a tensor and both shapes."""
+    return str(error).strip().splitlines()[-1].strip().rstrip(".")
 
 
 def _curves(run: TrainingRun | None) -> list[dict[str, float]]:

@@ -159,6 +159,10 @@ def _weaken(trainer: BreadthFirstTrainer, sample: Sequence[Edit], reliability: f
 def _what_to_train(
     wanted: PeftConfig | LocationPreset | None, model_name_or_path: str | os.PathLike[str], source: dict[str, Any]
 ) -> PeftConfig:
+    if wanted is not None and not isinstance(wanted, (PeftConfig, LocationPreset)):
+        found = f"found a {type(wanted).__name__}"
+        advice = ". Pass the recipe as args." if isinstance(wanted, BreadthFirstConfig) else "."
+        raise ValueError(f"peft_config: {found}; expected a LocFTConfig or another PeftConfig{advice}")
     if isinstance(wanted, LocationPreset):
         return wanted.config_for(AutoConfig.from_pretrained(model_name_or_path, **source))
     return LocFTConfig() if wanted is None else copy.deepcopy(wanted)
