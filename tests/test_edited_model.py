@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -245,3 +248,16 @@ def test_edits_with_probes_are_shipped_and_evaluated(model: Any) -> None:
     full = Edit(prompt=PROMPT, target=TARGET, rephrasings=("France is ruled from",))
     result = edited(model, full, args=recipe(num_train_epochs=1))
     assert [row["kind"] for row in result.evaluate(progress=False).rows] == ["reliability", "generalization"]
+
+
+@pytest.mark.slow
+def test_the_example_prints_what_the_docs_show(tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    command = [sys.executable, str(root / "examples" / "one_fact.py")]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    shown, said = "".join(done.stdout.splitlines(keepends=True)[:3]), done.stdout.splitlines()[3]
+    assert f"```text\n{shown}```" in (root / "docs" / "pages" / "get_started.md").read_text(encoding="utf-8")
+    assert said == "1 of 1 edits learned (0 before)."
+    assert list(tmp_path.iterdir()) == []

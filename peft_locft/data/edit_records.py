@@ -47,7 +47,7 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def column_name(name: object) -> str:
-    """Return a column's name: a known one in lower case, with underscores for spaces and dashes; others as they are."""
+    """Return a known column's name in lower case, with underscores for spaces and dashes; others as they are."""
     own = str(name).strip()
     known = re.sub(r"[\s\-]+", "_", own).casefold()
     return known if known in KNOWN_COLUMNS or MISSED.search(known) else own

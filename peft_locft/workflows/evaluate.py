@@ -79,8 +79,7 @@ def evaluate_model(
     read = first_edits(edits, num_edits)
     if output_dir is not None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)  # fail now, not after the evaluation
-    _check_adapter(adapter)
-    name = model_name_or_path or _base_of(adapter)
+    name = _checked_name(model_name_or_path, adapter)
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     model, tokenizer = load_model(name, dtype, **source)
     edited = model if adapter is None else _with_adapter(model, adapter)
@@ -124,6 +123,11 @@ def _check_adapter(adapter: str | os.PathLike[str] | None) -> None:
     found = "a model" if is_model else "a file" if Path(adapter).is_file() else f"a folder without {CONFIG_NAME}"
     advice = "Give a model as model_name_or_path." if is_model else "Give the folder that `locft train` wrote."
     raise ValueError(f"{adapter}: found {found}; expected the folder of an adapter. {advice}")
+
+
+def _checked_name(name: str | os.PathLike[str] | None, adapter: str | os.PathLike[str] | None) -> Any:
+    _check_adapter(adapter)
+    return name or _base_of(adapter)
 
 
 def _base_of(adapter: str | os.PathLike[str] | None) -> str:
