@@ -212,6 +212,8 @@ BAD_FILES: dict[str, tuple[str, str | bytes, str]] = {
         b"src,alt\n\xe3\xee\xf0,\xc1",
         "a.csv:2: found byte 0xe3 at offset 8; expected UTF",
     ),
+    "Japanese": ("a.csv", b"src,alt\nmany letters and,\x93\x8c\x8b\x9e", "a.csv:2: found byte 0x93"),
+    "empty JSON": ("a.json", "\ufeff \n", "found no records"),
     "two encodings": (
         "a.csv",
         b"src,alt\na,\xc3\xa9\nb,\xe9",

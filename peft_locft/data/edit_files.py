@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..io.untrusted_json import unique_pairs
-from .edit_records import KNOWN_COLUMNS, SHAPE, column_name, vocabularies, with_column_names
+from .edit_records import KNOWN_COLUMNS, SHAPE, SHAPE_OF_JSON, column_name, vocabularies, with_column_names
 from .tables import Row, table_rows
 from .text_files import read_text
 
@@ -154,6 +154,8 @@ def _other_kind(path: Path) -> str:
 
 def _json_rows(text: str, name: str, split: str) -> Iterable[Row]:
     """Return the records of JSON: one value in the file, or one in each line."""
+    if not text.strip():
+        return []
     is_lines = name.lower().endswith((".jsonl", ".jsonl.gz"))
     try:
         content = json.loads(text, object_pairs_hook=unique_pairs)
@@ -163,7 +165,7 @@ def _json_rows(text: str, name: str, split: str) -> Iterable[Row]:
             return _lines_of_json(text, name)
         found = f"found broken JSON at column {error.colno} ({error.msg})"
         expected = "expected a list of records, or one record per line: fix it there"
-        raise ValueError(f"{name}:{error.lineno}: {found}; {expected}") from None
+        raise ValueError(f"{name}:{error.lineno}: {found}; {expected}\n{SHAPE_OF_JSON}") from None
     except ValueError as error:
         if is_lines:
             return _lines_of_json(text, name)

@@ -43,6 +43,9 @@ SHAPE = """A file that works, edits.csv:
   prompt,target
   The capital of Norway is,Bergen"""
 
+SHAPE_OF_JSON = """A file that works, edits.json:
+  [{"prompt": "The capital of Norway is", "target": "Bergen"}]"""
+
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 

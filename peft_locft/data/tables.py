@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .edit_records import LIST_COLUMNS, column_name, vocabularies
+from .edit_records import LIST_COLUMNS, SHAPE, column_name, vocabularies
 
 # a place ("zsre.json:12", "row 12") and its content, or the ValueError that says why it cannot be read
 Row = tuple[str, object]
@@ -50,7 +50,9 @@ def table_rows(text: str, name: str) -> Iterator[Row]:
             yield f"{name}:1", dict.fromkeys(columns)  # its only line may be an edit, so its columns must be named
     except csv.Error as error:
         place = f"{name}:{line + skipped}"
-        raise ValueError(f"{place}: found broken CSV ({error}); expected quotes in pairs: fix the line") from None
+        raise ValueError(
+            f"{place}: found broken CSV ({error}); expected quotes in pairs: fix the line. {SHAPE}"
+        ) from None
 
 
 def _reader(text: str, delimiter: str) -> Any:

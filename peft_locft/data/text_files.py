@@ -26,6 +26,7 @@ SAVE_AS_UTF_8 = "expected UTF-8: save the file as UTF-8"
 A_CHARACTER_OF_UTF_8 = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
 # of all letters: text in a Western European language has far fewer accents
 MAX_SHARE_OF_ACCENTS = 0.3
+OTHER_SCRIPT = re.compile(r"[^\x00-\x7f]{4}")  # and never four in a row
 
 
 def read_text(path: str | os.PathLike[str], newline: str | None = None) -> str:
@@ -94,8 +95,9 @@ def _decode_as_windows_1252(data: bytes, error: UnicodeDecodeError, name: str) -
     except UnicodeDecodeError:
         raise refusal from None
     letters = [letter for letter in text if letter.isalpha()]
-    # Cyrillic or Greek, for instance, in a code page of its own
-    if sum(letter > "\x7f" for letter in letters) > MAX_SHARE_OF_ACCENTS * len(letters):
+    # Cyrillic or Japanese, for instance, in a code page of its own
+    is_other = sum(letter > "\x7f" for letter in letters) > MAX_SHARE_OF_ACCENTS * len(letters)
+    if is_other or OTHER_SCRIPT.search(text):
         raise refusal from None
     first = next(word for word in re.findall(r"\w+|\S", text) if not word.isascii())
     logger.warning("%s is not UTF-8; it was read as Windows-1252. Check a word: %s", name, first)
