@@ -37,8 +37,8 @@ FACT = json.dumps({"prompt": EDITS[0].prompt, "target": EDITS[0].target})
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a model, another one, an adapter of the first, and edits."""
     folder = tmp_path_factory.mktemp("mistakes")
-    for name, sizes in (("model", {}), ("other", {"hidden_size": 64})):
-        base_model(**sizes).save_pretrained(folder / name)
+    for name, hidden_size in (("model", 32), ("other", 64)):
+        base_model(hidden_size=hidden_size).save_pretrained(folder / name)
         TOKENIZER.save_pretrained(folder / name)
     save_adapter(peft_model(), folder / "adapter")
     (folder / "edits.jsonl").write_text(FACT)

@@ -49,9 +49,9 @@ def table_rows(text: str, name: str) -> Iterator[Row]:
         if is_empty and columns and not vocabularies(set(columns)):
             yield f"{name}:1", dict.fromkeys(columns)  # its only line may be an edit, so its columns must be named
     except csv.Error as error:
-        place = f"{name}:{line + skipped}"
+        found = f"found broken CSV ({error})"
         raise ValueError(
-            f"{place}: found broken CSV ({error}); expected quotes in pairs: fix the line. {SHAPE}"
+            f"{name}:{line + skipped}: {found}; expected quotes in pairs: fix the line. {SHAPE}"
         ) from None
 
 
