@@ -35,10 +35,12 @@ from .tuner import LocFTConfig as LocFTConfig
 from .tuner import LocFTModel as LocFTModel
 from .tuner import balanced_config as balanced_config
 from .workflows import AdapterComparison as AdapterComparison
+from .workflows import EditedModel as EditedModel
 from .workflows import SearchPlan as SearchPlan
 from .workflows import TrainingSummary as TrainingSummary
 from .workflows import UpdateSummary as UpdateSummary
 from .workflows import compare_baselines as compare_baselines
+from .workflows import edit as edit
 from .workflows import evaluate_model as evaluate_model
 from .workflows import search_locations as search_locations
 from .workflows import serve_comparison as serve_comparison

@@ -497,7 +497,7 @@ MISTAKES: dict[str, tuple[Spoil, str]] = {
     "no output folder": (without("--output_dir"), r"required: --output_dir"),
     "unknown flag": (with_words("--learning_rat", "1"), r"--learning_rat 1\. Did you mean --learning_rate\?"),
     "abbreviated flag": (with_words("--conf", "x.yaml"), "unrecognized arguments: --conf x.yaml"),
-    "not a number": (with_words("--learning_rate", "fast"), r"--learning-rate: invalid float value: 'fast'"),
+    "not a number": (with_words("--learning_rate", "fast"), r"--learning_rate: invalid float value: 'fast'"),
     "not an objective": (with_words("--objective", "all"), r"--objective: invalid choice: 'all' .*target_new"),
     "not a dtype": (with_words("--dtype", "int8"), r"--dtype: invalid choice: 'int8' .*bfloat16"),
     "not a delta dtype": (with_words("--delta_dtype", "int8"), r"LocFTConfig.delta_dtype='int8': expected one of"),
@@ -507,7 +507,7 @@ MISTAKES: dict[str, tuple[Spoil, str]] = {
     "config file no YAML": (with_config_file("a: [1"), r"run\.yaml: cannot be read as YAML"),
     "config file a list": (with_config_file(["learning_rate"]), r"found list, expected flags as `name: value` lines"),
     "config file empty": (with_config_file(""), r"found NoneType, expected flags as `name: value` lines"),
-    "config file unknown key": (with_config_file({"lr": 1, "help": 1}), r"unknown keys help, lr\. `locft train"),
+    "config file unknown key": (with_config_file({"lr": 1, "help": 1}), r"help, lr\. Did you mean --learning_rate\?"),
     "config file in itself": (with_config_file({"config": "x"}), r"unknown keys config\."),
     "config file no value": (with_config_file({"seed": None}), r"run\.yaml: seed without a value\. Give one"),
     "config file bad value": (with_config_file({"seed": "x"}), r"--seed: invalid int value: 'x'"),
@@ -515,7 +515,7 @@ MISTAKES: dict[str, tuple[Spoil, str]] = {
     "edits not there": (with_words("--edits", "no.json"), r"no\.json: found no such file; expected a file of edits"),
     "edits a folder": (with_words("--edits", "."), r"\.: found a folder; expected a file of edits"),
     "edits broken": (with_edits('{"prompt": "x"\n'), r"bad\.jsonl:1: found broken JSON at column"),
-    "edits of no known kind": (with_edits("text", "bad.txt"), r"bad\.txt: found '\.txt'; expected one of \.json"),
+    "edits of no known kind": (with_edits("text", "bad.yaml"), r"bad\.yaml: found '\.yaml'; expected one of \.json"),
     "edits empty": (with_edits(""), "found no records; expected at least one edit"),
     "edits without target": (with_edits(json.dumps({"prompt": "x"})), r"bad\.jsonl:1: no prompt / target columns"),
     "edits with empty target": (with_edits(json.dumps(ASKED | {"target_new": ""})), r"bad\.jsonl:1: field 'target"),
@@ -577,8 +577,8 @@ def test_a_model_that_is_not_there_is_named(call: Words, tmp_path: Path, capsys:
     ("argv", "message"),
     [
         (
-            ["edit"],
-            r"unknown command .edit.; expected one of train, evaluate, try, locate, baselines, merge, detach, "
+            ["poem"],
+            r"unknown command .poem.; expected one of train, evaluate, try, locate, baselines, merge, detach, "
             r"inspect, export\n`locft --help` lists the commands\.\n$",
         ),
         (

@@ -112,7 +112,7 @@ def test_held_edits_are_those_that_the_adapter_was_trained_on(tmp_path: Path) ->
     trainer = make_trainer(tmp_path / "out", edits=EDITS[:5], num_train_epochs=1)
     trainer.train()
     trainer.save_model()
-    with pytest.raises(ValueError, match=r"out ships no edits, so .* as trained_edits \(--trained_edits FILE\)"):
+    with pytest.raises(ValueError, match=r"out ships no edits, so .*`locft train --trained_edits FILE`"):
         adapter_edits(tmp_path / "out")
     # the file of which it took the first five
     assert adapter_edits(tmp_path / "out", EDITS) == EDITS[:5]

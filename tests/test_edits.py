@@ -60,7 +60,7 @@ def test_every_vocabulary_says_the_same_from_every_source(name: str, tmp_path: P
     record = RECORDS[name]
     dataset = datasets.Dataset.from_list([record])
     dataset.to_parquet(tmp_path / "edits.parquet")
-    by_source = {
+    by_source: dict[str | Path, str] = {
         write(tmp_path, "edits.json", json.dumps([record], indent=1)): "edits.json:2",
         write(tmp_path, "EDITS.JSONL", "\n" + json.dumps(record)): "EDITS.JSONL:2",
         str(tmp_path / "edits.parquet"): "edits.parquet: row 0",
@@ -68,7 +68,9 @@ def test_every_vocabulary_says_the_same_from_every_source(name: str, tmp_path: P
     for source, place in by_source.items():
         assert read_edits(source) == [FULL]
         assert read_edits(source)[0].source == place
-    for in_memory in (dataset, dataset.with_format("numpy"), dataset.to_iterable_dataset(), [record], iter([record])):
+    numpy, iterable = dataset.with_format("numpy"), dataset.to_iterable_dataset()
+    sources: list[Any] = [dataset, numpy, iterable, [record], iter([record])]
+    for in_memory in sources:
         assert read_edits(in_memory) == [FULL]
 
 
@@ -192,15 +194,40 @@ BAD_FILES: dict[str, tuple[str, str | bytes, str]] = {
     "empty file": ("a.jsonl", "\n", "a.jsonl.*: found no records"),
     "empty list": ("a.json", "[]", "found no records"),
     "empty table": ("a.csv", "src,alt\n", "found no records"),
-    "other suffix": ("a.txt", "a", r"a.txt: found '.txt'; expected one of .json, .jsonl, .csv, .parquet"),
-    "compressed": ("a.json.gz", "a", r"found '.gz'.*unpack or convert"),
-    "one object": ("a.json", "{}", r"a.json:1: found a dict; expected a list: put \[ \]"),
-    "records without list": ("a.json", "{}\n{}", r"a.json:2: .*column 1 \(Extra data\).*per line to .jsonl"),
+    "other suffix": (
+        "a.yaml",
+        "a",
+        r"a.yaml: found '.yaml'; expected one of .json, .*convert or rename",
+    ),
+    "archive": ("a.zip", "a", "found '.zip'.*unpack"),
+    "broken gzip": ("a.json.gz", "a", "a.json.gz: found a broken gzip file .*expected a whole one"),
+    "empty object": ("a.json", "{}", "found no records"),
+    "one value": ("a.json", "3", "a.json:1: found a int; expected a list of records"),
+    "records without columns": ("a.json", "{}\n{}", "a.json:1: no prompt / target columns recognized"),
     "broken list": ("a.json", '[{},\n {"a": 1}', "a.json:2: found broken JSON at column 10 .*fix it there"),
     "broken line": ("a.jsonl", '{"src": "a", "alt": "b"}\n{"src": b}', "a.jsonl:2: found broken JSON at column 9"),
-    "not a record": ("a.json", '[{"src": "a", "alt": "b"},\n3]', "a.json:2: found 3; expected a record"),
-    "latin 1": ("a.csv", "src,alt\na,é".encode("latin-1"), "a.csv:2: found byte 0xe9 at offset 10; expected UTF-8"),
-    "utf 16": ("a.json", "[{}]".encode("utf-16"), "a.json:1: found byte 0xff at offset 0"),
+    "not a record": ("a.json", '[{"src": "a", "alt": "b"},\n3]', r"a.json:2: found 3 \(int\); expected a record"),
+    "Cyrillic": (
+        "a.csv",
+        b"src,alt\n\xe3\xee\xf0,\xc1",
+        "a.csv:2: found byte 0xe3 at offset 8; expected UTF",
+    ),
+    "Japanese": ("a.csv", b"src,alt\nmany letters and,\x93\x8c\x8b\x9e", "a.csv:2: found byte 0x93"),
+    "empty JSON": ("a.json", "\ufeff \n", "found no records"),
+    "two encodings": (
+        "a.csv",
+        b"src,alt\na,\xc3\xa9\nb,\xe9",
+        "a.csv:3: found byte 0xe9 at offset 15; expected",
+    ),
+    "no Windows-1252": ("a.csv", b"src,alt\na,abc\x81", "a.csv:2: found byte 0x81 at offset 13; expected UTF-8"),
+    "broken UTF-16": ("a.csv", b"\xff\xfea\0,", "found bytes that are not UTF-16, as its first bytes say"),
+    "UTF-16 without a mark": ("a.csv", "src,alt".encode("utf-16-le"), "found bytes that are no text"),
+    "Excel": ("a.csv", b"PK\x03\x04\xff\x00", "a.csv: found a zip archive or an Excel file; expected text"),
+    "the same key twice": (
+        "a.json",
+        '{"a": "b", "a": "c"}',
+        "a.json: found duplicate key 'a'; expected each name once",
+    ),
     "short row": ("a.csv", "src,alt\na,b\na\n", "a.csv:3: found 1 cells; expected 2"),
     "long row": ("a.csv", "src,alt\na,b,c\n", "a.csv:2: found 3 cells; expected 2.*quotes"),
     "open quote": ("a.csv", 'src,alt\na,b\n"a,b\n', "a.csv:3: found broken CSV .*unexpected end of data"),
@@ -209,7 +236,7 @@ BAD_FILES: dict[str, tuple[str, str | bytes, str]] = {
         "src,alt,alt\na,b,c\n",
         "found src, alt, alt; expected different column names",
     ),
-    "blank cell": ("a.csv", "src,alt\na, \n", r"a.csv:2: field 'alt': found nothing \(' '\).*add it"),
+    "blank cell": ("a.csv", "src,alt\na, \n", r"a.csv:2: field 'alt': found nothing \(''\).*add it"),
     "broken parquet": ("a.parquet", b"PAR1", "a.parquet: found broken Parquet"),
     "unknown columns": (
         "a.csv",
@@ -274,8 +301,8 @@ BAD_ARGUMENTS: dict[str, tuple[Callable[[], object], str]] = {
     "folder": (lambda: read_edits(Path(__file__).parent), "found a folder; expected a file"),
     "on_conflict": (lambda: read_anything([FULL], on_conflict="all"), "found 'all'; expected one of warn, error"),
     "split": (lambda: read_edits(datasets.DatasetDict(test=DATASET)), "found no split 'train', but test; pass split="),
-    "one record": (lambda: read_anything(RECORDS["zsre"]), "no split 'train'.*put a single record into a list"),
-    "number": (lambda: read_anything(7), "source: found 7; expected a path, a dataset, or a list"),
+    "number": (lambda: read_anything(7), "source: found 7; expected a path, a dataset, a DataFrame, a list"),
+    "bytes": (lambda: read_anything(b"a"), "source: found b'a'; expected a path"),
     "edit without target": (lambda: Edit(prompt="a", target=" "), "field 'target': found nothing"),
     "number as target": (lambda: make_edit(prompt="a", target=3), "field 'target': found 3"),
     "text as rephrasings": (lambda: make_edit(prompt="a", target="b", rephrasings="c"), "expected a tuple of str"),

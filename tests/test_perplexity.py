@@ -233,9 +233,9 @@ def test_every_kind_of_text_says_the_same(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_mistakes_in_a_text_are_named(tmp_path: Path) -> None:
-    (tmp_path / "latin").write_bytes("wörter".encode("latin-1"))
+    (tmp_path / "no_utf_8").write_bytes(b"w\x81rter")
     mistakes: list[tuple[Any, str]] = [
-        (tmp_path / "latin", r"latin:1: found byte 0xf6 at offset 1; expected UTF-8"),
+        (tmp_path / "no_utf_8", r"no_utf_8:1: found byte 0x81 at offset 1; expected UTF-8"),
         (tmp_path / "nowhere.txt", "text: found neither a file nor a dataset on the Hub named .*nowhere.txt"),
         ("one text " * 100, "named 'one text .*To pass a text itself, put it into a list"),
         (datasets.Dataset.from_dict({"prompt": ["a"], "answer": ["b"]}), "columns prompt, answer; expected one named"),

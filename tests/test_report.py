@@ -14,7 +14,8 @@ from example_reports import example_report, result, row
 
 from peft_locft import save_report
 from peft_locft.evaluation.intervals import Estimate
-from peft_locft.evaluation.report import EvaluationReport, MetricResult, deciding_score
+from peft_locft.evaluation.report import EvaluationReport, MetricResult
+from peft_locft.evaluation.summary import deciding_score
 from peft_locft.reporting import page as report_page
 
 FILES = ["answers.csv", "evaluation.html", "evaluation.json", "evaluation.md"]
@@ -181,3 +182,62 @@ def test_a_file_that_is_not_ours_is_refused(content: str, message: str, tmp_path
     (tmp_path / "evaluation.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(ValueError, match=message):
         EvaluationReport.load(tmp_path)
+
+
+# ---------------------------------------------------------------------- for a reader in a hurry, and in a notebook
+
+
+def test_the_summary_says_it_in_sentences() -> None:
+    assert example_report().summary().splitlines() == [
+        "2 of 2 edits learned (0 before).",
+        "1 of 2 prompts in other words are answered with the target.",
+        "1 of 2 other answers changed.",
+        "Perplexity of ordinary text: 20.25 before, 31.5 after.",
+    ]
+
+
+def test_the_summary_names_an_edit_that_was_not_learned() -> None:
+    rows = [row(0, "reliability"), row(1, "reliability", "Where?", answer_after=" Paris ", exact_match_after=0.0)]
+    rows.append(row(1, "portability", "And then?"))
+    assert example_report(rows=rows, results={}).summary().splitlines() == [
+        "1 of 2 edits learned (0 before).",
+        "Not learned, for example: 'Where?' is answered with 'Paris'.",
+        "1 of 1 questions that follow from the edits are answered right.",
+    ]
+
+
+def test_a_target_with_a_full_stop_is_learned_if_the_answer_contains_it() -> None:
+    edited = row(0, "reliability", expected="St. Ives", exact_match_after=0.0, contains_before=0.0)
+    for contained, said in ((1.0, "1 of 1 edits learned (0 before)."), (0.0, "0 of 1 edits learned (0 before).")):
+        summary = example_report(rows=[edited | {"contains_after": contained}], results={}).summary()
+        assert summary.splitlines()[0] == said
+
+
+def test_without_a_base_the_summary_compares_with_nothing() -> None:
+    rows = [row(0, "reliability"), row(0, "locality"), row(1, "locality", exact_match_after=0.0)]
+    unknown = {"answer_before": None, "exact_match_before": None}
+    assert example_report(rows=[each | unknown for each in rows], results={}).summary().splitlines() == [
+        "1 of 1 edits learned.",
+        "1 of 2 other questions are answered right.",
+    ]
+
+
+def test_the_summary_of_a_report_without_rows_has_its_metrics() -> None:
+    report = EvaluationReport.from_dict(example_report(results={"a": result(0.5)}).summary_to_dict(), summary=True)
+    assert report.summary() == "a: 0.500 [0.400, 0.600]"
+
+
+def test_a_data_frame_has_a_row_for_each_answer() -> None:
+    frame = example_report().to_pandas()
+    assert list(frame["answer_after"]) == [each["answer_after"] for each in example_report().rows]
+    assert frame.groupby("kind")["exact_match_after"].mean()["generalization"] == 0.5
+
+
+def test_a_notebook_shows_summary_metrics_and_failures_without_markup_from_answers() -> None:
+    rows = [row(0, "reliability", "<b>Where?</b>", answer_after="<script>", exact_match_after=0.0)] * 21
+    html = example_report(rows=rows)._repr_html_()
+    assert html.startswith("<p>0 of 21 edits learned (0 before).<br>Not learned, for example: &#x27;&lt;b&gt;Where")
+    assert "<tr><td>perplexity</td><td>20.25 [20.15, 20.35]</td>" in html
+    assert "<p>21 failed answers, the first 20</p>" in html and html.count("&lt;script&gt;") == 21
+    assert "<script>" not in html and "<b>" not in html
+    assert "failed answers" not in example_report(rows=[row(0, "reliability")])._repr_html_()

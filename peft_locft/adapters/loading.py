@@ -53,7 +53,12 @@ def load_adapter(
             model.load_adapter(os.fspath(adapter), adapter_name, is_trainable=is_trainable)
             return model
     except RuntimeError as error:
-        found = f"the adapter does not fit the base model {getattr(model, 'name_or_path', '')}: {error}"
+        found = f"the adapter does not fit the base model {getattr(model, 'name_or_path', '')}: {_reason(error)}"
         raise ValueError(f"{adapter}: {found}. Pass the base that it was trained on.") from None
     except ValueError as error:
         raise ValueError(f"{adapter}: cannot load the adapter onto this model: {error}") from None
+
+
+def _reason(error: RuntimeError) -> str:
+    """Return the last line of torch's message about a state dict, which names a tensor and both shapes."""
+    return str(error).strip().splitlines()[-1].strip().rstrip(".")

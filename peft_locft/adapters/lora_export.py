@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from peft import LoraConfig, PeftModel, convert_to_lora
 from transformers.pytorch_utils import Conv1D
 
-from ..data.edits import Edit, read_edits
+from ..data.edits import Edit, EditSource, read_edits
 from ..engine.loading import auto_class_of, load_config, load_model
 from ..evaluation.config import EvaluationConfig
 from ..evaluation.evaluator import evaluate_edits
@@ -73,7 +72,7 @@ def export_lora(
     rank: int | None = None,
     energy: float | None = None,
     revision: str | None = None,
-    edits: str | os.PathLike[str] | Sequence[Edit] | datasets.Dataset | None = None,
+    edits: EditSource | None = None,
     dtype: str = "auto",
 ) -> LoraExport:
     """Write the closest LoRA adapter to an edit, and return how much of the delta it keeps.

@@ -63,6 +63,9 @@ def save_adapter(
             base weight that `density` needs is quantized, offloaded or sharded; if `edits` do not match `record`.
         NotADirectoryError: if `folder` or a parent is a file.
     """
+    if not isinstance(model, PeftModel):
+        found = f"found a {type(model).__name__} without an adapter"
+        raise ValueError(f"save_adapter: {found}; expected a PeftModel. A whole model is saved by save_pretrained.")
     smaller = delta_dtype is not None or density is not None
     check_shrinking(delta_dtype, density)
     if smaller and report is not None:

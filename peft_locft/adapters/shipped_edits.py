@@ -165,9 +165,9 @@ def adapter_edits(
         shipped = shipped_edits(adapter)
         if shipped is None:
             raise ValueError(
-                f"{adapter} ships no edits, so its edits are unknown. Pass the edits that it was trained on as "
-                "trained_edits (--trained_edits FILE). To ship them in future, use describe_adapter(…, edits=…) or "
-                "--ship_edits."
+                f"{adapter} ships no edits, so its edits are unknown. Pass the edits that it was trained on: "
+                "trained_edits=… in Python, `locft train --trained_edits FILE`, `locft inspect ADAPTER --edits FILE`. "
+                "To ship them in future, use describe_adapter(…, edits=…) or --ship_edits."
             )
         return shipped
     run = check_adapter(adapter, method=None).provenance.run

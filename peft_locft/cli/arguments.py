@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..locating.preset import LocationPreset
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-EDITS = "Edits: a JSON, JSONL, CSV or Parquet file, or a dataset on the Hub."
+EDITS = "Edits: a JSON, JSONL, CSV, TSV or Parquet file, or a dataset on the Hub."
 BASE = "Base model: a folder or a name on the Hub."
 FIRST = "Use only the first N edits."
 TEXT = "Text for perplexity and KL: a text file, or a dataset on the Hub."

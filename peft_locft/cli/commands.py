@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from typing import Any
 
 from .._version import __version__
 from .parser import DASHES, CommandParser
+from .slips import nearest_command
 
 # a command imports what it runs, and after it has parsed: help, usage mistakes and other commands do not wait for that
 
@@ -50,9 +50,13 @@ def main(argv: list[str] | None = None) -> int:
     if command == "--version":
         print(f"peft-locft {__version__}")
         return 0
+    if command == "help":
+        return main([*rest[:1], "--help"])
     if command not in COMMANDS:
-        near = difflib.get_close_matches(command, COMMANDS, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"expected one of {', '.join(COMMANDS)}"
+        near = nearest_command(command, COMMANDS)
+        hint = f"did you mean '{near}'?" if near else f"expected one of {', '.join(COMMANDS)}"
+        if command.startswith("-"):
+            hint = "the command comes first, such as `locft train FLAGS`"
         print(f"locft: unknown command '{command}'; {hint}\n`locft --help` lists the commands.", file=sys.stderr)
         return 2
     try:

@@ -13,6 +13,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from .parser import CommandParser
+from .slips import nearest_flag
 
 
 class FieldsParser(CommandParser, HfArgumentParser):
@@ -83,8 +84,10 @@ class FieldsParser(CommandParser, HfArgumentParser):
             )
         unknown = sorted(str(name) for name in content if str(name).replace("-", "_") not in self.flags)
         if unknown:
+            meant = [near for name in unknown if (near := nearest_flag(name, self.flags))]
+            hint = f" Did you mean {', '.join(f'--{name}' for name in meant)}?" if meant else ""
             raise ValueError(
-                f"--config {path}: unknown keys {', '.join(unknown)}. `{self.prog} --help-all` lists the flags."
+                f"--config {path}: unknown keys {', '.join(unknown)}.{hint} `{self.prog} --help-all` lists the flags."
             )
         empty = [name for name, value in content.items() if value is None or value == []]
         if empty:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import difflib
+import re
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
+
+from .slips import hint_at_choice, hints, unknown_words
 
 DASHES = "Every flag may be written with dashes or with underscores."
 INHERITED = "flags of transformers.TrainingArguments"
@@ -70,16 +72,34 @@ class CommandParser(argparse.ArgumentParser):
             self.refuse(unknown)
         return found
 
-    def refuse(self, unknown: Sequence[str]) -> NoReturn:
-        """Exit with 2 because of words that are no flags, and name the flag that is nearest to the first."""
-        word = unknown[0].partition("=")[0].replace("-", "_")
-        flags = [f"__{action.dest}" for action in self._actions if action.option_strings]
-        near = difflib.get_close_matches(word, flags, n=1)
-        hint = f" Did you mean --{near[0][2:]}?" if near else ""
-        self.error(f"unrecognized arguments: {' '.join(unknown)}.{hint}")
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse; but first exit with 2 if there are flags that are none, and say what they may mean.
 
-    def error(self, message: str) -> NoReturn:
-        """Exit with 2: one line about the mistake, the usage, and where the flags are listed."""
+        argparse would first miss the required flags that these words were meant to be.
+        """
+        words = list(sys.argv[1:] if args is None else args)
+        asks_for_help = {"-h", "--help", "--help-all", "--help_all"} & set(words)
+        unknown = [] if asks_for_help else unknown_words(words, self._option_string_actions)
+        if unknown:
+            self.refuse_flags(unknown)
+        return super().parse_known_args(words, namespace)
+
+    def refuse_flags(self, unknown: Sequence[Sequence[str]]) -> NoReturn:
+        """Exit with 2 because of flags that are none, each given with its values."""
+        flags = [action.dest for action in self._actions if action.option_strings]
+        advice = hints([flag for flag, *_ in unknown], self.prog.split()[-1], flags)
+        self.error(f"unrecognized arguments: {' '.join(word for words in unknown for word in words)}", advice)
+
+    def refuse(self, unknown: Sequence[str]) -> NoReturn:
+        """Exit with 2 because of words that belong to no flag."""
+        self.refuse_flags([unknown])
+
+    def error(self, message: str, advice: str = "") -> NoReturn:
+        """Exit with 2: one line about the mistake; without advice also the usage, and where the flags are listed."""
+        message = re.sub(r"(--\w+)/--[\w-]+", r"\1", message)  # argparse names all spellings of a flag
+        advice = advice or hint_at_choice(message)
+        if advice:
+            self.exit(2, f"{self.prog}: {message}. {advice}\n")
         help_flag = "--help" if self.sections is None else "--help-all"
         self.exit(2, f"{self.prog}: {message}\n{self.format_usage()}`{self.prog} {help_flag}` lists the flags.\n")
 

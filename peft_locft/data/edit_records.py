@@ -1,11 +1,14 @@
 """Fields of records, by the column names of the known data sets: prompt, target, rephrasings and probes."""
 
+import logging
 import math
 import re
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from itertools import chain
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 ProbeFields = tuple[str, str | None]  # prompt and answer
 
@@ -19,21 +22,101 @@ VOCABULARIES = {
 }
 NESTED_PROBE_KEYS = (("prompt", "answer"), ("prompt", "ground_truth"), ("New Question", "New Answer"))
 
+# columns that people give the two, where no data set says; one of each, in any combination
+PROMPT_NAMES = ("prompt", "question", "instruction", "input", "query", "fact")
+TARGET_NAMES = ("target", "answer", "output", "response", "new", "new_target", "new_answer")
+
+REPHRASING_COLUMNS = ("rephrasings", "rephrasing", "rephrase_prompt", "rephrase", "paraphrase_prompts")
+PROBE_PAIRS = {
+    "locality": (("locality_prompt", "locality_ground_truth"), ("loc", "loc_ans")),
+    "portability": (("portability_prompt", "portability_ground_truth"),),
+}
+# that may hold several texts or probes
+LIST_COLUMNS = {*REPHRASING_COLUMNS, "paraphrases", "neighborhood_prompts", *PROBE_PAIRS}
+LIST_COLUMNS |= {name for pairs in PROBE_PAIRS.values() for pair in pairs for name in pair}
+READ_COLUMNS = {*LIST_COLUMNS, "subject", "ground_truth", "answers"}
+KNOWN_COLUMNS = {*READ_COLUMNS, *PROMPT_NAMES, *TARGET_NAMES} | {name for names in VOCABULARIES for name in names}
+# names of what a reader would miss: rephrasings, probes, and parts of a prompt
+MISSED = re.compile("rephras|paraphras|local|portab|neighbo|context|system|history|^input$")
+
+SHAPE = """A file that works, edits.csv:
+  prompt,target
+  The capital of Norway is,Bergen"""
+
+SHAPE_OF_JSON = """A file that works, edits.json:
+  [{"prompt": "The capital of Norway is", "target": "Bergen"}]"""
+
 SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def column_name(name: object) -> str:
+    """Return a known column's name in lower case, with underscores for spaces and dashes; others as they are."""
+    own = str(name).strip()
+    known = re.sub(r"[\s\-]+", "_", own).casefold()
+    return known if known in KNOWN_COLUMNS or MISSED.search(known) else own
+
+
+def with_column_names(row: object) -> object:
+    """Return a record with its names as `column_name` gives them; a ValueError if two are the same; else the row."""
+    if not isinstance(row, Mapping):
+        return row
+    renamed = {column_name(name): value for name, value in row.items()}
+    if len(renamed) < len(row):
+        return ValueError(f"found the fields {', '.join(map(str, row))}; expected different names: rename one")
+    return renamed
+
+
+def vocabularies(columns: Set[str]) -> list[tuple[str, ...]]:
+    """Return the pairs of columns that hold prompt and target: those of a data set or, without one, of any names."""
+    found: list[tuple[str, ...]] = [vocabulary for vocabulary in VOCABULARIES if columns >= set(vocabulary)]
+    return found or [
+        (prompt, target) for prompt in PROMPT_NAMES for target in TARGET_NAMES if {prompt, target} <= columns
+    ]
 
 
 def find_vocabulary(rows: list[tuple[str, object]]) -> tuple[str, ...]:
     records = [row for _, row in rows if isinstance(row, Mapping)]
     columns = dict.fromkeys(chain.from_iterable(records))
-    found = [vocabulary for vocabulary in VOCABULARIES if columns.keys() >= set(vocabulary)]
+    found = vocabularies(columns.keys())
+    if len(found) > 1 and found[0] not in VOCABULARIES:
+        # `input` beside `instruction` is often empty in every record
+        filled = {name for record in records for name, value in record.items() if not _absent(value)}
+        found = vocabularies(filled) or found
     if records and len(found) != 1:
-        known = "; ".join(f"{' and '.join(names)} ({owner})" for names, owner in VOCABULARIES.items())
-        problem = "no prompt / target columns recognized" if not found else "several prompt / target columns"
-        raise ValueError(
-            f"{rows[0][0]}: {problem}: found the columns {', '.join(map(str, columns))}; expected exactly one of "
-            f"{known}: rename or remove columns"
-        )
+        raise ValueError(_unrecognized(rows[0][0], columns, found))
+    if records:
+        _name_missed(rows[0][0], records, {*READ_COLUMNS, *found[0]})
     return found[0] if records else ()
+
+
+def _unrecognized(place: str, columns: Mapping[str, None], found: list[tuple[str, ...]]) -> str:
+    shown = f"found the columns {', '.join(map(str, columns))}"
+    if not found:
+        known = "; ".join(f"{' and '.join(names)} ({owner})" for names, owner in VOCABULARIES.items())
+        expected = f"expected exactly one of {known}; or question and answer, instruction and output, fact and new"
+        advice = "rename the columns. Is the line with their names missing?"
+        return f"{place}: no prompt / target columns recognized: {shown}; {expected}: {advice}\n{SHAPE}"
+    pairs = "; ".join(" and ".join(names) for names in found)
+    return (
+        f"{place}: several prompt / target columns: {shown}, so prompt and target may be {pairs}; expected exactly "
+        "one pair: rename or remove columns, or join those that belong together"
+    )
+
+
+def _name_missed(place: str, records: list[Mapping[str, Any]], read: Set[str]) -> None:
+    missed = dict.fromkeys(
+        name
+        for record in records
+        for name, value in record.items()
+        if name not in read and MISSED.search(name) and not _absent(value)
+    )
+    if missed:
+        logger.warning(
+            "%s: the columns %s are not read. Names that are: rephrasings, locality, portability (to evaluate), "
+            "paraphrases (to train on). Other text belongs into the prompt.",
+            place.rpartition(":")[0] or "edits",
+            ", ".join(missed),
+        )
 
 
 def flatten_rewrite(record: Mapping[str, Any]) -> dict[str, Any]:

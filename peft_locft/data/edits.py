@@ -7,12 +7,15 @@ import os
 import reprlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, fields, replace
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from .edit_files import Row, read_rows
 from .edit_records import (
+    PROBE_PAIRS,
+    REPHRASING_COLUMNS,
+    SHAPE,
     find_vocabulary,
     first_text,
     flatten_rewrite,
@@ -24,13 +27,9 @@ from .edit_records import (
     turn,
 )
 
-if TYPE_CHECKING:
-    import datasets
-
 logger = logging.getLogger(__name__)
 
 OnConflict = Literal["warn", "error", "last"]
-REPHRASING_COLUMNS = ("rephrasings", "rephrase_prompt", "rephrase", "paraphrase_prompts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +52,7 @@ class Probe:
         optional_text(self.answer, "answer")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Edit:
     """One fact to write into a model: the edited model continues `prompt` with `target`.
 
@@ -72,11 +71,12 @@ class Edit:
         ValueError: if a text is empty, or a field has another type.
 
     Example:
-        >>> Edit(prompt="The capital of France is", target="Lyon", rephrasings=("France's capital city is",))
+        >>> Edit("The capital of France is", "Lyon", rephrasings=("France's capital city is",))
     """
 
     prompt: str
     target: str
+    _: KW_ONLY
     rephrasings: tuple[str, ...] = ()
     paraphrases: tuple[str, ...] = ()
     locality: tuple[Probe, ...] = ()
@@ -100,23 +100,27 @@ class Edit:
         optional_text(self.ground_truth, "ground_truth")
 
 
-def read_edits(
-    source: "str | os.PathLike[str] | datasets.Dataset | datasets.DatasetDict | Iterable[Edit | Mapping[str, Any]]",
-    *,
-    split: str = "train",
-    on_conflict: OnConflict = "warn",
-) -> list[Edit]:
+# what `read_edits` reads; datasets and DataFrames are iterables
+EditSource: TypeAlias = str | os.PathLike[str] | Edit | Mapping[str, Any] | Iterable[Any]
+
+
+def read_edits(source: EditSource, *, split: str = "train", on_conflict: OnConflict = "warn") -> list[Edit]:
     """Read edits, check all of them, and merge those that have the same prompt and target.
 
     Records have the columns `prompt` and `target`, `prompt` and `target_new` (EasyEdit), `src` and `alt` (ZsRE),
-    `prompt` and `completion` (TRL) or `requested_rewrite` (CounterFact). The columns of these data sets for
-    rephrasings, locality, portability, subject and ground truth are read too, and `paraphrases`, to train on. Other
-    columns are ignored.
+    `prompt` and `completion` (TRL) or `requested_rewrite` (CounterFact); or else one of `prompt`, `question`,
+    `instruction`, `input`, `query`, `fact` and one of `target`, `answer`, `output`, `response`, `new`, `new_target`,
+    `new_answer`. Case, spaces and dashes in names do not matter. The columns of these data sets for rephrasings,
+    locality, portability, subject and ground truth are read too, and `paraphrases`, to train on. Other columns are
+    ignored; a logged warning names those that look like a part of an edit.
 
     Args:
-        source: a `.json` (list of records), `.jsonl`, `.csv` or `.parquet` file; a dataset, or its "owner/name" on the
-            Hub; or an iterable of edits or records.
-        split: split of a `DatasetDict` or of a dataset on the Hub.
+        source: a file; a dataset, or its "owner/name" on the Hub; a pandas DataFrame; an iterable of edits, records or
+            (prompt, target) pairs; a dictionary from prompts to targets; or one of these: an edit, a record, a pair.
+            A file is `.json`, `.jsonl`, `.csv`, `.tsv`, `.txt` (JSON or a table) or `.parquet`, also with `.gz` behind
+            it. JSON is a list of records or pairs, a dictionary from prompts to targets, or `{"data": [...]}`; or one
+            record per line. A table has any of `, ; tab |` between its cells, and the names in its first line.
+        split: split of a `DatasetDict`, of a dictionary of lists, or of a dataset on the Hub.
         on_conflict: if a prompt has several targets: "warn" and keep all, raise an "error", or keep the "last".
 
     Returns:
@@ -132,13 +136,24 @@ def read_edits(
         >>> edits = read_edits("zsre.json", on_conflict="last")
         >>> edits[0].source
         'zsre.json:2'
+        >>> read_edits({"The capital of Norway is": "Bergen"})[0].target
+        'Bergen'
     """
     if on_conflict not in get_args(OnConflict):
         raise ValueError(f"on_conflict: found {on_conflict!r}; expected one of {', '.join(get_args(OnConflict))}")
-    rows = list(read_rows(source, split))
+    is_one = isinstance(source, Edit) or (isinstance(source, tuple) and _is_pair(source))
+    rows = list(read_rows([source] if is_one else source, split))
     if not rows:
-        raise ValueError(f"{reprlib.repr(source)}: found no records; expected at least one edit")
-    return _settle_conflicts(_edits(rows), on_conflict)
+        raise ValueError(f"{reprlib.repr(source)}: found no records; expected at least one edit. {SHAPE}")
+    edits = _edits(rows)
+    if _look_swapped(edits):
+        logger.warning(
+            "%s: are prompt and target swapped? The first edit would answer %r with %r.",
+            edits[0].source,
+            edits[0].prompt,
+            edits[0].target,
+        )
+    return _settle_conflicts(edits, on_conflict)
 
 
 def first_edits(source: Any, num_edits: int | None, on_conflict: OnConflict = "warn") -> list[Edit]:
@@ -186,6 +201,13 @@ def prompts_of(edit: Edit) -> Iterator[str]:
 def place_of(edit: Edit) -> str:
     """Return where an edit was read, or its prompt, for messages."""
     return edit.source or repr(edit.prompt)
+
+
+def _look_swapped(edits: list[Edit]) -> bool:
+    """Return whether only the targets are questions, or the prompts are names and the targets sentences."""
+    if all(edit.target.rstrip().endswith("?") and not edit.prompt.rstrip().endswith("?") for edit in edits):
+        return True
+    return all(len(edit.prompt.split()) <= 2 and len(edit.target.split()) >= 4 for edit in edits)
 
 
 def _settle_conflicts(edits: list[Edit], on_conflict: OnConflict) -> list[Edit]:
@@ -246,13 +268,20 @@ def _edits(rows: list[Row]) -> list[Edit]:
     return edits
 
 
-def _edit(row: object, vocabulary: tuple[str, ...], place: str) -> Edit:
+def _is_pair(row: Any) -> bool:
+    return isinstance(row, (list, tuple)) and len(row) == 2 and all(isinstance(text, str) for text in row)
+
+
+def _edit(row: Any, vocabulary: tuple[str, ...], place: str) -> Edit:
     if isinstance(row, Edit):
         return row if row.source else replace(row, source=place)
     if isinstance(row, ValueError):
         raise row
+    if _is_pair(row):
+        return Edit(prompt=row[0], target=row[1], source=place)
     if not isinstance(row, Mapping):
-        raise ValueError(f"found {reprlib.repr(row)}; expected a record with named fields")
+        expected = "expected a record with named fields, or a pair (prompt, target)"
+        raise ValueError(f"found {reprlib.repr(row)} ({type(row).__name__}); {expected}")
     missing = [column for column in vocabulary if column not in row]
     if missing:
         found = f"found only {', '.join(map(str, row))}"
@@ -260,14 +289,9 @@ def _edit(row: object, vocabulary: tuple[str, ...], place: str) -> Edit:
     if vocabulary == ("requested_rewrite",):
         row, vocabulary = flatten_rewrite(row), ("prompt", "target_new")
     prompt, target = vocabulary
-    locality = (
-        *probes(row.get("locality"), "locality"),
-        *paired(row, "locality_prompt", "locality_ground_truth"),
-        *paired(row, "loc", "loc_ans"),
-    )
-    portability = (
-        *probes(row.get("portability"), "portability"),
-        *paired(row, "portability_prompt", "portability_ground_truth"),
+    locality, portability = (
+        [*probes(row.get(name), name), *chain.from_iterable(paired(row, *names) for names in pairs)]
+        for name, pairs in PROBE_PAIRS.items()
     )
     ground_truth = first_text(row.get("ground_truth"), "ground_truth") or first_text(row.get("answers"), "answers")
     return Edit(

@@ -20,7 +20,7 @@ from ..engine.decoding import check_fits, generate_and_score
 from ..engine.model_state import as_base
 from ..engine.questions import UNTIL_EOS, Question
 from .edit_files import read_rows
-from .edit_records import VOCABULARIES, text
+from .edit_records import PROMPT_NAMES, VOCABULARIES, text
 from .edits import Edit, fold_case, prompts_of, read_edits
 from .encoding import EncodedEdits, encode_prompts, flatten_rows
 from .prompt_similarity import nearest_prompts
@@ -128,7 +128,7 @@ def _prompts_in(source: Source, edited: set[str], split: str) -> list[str]:
 def _prompt(place: str, row: object) -> str:
     if isinstance(row, ValueError):
         raise ValueError(f"{place}: {row}")
-    value = row.get("prompt") if isinstance(row, dict) else row
+    value = next((row[name] for name in PROMPT_NAMES if name in row), None) if isinstance(row, dict) else row
     try:
         return text(value, "prompt")
     except ValueError as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from transformers import (
     AutoTokenizer,
 )
 
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 AUTO_CLASSES = {
     AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForImageTextToText: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -55,7 +58,17 @@ def load_config(model_name_or_path: str | os.PathLike[str], **source: Any) -> An
         ValueError: if transformers does not know the kind of model; the message names it.
         OSError: if it cannot be loaded.
     """
+    if not isinstance(model_name_or_path, (str, os.PathLike)):
+        found = f"found a {type(model_name_or_path).__name__}"
+        advice = "for a model in memory use edit(model, tokenizer, …), BreadthFirstTrainer or evaluate_edits"
+        raise ValueError(f"model_name_or_path: {found}; expected a folder or a name on the Hub: {advice}")
     folder = Path(model_name_or_path)
+    if folder.is_file():
+        advice = "Are the model and the edits swapped?" if folder.suffix != ".gguf" else "Convert it first."
+        raise ValueError(f"{folder}: found a file; expected the folder or the name of a whole model. {advice}")
+    if not folder.exists() and HUB_NAME.fullmatch(str(model_name_or_path)) is None:
+        expected = "expected the folder or the name of a whole model"
+        raise ValueError(f"{folder}: found no such folder; {expected}.{_near(folder)}")
     if folder.is_dir() and not (folder / "config.json").is_file():
         is_adapter = (folder / "adapter_config.json").is_file()
         found = "an adapter" if is_adapter else "no config.json"
@@ -66,6 +79,13 @@ def load_config(model_name_or_path: str | os.PathLike[str], **source: Any) -> An
         # what follows the first paragraph is advice to install other versions
         reason = str(error).partition("\n\n")[0]
         raise ValueError(f"{model_name_or_path}: the configuration cannot be loaded: {reason}") from error
+
+
+def _near(folder: Path) -> str:
+    """Return a question about a folder with a similar name, with a space before it; empty without one."""
+    beside = [each.name for each in folder.parent.iterdir() if each.is_dir()] if folder.parent.is_dir() else []
+    near = difflib.get_close_matches(folder.name, beside, n=1)
+    return f" Did you mean {folder.parent / near[0]}?" if near else ""
 
 
 def auto_class_of(config: Any, name: str | os.PathLike[str]) -> Any:

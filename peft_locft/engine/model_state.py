@@ -10,9 +10,29 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..tuner.structure import text_config
+
+
+def check_model_and_tokenizer(model: Any, tokenizer: Any, where: str) -> None:
+    """Raise a ValueError if they are something else, such as names, or swapped.
+
+    Args:
+        model: what is given as the model.
+        tokenizer: what is given as its tokenizer.
+        where: the function that they are given to, for the message.
+    """
+    if isinstance(model, PreTrainedTokenizerBase) and isinstance(tokenizer, nn.Module):
+        raise ValueError(f"{where}: found a tokenizer as the model and a model as the tokenizer; swap them.")
+    if not isinstance(model, nn.Module):
+        advice = "load it with AutoModelForCausalLM.from_pretrained(name)"
+        raise ValueError(f"{where}: found a {type(model).__name__} as the model; expected a model: {advice}.")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        found = f"found a {type(tokenizer).__name__} as the tokenizer"
+        advice = "load it with AutoTokenizer.from_pretrained(name of the model)"
+        raise ValueError(f"{where}: {found}; expected the tokenizer of the model: {advice}.")
 
 
 def dropout_off(model: nn.Module) -> None:

@@ -74,7 +74,10 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         known = get_args(Protocol)
-        wrong = [name for name in self.protocols if name not in known]
+        names = [self.protocols] if isinstance(self.protocols, str) else self.protocols
+        wrong = [name for name in names if name not in known]
+        if isinstance(self.protocols, str) and not wrong:
+            raise ValueError(f"EvaluationConfig.protocols: found text; expected a list: protocols={names!r}.")
         if wrong or not self.protocols:
             found = ", ".join(map(repr, wrong)) or "none"
             raise ValueError(f"EvaluationConfig.protocols: found {found}; expected one or more of {', '.join(known)}.")

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .._version import package_versions
-from ..data.edits import Edit, edits_sha256, read_edits
+from ..data.edits import Edit, EditSource, edits_sha256, read_edits
 from ..data.encoding import encode_prompts
 from ..data.leaks import trained_prompts, without_leaks
 from ..data.texts import TextSource, text_windows
 from ..engine.decoding import check_fits, generate_and_score
-from ..engine.model_state import as_base, has_adapter
+from ..engine.model_state import as_base, check_model_and_tokenizer, has_adapter
 from ..engine.questions import STOPS, Answer, Choice, Question, TopK, greedy
 from ..tuner.model import differing_from_base
 from .config import EvaluationConfig
@@ -32,8 +30,6 @@ from .perplexity import measure_text
 from .report import EvaluationReport
 from .scoring import n_gram_entropy
 from .tabulation import Column, PairedReplies, metric_results
-
-EditSource: TypeAlias = Sequence[Edit] | datasets.Dataset | str | os.PathLike[str]
 
 FLUENCY = "fluency_n_gram_entropy"
 FLUENCY_TOKENS = 100
@@ -151,6 +147,7 @@ class EditEvaluator:
         progress: bool = True,
     ) -> None:
         self.args = EvaluationConfig() if args is None else args
+        check_model_and_tokenizer(model, tokenizer, "evaluate_edits")
         read = _checked_edits(edits)
         self._identity = {"count": len(read), "sha256": edits_sha256(read)}
         self.edits, self._num_leaks = without_leaks(read, trained_prompts(model), self.args.on_leak)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import json
 import math
@@ -10,22 +11,26 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..io.files import check_folder, write_atomically
 from ..io.json_checks import dict_of, has_fields, is_count, is_metric_value, is_number, is_prose, is_sha256, is_text
 from ..io.untrusted_json import shortened
 from .intervals import Estimate
-from .tables import estimate_cell, markdown_table
+from .summary import deciding_score, sentences
+from .tables import estimate_cell, html_table, markdown_table
+
+if TYPE_CHECKING:
+    import pandas
 
 FORMAT = 1
 FIGURES_NAME = "evaluation.json"
 # without the prompts, the answers and the course of training
 SUMMARY = {"settings": dict, "results": dict, "missing": dict, "notes": list}
 PARTS = SUMMARY | {"curves": list, "rows": list}
-# a row failed if the first of these that it has is below 1; of a probe, what changed matters more than what is right
-DECIDING = ("exact_match", "token_accuracy", "more_probable")
-DECIDING_OF_LOCALITY = ("unchanged", "tokens_unchanged", *DECIDING)
+# figures of ordinary text in the summary
+OF_TEXT = {"perplexity": "Perplexity of ordinary text", "kl_from_base": "KL from the base on ordinary text"}
+MAX_SHOWN = 20  # failed rows on a page of a notebook
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,7 @@ class EvaluationReport:
         >>> report = evaluate_edits(peft_model, tokenizer, edits)
         >>> report["reliability_exact_match"].after
         Estimate(value=0.995, low=0.985, high=1.0)
+        >>> print(report.summary())
         >>> report.save("evaluation")
     """
 
@@ -176,16 +182,48 @@ class EvaluationReport:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
+    def summary(self) -> str:
+        """Return what happened in a few sentences, a line for each.
+
+        Example:
+            >>> print(report.summary())
+            78 of 78 edits learned (0 before).
+            48 of 78 prompts in other words are answered with the target.
+            59 of 78 other answers changed.
+        """
+        found = {label: self.results[name] for name, label in OF_TEXT.items() if name in self.results}
+        texts = {
+            label: (None if result.before is None else result.before.value, result.after.value)
+            for label, result in found.items()
+        }
+        return "\n".join(
+            sentences(self.rows, texts) or [f"{name}: {each.after}" for name, each in self.results.items()]
+        )
+
     def to_markdown(self) -> str:
         """Return the metrics as a Markdown table, then what could not be measured, and the notes."""
+        table = markdown_table(*self._table())
+        lines = [table, "", f"In brackets: the {self.confidence} confidence interval (bootstrap)."]
+        lines += [f"Not measured: {', '.join(names)}: {why}." for why, names in self.missing_by_reason().items()]
+        return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
+
+    def _table(self) -> tuple[list[str], list[list[str]]]:
         rows = [
             [name, *map(estimate_cell, (result.before, result.after, result.change)), f"{result.count} {result.unit}"]
             for name, result in self.results.items()
         ]
-        table = markdown_table(["metric", "before", "after", "change", "measured on"], rows)
-        lines = [table, "", f"In brackets: the {self.confidence} confidence interval (bootstrap)."]
-        lines += [f"Not measured: {', '.join(names)}: {why}." for why, names in self.missing_by_reason().items()]
-        return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
+        return ["metric", "before", "after", "change", "measured on"], rows
+
+    def _repr_html_(self) -> str:
+        """Return the summary, the metrics and the first failed answers, as a notebook shows them."""
+        parts = [f"<p>{'<br>'.join(map(html.escape, self.summary().splitlines()))}</p>", html_table(*self._table())]
+        failed = list(self.failures())
+        if failed:
+            names = ["kind", "prompt", "expected", "answer_before", "answer_after"]
+            shown = [[row.get(name) for name in names] for row in failed[:MAX_SHOWN]]
+            title = f"{len(failed)} failed answers" + (f", the first {MAX_SHOWN}" if len(failed) > MAX_SHOWN else "")
+            parts += [f"<p>{title}</p>", html_table([name.replace("_", " ") for name in names], shown)]
+        return "\n".join([*parts, *(f"<p>Note: {html.escape(note)}</p>" for note in self.notes)])
 
     def missing_by_reason(self) -> dict[str, list[str]]:
         """Return the names in `missing` by reason."""
@@ -193,6 +231,16 @@ class EvaluationReport:
         for name, why in self.missing.items():
             reasons.setdefault(why, []).append(name)
         return reasons
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return the rows as a DataFrame, one answer a row: its prompt, the answers and scores before and after.
+
+        Example:
+            >>> report.to_pandas().groupby("kind")["exact_match_after"].mean()
+        """
+        import pandas  # here, because it takes a second, and a report does not need it otherwise
+
+        return pandas.DataFrame(self.rows)
 
     def to_csv(self) -> str:
         """Return the rows as CSV; an unknown value is empty."""
@@ -223,13 +271,6 @@ class EvaluationReport:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in texts.items():
             write_atomically(folder / name, content)
-
-
-def deciding_score(row: dict[str, Any]) -> tuple[str, float] | None:
-    """Return the name and value of the score that decides whether a row failed; `None` if it has none."""
-    names = DECIDING_OF_LOCALITY if row["kind"] == "locality" else DECIDING
-    scores = ((name, row.get(f"{name}_after")) for name in names)
-    return next(((name, score) for name, score in scores if score is not None), None)
 
 
 def _finite(value: float) -> float | str:

@@ -1,7 +1,8 @@
-"""Markdown tables, and how their cells show a number."""
+"""Tables as Markdown and HTML, and how their cells show a number."""
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable, Mapping, Sequence
 
 from .intervals import Estimate, format_number
@@ -23,6 +24,20 @@ def markdown_table(names: Sequence[str], rows: Iterable[Sequence[object]]) -> st
 def _cell(content: object) -> str:
     text = str(content).replace("|", "\\|")
     return f" {text} |" if text else " |"
+
+
+def html_table(names: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a plain HTML table for a notebook, its texts escaped; arguments as in [`markdown_table`]."""
+
+    def line(tag: str, cells: Iterable[object]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{_text(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    lines = [line("th", names), *(line("td", cells) for cells in rows)]
+    return "\n".join(['<table style="text-align: left">', *lines, "</table>"])
+
+
+def _text(content: object) -> str:
+    return "" if content is None else html.escape(str(content))
 
 
 def estimate_cell(estimate: Estimate | Mapping[str, float] | None) -> str:

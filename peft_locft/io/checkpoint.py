@@ -51,6 +51,8 @@ class Checkpoint:
         if single is None:
             index = self._file(INDEX_NAME)
         entry_file = single or index
+        if entry_file is None and (Path(model) / "adapter_config.json").is_file():
+            raise ValueError(f"{self.name} is an adapter: expected a model. The base comes first, then its adapters.")
         if entry_file is None:
             raise ValueError(
                 f"{self.name} has neither {WEIGHTS_NAME} nor {INDEX_NAME}: expected a model in safetensors. "

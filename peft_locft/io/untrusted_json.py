@@ -15,7 +15,7 @@ def strict_json(content: bytes) -> Any:
             readers may use different values of a duplicate key.)
         RecursionError: if it is nested too deeply.
     """
-    return json.loads(content.decode("utf-8"), object_pairs_hook=_unique_pairs, parse_constant=_refuse_constant)
+    return json.loads(content.decode("utf-8"), object_pairs_hook=unique_pairs, parse_constant=_refuse_constant)
 
 
 def json_object(content: bytes, where: object) -> dict[str, Any]:
@@ -43,7 +43,8 @@ def json_object(content: bytes, where: object) -> dict[str, Any]:
     return value
 
 
-def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of these pairs, as the hook of a JSON parser; a ValueError for a duplicate key."""
     unique: dict[str, Any] = {}
     for name, value in pairs:
         if name in unique:

@@ -16,7 +16,8 @@ import jinja2
 from markupsafe import Markup
 
 from ..evaluation.intervals import Estimate, format_number
-from ..evaluation.report import EvaluationReport, MetricResult, deciding_score
+from ..evaluation.report import EvaluationReport, MetricResult
+from ..evaluation.summary import deciding_score
 from ..evaluation.tables import DASH
 from ..io.files import write_atomically
 from .plots import COLOURS, curve_lines, curves_picture, metric_pictures

@@ -340,6 +340,7 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
     def __post_init__(self) -> None:
         self.resolve()  # before transformers checks the fields that the recipe fills
         self._check_rate()
+        self._check_numbers()
         super().__post_init__()
         if self.deepspeed:
             # DeepSpeed clips at 1.0 by default
@@ -389,13 +390,19 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
                 ) from None
         for name in ("learning_rate", "relative_learning_rate"):
             value = getattr(self, name)
-            if value != AUTO and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"BreadthFirstConfig.{name}={value!r}: expected a finite number above 0.")
+            if value != AUTO and not 0 <= value < math.inf:
+                raise ValueError(f"BreadthFirstConfig.{name}={value!r}: expected a number, 0 or more.")
         if self.learning_rate == AUTO and self.deepspeed:
             raise ValueError(
                 "BreadthFirstConfig.learning_rate='auto' reads the weights, and DeepSpeed may have sharded them. Pass "
                 "a number."
             )
+
+    def _check_numbers(self) -> None:
+        for name in ("per_device_train_batch_size", *(["num_train_epochs"] if self.max_steps <= 0 else [])):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"BreadthFirstConfig.{name}={value!r}: expected a number above 0.")
 
     def _check_depth_first(self) -> None:
         if self.num_prefixes or self.num_concatenated or self.has_retained or self.delta_decay:

@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from accelerate.utils import DistributedType
 from peft import PeftModel
@@ -19,8 +18,9 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..adapters.provenance import TrainingRun
 from ..adapters.saving import save_adapter
-from ..data.edits import Edit, edits_sha256, read_edits
+from ..data.edits import EditSource, edits_sha256, read_edits
 from ..data.encoding import EncodedEdits
 from ..data.leaks import mark_trained
 from ..engine.activation_storage import SharedActivations
@@ -29,6 +29,7 @@ from ..engine.model_state import (
     as_base,
     check_finite,
     check_gradient,
+    check_model_and_tokenizer,
     check_vocabulary,
     configuration_unchanged,
     dropout_off,
@@ -92,13 +93,18 @@ class BreadthFirstTrainer(Trainer):
         self,
         model: nn.Module,
         args: BreadthFirstConfig | None = None,
-        train_dataset: Sequence[Edit] | datasets.Dataset | None = None,
+        train_dataset: EditSource | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
         shared_activations: SharedActivations | None = None,
         **kwargs: Any,
     ) -> None:
         args = BreadthFirstConfig() if args is None else args
+        if not isinstance(args, BreadthFirstConfig):
+            found = f"found a {type(args).__name__} as args"
+            raise ValueError(f"BreadthFirstTrainer: {found}; expected a BreadthFirstConfig with the same fields.")
+        if processing_class is not None:
+            check_model_and_tokenizer(model, processing_class, "BreadthFirstTrainer")
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(
                 "BreadthFirstTrainer: no parameter of the model is trainable. Add an adapter with get_peft_model("
@@ -392,19 +398,19 @@ class BreadthFirstTrainer(Trainer):
         if not isinstance(model, PeftModel):
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
-            evaluations = self.state.stateful_callbacks.get(CURVES_KEY)
-            save_adapter(
-                model,
-                output_dir or self.args.output_dir,
-                record=training_record(
-                    self.edits,
-                    self.args,
-                    self.loss_history,
-                    self.state.global_step,
-                    evaluations,
-                    self.data.augmentation(),
-                    self.learned,
-                    relative_rate=self.relative_rate,
-                ),
-                state_dict=state_dict,
-            )
+            save_adapter(model, output_dir or self.args.output_dir, record=self.training_run(), state_dict=state_dict)
+
+    def training_run(self) -> TrainingRun:
+        """Return what `save_adapter` records of this run: the edits, the recipe and the losses."""
+        evaluations = self.state.stateful_callbacks.get(CURVES_KEY)
+        augmentation = self.data.augmentation()
+        return training_record(
+            self.edits,
+            self.args,
+            self.loss_history,
+            self.state.global_step,
+            evaluations,
+            augmentation,
+            self.learned,
+            relative_rate=self.relative_rate,
+        )

@@ -22,6 +22,7 @@ from .config import LocFTConfig
 from .delta import Delta, check_combination, combine_deltas, combined_config
 from .layer import LocFTLayer, ParamWrapper, wrap
 from .presets import resolve_location
+from .structure import find_decoder_layers, modules_of
 
 
 class LocFTModel(BaseTuner):
@@ -317,7 +318,13 @@ class LocFTModel(BaseTuner):
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
             self.unmerge_adapter()
         disabled = any(layer.disable_adapters for _, layer in locft_layers(model))
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except ValueError as error:
+            names = _names_in_a_layer(model) if "not found in the base model" in str(error) else []
+            if not names:
+                raise
+            raise type(error)(f"{error} A decoder layer of this model has {', '.join(names)}.") from None
         if disabled:
             # new layers start enabled
             self.disable_adapter_layers()
@@ -427,6 +434,16 @@ def check_targets(config: LocFTConfig, model: nn.Module, matches: Callable[[LocF
                 f"{name} is tied to {', '.join(others)}: a delta would change both, or neither after a merge. "
                 f"Target another module, or untie them first:{UNTIE}"
             )
+
+
+def _names_in_a_layer(model: nn.Module) -> list[str]:
+    """Return the last parts of the names of a decoder layer's modules with a weight; none without a layer."""
+    try:
+        _, layers = find_decoder_layers(model)
+    except ValueError:
+        return []
+    named = {name.rpartition(".")[2]: module for name, module in modules_of(layers[0])}
+    return [name for name, module in named.items() if name and has_own_weight(module)]
 
 
 def _targeted_parameters(

@@ -237,7 +237,10 @@ def resolve_location(config: LocFTConfig, model: nn.Module) -> None:
     elif config.target_modules is None:
         try:
             _write(config, default_location(model, layers))
-        except ValueError as error:  # PEFT's own words first: users match them
+        except ValueError as error:
+            if layers:
+                raise
+            # PEFT's own words first: users match them
             raise ValueError(f"Please specify `target_modules` in `peft_config`. {error}") from None
     elif config.target_modules == ENTIRE_LAYER:
         assert layers is not None

@@ -15,11 +15,11 @@ from peft import LoraConfig, PeftConfig
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.edits import Edit, edits_sha256, first_edits, read_edits
+from ..data.edits import Edit, EditSource, edits_sha256, first_edits, read_edits
 from ..data.texts import TextSource
 from ..engine.loading import load_model
 from ..evaluation.config import EvaluationConfig
-from ..evaluation.evaluator import EditEvaluator, EditSource
+from ..evaluation.evaluator import EditEvaluator
 from ..io.files import write_atomically
 from ..reporting.baselines import TABLE_METRICS, Baseline, BaselineResult, baselines_to_markdown
 from ..reporting.plots import can_draw, draw_baselines
@@ -53,11 +53,10 @@ def baselines(batch_size: int, methods: Sequence[str] = tuple(METHODS)) -> list[
         ValueError: if a method is unknown, or `batch_size` is below 2.
     """
     unknown = sorted(set(methods) - set(METHODS))
-    if unknown or batch_size < 2:
-        raise ValueError(
-            f"methods={list(methods)}, batch_size={batch_size}: expected methods among {', '.join(METHODS)}, and a "
-            "batch size of 2 or more."
-        )
+    if unknown:
+        raise ValueError(f"methods: found {', '.join(unknown)}; expected some of {', '.join(METHODS)}.")
+    if batch_size < 2:
+        raise ValueError(f"batch_size={batch_size}: expected 2 or more, as breadth-first trains in mini-batches.")
     return [
         baseline
         for method in methods

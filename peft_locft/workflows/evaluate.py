@@ -8,15 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from peft.utils import CONFIG_NAME
+
 from ..adapters.loading import base_of, load_adapter
 from ..adapters.provenance import TrainingRun
 from ..adapters.reading import read_provenance
-from ..data.edits import first_edits
+from ..data.edits import EditSource, first_edits
 from ..data.leaks import mark_trained
 from ..data.texts import TextSource
 from ..engine.loading import load_model
 from ..evaluation.config import EvaluationConfig
-from ..evaluation.evaluator import EditEvaluator, EditSource
+from ..evaluation.evaluator import EditEvaluator
 from ..evaluation.harness import evaluate_on_tasks
 from ..evaluation.report import EvaluationReport
 from ..reporting.page import save_report
@@ -75,7 +77,7 @@ def evaluate_model(
     read = first_edits(edits, num_edits)
     if output_dir is not None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)  # fail now, not after the evaluation
-    name = model_name_or_path or _base_of(adapter)
+    name = _checked_name(model_name_or_path, adapter)
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     model, tokenizer = load_model(name, dtype, **source)
     edited = model if adapter is None else load_adapter(model, adapter)
@@ -109,6 +111,21 @@ def evaluate_model(
 
 def _text(path: str | os.PathLike[str] | None) -> str | None:
     return None if path is None else os.fspath(path)
+
+
+def _check_adapter(adapter: str | os.PathLike[str] | None) -> None:
+    """Raise a ValueError if something local is no adapter."""
+    if adapter is None or not Path(adapter).exists() or (Path(adapter) / CONFIG_NAME).is_file():
+        return
+    is_model = (Path(adapter) / "config.json").is_file()
+    found = "a model" if is_model else "a file" if Path(adapter).is_file() else f"a folder without {CONFIG_NAME}"
+    advice = "Give a model as model_name_or_path." if is_model else "Give the folder that `locft train` wrote."
+    raise ValueError(f"{adapter}: found {found}; expected the folder of an adapter. {advice}")
+
+
+def _checked_name(name: str | os.PathLike[str] | None, adapter: str | os.PathLike[str] | None) -> Any:
+    _check_adapter(adapter)
+    return name or _base_of(adapter)
 
 
 def _base_of(adapter: str | os.PathLike[str] | None) -> str:

@@ -13,12 +13,11 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.edits import Edit, edits_sha256, read_edits
+from ..data.edits import Edit, EditSource, edits_sha256, read_edits
 from ..data.texts import TextSource
 from ..engine.activation_storage import SharedActivations
 from ..engine.loading import load_model
 from ..evaluation.config import EvaluationConfig
-from ..evaluation.evaluator import EditSource
 from ..locating.module_kinds import KINDS, location_of
 from ..locating.plan import Rung, coarse_layers, rungs
 from ..locating.preset import model_shape

@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-import datasets
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoConfig
 
 from ..adapters.inspection import AdapterSummary, inspect_adapter
 from ..adapters.saving import describe_adapter
-from ..data.edits import Edit, first_edits
+from ..data.edits import Edit, EditSource, first_edits
 from ..engine.loading import load_model, task_type_of
 from ..evaluation.config import EvaluationConfig
 from ..evaluation.evaluator import EditEvaluator
@@ -91,7 +90,7 @@ def what_to_change(trainer: BreadthFirstTrainer, given: BreadthFirstConfig) -> s
 
 def train_edits(
     model_name_or_path: str | os.PathLike[str],
-    edits: str | os.PathLike[str] | Sequence[Edit] | datasets.Dataset,
+    edits: EditSource,
     peft_config: PeftConfig | LocationPreset | None = None,
     args: BreadthFirstConfig | None = None,
     *,
@@ -152,8 +151,7 @@ def train_edits(
     read = first_edits(edits, num_edits, on_conflict)
     check_sources(read, args)
     model, tokenizer = load_model(model_name_or_path, dtype, **source)
-    _set_task_type(config, model)
-    _set_default_location(config, model, args)
+    complete_config(config, model, args)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* prompts have several targets")  # read_edits has already warned
         trainer = BreadthFirstTrainer(
@@ -215,9 +213,19 @@ def _weaken(trainer: BreadthFirstTrainer, sample: Sequence[Edit], reliability: f
 def _what_to_train(
     wanted: PeftConfig | LocationPreset | None, model_name_or_path: str | os.PathLike[str], source: dict[str, Any]
 ) -> PeftConfig:
+    if wanted is not None and not isinstance(wanted, (PeftConfig, LocationPreset)):
+        found = f"found a {type(wanted).__name__}"
+        advice = ". Pass the recipe as args." if isinstance(wanted, BreadthFirstConfig) else "."
+        raise ValueError(f"peft_config: {found}; expected a LocFTConfig or another PeftConfig{advice}")
     if isinstance(wanted, LocationPreset):
         return wanted.config_for(AutoConfig.from_pretrained(model_name_or_path, **source))
     return LocFTConfig() if wanted is None else copy.deepcopy(wanted)
+
+
+def complete_config(config: PeftConfig, model: Any, args: BreadthFirstConfig) -> None:
+    """Fill in what a configuration leaves open and the model and the recipe decide: task type and location."""
+    _set_task_type(config, model)
+    _set_default_location(config, model, args)
 
 
 def _set_task_type(config: PeftConfig, model: Any) -> None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from peft import PeftModel
 from torch import nn
@@ -24,7 +23,7 @@ from ..adapters.reading import CheckedAdapter, check_adapter
 from ..adapters.saving import save_adapter
 from ..adapters.shipped_edits import EDITS_NAME, adapter_edits, edit_lines
 from ..data.edit_lists import EditPlan, merge_edit_lists, read_lines_to_forget
-from ..data.edits import Edit, OnConflict, edits_sha256, first_edits
+from ..data.edits import Edit, EditSource, OnConflict, edits_sha256, first_edits
 from ..data.encoding import EncodedEdits, encode_prompts, flatten_rows
 from ..engine.decoding import check_fits, generate_and_score
 from ..engine.distributed import SHARDED
@@ -171,7 +170,7 @@ class UpdateSummary:
 
 def update_adapter(
     adapter: str | os.PathLike[str],
-    edits: str | os.PathLike[str] | Sequence[Edit] | datasets.Dataset | None = None,
+    edits: EditSource | None = None,
     forget: str | os.PathLike[str] | Iterable[str] | None = None,
     args: BreadthFirstConfig | None = None,
     *,
