@@ -7,7 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from .._version import package_versions
+from ..data.chat import ChatTemplate, chat_template_mode, mark_chat_template
+from ..data.leaks import mark_trained, trained_prompts_record
 from ..evaluation.report import EvaluationReport, curves_from_json, curves_to_json
 from ..io.json_checks import (
     Fields,
@@ -91,8 +95,6 @@ class Augmentation:
         cls, *, prefixes: Sequence[str] = (), counts: Mapping[str, int] | None = None, prompts: Iterable[str] = ()
     ) -> Augmentation:
         """Return the record of rows with these prefixes, counts and prompts. The prompts are only hashed."""
-        from ..data.leaks import trained_prompts_record
-
         return cls(list(prefixes), dict(counts or {}), trained_prompts_record(prompts))
 
 
@@ -113,6 +115,16 @@ class TrainingRun:
     training: TrainingResult
     augmentation: Augmentation | None = None
     continued: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """How the edits were written, see `BreadthFirstConfig.chat_template`; `"off"` if it is not recorded."""
+        return chat_template_mode(self.recipe.get("chat_template", "off"), "recipe.chat_template")
+
+    @property
+    def chat_template_kwargs(self) -> dict[str, Any]:
+        """The arguments of the chat template."""
+        return dict(self.recipe.get("chat_template_kwargs") or {})
 
     @property
     def is_depth_first(self) -> bool:
@@ -144,6 +156,13 @@ class TrainingRun:
                 yield "augmentation", ", ".join(words) or "none"
             if detailed:
                 yield from (("prefix", printable(prefix)) for prefix in self.augmentation.prefixes)
+
+
+def mark_run(model: nn.Module, run: TrainingRun) -> None:
+    """Store on a model what its evaluations need to know of its training: trained prompts, and the chat template."""
+    if run.augmentation is not None:
+        mark_trained(model, run.augmentation.trained_prompts)
+    mark_chat_template(model, run.chat_template, run.chat_template_kwargs)
 
 
 @dataclass(frozen=True, slots=True)

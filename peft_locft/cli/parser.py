@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 DASHES = "Every flag may be written with dashes or with underscores."
 INHERITED = "flags of transformers.TrainingArguments"
 PLACEHOLDERS = {
+    "chat_template_kwargs": "JSON",
     "base_model_name_or_path": "MODEL",
     "edits": "FILE",
     "forget": "FILE",

@@ -18,6 +18,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..adapters.saving import save_adapter
+from ..data.chat import mark_chat_template
 from ..data.edits import Edit, edits_sha256, read_edits
 from ..data.encoding import EncodedEdits
 from ..data.leaks import mark_trained
@@ -41,7 +42,7 @@ from .preserver import PreservationCallback, prepare_preserver
 from .record import training_record
 from .resume import check_same_edits, invalidate, whole_checkpoint
 from .row_losses import BatchWeight, RowLosses
-from .training_data import TrainingData, training_data
+from .training_data import TrainingData, training_data, with_chat_template
 
 
 class BreadthFirstTrainer(Trainer):
@@ -100,6 +101,8 @@ class BreadthFirstTrainer(Trainer):
                 "both."
             )
         self.edits = read_edits(train_dataset)
+        args = with_chat_template(args, self.edits, processing_class)
+        mark_chat_template(model, args.chat_template, args.chat_template_kwargs)
         self.data = self._make_data(model, processing_class, args)
         encoded = self.data.encoded
         check_vocabulary(model, encoded.token_ids)
