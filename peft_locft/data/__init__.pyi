@@ -6,7 +6,6 @@ from .chat import ChatWriter as ChatWriter
 from .chat import choose_chat_template as choose_chat_template
 from .chat import in_forms as in_forms
 from .chat import prompts_in_forms as prompts_in_forms
-from .chat import without_thoughts as without_thoughts
 from .edit_lists import EditPlan as EditPlan
 from .edit_lists import describe_edits as describe_edits
 from .edit_lists import edit_id as edit_id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -14,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from .edits import Edit, Message, Prompt, place_of, prompt_of
 
+logger = logging.getLogger(__name__)
+
 ChatTemplate = Literal["auto", "on", "off", "both"]
 
 ADVICE = "set tokenizer.chat_template, or pass chat_template='off'"
@@ -21,8 +24,6 @@ MARK = "locft_chat_template"
 ANSWER = "the answer whose place is looked for"
 # what opens thoughts, at the end of a generation prompt: <think>, [THINK], <|START_THINKING|>
 OPENED = re.compile(r"[<\[]\|?(?:START_)?(\w+)\|?[>\]]\s*\Z")
-# thoughts at the beginning of an answer
-THOUGHTS = re.compile(r"\s*[<\[](\w*think\w*|thoughts?|reasoning)[>\]].*?[<\[]/\1[>\]]\s*", re.DOTALL | re.IGNORECASE)
 TAG = re.compile(r"(<[^<>\s]+>|\[[^\[\]\s]+\])\s*\Z")
 
 
@@ -66,26 +67,40 @@ def template_arguments(value: Any, where: str = "chat_template_kwargs") -> dict[
     return None if value is None else dict(value)
 
 
-def choose_chat_template(value: object, edits: Sequence[Edit], tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+def choose_chat_template(
+    value: object,
+    edits: Sequence[Edit],
+    tokenizer: PreTrainedTokenizerBase,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> ChatTemplate:
     """Return what `"auto"` means for these edits: `"both"` if the tokenizer has a chat template, else `"off"`.
 
-    Edits that are all conversations are written with the template alone, so they give `"on"`. Any other setting than
-    `"auto"` is returned as it is.
+    Edits that are all conversations are written with the template alone, so they give `"on"`. A template that cannot
+    write one question and its answer is not used. Any other setting than `"auto"` is returned as it is.
 
     Args:
         value: a setting, see [`chat_template_mode`].
         edits: the edits.
         tokenizer: the model's tokenizer.
+        template_kwargs: arguments of the template.
 
     Raises:
-        ValueError: as in `chat_template_mode`.
+        ValueError: as in `chat_template_mode`, or if the template does not have these arguments.
     """
     mode = chat_template_mode(value)
     if mode != "auto":
         return mode
     if edits and all(edit.history is not None for edit in edits):
         return "on"
-    return "both" if tokenizer.chat_template else "off"
+    if not tokenizer.chat_template:
+        return "off"
+    writer = ChatWriter(tokenizer, template_kwargs or {})
+    try:
+        writer.prompt(Prompt("Who?"))
+    except ValueError as error:
+        logger.warning("Edits are written as plain text, since %s", error)
+        return "off"
+    return "both"
 
 
 def in_chat(edit: Edit) -> Edit:
@@ -270,14 +285,3 @@ def _joined(head: str, whole: str, begin: int, end: int) -> WrittenEdit:
         closes = tag.replace("START", "END") if "START" in tag else tag[0] + "/" + tag[1:]
         head = f"{head.rstrip()}\n\n{closes}\n\n"
     return WrittenEdit(head + whole[begin:], len(head), len(head) + end - begin)
-
-
-def without_thoughts(text: str) -> str:
-    """Return a generated answer without the thoughts before it.
-
-    Example:
-        >>> without_thoughts("<think>They ask about France.</think>\\n\\nLyon")
-        'Lyon'
-    """
-    found = THOUGHTS.match(text)
-    return text[found.end() :] if found else text

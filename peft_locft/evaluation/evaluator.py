@@ -139,7 +139,7 @@ def _with_chat_template(
     mode = trained if args.chat_template == "auto" else args.chat_template
     if args.chat_template_kwargs is not None:
         template_kwargs = args.chat_template_kwargs
-    chosen = choose_chat_template(mode, edits, tokenizer)
+    chosen = choose_chat_template(mode, edits, tokenizer, template_kwargs)
     return replace(args, chat_template=chosen, chat_template_kwargs=template_kwargs)
 
 

@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from ..data.chat import ChatWriter, in_forms, without_thoughts
+from ..data.chat import ChatWriter, in_forms
 from ..data.edits import Edit, Message, Prompt
 from ..data.encoding import encode_edits, encode_prompts
-from ..engine.questions import STOPS, Answer, Continuation, Question, Score
+from ..engine.questions import STOPS, Answer, Continuation, Question, Score, without_thoughts
 from .scoring import cut_answer
 
 Kind = Literal["reliability", "generalization", "locality", "portability"]

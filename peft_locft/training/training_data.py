@@ -96,7 +96,7 @@ def with_chat_template(
     if args.chat_template != "auto":
         return args
     settled = copy.copy(args)
-    settled.chat_template = choose_chat_template(args.chat_template, edits, tokenizer)
+    settled.chat_template = choose_chat_template(args.chat_template, edits, tokenizer, args.chat_template_kwargs)
     if settled.chat_template == "both":
         logger.warning(
             "The tokenizer has a chat template: every edit is trained as plain text and in chat (chat_template=both). "
