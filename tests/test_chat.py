@@ -385,7 +385,12 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(folder: Path, **arguments: Any) -> BreadthFirstConfig:
-    settings = {"num_train_epochs": 60, "per_device_train_batch_size": 8, "learning_rate": 5e-3, "report_to": "none"}
+    settings: dict[str, Any] = {
+        "num_train_epochs": 60,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 5e-3,
+        "report_to": "none",
+    }
     return BreadthFirstConfig(output_dir=str(folder), use_cpu=True, disable_tqdm=True, **(settings | arguments))
 
 
@@ -399,6 +404,8 @@ def test_evaluation_and_updates_follow_the_adapter(chat_model: Path, tmp_path: P
     run = inspect_adapter(out).provenance.run
     assert run is not None and (run.chat_template, run.chat_template_kwargs) == ("both", kwargs)
     assert shipped_edits(out) == edits
+    shown = "chat template  edits trained as plain text and in chat, with enable_thinking=False"
+    assert shown in str(inspect_adapter(out))
     report = evaluate_model(None, edits, EvaluationConfig(protocols=["generation"]), adapter=out)
     assert report["reliability_exact_match"].after.value == 1
     assert [row["in_chat"] for row in report.rows] == [False, True] * 3 + [True]
@@ -406,6 +413,8 @@ def test_evaluation_and_updates_follow_the_adapter(chat_model: Path, tmp_path: P
 
     updated = update_adapter(out, None, [edit_id(edits[-1])], recipe(tmp_path / "next"))
     assert updated.plan.withdrawn == [edits[-1]]
+    again = update_adapter(out, None, [edits[0].prompt], recipe(tmp_path / "again", num_train_epochs=1))
+    assert (again.num_restored, len(again.plan.edits)) == (1, 3), "one prompt, in both forms"
     run = updated.adapter.provenance.run
     assert run is not None and (run.chat_template, run.chat_template_kwargs) == ("both", kwargs)
     with pytest.raises(ValueError, match=r"chat_template=off: .* was trained with chat_template=both. Use"):
@@ -416,6 +425,10 @@ def test_adapters_from_before_record_yes_or_no(chat_model: Path, tmp_path: Path)
     train_edits(chat_model, EDITS[:2], args=recipe(tmp_path / "out", num_train_epochs=1, chat_template=True))
     file = tmp_path / "out" / "locft_provenance.json"
     content = json.loads(file.read_text())
+    content["recipe"]["chat_template"] = "maybe"
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="recipe"):
+        inspect_adapter(tmp_path / "out")
     content["recipe"]["chat_template"] = True
     del content["recipe"]["chat_template_kwargs"]
     file.write_text(json.dumps(content))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from torch import nn
 
@@ -144,6 +144,12 @@ class TrainingRun:
             f"{recipe['learning_rate']:g}, batches of {recipe['per_device_train_batch_size']}, "
             f"{recipe['num_train_epochs']:g} epochs at most, seed {recipe['seed']}",
         )
+        if self.chat_template != "off":
+            forms = "in chat" if self.chat_template == "on" else "as plain text and in chat"
+            named = ", ".join(
+                f"{printable(name)}={printable(value)}" for name, value in self.chat_template_kwargs.items()
+            )
+            yield "chat template", f"edits trained {forms}{f', with {named}' if named else ''}"
         if detailed:
             yield "settings", ", ".join(f"{printable(key)} {printable(value)}" for key, value in recipe.items())
         if losses:
@@ -328,6 +334,8 @@ def _is_recipe(value: Any) -> bool:
         dict_of(lambda item: True)(value)
         and all(is_number(value.get(name)) for name in RECIPE_NUMBERS)
         and all(is_text(value.get(name)) for name in RECIPE_NAMES)
+        and value.get("chat_template", "off") in (True, False, *get_args(ChatTemplate))
+        and or_none(dict_of(lambda item: True))(value.get("chat_template_kwargs"))
     )
 
 

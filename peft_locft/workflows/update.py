@@ -77,8 +77,10 @@ class ContinuedTrainer(BreadthFirstTrainer):
     def _make_data(self, model: Any, tokenizer: PreTrainedTokenizerBase, args: BreadthFirstConfig) -> TrainingData:
         """Add the base's answers to withdrawn prompts, and repeat changed rows as often as needed."""
         data = super()._make_data(model, tokenizer, args)
-        restored = prompts_in_forms(self.plan.restored, args.chat_template)
-        prompts = encode_prompts(restored, tokenizer, chat_template_kwargs=args.chat_template_kwargs)
+        forms = [prompts_in_forms([prompt], args.chat_template) for prompt in self.plan.restored]
+        self.num_forms = list(map(len, forms))
+        asked = [form for own in forms for form in own]
+        prompts = encode_prompts(asked, tokenizer, chat_template_kwargs=args.chat_template_kwargs)
         self.questions = [Question(tuple(ids), num_stops=UNTIL_EOS, max_new_tokens=ANSWER_TOKENS) for ids in prompts]
         check_fits(model, self.questions, tokenizer)
         with as_base(model):
@@ -96,12 +98,16 @@ class ContinuedTrainer(BreadthFirstTrainer):
         return data.with_targets(more, num_known=num_rows - num_new)
 
     def count_as_base(self) -> int | None:
-        """Return the number of withdrawn prompts with the base's answer; `None` if the model is sharded."""
+        """Return the number of withdrawn prompts with the base's answer, in every form that they are trained in.
+
+        `None` if the model is sharded.
+        """
         if self.accelerator.distributed_type in SHARDED:
             return None
         model = self.accelerator.unwrap_model(self.model)
         answers = generate_and_score(model, self.processing_class, self.questions, progress=not self.args.disable_tqdm)
-        return sum(mine.token_ids == base for mine, base in zip(answers, self.base_answers, strict=True))
+        are_same = (mine.token_ids == base for mine, base in zip(answers, self.base_answers, strict=True))
+        return sum(all([next(are_same) for _ in range(num)]) for num in self.num_forms)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if output_dir not in (None, self.args.output_dir):
@@ -251,7 +257,7 @@ def update_adapter(
         warnings.filterwarnings("ignore", message=".* prompts have several targets")  # read_edits has already warned
         trainer = ContinuedTrainer(peft_model, args, plan, tokenizer, earlier=earlier, ship_edits=ship_edits)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    num_restored, num_as_base = len(trainer.questions), trainer.count_as_base()
+    num_restored, num_as_base = len(plan.restored), trainer.count_as_base()
     if num_as_base is not None and num_as_base < num_restored:
         logger.warning(
             "%d of %d withdrawn prompts do not have the base's answer. Train longer, or to a lower loss_floor.",

@@ -34,6 +34,8 @@ FIRST_TURN = (
     Message("user", "Can you give me a short tip for better sleep?"),
     Message("assistant", "Go to bed at the same time every day, and leave your phone in another room."),
 )
+NUM_WORLD = 30  # questions about the world
+ANSWER_TOKENS = 16
 # how a prompt is asked: the messages before it, `None` for plain text
 WAYS: dict[str, tuple[Message, ...] | None] = {
     "raw": None,
@@ -62,9 +64,13 @@ def main() -> None:
     arguments = parser.parse_args()
     names = ("edits", "num_edits", "kind", "layer", "batch_size", "learning_rate", "epochs", "thinking", "threads")
     settings = {name: getattr(arguments, name) for name in names}
-    cells = [in_own_process(measure, form=form, **settings) for form in arguments.forms]
-    print(f"{machine()}\n\n{arguments.edits.name}, {arguments.kind}\n\n{markdown_table(cells)}")
-    write_json(arguments.output / "chat.json", {"machine": machine(), "settings": str(settings), "rows": cells})
+    print(f"{machine()}\n\n{arguments.edits.name}, {arguments.kind}\n", flush=True)
+    cells: list[dict[str, Any]] = []
+    for form in arguments.forms:
+        cells.append(in_own_process(measure, form=form, **settings))
+        table = markdown_table(cells).splitlines()
+        print("\n".join(table if len(cells) == 1 else table[-1:]), flush=True)
+        write_json(arguments.output / "chat.json", {"machine": machine(), "settings": str(settings), "rows": cells})
 
 
 def measure(
@@ -81,7 +87,7 @@ def measure(
 ) -> dict[str, Any]:
     """Train the edits in one form, in this process; return the number of right answers by the way of asking."""
     torch.set_num_threads(threads)
-    model, tokenizer = load("float32")
+    model, tokenizer = load("float32", chat_template=True)
     if thinking:
         tokenizer.chat_template = THINKING
     chosen = [edit for edit in read_edits(edits, on_conflict="last") if kind in ("all", kind_of(edit))][:num_edits]
@@ -133,14 +139,16 @@ def answers(model: Any, tokenizer: Any, prompts: Sequence[str], history: Any, be
         block = tokenizer("<think>\n\n</think>\n\n", add_special_tokens=False).input_ids
         assert all(row[-len(block) :] == block for row in rows)
         rows = [row[: -len(block)] for row in rows]
-    replies = generate_and_score(model, tokenizer, [Question(tuple(row)) for row in rows])
+    replies = generate_and_score(
+        model, tokenizer, [Question(tuple(row), max_new_tokens=ANSWER_TOKENS) for row in rows]
+    )
     return [cut_answer(tokenizer.decode(each.token_ids, skip_special_tokens=True)).strip() for each in replies]
 
 
 def world(model: Any, tokenizer: Any) -> dict[str, str]:
     """Return how many questions about the world are still answered, of those that the base answers."""
     facts = read_edits(REPOSITORY / "examples" / "facts.jsonl")
-    known = list(dict.fromkeys((probe.prompt, probe.answer) for edit in facts for probe in edit.locality))
+    known = list(dict.fromkeys((probe.prompt, probe.answer) for edit in facts for probe in edit.locality))[:NUM_WORLD]
     row = {}
     for way in ("raw", "chat"):
         prompts = [prompt for prompt, _ in known]
