@@ -16,6 +16,7 @@ from tokenizers_for_tests import CHAT_TEMPLATES, CHATML, make_tokenizer
 from peft_locft import (
     BreadthFirstConfig,
     Edit,
+    EvaluationCallback,
     EvaluationConfig,
     LocFTConfig,
     Message,
@@ -37,6 +38,8 @@ from peft_locft.data.chat import prompts_in_forms, template_arguments
 from peft_locft.engine.questions import Question, StopCounter, without_thoughts
 from peft_locft.evaluation.items import ItemEncoder, eval_items
 from peft_locft.training.training_data import training_data
+from peft_locft.workflows.baselines import compare_baselines
+from peft_locft.workflows.locate import SearchPlan, search_locations
 from peft_locft.workflows.update import update_adapter
 
 BLOCK = "<think>\n\n</think>\n\n"
@@ -184,9 +187,8 @@ def test_arguments_reach_the_template() -> None:
 )
 def test_arguments_are_a_dictionary_or_json(value: object, expected: object) -> None:
     assert template_arguments(value) == expected
-    assert (
-        BreadthFirstConfig(output_dir="x", chat_template_kwargs=value, use_cpu=True).chat_template_kwargs == expected
-    )  # type: ignore[arg-type]
+    args: Any = {"chat_template_kwargs": value}
+    assert BreadthFirstConfig(output_dir="x", use_cpu=True, **args).chat_template_kwargs == expected
 
 
 @pytest.mark.parametrize(
@@ -232,7 +234,8 @@ def test_an_edit_has_one_row_in_each_form(tmp_path: Path, caplog: pytest.LogCapt
     with caplog.at_level(logging.WARNING):
         trainer = make_trainer(tmp_path, roomy(), [LOUIS, talk], tokenizer=tokenizer)
     assert "every edit is trained as plain text and in chat (chat_template=both)" in caplog.text
-    rows = [tokenizer.decode(row.input_ids) for row in trainer.train_dataset]
+    data = trainer.train_dataset
+    rows = [tokenizer.decode(data[number].input_ids) for number in range(len(data))]
     assert rows == [
         "Who? Louis<|im_end|>",
         "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\nLouis<|im_end|>",
@@ -466,3 +469,33 @@ def test_mistakes_in_flags(words: list[str], message: str, capsys: pytest.Captur
     with pytest.raises(SystemExit):
         main(["evaluate", *NEEDED, *words])
     assert message in capsys.readouterr().err
+
+
+def test_searches_baselines_and_callbacks_follow_the_training(tmp_path: Path) -> None:
+    tokenizer, model = tokenizer_of("chatml"), base_model(max_position_embeddings=256)
+    args = recipe(tmp_path / "search", num_train_epochs=1, logging_strategy="no")
+    quick = EvaluationConfig(protocols=["token_accuracy"], num_resamples=10)
+    plan = SearchPlan(modules=["down"], layers=[1], num_rungs=1)
+    search = search_locations(
+        model, tokenizer, EDITS[:2], args, plan=plan, evaluation=quick, score={"reliability_token_accuracy": 1.0}
+    )
+    assert search.setting["recipe"]["chat_template"] == search.setting["evaluation"]["chat_template"] == "both"
+    assert args.chat_template == "auto", "the caller's"
+
+    generated = EvaluationConfig(protocols=["generation"], num_resamples=10, max_new_tokens=4)
+    args = recipe(tmp_path / "baselines", num_train_epochs=1, logging_strategy="no", chat_template="on")
+    compare_baselines(model, tokenizer, EDITS[:2], args, methods=["FT-M"], evaluation=generated)
+    for file in (tmp_path / "baselines").glob("FT-M*.json"):
+        assert json.loads(file.read_text())["evaluation"]["chat_template"] == "on"
+
+    callback = EvaluationCallback(EDITS[:2], args=quick)
+    kwargs = {"bos_token": "<king>"}
+    tokenizer.chat_template = "{{ bos_token }}" + CHATML
+    trainer = make_trainer(
+        tmp_path, roomy(), EDITS[:2], tokenizer=tokenizer, num_train_epochs=1, chat_template="on",
+        chat_template_kwargs=kwargs, callbacks=[callback],
+    )  # fmt: skip
+    trainer.train()
+    assert callback._evaluator is not None
+    used = callback._evaluator.args
+    assert (used.chat_template, used.chat_template_kwargs) == ("on", kwargs)
