@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from scripted_model import ScriptedModel
 from tiny_training import EDITS, base_model, make_trainer, peft_model
-from tokenizers_for_tests import CHAT_TEMPLATES, CHATML, make_tokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers_for_tests import CHAT_TEMPLATES, CHATML, GPT2_WORDS, make_tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from peft_locft import (
     BreadthFirstConfig,
@@ -156,6 +158,24 @@ def test_a_conversation_is_written_as_the_template_writes_it(kind: str) -> None:
     assert written.text[: written.boundary] == ChatWriter(tokenizer).prompt(Prompt("Who?", TALK))
     assert "Be brief." in asked and "Hello." in asked
     assert written.text[written.boundary : written.end].lstrip() == "Louis"
+
+
+@pytest.mark.parametrize("chat_template", [False, True])
+def test_a_prompt_is_trained_in_the_tokens_in_which_it_is_asked(chat_template: bool) -> None:
+    """As in GPT-2: two line breaks are one token at the end of a text, and two before a word."""
+    tokens = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ĊĊ"]
+    backend = Tokenizer(models.BPE({token: n for n, token in enumerate(tokens)}, [("Ċ", "Ċ")]))
+    split = pre_tokenizers.Split(Regex(GPT2_WORDS), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Sequence([split, to_bytes]), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = CHAT_TEMPLATES["thinking"]
+    edit = replace(LOUIS, prompt="Who?\n\n")
+    row = encode_edits([edit], tokenizer, chat_template=chat_template)[0]
+    (asked,) = encode_prompts([edit.prompt], tokenizer, chat_template=chat_template)
+    assert tokenizer.convert_ids_to_tokens(asked)[-1] == "ĊĊ"
+    assert row.input_ids[: row.target_start].tolist() == asked
+    assert tokenizer.decode(row.input_ids[row.target_start :]).startswith("Louis")
 
 
 def test_arguments_reach_the_template() -> None:

@@ -233,8 +233,11 @@ def _encode_texts(texts: list[_Text], tokenizer: PreTrainedTokenizerBase, ending
     are_chat = [text.in_chat for text in texts]
     all_tokens = _tokenize_each([text.text for text in texts], are_chat, tokenizer)
     heads = _tokenize_each([text.text[: text.boundary] for text in texts], are_chat, tokenizer)
-    for text, (ids, offsets), (head, _) in zip(texts, all_tokens, heads, strict=True):
+    for text, (ids, offsets), (head, head_offsets) in zip(texts, all_tokens, heads, strict=True):
         start, straddles = _target_start(ids, offsets, head, text)
+        if not straddles and ids[:start] != head and tokenizer.decode(ids[:start]) == tokenizer.decode(head):
+            # line breaks at the end of a text can be one token, and two before a word: train what will be asked
+            ids, offsets, start = head + ids[start:], head_offsets + offsets[start:], len(head)
         if straddles:
             straddling.append(text.edit)
         if unknown_id in ids and _has_unknown(ids[start:], offsets[start:], text, tokenizer):
