@@ -292,7 +292,7 @@ def test_evaluation_asks_as_the_edits_were_trained(tmp_path: Path) -> None:
         assert [row["in_chat"] for row in report.rows] == forms * 2
         assert report.settings["chat_template"] == mode
         assert any("asked twice" in note for note in report.notes) == (mode == "both")
-        explicit = evaluate_edits(model, tokenizer, EDITS[:2], EvaluationConfig(chat_template=True), progress=False)
+        explicit = evaluate_edits(model, tokenizer, EDITS[:2], EvaluationConfig(chat_template="on"), progress=False)
         assert all(row["in_chat"] for row in explicit.rows)
 
 

@@ -44,7 +44,8 @@ class FieldsParser(CommandParser, HfArgumentParser):
         for name, text in help_texts.items():
             self.flags[name].help = text
         if "chat_template" in self.flags:
-            # a yes or no, or one of several words; the flag alone is a yes
+            # one of several words, or a yes or no; the flag alone is a yes
+            self.flags["chat_template"].nargs = "?"
             self.flags["chat_template"].type = _checked(chat_template_mode)
             self.flags["chat_template"].const, self.flags["chat_template"].metavar = "on", "MODE"
             self.flags["chat_template_kwargs"].type = _checked(template_arguments)

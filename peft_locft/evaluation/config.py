@@ -59,7 +59,7 @@ class EvaluationConfig:
         metadata={"help": f"What to measure: one or more of {', '.join(get_args(Protocol))}."},
     )
     max_new_tokens: int = field(default=32, metadata={"help": "Maximum number of tokens in a greedy answer."})
-    chat_template: bool | str = field(
+    chat_template: str = field(
         default="auto",
         metadata={"help": "Ask in the chat template: on, off or both; auto: as the adapter was trained."},
     )

@@ -305,7 +305,7 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
         default="breadth_first", metadata={"help": "Train epochs over all edits, or one edit after the other."}
     )
     append_eos: bool = field(default=True, metadata={"help": "End every target with the tokenizer's EOS token."})
-    chat_template: bool | str = field(
+    chat_template: str = field(
         default="auto",
         metadata={"help": "Train edits in the chat template: on, off or both; auto: both, if the model has one."},
     )
