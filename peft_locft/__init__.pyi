@@ -11,7 +11,9 @@ from .adapters import inspect_adapter as inspect_adapter
 from .adapters import push_adapter as push_adapter
 from .adapters import save_adapter as save_adapter
 from .data import Edit as Edit
+from .data import Message as Message
 from .data import Probe as Probe
+from .data import Prompt as Prompt
 from .data import encode_edits as encode_edits
 from .data import encode_prompts as encode_prompts
 from .data import read_edits as read_edits

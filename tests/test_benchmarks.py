@@ -85,6 +85,17 @@ def test_the_benchmark_of_lora_exports_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_benchmark_of_chat_models_runs(tmp_path: Path) -> None:
+    few = ["--edits", "examples/facts.jsonl", "--num_edits", "2", "--epochs", "1", "--threads", "1", "--thinking"]
+    command = [sys.executable, "-m", "tests.benchmarks.chat", *few, "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "chat.json").read_text())["rows"]
+    assert [row["trained"] for row in rows] == ["off", "on", "both"]
+    assert all(0 <= row[way] <= 2 for row in rows for way in ("raw", "chat", "system prompt", "chat, no block"))
+
+
+@pytest.mark.slow
 def test_the_scale_benchmark_runs(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.benchmarks.scale", "--counts", "150", "300", "--output", str(tmp_path)]
     done = subprocess.run([*command, "--threads", "1"], cwd=REPOSITORY, capture_output=True, text=True)

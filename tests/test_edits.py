@@ -94,7 +94,8 @@ def test_counterfact_as_first_published_and_conversations() -> None:
     same = {"src": "s?", "alt": "t", "rephrase": "r", "loc": ["l1", "l2"], "loc_ans": ["g", "g"]} | ABOUT
     assert read_edits([record]) == read_edits([same])
     turns = {"prompt": [{"role": "user", "content": "Who?"}], "completion": [{"role": "assistant", "content": " Me"}]}
-    assert read_edits([turns]) == [Edit(prompt="Who?", target=" Me")], "the space that begins a completion is kept"
+    # the space that begins a completion is kept
+    assert read_edits([turns]) == [Edit(prompt="Who?", target=" Me", history=())]
 
 
 @pytest.mark.parametrize("nothing", [None, "", " ", float("nan"), []])
@@ -278,10 +279,15 @@ BAD_FIELDS: dict[str, tuple[dict[str, object], str]] = {
     "text for probes": ({"locality": "c"}, "'locality': found 'c'; expected records such as"),
     "number in a probe": ({"locality": {"kind": [{"prompt": "c", "answer": 3}]}}, "'locality.kind.answer': found 3"),
     "two turns": (
-        {"alt": [{"role": "assistant"}, {"role": "user"}]},
-        "'alt': .*one message with the role assistant",
+        {"alt": [{"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]},
+        "'src': found messages with the roles user, assistant, user; expected a conversation whose last two are",
     ),
-    "other role": ({"src": [{"role": "system", "content": "a"}]}, "'src': .*one message with the role user"),
+    "other role": (
+        {"src": [{"role": "system", "content": "a"}]},
+        "'src': found messages .* system, assistant; expected",
+    ),
+    "no message": ({"src": ["Who?"]}, "'src': found 'Who\\?'; expected messages such as"),
+    "no role": ({"src": [{"content": "Who?"}]}, "'src.role': found nothing"),
     "no content": ({"src": [{"role": "user"}]}, "'src.content': found nothing"),
 }
 

@@ -11,8 +11,9 @@ from tokenizers_for_tests import BYTE_LEVEL, FAMILIES, SPECIAL_TOKENS, make_toke
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from peft_locft.data import encoding
-from peft_locft.data.edits import Edit, read_edits
-from peft_locft.data.encoding import EncodedEdit, EncodedEdits, collate, encode_edits, encode_prompts, prompt_text
+from peft_locft.data.chat import ChatWriter
+from peft_locft.data.edits import Edit, Prompt, read_edits
+from peft_locft.data.encoding import EncodedEdit, EncodedEdits, collate, encode_edits, encode_prompts
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -60,7 +61,6 @@ def test_what_is_not_scored_is_what_evaluation_feeds(tokenizer: PreTrainedTokeni
     prompts = encode_prompts([edit.prompt for edit in EDITS], tokenizer)
     for edit, prompt in zip(each(encode_edits(EDITS, tokenizer)), prompts, strict=True):
         assert edit.input_ids[: edit.target_start].tolist() == prompt
-    assert prompt_text(" as it is\n", tokenizer, chat_template=False) == " as it is\n"
 
 
 @every_family
@@ -143,7 +143,8 @@ def test_the_tokenizer_is_left_as_it_was(family: str, chat_template: bool) -> No
     ("family", "template", "scored"),
     [
         ("qwen", "chatml", "{}<|im_end|>"),
-        ("qwen", "thinking", "<think>\n\n</think>\n\n{}<|im_end|>"),
+        ("qwen", "thinking", "{}<|im_end|>"),
+        ("qwen", "opens_thoughts", "{}<|im_end|>"),
         ("qwen", "trimming", "{}<|im_end|>"),
         ("llama2", "llama2", "{} </s>"),
         ("mistral", "llama2", "{} </s>"),
@@ -159,7 +160,7 @@ def test_chat_template_scores_the_answer_and_the_end_of_its_turn(
     assert tokenizer.decode(target_ids(encoded)) == scored.format(target)
     head = encode_prompts(["Who is the king?"], tokenizer, chat_template=True)[0]
     assert encoded[0].input_ids[: encoded[0].target_start].tolist() == head
-    text = prompt_text("Who is the king?", tokenizer, chat_template=True)
+    text = ChatWriter(tokenizer).prompt(Prompt("Who is the king?"))
     assert head == tokenizer(text, add_special_tokens=False).input_ids
 
 
@@ -236,13 +237,9 @@ BAD_INPUTS = {
         lambda: encode_prompts(["a"], make_tokenizer("gpt2"), chat_template=True),
         "no chat template; set",
     ),
-    "template opens thoughts": (
-        lambda: encode_edits([EDIT], make_tokenizer("qwen", chat_template="opens_thoughts"), chat_template=True),
-        r"zsre.json:12: the chat template gives .*<think>.*chat_template=False",
-    ),
     "template drops the answer": (
         lambda: encode_edits([EDIT], make_tokenizer("qwen", chat_template="drops_answer"), chat_template=True),
-        "zsre.json:12: the chat template gives .*expected .*then the target 'bbb'",
+        "zsre.json:12: the chat template gives .*expected the target 'bbb' as the last answer.*chat_template='off'",
     ),
     "target vanishes": (lambda: encode_edits([EDIT], vanishing("b")), "zsre.json:12: found no token of the target"),
     "prompt vanishes": (lambda: encode_edits([EDIT], vanishing("a")), "zsre.json:12: found no token of the prompt"),

@@ -374,7 +374,7 @@ def test_fluency_is_that_of_100_sampled_tokens() -> None:
 def test_a_chat_template_is_asked_with() -> None:
     tokenizer = make_tokenizer("qwen", chat_template="chatml")
     model = build("qwen2", vocab_size=TOKENIZER_SIZE)
-    plain, chat = (evaluate_edits(model, tokenizer, EDITS, EvaluationConfig(chat_template=on)) for on in (False, True))
+    plain, chat = (evaluate_edits(model, tokenizer, EDITS, EvaluationConfig(chat_template=on)) for on in ("off", "on"))
     assert [row["answer_after"] for row in plain.rows] != [row["answer_after"] for row in chat.rows]
 
 

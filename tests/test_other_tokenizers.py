@@ -217,7 +217,7 @@ BAD_TEMPLATES = {
 @pytest.mark.parametrize("kind", BAD_TEMPLATES)
 def test_a_template_that_fails_or_leaves_out_the_prompt_is_refused(kind: str) -> None:
     template, message = BAD_TEMPLATES[kind]
-    advice = "set tokenizer.chat_template, or pass chat_template=False"
+    advice = "set tokenizer.chat_template, or pass chat_template='off'"
     for encode in (lambda: halves(with_template(template), chat_template=True),
                    lambda: encode_prompts(["The king is"], with_template(template), chat_template=True)):  # fmt: skip
         with pytest.raises(ValueError, match=f"(?s)^'The king is': {message}.*; {advice}$"):

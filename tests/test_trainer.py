@@ -136,7 +136,7 @@ def test_the_defaults_are_the_published_recipe() -> None:
     assert (args.learning_rate, args.num_train_epochs, args.per_device_train_batch_size) == (5e-4, 25, 100)
     assert (args.loss_floor, args.weight_decay, args.max_grad_norm, args.warmup_steps) == (1e-2, 0, 0, 0)
     assert (args.objective, args.loss_averaging, args.edit_order) == ("target_new", "edit", "breadth_first")
-    assert (args.lr_scheduler_type, args.append_eos, args.chat_template) == ("constant", True, False)
+    assert (args.lr_scheduler_type, args.append_eos, args.chat_template) == ("constant", True, "auto")
 
 
 def test_every_edit_is_trained_once_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

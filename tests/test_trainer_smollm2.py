@@ -69,7 +69,7 @@ def location_of(run: dict[str, Any]) -> LocFTConfig:
 
 
 def trainer_of(model: PeftModel, edits: Any, tokenizer: Any, folder: Path, **recipe: Any) -> BreadthFirstTrainer:
-    args = BreadthFirstConfig(output_dir=str(folder), use_cpu=True, disable_tqdm=True, **recipe)
+    args = BreadthFirstConfig(output_dir=str(folder), use_cpu=True, disable_tqdm=True, chat_template="off", **recipe)
     return BreadthFirstTrainer(model=model, args=args, train_dataset=edits, processing_class=tokenizer)
 
 

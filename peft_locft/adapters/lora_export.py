@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -225,9 +225,9 @@ def _evaluate(
 ) -> tuple[EvaluationReport, EvaluationReport]:
     base, revision = source
     model, tokenizer = load_model(base, dtype, revision=revision)
-    run = adapter.provenance.run
-    chat_template = run is not None and bool(run.recipe.get("chat_template"))
-    args = EvaluationConfig(protocols=["generation"], chat_template=chat_template)
+    run, args = adapter.provenance.run, EvaluationConfig(protocols=["generation"])
+    if run is not None:
+        args = replace(args, chat_template=run.chat_template, chat_template_kwargs=run.chat_template_kwargs)
     edited = PeftModel.from_pretrained(model, adapter.folder)
     before = evaluate_edits(edited, tokenizer, edits, args, progress=False)
     approximated = PeftModel.from_pretrained(edited.unload(), lora)

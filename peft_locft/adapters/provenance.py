@@ -5,9 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
+
+from torch import nn
 
 from .._version import package_versions
+from ..data.chat import ChatTemplate, chat_template_mode, mark_chat_template
+from ..data.leaks import mark_trained, trained_prompts_record
 from ..evaluation.report import EvaluationReport, curves_from_json, curves_to_json
 from ..io.json_checks import (
     Fields,
@@ -93,8 +97,6 @@ class Augmentation:
         cls, *, prefixes: Sequence[str] = (), counts: Mapping[str, int] | None = None, prompts: Iterable[str] = ()
     ) -> Augmentation:
         """Return the record of rows with these prefixes, counts and prompts. The prompts are only hashed."""
-        from ..data.leaks import trained_prompts_record
-
         return cls(list(prefixes), dict(counts or {}), trained_prompts_record(prompts))
 
 
@@ -117,6 +119,16 @@ class TrainingRun:
     continued: dict[str, int] = field(default_factory=dict)
 
     @property
+    def chat_template(self) -> ChatTemplate:
+        """How the edits were written, see `BreadthFirstConfig.chat_template`; `"off"` if it is not recorded."""
+        return chat_template_mode(self.recipe.get("chat_template", "off"), "recipe.chat_template")
+
+    @property
+    def chat_template_kwargs(self) -> dict[str, Any]:
+        """The arguments of the chat template."""
+        return dict(self.recipe.get("chat_template_kwargs") or {})
+
+    @property
     def is_depth_first(self) -> bool:
         return bool(self.recipe["edit_order"] == "depth_first")
 
@@ -134,6 +146,12 @@ class TrainingRun:
             f"{recipe['learning_rate']:.3g}, batches of {recipe['per_device_train_batch_size']}, "
             f"{recipe['num_train_epochs']:g} epochs at most, seed {recipe['seed']}",
         )
+        if self.chat_template != "off":
+            forms = "in chat" if self.chat_template == "on" else "as plain text and in chat"
+            named = ", ".join(
+                f"{printable(name)}={printable(value)}" for name, value in self.chat_template_kwargs.items()
+            )
+            yield "chat template", f"edits trained {forms}{f', with {named}' if named else ''}"
         if detailed:
             yield "settings", ", ".join(f"{printable(key)} {printable(value)}" for key, value in recipe.items())
         if losses:
@@ -150,6 +168,13 @@ class TrainingRun:
                 yield "augmentation", ", ".join(words) or "none"
             if detailed:
                 yield from (("prefix", printable(prefix)) for prefix in self.augmentation.prefixes)
+
+
+def mark_run(model: nn.Module, run: TrainingRun) -> None:
+    """Store on a model what its evaluations need to know of its training: trained prompts, and the chat template."""
+    if run.augmentation is not None:
+        mark_trained(model, run.augmentation.trained_prompts)
+    mark_chat_template(model, run.chat_template, run.chat_template_kwargs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,6 +340,8 @@ def _is_recipe(value: Any) -> bool:
         dict_of(lambda item: True)(value)
         and all(is_number(value.get(name)) for name in RECIPE_NUMBERS)
         and all(is_text(value.get(name)) for name in RECIPE_NAMES)
+        and value.get("chat_template", "off") in (True, False, *get_args(ChatTemplate))
+        and or_none(dict_of(lambda item: True))(value.get("chat_template_kwargs"))
     )
 
 

@@ -8,8 +8,9 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from ..data.edits import Edit, OnConflict, collapse_whitespace, edits_sha256, read_edits
+from ..data.edits import Edit, OnConflict, Prompt, collapse_whitespace, edits_sha256, read_edits
 from ..io.files import write_atomically
 from .provenance import TrainingRun
 from .reading import check_adapter, read_lines
@@ -29,9 +30,15 @@ def ship_edits(folder: Path, edits: Sequence[Edit], run: TrainingRun | None) -> 
 
 
 def edit_lines(edits: Sequence[Edit]) -> str:
-    """Return edits as JSON, one object per line, for `read_edits`."""
-    records = [{name: value for name, value in asdict(edit).items() if name != "source" and value} for edit in edits]
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    """Return edits as JSON, one object per line, for `read_edits`. The prompt of a conversation is its messages."""
+    return "".join(json.dumps(_record(edit), ensure_ascii=False) + "\n" for edit in edits)
+
+
+def _record(edit: Edit) -> dict[str, Any]:
+    record = {name: value for name, value in asdict(edit).items() if name not in ("source", "history") and value}
+    if edit.history is not None:
+        record["prompt"] = [*map(asdict, edit.history), {"role": "user", "content": edit.prompt}]
+    return record
 
 
 def shipped_edits(folder: str | os.PathLike[str]) -> list[Edit] | None:
@@ -120,7 +127,7 @@ def find_conflicts(adapters: Sequence[str | os.PathLike[str]]) -> Conflicts:
     names = list(dict.fromkeys(str(adapter) for adapter in adapters))
     if len(names) < 2:
         raise ValueError(f"adapters={names}: expected at least two different adapters.")
-    targets: dict[str, dict[str, tuple[str, ...]]] = {}
+    targets: dict[Prompt, dict[str, tuple[str, ...]]] = {}
     without_edits, num_edits = [], {}
     for name in names:
         edits = shipped_edits(name)
@@ -129,9 +136,9 @@ def find_conflicts(adapters: Sequence[str | os.PathLike[str]]) -> Conflicts:
             continue
         num_edits[name] = len(edits)
         for edit in edits:
-            by_adapter = targets.setdefault(collapse_whitespace(edit.prompt), {})
+            by_adapter = targets.setdefault(Prompt(collapse_whitespace(edit.prompt), edit.history), {})
             by_adapter[name] = tuple(dict.fromkeys([*by_adapter.get(name, ()), edit.target]))
-    conflicts = [Conflict(prompt, by_adapter) for prompt, by_adapter in targets.items() if len(by_adapter) > 1]
+    conflicts = [Conflict(prompt.text, by_adapter) for prompt, by_adapter in targets.items() if len(by_adapter) > 1]
     return Conflicts(sorted(conflicts, key=lambda conflict: conflict.agree), without_edits, num_edits)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
 
+from ..data.chat import chat_template_mode, template_arguments
 from .parser import CommandParser
 from .slips import nearest_flag
 
@@ -43,6 +44,12 @@ class FieldsParser(CommandParser, HfArgumentParser):
         self.inherited = frozenset(inherited_fields(types) - help_texts.keys())
         for name, text in help_texts.items():
             self.flags[name].help = text
+        if "chat_template" in self.flags:
+            # one of several words, or a yes or no; the flag alone is a yes
+            self.flags["chat_template"].nargs = "?"
+            self.flags["chat_template"].type = _checked(chat_template_mode)
+            self.flags["chat_template"].const, self.flags["chat_template"].metavar = "on", "MODE"
+            self.flags["chat_template_kwargs"].type = _checked(template_arguments)
         if "report_to" in self.flags:
             # TrainingArguments has a folder of its own choice, and takes one name only
             self.require("output_dir", required=True)
@@ -93,6 +100,18 @@ class FieldsParser(CommandParser, HfArgumentParser):
         if empty:
             raise ValueError(f"--config {path}: {', '.join(empty)} without a value. Give one, or remove the line.")
         return [word for name, value in content.items() for word in words_of(name, value)] + list(argv)
+
+
+def _checked(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return a function that reads a word, and whose message argparse shows."""
+
+    def value_of_word(word: str) -> Any:
+        try:
+            return read(word)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return value_of_word
 
 
 def inherited_fields(types: Iterable[type]) -> set[str]:

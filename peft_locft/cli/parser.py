@@ -14,6 +14,7 @@ from .slips import hint_at_choice, hints, unknown_words
 DASHES = "Every flag may be written with dashes or with underscores."
 INHERITED = "flags of transformers.TrainingArguments"
 PLACEHOLDERS = {
+    "chat_template_kwargs": "JSON",
     "base_model_name_or_path": "MODEL",
     "edits": "FILE",
     "forget": "FILE",

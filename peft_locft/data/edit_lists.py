@@ -10,7 +10,7 @@ import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .edits import Edit, collapse_whitespace, read_edits
+from .edits import Edit, Prompt, collapse_whitespace, prompt_of, read_edits
 from .text_files import read_lines
 
 ID_DIGITS = 12
@@ -39,10 +39,15 @@ class EditPlan:
         return [*self.kept, *self.replaced, *self.added]
 
     @property
-    def restored_prompts(self) -> list[str]:
+    def restored(self) -> list[Prompt]:
         """Prompts of withdrawn edits that no other edit has, each once; the model answers them as the base again."""
         edited = {_key(edit) for edit in self.edits}
-        return list(dict.fromkeys(edit.prompt for edit in self.withdrawn if _key(edit) not in edited))
+        return list(dict.fromkeys(prompt_of(edit) for edit in self.withdrawn if _key(edit) not in edited))
+
+    @property
+    def restored_prompts(self) -> list[str]:
+        """The texts of `restored`."""
+        return [prompt.text for prompt in self.restored]
 
     def __str__(self) -> str:
         counts = ("kept", "added", "replaced", "withdrawn")
@@ -52,11 +57,14 @@ class EditPlan:
 def edit_id(edit: Edit) -> str:
     """Return the id of an edit: the first 12 hexadecimal digits of the sha256 of `[prompt, target]` as ASCII JSON.
 
+    The messages before the prompt follow in this list, each as `[role, content]`, if the edit is a conversation.
+
     Example:
         >>> edit_id(Edit(prompt="The capital of Norway is", target="Bergen"))
         '9e3f2a5427e0'
     """
-    return hashlib.sha256(json.dumps([edit.prompt, edit.target]).encode()).hexdigest()[:ID_DIGITS]
+    history = [] if edit.history is None else [[[message.role, message.content] for message in edit.history]]
+    return hashlib.sha256(json.dumps([edit.prompt, edit.target, *history]).encode()).hexdigest()[:ID_DIGITS]
 
 
 def describe_edits(edits: Iterable[Edit]) -> str:
@@ -67,8 +75,9 @@ def describe_edits(edits: Iterable[Edit]) -> str:
 def merge_edit_lists(known: Sequence[Edit], new: Sequence[Edit] = (), forget: Iterable[str] = ()) -> EditPlan:
     """Return which known edits stay, which new ones are added or replace others, and which are withdrawn.
 
-    Prompts are compared with single spaces. A new edit with the prompt and target of a known one is merged with it,
-    with the rephrasings and probes of both. A new edit with another target replaces all known edits of its prompt.
+    Prompts are compared with single spaces, and with the messages before them. A new edit with the prompt and target
+    of a known one is merged with it, with the rephrasings and probes of both. A new edit with another target replaces
+    all known edits of its prompt.
 
     Args:
         known: the edits of an adapter.
@@ -92,7 +101,7 @@ def merge_edit_lists(known: Sequence[Edit], new: Sequence[Edit] = (), forget: It
             "one of them. (A new target for a known prompt replaces the old one without `forget`.)"
         )
     known_prompts = {_key(edit) for edit in known}
-    targets: dict[str, dict[str, Edit]] = {}
+    targets: dict[Prompt, dict[str, Edit]] = {}
     for edit in new:
         targets.setdefault(_key(edit), {})[edit.target] = edit
     kept = []
@@ -135,7 +144,7 @@ def read_lines_to_forget(source: str | os.PathLike[str] | Iterable[str]) -> list
 def _named(known: Sequence[Edit], lines: Iterable[str]) -> list[Edit]:
     by_prompt: dict[str, list[Edit]] = {}
     for edit in known:
-        by_prompt.setdefault(_key(edit), []).append(edit)
+        by_prompt.setdefault(collapse_whitespace(edit.prompt), []).append(edit)
     by_id = {edit_id(edit): edit for edit in known}
     found: dict[int, Edit] = {}
     unknown = []
@@ -161,5 +170,5 @@ def _unknown(lines: Sequence[str], by_prompt: dict[str, list[Edit]]) -> str:
     return "\n".join([*described, "Use prompts, or ids from `locft inspect ADAPTER --edits`."])
 
 
-def _key(edit: Edit) -> str:
-    return collapse_whitespace(edit.prompt)
+def _key(edit: Edit) -> Prompt:
+    return Prompt(collapse_whitespace(edit.prompt), edit.history)

@@ -4,7 +4,7 @@ import logging
 import math
 import re
 import reprlib
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from itertools import chain
 from typing import Any
 
@@ -18,6 +18,7 @@ VOCABULARIES = {
     ("prompt", "target_new"): "EasyEdit",
     ("src", "alt"): "ZsRE",
     ("prompt", "completion"): "TRL",
+    ("messages",): "a conversation, as in TRL",
     ("requested_rewrite",): "CounterFact as first published",
 }
 NESTED_PROBE_KEYS = (("prompt", "answer"), ("prompt", "ground_truth"), ("New Question", "New Answer"))
@@ -141,15 +142,31 @@ def flatten_rewrite(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def turn(value: object, name: str, role: str) -> str:
-    """Return the text of a field, or of a TRL conversation with one message."""
-    if not isinstance(value, (list, tuple)):
-        return text(value, name)
-    message = value[0] if len(value) == 1 else None
-    if not isinstance(message, Mapping) or message.get("role") != role:
-        expected = f"expected text, or one message with the role {role}: an edit is one question and one answer"
-        raise ValueError(f"field {name!r}: found {reprlib.repr(value)}; {expected}")
-    return text(message.get("content"), f"{name}.content")
+def conversation(values: Sequence[object], names: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the role and the text of every message in one or two fields, the answer last.
+
+    Args:
+        values: the whole conversation; or a prompt and its answer, each a list of messages or a text.
+        names: the fields.
+    """
+    found: list[tuple[str, str]] = []
+    for value, name, role in zip(values, names, ("user", "assistant"), strict=False):
+        messages = value if isinstance(value, (list, tuple)) else [{"role": role, "content": value}]
+        found += [_message(message, name) for message in messages]
+    roles = [role for role, _ in found]
+    if roles[-2:] != ["user", "assistant"]:
+        raise ValueError(
+            f"field {names[0]!r}: found messages with the roles {', '.join(roles) or 'of nobody'}; expected a "
+            "conversation whose last two are the user's and the assistant's: the last is the target of the edit"
+        )
+    return found
+
+
+def _message(message: object, name: str) -> tuple[str, str]:
+    if not isinstance(message, Mapping):
+        expected = 'expected messages such as {"role": "user", "content": "…"}'
+        raise ValueError(f"field {name!r}: found {reprlib.repr(message)}; {expected}")
+    return text(message.get("role"), f"{name}.role"), text(message.get("content"), f"{name}.content")
 
 
 def probes(value: object, name: str) -> Iterator[ProbeFields]:

@@ -9,13 +9,14 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, field, fields, replace
 from itertools import chain
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from .edit_files import Row, read_rows
 from .edit_records import (
     PROBE_PAIRS,
     REPHRASING_COLUMNS,
     SHAPE,
+    conversation,
     find_vocabulary,
     first_text,
     flatten_rewrite,
@@ -24,7 +25,6 @@ from .edit_records import (
     probes,
     text,
     texts,
-    turn,
 )
 
 logger = logging.getLogger(__name__)
@@ -53,6 +53,39 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a conversation.
+
+    Args:
+        role: `"system"`, `"user"`, `"assistant"`, or another role that the model's chat template knows.
+        content: its text; not empty.
+
+    Raises:
+        ValueError: if `role` or `content` is empty or not text.
+    """
+
+    role: str
+    content: str
+
+    def __post_init__(self) -> None:
+        text(self.role, "role")
+        text(self.content, "content")
+
+
+class Prompt(NamedTuple):
+    """What a model is asked.
+
+    Args:
+        text: the text; in a conversation, the last message of the user.
+        history: the messages before it, such as a system prompt; `()` if it begins the conversation. `None`: it is no
+            conversation, so no chat template is put around it.
+    """
+
+    text: str
+    history: tuple[Message, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Edit:
     """One fact to write into a model: the edited model continues `prompt` with `target`.
 
@@ -65,6 +98,9 @@ class Edit:
         portability: questions whose answers follow from the edit.
         subject: what the fact is about.
         ground_truth: the answer before the edit.
+        history: the messages of the conversation before `prompt`, such as a system prompt; `()` if `prompt` begins it.
+            The edit is then always written with the model's chat template, and so are its rephrasings and probes,
+            after the same messages. `None`: no conversation.
         source: where the edit was read ("zsre.json:12"), for messages; ignored when edits are compared.
 
     Raises:
@@ -83,14 +119,17 @@ class Edit:
     portability: tuple[Probe, ...] = ()
     subject: str | None = None
     ground_truth: str | None = None
+    history: tuple[Message, ...] | None = None
     source: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         text(self.prompt, "prompt")
         text(self.target, "target")
-        kinds = {"rephrasings": str, "paraphrases": str, "locality": Probe, "portability": Probe}
+        kinds = {"rephrasings": str, "paraphrases": str, "locality": Probe, "portability": Probe, "history": Message}
         for name, kind in kinds.items():
             items = getattr(self, name)
+            if name == "history" and items is None:
+                continue
             if not isinstance(items, tuple) or not all(isinstance(item, kind) for item in items):
                 raise ValueError(f"field {name!r}: found {reprlib.repr(items)}; expected a tuple of {kind.__name__}")
         for name in ("rephrasings", "paraphrases"):
@@ -108,9 +147,10 @@ def read_edits(source: EditSource, *, split: str = "train", on_conflict: OnConfl
     """Read edits, check all of them, and merge those that have the same prompt and target.
 
     Records have the columns `prompt` and `target`, `prompt` and `target_new` (EasyEdit), `src` and `alt` (ZsRE),
-    `prompt` and `completion` (TRL) or `requested_rewrite` (CounterFact); or else one of `prompt`, `question`,
-    `instruction`, `input`, `query`, `fact` and one of `target`, `answer`, `output`, `response`, `new`, `new_target`,
-    `new_answer`. Case, spaces and dashes in names do not matter. The columns of these data sets for rephrasings,
+    `prompt` and `completion` (TRL), `messages` (a conversation that ends with the target) or `requested_rewrite`
+    (CounterFact); or else one of `prompt`, `question`, `instruction`, `input`, `query`, `fact` and one of `target`,
+    `answer`, `output`, `response`, `new`, `new_target`, `new_answer`. A prompt, and a completion, may also be a list
+    of messages. Case, spaces and dashes in names do not matter. The columns of these data sets for rephrasings,
     locality, portability, subject and ground truth are read too, and `paraphrases`, to train on. Other columns are
     ignored; a logged warning names those that look like a part of an edit.
 
@@ -170,12 +210,13 @@ def first_edits(source: Any, num_edits: int | None, on_conflict: OnConflict = "w
 def edits_sha256(edits: Iterable[Edit]) -> str:
     """Return the sha256 of edits as 64 hexadecimal digits: of one line of JSON per edit, without `source`.
 
-    The order of the edits counts. A line without paraphrases has no such field, as before that field existed.
+    The order of the edits counts. A line without paraphrases or history has no such field, as before they existed.
     """
     digest = hashlib.sha256()
     names = [spec.name for spec in fields(Edit) if spec.compare]
     for edit in edits:
-        record = {name: getattr(edit, name) for name in names if name != "paraphrases" or edit.paraphrases}
+        left_out = {"paraphrases": not edit.paraphrases, "history": edit.history is None}
+        record = {name: getattr(edit, name) for name in names if not left_out.get(name)}
         digest.update(json.dumps(record, sort_keys=True, default=asdict).encode() + b"\n")
     return digest.hexdigest()
 
@@ -188,6 +229,11 @@ def collapse_whitespace(text: str) -> str:
 def fold_case(text: str) -> str:
     """Return a text in lower case with single spaces, the form in which trained and evaluated prompts are compared."""
     return collapse_whitespace(text.casefold())
+
+
+def prompt_of(edit: Edit) -> Prompt:
+    """Return the prompt of an edit, with the messages before it."""
+    return Prompt(edit.prompt, edit.history)
 
 
 def prompts_of(edit: Edit) -> Iterator[str]:
@@ -211,14 +257,14 @@ def _look_swapped(edits: list[Edit]) -> bool:
 
 
 def _settle_conflicts(edits: list[Edit], on_conflict: OnConflict) -> list[Edit]:
-    groups: dict[tuple[str, str], list[Edit]] = {}
+    groups: dict[tuple[Prompt, str], list[Edit]] = {}
     for edit in edits:
-        groups.setdefault((edit.prompt, edit.target), []).append(edit)
+        groups.setdefault((prompt_of(edit), edit.target), []).append(edit)
     merged = [group[0] if len(group) == 1 else _merge(group) for group in groups.values()]
     logger.info("Read %d edits; merged them to %d with different prompt and target.", len(edits), len(merged))
-    last_targets = {edit.prompt: edit.target for edit in edits}
+    last_targets = {prompt_of(edit): edit.target for edit in edits}
     if on_conflict == "last":
-        return [edit for edit in merged if edit.target == last_targets[edit.prompt]]
+        return [edit for edit in merged if edit.target == last_targets[prompt_of(edit)]]
     if len(last_targets) < len(merged):
         if on_conflict == "error":
             raise ValueError(_describe_conflicts(merged))
@@ -243,9 +289,9 @@ def _unique(parts: Iterable[Iterable[Any]]) -> tuple[Any, ...]:
 
 
 def _describe_conflicts(edits: list[Edit]) -> str:
-    by_prompt: dict[str, list[Edit]] = {}
+    by_prompt: dict[Prompt, list[Edit]] = {}
     for edit in edits:
-        by_prompt.setdefault(edit.prompt, []).append(edit)
+        by_prompt.setdefault(prompt_of(edit), []).append(edit)
     conflicts = [group for group in by_prompt.values() if len(group) > 1]
     lines = [f"{len(conflicts)} of {len(by_prompt)} prompts have several targets; a model can learn one. The first:"]
     for group in conflicts[:5]:
@@ -288,15 +334,16 @@ def _edit(row: Any, vocabulary: tuple[str, ...], place: str) -> Edit:
         raise ValueError(f"field {missing[0]!r}: {found}; expected it in every record: add it, or fix its name")
     if vocabulary == ("requested_rewrite",):
         row, vocabulary = flatten_rewrite(row), ("prompt", "target_new")
-    prompt, target = vocabulary
+    prompt, target, history = _prompt_and_target(row, vocabulary)
     locality, portability = (
         [*probes(row.get(name), name), *chain.from_iterable(paired(row, *names) for names in pairs)]
         for name, pairs in PROBE_PAIRS.items()
     )
     ground_truth = first_text(row.get("ground_truth"), "ground_truth") or first_text(row.get("answers"), "answers")
     return Edit(
-        prompt=turn(row[prompt], prompt, "user"),
-        target=turn(row[target], target, "assistant"),
+        prompt=prompt,
+        target=target,
+        history=history,
         rephrasings=_unique(texts(row.get(column), column) for column in REPHRASING_COLUMNS),
         paraphrases=texts(row.get("paraphrases"), "paraphrases"),
         locality=tuple(Probe(*probe) for probe in locality),
@@ -305,3 +352,14 @@ def _edit(row: Any, vocabulary: tuple[str, ...], place: str) -> Edit:
         ground_truth=ground_truth,
         source=place,
     )
+
+
+def _prompt_and_target(
+    row: Mapping[str, Any], vocabulary: tuple[str, ...]
+) -> tuple[str, str, tuple[Message, ...] | None]:
+    """Return the prompt, the target and, of a conversation, the messages before the prompt."""
+    values = [row[column] for column in vocabulary]
+    if len(vocabulary) == 2 and not any(isinstance(value, (list, tuple)) for value in values):
+        return text(values[0], vocabulary[0]), text(values[1], vocabulary[1]), None
+    *history, (_, prompt), (_, target) = conversation(values, vocabulary)
+    return prompt, target, tuple(Message(*message) for message in history)

@@ -2,7 +2,7 @@
 
 import warnings
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,7 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .edits import Edit, place_of
+from .chat import ChatWriter, chat_template_mode
+from .edits import Edit, Prompt, place_of
 
 CHUNK_SIZE = 1000  # texts per tokenizer call: more would need more memory for their offsets
 IGNORED_LABEL = -100  # ignored by torch's cross entropy
@@ -65,6 +66,7 @@ class _Text(NamedTuple):
     text: str
     boundary: int  # end of the prompt, in characters
     end: int  # end of the target; a chat template closes the turn after it
+    in_chat: bool  # written by a chat template, which writes all special tokens itself
 
 
 def encode_edits(
@@ -72,7 +74,8 @@ def encode_edits(
     tokenizer: PreTrainedTokenizerBase,
     *,
     append_eos: bool = True,
-    chat_template: bool = False,
+    chat_template: bool | str = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     max_length: int | None = None,
 ) -> EncodedEdits:
     """Tokenize edits, prompt and target together, and find where each target begins.
@@ -85,8 +88,11 @@ def encode_edits(
         edits: at least one.
         tokenizer: a fast tokenizer. It is not changed; its padding and truncation are not applied.
         append_eos: end each target with the EOS token, so that the model learns to stop.
-        chat_template: write prompt and target as the turns of user and assistant, with the tokenizer's template. Text
-            that it inserts before the answer is scored too. The special token that ends the turn replaces EOS.
+        chat_template: `True` or `"on"`: write prompt and target as the turns of user and assistant, with the
+            tokenizer's template. What it writes before the answer (an empty block of thoughts, the header of a
+            channel) belongs to the prompt and is not scored. The special token that ends the turn replaces EOS. Edits
+            that are conversations are written with the template in any case.
+        chat_template_kwargs: arguments of the template, such as `{"enable_thinking": False}`.
         max_length: maximum number of tokens of an edit, with EOS, such as the model's positions; `None`: no limit.
 
     Returns:
@@ -108,50 +114,63 @@ def encode_edits(
         raise ValueError("edits: found none; expected at least one")
     if append_eos and tokenizer.eos_token_id is None:
         raise ValueError("tokenizer: found no EOS token; set tokenizer.eos_token, or pass append_eos=False")
-    texts = _chat_texts(edits, tokenizer) if chat_template else [_plain_text(edit) for edit in edits]
-    turn_ends = _special_ids(tokenizer) if chat_template else None
-    encoded = _encode_texts(texts, tokenizer, turn_ends, [tokenizer.eos_token_id] if append_eos else [])
+    are_chat = [_is_on(chat_template) or edit.history is not None for edit in edits]
+    writer = ChatWriter(tokenizer, chat_template_kwargs or {}) if any(are_chat) else None
+    texts = [
+        _Text(edit, *writer.edit(edit), in_chat=True) if writer and is_chat else _plain_text(edit)
+        for edit, is_chat in zip(edits, are_chat, strict=True)
+    ]
+    encoded = _encode_texts(texts, tokenizer, [tokenizer.eos_token_id] if append_eos else [])
     if max_length is not None:
         _check_lengths(encoded.lengths, edits, max_length)
     return encoded
 
 
-def prompt_text(prompt: str, tokenizer: PreTrainedTokenizerBase, *, chat_template: bool) -> str:
-    """Return the text that a prompt is as input: itself, or with `chat_template` the turns up to the answer.
-
-    Raises:
-        ValueError: if `chat_template` is set and the tokenizer has none, or it fails or leaves out the prompt.
-    """
-    return _render(tokenizer, prompt) if chat_template else prompt
-
-
 def encode_prompts(
-    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, chat_template: bool = False
+    prompts: Sequence[str | Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    chat_template: bool | str = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[list[int]]:
     """Tokenize prompts for a model to continue, as `encode_edits` tokenizes the prompts of edits.
 
     Args:
-        prompts: the questions.
+        prompts: the questions; a `Prompt` with a history is written with the chat template in any case.
         tokenizer: a fast tokenizer; it is not changed.
         chat_template: as in `encode_edits`.
+        chat_template_kwargs: as in `encode_edits`.
 
     Returns:
         The token ids of each prompt, with the tokenizer's special tokens in front and none at the end.
 
     Raises:
-        ValueError: if the tokenizer is not fast or gives no token of a prompt; if `chat_template` is set and it has
+        ValueError: if the tokenizer is not fast or gives no token of a prompt; if a chat template is used and it has
             none, or it fails or leaves out a prompt.
 
     Example:
         >>> encode_prompts(["The capital of France is"], tokenizer)
         [[504, 3575, 282, 4649, 314]]
     """
-    texts = [prompt_text(prompt, tokenizer, chat_template=chat_template) for prompt in prompts]
-    rows = [ids for ids, _ in _tokenize(texts, tokenizer, add_special_tokens=not chat_template)]
+    asked = [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in prompts]
+    are_chat = [_is_on(chat_template) or prompt.history is not None for prompt in asked]
+    writer = ChatWriter(tokenizer, chat_template_kwargs or {}) if any(are_chat) else None
+    texts = [
+        writer.prompt(prompt) if writer and is_chat else prompt.text
+        for prompt, is_chat in zip(asked, are_chat, strict=True)
+    ]
+    rows = [ids for ids, _ in _tokenize_each(texts, are_chat, tokenizer)]
     if [] in rows:
-        prompt = prompts[rows.index([])]
+        prompt = asked[rows.index([])].text
         raise ValueError(f"{prompt!r}: found no token of the prompt; expected text that the tokenizer knows")
     return rows
+
+
+def _is_on(chat_template: bool | str) -> bool:
+    mode = chat_template_mode(chat_template)
+    if mode in ("auto", "both"):
+        raise ValueError(f"chat_template={chat_template!r}: expected 'on' or 'off', since a row has one form.")
+    return mode == "on"
 
 
 def collate(batch: Sequence[EncodedEdit], pad_token_id: int) -> dict[str, torch.Tensor]:
@@ -199,38 +218,7 @@ def slice_encoded(encoded: EncodedEdits, begin: int, end: int | None) -> Encoded
 def _plain_text(edit: Edit) -> _Text:
     separator = "" if edit.prompt[-1].isspace() or edit.target[0].isspace() else " "
     text = edit.prompt + separator + edit.target
-    return _Text(edit, text, boundary=len(edit.prompt), end=len(text))
-
-
-def _chat_texts(edits: Sequence[Edit], tokenizer: PreTrainedTokenizerBase) -> list[_Text]:
-    # the template's text after any answer; a search for the target would also find "end" in "<|im_end|>"
-    answer = "the answer whose end is looked for"
-    closing = _render(tokenizer, edits[0].prompt, answer).rpartition(answer)[2]
-    texts = []
-    for edit in edits:
-        head, text = _render(tokenizer, edit.prompt), _render(tokenizer, edit.prompt, edit.target)
-        end = len(text) - len(closing)
-        if not (text.startswith(head) and text.endswith(closing) and edit.target.strip() in text[len(head) : end]):
-            found = f"the chat template gives {text!r}; expected {head!r}, then the target {edit.target!r}"
-            raise ValueError(f"{place_of(edit)}: {found}: set tokenizer.chat_template, or pass chat_template=False")
-        texts.append(_Text(edit, text, boundary=len(head), end=end))
-    return texts
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str | None = None) -> str:
-    if tokenizer.chat_template is None:
-        raise ValueError("tokenizer: found no chat template; set tokenizer.chat_template, or pass chat_template=False")
-    answer = [] if target is None else [{"role": "assistant", "content": target}]
-    messages = [{"role": "user", "content": prompt}, *answer]
-    advice = "set tokenizer.chat_template, or pass chat_template=False"
-    try:
-        text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=target is None, tokenize=False))
-    except Exception as error:  # a template can raise errors of its own, and any error of Python's
-        found = f"the chat template fails for a user's turn{'' if target is None else ' and an answer'}: {error}"
-        raise ValueError(f"{prompt!r}: {found}; {advice}") from error
-    if prompt.strip() not in text:
-        raise ValueError(f"{prompt!r}: the chat template gives {text!r}, which lacks the prompt; {advice}")
-    return text
+    return _Text(edit, text, boundary=len(edit.prompt), end=len(text), in_chat=False)
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -239,20 +227,22 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return added | set(tokenizer.all_special_ids)
 
 
-def _encode_texts(
-    texts: list[_Text], tokenizer: PreTrainedTokenizerBase, turn_ends: set[int] | None, ending: list[int]
-) -> EncodedEdits:
+def _encode_texts(texts: list[_Text], tokenizer: PreTrainedTokenizerBase, ending: list[int]) -> EncodedEdits:
     flat, begins, starts, straddling, unknown = array("i"), [0], [], [], []
-    add_special_tokens, unknown_id = turn_ends is None, tokenizer.unk_token_id
-    all_tokens = _tokenize([text.text for text in texts], tokenizer, add_special_tokens=add_special_tokens)
-    heads = _tokenize([text.text[: text.boundary] for text in texts], tokenizer, add_special_tokens=add_special_tokens)
-    for text, (ids, offsets), (head, _) in zip(texts, all_tokens, heads, strict=True):
+    turn_ends, unknown_id = _special_ids(tokenizer), tokenizer.unk_token_id
+    are_chat = [text.in_chat for text in texts]
+    all_tokens = _tokenize_each([text.text for text in texts], are_chat, tokenizer)
+    heads = _tokenize_each([text.text[: text.boundary] for text in texts], are_chat, tokenizer)
+    for text, (ids, offsets), (head, head_offsets) in zip(texts, all_tokens, heads, strict=True):
         start, straddles = _target_start(ids, offsets, head, text)
+        if not straddles and ids[:start] != head and tokenizer.decode(ids[:start]) == tokenizer.decode(head):
+            # line breaks at the end of a text can be one token, and two before a word: train what will be asked
+            ids, offsets, start = head + ids[start:], head_offsets + offsets[start:], len(head)
         if straddles:
             straddling.append(text.edit)
         if unknown_id in ids and _has_unknown(ids[start:], offsets[start:], text, tokenizer):
             unknown.append(text.edit)
-        if turn_ends is None:
+        if not text.in_chat:
             row = ids if ids[-1:] == ending else ids + ending  # a target can end with EOS itself
         else:
             row = _whole_turn(ids, offsets, text.end, turn_ends, ending)
@@ -266,8 +256,21 @@ def _encode_texts(
     return EncodedEdits(torch.frombuffer(flat, dtype=torch.int32), torch.tensor(begins), torch.tensor(starts))
 
 
+def _tokenize_each(texts: list[str], are_chat: list[bool], tokenizer: Any) -> Iterator[tuple[list[int], Offsets]]:
+    """Yield the token ids and offsets of each text; those of a chat template have their special tokens already."""
+    by_kind = {
+        is_chat: _tokenize(
+            [text for text, other in zip(texts, are_chat, strict=True) if other == is_chat],
+            tokenizer,
+            add_special_tokens=not is_chat,
+        )
+        for is_chat in (True, False)
+    }
+    return (next(by_kind[is_chat]) for is_chat in are_chat)
+
+
 def _tokenize(texts: list[str], tokenizer: Any, *, add_special_tokens: bool) -> Iterator[tuple[list[int], Offsets]]:
-    if not tokenizer.is_fast:
+    if texts and not tokenizer.is_fast:
         found = f"found the slow {type(tokenizer).__name__}, which has no offsets of its tokens"
         raise ValueError(f"tokenizer: {found}; expected a fast one: load it with AutoTokenizer")
     for begin in range(0, len(texts), CHUNK_SIZE):

@@ -6,7 +6,7 @@ import logging
 import os
 import reprlib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..engine.model_state import as_base
 from ..engine.questions import UNTIL_EOS, Question
 from .edit_files import read_rows
 from .edit_records import PROMPT_NAMES, VOCABULARIES, text
-from .edits import Edit, fold_case, prompts_of, read_edits
+from .edits import Edit, Prompt, fold_case, prompts_of, read_edits
 from .encoding import EncodedEdits, encode_prompts, flatten_rows
 from .prompt_similarity import nearest_prompts
 from .text_files import read_lines
@@ -160,19 +160,21 @@ class BaseAnswers:
 def base_answers(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Prompt],
     *,
     max_new_tokens: int = 8,
-    chat_template: bool = False,
+    chat_template: bool | str = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> BaseAnswers:
     """Return the base model's greedy answers to prompts, in their order.
 
     Args:
         model: a decoder-only language model; its adapter is disabled meanwhile.
         tokenizer: its tokenizer, a fast one.
-        prompts: at least one.
+        prompts: at least one; as in `encode_prompts`.
         max_new_tokens: maximum number of tokens in an answer; EOS ends it, a full stop does not.
         chat_template: as in `encode_edits`.
+        chat_template_kwargs: as in `encode_edits`.
 
     Raises:
         ValueError: if there are no prompts, `max_new_tokens` is below 1, or a prompt is too long for the model or
@@ -186,23 +188,32 @@ def base_answers(
     if not prompts or max_new_tokens < 1:
         found = f"{len(prompts)} prompts and max_new_tokens={max_new_tokens}"
         raise ValueError(f"base_answers: found {found}; expected 1 or more of both.")
-    encoded = encode_prompts(prompts, tokenizer, chat_template=chat_template)
+    encoded = encode_prompts(
+        prompts, tokenizer, chat_template=chat_template, chat_template_kwargs=chat_template_kwargs
+    )
     questions = [Question(tuple(ids), num_stops=UNTIL_EOS, max_new_tokens=max_new_tokens) for ids in encoded]
     check_fits(model, questions, tokenizer)
     with as_base(model):
         answers = generate_and_score(model, tokenizer, questions, label="the base")
     texts = tuple(tokenizer.decode(answer.token_ids, skip_special_tokens=True) for answer in answers)
     rows = [ids + answer.token_ids for ids, answer in zip(encoded, answers, strict=True)]
-    return BaseAnswers(tuple(prompts), texts, flatten_rows(rows, [len(ids) for ids in encoded]))
+    return BaseAnswers(_texts(prompts), texts, flatten_rows(rows, [len(ids) for ids in encoded]))
 
 
 def unanswered(
-    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, chat_template: bool = False
+    prompts: Sequence[str | Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> BaseAnswers:
     """Return prompts without answers, for a loss on the next token's distribution alone; nothing is generated.
 
     Each prompt is followed by its own last token, as a position to score; which token it is does not matter.
     """
-    rows = encode_prompts(prompts, tokenizer, chat_template=chat_template)
+    rows = encode_prompts(prompts, tokenizer, chat_template_kwargs=chat_template_kwargs)
     encoded = flatten_rows([[*ids, ids[-1]] for ids in rows], [len(ids) for ids in rows])
-    return BaseAnswers(tuple(prompts), ("",) * len(prompts), encoded)
+    return BaseAnswers(_texts(prompts), ("",) * len(prompts), encoded)
+
+
+def _texts(prompts: Sequence[str | Prompt]) -> tuple[str, ...]:
+    return tuple(prompt.text if isinstance(prompt, Prompt) else prompt for prompt in prompts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,10 @@ import torch
 
 STOPS = (".", "\n")
 UNTIL_EOS = sys.maxsize  # more stops than any answer has
+# thoughts at the beginning of an answer, up to their end if they have one
+THOUGHTS = re.compile(
+    r"\s*[<\[](\w*think\w*|thoughts?|reasoning)[>\]](.*?[<\[]/\1[>\]]\s*)?", re.DOTALL | re.IGNORECASE
+)
 
 
 class Continuation(NamedTuple):
@@ -80,8 +85,23 @@ def _ids(value: Any) -> set[int]:
     return set() if value is None else {value} if isinstance(value, int) else set(value)
 
 
+def without_thoughts(text: str) -> str:
+    """Return a generated answer without the thoughts before it; empty if they have no end.
+
+    Example:
+        >>> without_thoughts("<think>They ask about France.</think>\\n\\nLyon")
+        'Lyon'
+    """
+    found = THOUGHTS.match(text)
+    if found is None:
+        return text
+    return text[found.end() :] if found[2] else ""
+
+
 class StopCounter:
     """Counts the stops in the text of a token, to find where answers end. EOS ends any answer.
+
+    Stops in thoughts before an answer do not count.
 
     Args:
         tokenizer: the tokenizer.
@@ -98,6 +118,7 @@ class StopCounter:
         self.label = label
         self.stops = stops
         self._known: dict[int, float] = {}
+        self._opens: dict[int, bool] = {}
 
     def __call__(self, token_id: int) -> float:
         if token_id not in self._known:
@@ -118,7 +139,21 @@ class StopCounter:
         """Whether an answer to a question is complete."""
         if len(answer) >= question.max_new_tokens:
             return True
-        return question.num_stops > 0 and sum(map(self, answer)) >= question.num_stops
+        return question.num_stops > 0 and sum(map(self, self._spoken(answer))) >= question.num_stops
+
+    def _spoken(self, answer: Sequence[int]) -> Sequence[int]:
+        """Return the tokens behind the thoughts at the beginning of an answer, with EOS; all if there are none."""
+        if not answer:
+            return answer
+        if answer[0] not in self._opens:
+            self._opens[answer[0]] = self.tokenizer.decode([answer[0]]).lstrip()[:1] in ("", "<", "[")
+        if not self._opens[answer[0]] or THOUGHTS.match(text := self.tokenizer.decode(list(answer))) is None:
+            return answer
+        num_spoken = len(without_thoughts(text))
+        begin = next(
+            n for n in range(len(answer), -1, -1) if len(self.tokenizer.decode(list(answer[n:]))) >= num_spoken
+        )
+        return [each for n, each in enumerate(answer) if n >= begin or each in self.end_ids]
 
 
 # (B, V) logits, and for each row the index of its question and of the token in its answer, to (B,) token ids

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Any, get_args
 
+from ..data.chat import chat_template_mode, template_arguments
 from ..data.leaks import OnLeak
 from .metrics import Protocol
 
@@ -28,9 +29,14 @@ class EvaluationConfig:
             teacher-forced, as in EasyEdit. `"probability"`: CounterFact's ES, PS and NS. `"fluency"`: n-gram entropy
             of 100 sampled tokens (top 5) after the prompts of some edits.
         max_new_tokens (`int`, defaults to 32): longest greedy answer.
-        chat_template (`bool`, defaults to `False`):
-            Put prompts into the tokenizer's chat template, for edits trained that way. The token that ends the
-            answer's turn then counts in `"token_accuracy"` and `"probability"`.
+        chat_template (`str`, defaults to `"auto"`):
+            How prompts are asked: `"off"`: as plain text; `"on"`: in the tokenizer's chat template; `"both"`: once in
+            each form, and a metric is the mean of both. `"auto"`: as the adapter was trained; if that is unknown, as
+            `BreadthFirstConfig.chat_template="auto"` would train these edits. `True` and `False` are `"on"` and
+            `"off"`. Edits that are conversations are always asked in the template. There, the token that ends the
+            answer's turn counts in `"token_accuracy"` and `"probability"`.
+        chat_template_kwargs (`dict`, *optional*):
+            Arguments of the template, such as `{"enable_thinking": False}`. `None`: those of the training.
         max_text_tokens (`int`, defaults to 16384): tokens of the text used for perplexity and KL.
         text_window (`int`, defaults to 512): tokens in a window of that text; windows do not overlap.
         max_fluency_edits (`int`, defaults to 100): edits used for fluency.
@@ -53,7 +59,13 @@ class EvaluationConfig:
         metadata={"help": f"What to measure: one or more of {', '.join(get_args(Protocol))}."},
     )
     max_new_tokens: int = field(default=32, metadata={"help": "Maximum number of tokens in a greedy answer."})
-    chat_template: bool = field(default=False, metadata={"help": "Put prompts into the tokenizer's chat template."})
+    chat_template: str = field(
+        default="auto",
+        metadata={"help": "Ask in the chat template: on, off or both; auto: as the adapter was trained."},
+    )
+    chat_template_kwargs: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Arguments of the template, as JSON; default: those of the training."}
+    )
     max_text_tokens: int = field(
         default=16384, metadata={"help": "Maximum number of tokens of the text for perplexity."}
     )
@@ -73,6 +85,10 @@ class EvaluationConfig:
     )
 
     def __post_init__(self) -> None:
+        self.chat_template = chat_template_mode(self.chat_template, "EvaluationConfig.chat_template")
+        self.chat_template_kwargs = template_arguments(
+            self.chat_template_kwargs, "EvaluationConfig.chat_template_kwargs"
+        )
         known = get_args(Protocol)
         names = [self.protocols] if isinstance(self.protocols, str) else self.protocols
         wrong = [name for name in names if name not in known]

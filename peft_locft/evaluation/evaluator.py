@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .._version import package_versions
-from ..data.edits import Edit, EditSource, edits_sha256, read_edits
+from ..data.chat import choose_chat_template, in_forms, marked_chat_template
+from ..data.edits import Edit, EditSource, edits_sha256, prompt_of, read_edits
 from ..data.encoding import encode_prompts
 from ..data.leaks import trained_prompts, without_leaks
 from ..data.texts import TextSource, text_windows
@@ -126,6 +127,18 @@ def model_settings(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def _with_chat_template(
+    args: EvaluationConfig, model: nn.Module, edits: Sequence[Edit], tokenizer: PreTrainedTokenizerBase
+) -> EvaluationConfig:
+    """Return settings with the chat template as it was trained, where they leave it open."""
+    trained, template_kwargs = marked_chat_template(model) or ("auto", {})
+    mode = trained if args.chat_template == "auto" else args.chat_template
+    if args.chat_template_kwargs is not None:
+        template_kwargs = args.chat_template_kwargs
+    chosen = choose_chat_template(mode, edits, tokenizer, template_kwargs)
+    return replace(args, chat_template=chosen, chat_template_kwargs=template_kwargs)
+
+
 class EditEvaluator:
     """Evaluates the same edits several times; the base answers only once. Arguments as in `evaluate_edits`.
 
@@ -152,17 +165,19 @@ class EditEvaluator:
         self._identity = {"count": len(read), "sha256": edits_sha256(read)}
         self.edits, self._num_leaks = without_leaks(read, trained_prompts(model), self.args.on_leak)
         check_base(model, self.args.allow_other_base)
+        self.args = _with_chat_template(self.args, model, self.edits, tokenizer)
+        self.chat_template = self.args.chat_template
         self.tokenizer, self.progress, self.base_model = tokenizer, progress, base_model
         self._take(model)
         self.windows = None
         if text is not None:
             self.windows = text_windows(text, tokenizer, self.args.text_window, self.args.max_text_tokens, model)
         protocols = set(self.args.protocols)
-        self.items = [] if protocols == {"fluency"} else eval_items(self.edits)
+        self.items = [] if protocols == {"fluency"} else eval_items(self.edits, self.chat_template)
         self.encoder = ItemEncoder(
             self.items,
             tokenizer,
-            chat_template=self.args.chat_template,
+            chat_template_kwargs=self.args.chat_template_kwargs,
             generate="generation" in protocols,
             score="token_accuracy" in protocols,
             compare="probability" in protocols,
@@ -230,8 +245,9 @@ class EditEvaluator:
 
     def _fluency(self) -> Column:
         """Return the entropy of long continuations of the edits' prompts, past any EOS, as in ROME's evaluation."""
-        prompts = list(dict.fromkeys(edit.prompt for edit in self.edits[: self.args.max_fluency_edits]))
-        encoded = encode_prompts(prompts, self.tokenizer, chat_template=self.args.chat_template)
+        forms = in_forms(self.edits[: self.args.max_fluency_edits], self.chat_template)
+        prompts = list(dict.fromkeys(map(prompt_of, forms)))
+        encoded = encode_prompts(prompts, self.tokenizer, chat_template_kwargs=self.args.chat_template_kwargs)
         questions = [Question(tuple(ids), num_stops=0, max_new_tokens=FLUENCY_TOKENS) for ids in encoded]
         choose = TopK(FLUENCY_TOP_K, self.args.seed)
         before, after = self._base_answers(questions, choose), self._edited_answers(questions, choose)
@@ -259,10 +275,15 @@ class EditEvaluator:
                 f"{with_stops} of {len(edits)} targets contain a full stop or line break. exact_match cuts answers "
                 "there, as the published protocol does, so these targets can never match; contains reads on."
             )
-        prompts = Counter(edit.prompt for edit in edits)
+        prompts = Counter(map(prompt_of, edits))
         repeated = sum(count - 1 for count in prompts.values())
         if repeated:
             yield f"{repeated} of {len(edits)} edits repeat a prompt with another target: no model can answer both."
+        if self.chat_template == "both":
+            yield (
+                "Every prompt was asked twice, as plain text and in the chat template, as the edits were trained; a "
+                "metric is the mean of both. Set chat_template to 'on' or 'off' to ask in one form only."
+            )
         if self._num_leaks:
             yield f"{self._num_leaks} rephrasings and probes were left out: the adapter was trained on them."
         if self.as_base is None:

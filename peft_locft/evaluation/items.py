@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from ..data.edits import Edit
+from ..data.chat import ChatWriter, in_forms
+from ..data.edits import Edit, Message, Prompt
 from ..data.encoding import encode_edits, encode_prompts
-from ..engine.questions import STOPS, Answer, Continuation, Question, Score
+from ..engine.questions import STOPS, Answer, Continuation, Question, Score, without_thoughts
 from .scoring import cut_answer
 
 Kind = Literal["reliability", "generalization", "locality", "portability"]
@@ -29,6 +31,7 @@ class EvalItem:
         expected: the right answer: the edit's target, or the probe's own answer; `None` if none is known.
         other: an answer that must be less probable than `expected`: the one before the edit; for locality, the edit's
             target.
+        history: the messages of a conversation before the prompt; `None`: the prompt is plain text.
     """
 
     edit: int
@@ -36,6 +39,12 @@ class EvalItem:
     prompt: str
     expected: str | None
     other: str | None
+    history: tuple[Message, ...] | None = None
+
+    @property
+    def asked(self) -> Prompt:
+        """The prompt with the messages before it."""
+        return Prompt(self.prompt, self.history)
 
     @property
     def num_stops(self) -> int:
@@ -64,19 +73,26 @@ class Reply:
     other: Score | None = None
 
 
-def eval_items(edits: Sequence[Edit]) -> list[EvalItem]:
-    """Return the items of all edits, edit by edit: the prompt, rephrasings, locality and portability probes."""
-    return [item for number, edit in enumerate(edits) for item in _items_of_edit(number, edit)]
+def eval_items(edits: Sequence[Edit], chat_template: bool | str = "off") -> list[EvalItem]:
+    """Return the items of all edits, edit by edit: the prompt, rephrasings, locality and portability probes.
+
+    Args:
+        edits: the edits.
+        chat_template: `"on"`, `"off"` or `"both"`: every prompt as text, in a conversation, or once in each.
+    """
+    forms = ((number, form) for number, edit in enumerate(edits) for form in in_forms([edit], chat_template))
+    return [item for number, form in forms for item in _items_of_edit(number, form)]
 
 
 def _items_of_edit(number: int, edit: Edit) -> Iterator[EvalItem]:
-    yield EvalItem(number, "reliability", edit.prompt, edit.target, edit.ground_truth)
+    history = edit.history
+    yield EvalItem(number, "reliability", edit.prompt, edit.target, edit.ground_truth, history)
     for rephrasing in edit.rephrasings:
-        yield EvalItem(number, "generalization", rephrasing, edit.target, edit.ground_truth)
+        yield EvalItem(number, "generalization", rephrasing, edit.target, edit.ground_truth, history)
     for probe in edit.locality:
-        yield EvalItem(number, "locality", probe.prompt, probe.answer, edit.target)
+        yield EvalItem(number, "locality", probe.prompt, probe.answer, edit.target, history)
     for probe in edit.portability:
-        yield EvalItem(number, "portability", probe.prompt, probe.answer, None)
+        yield EvalItem(number, "portability", probe.prompt, probe.answer, None, history)
 
 
 class ItemEncoder:
@@ -85,7 +101,7 @@ class ItemEncoder:
     Args:
         items: the items.
         tokenizer: the model's tokenizer; not changed.
-        chat_template: as in `encode_edits`.
+        chat_template_kwargs: as in `encode_edits`.
         generate: generate answers.
         score: score `expected`.
         compare: score `expected` and `other`.
@@ -97,7 +113,7 @@ class ItemEncoder:
         items: Sequence[EvalItem],
         tokenizer: PreTrainedTokenizerBase,
         *,
-        chat_template: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         generate: bool = True,
         score: bool = True,
         compare: bool = True,
@@ -105,25 +121,35 @@ class ItemEncoder:
     ) -> None:
         self.items = items
         self.tokenizer = tokenizer
-        self._by_prompt: dict[str, list[int]] = {}
+        self._template_kwargs = chat_template_kwargs or {}
+        self._by_prompt: dict[Prompt, list[int]] = {}
         for number, item in enumerate(items):
-            self._by_prompt.setdefault(item.prompt, []).append(number)
-        encoded = encode_prompts(list(self._by_prompt), tokenizer, chat_template=chat_template)
+            self._by_prompt.setdefault(item.asked, []).append(number)
+        encoded = encode_prompts(list(self._by_prompt), tokenizer, chat_template_kwargs=self._template_kwargs)
         self._prompts = dict(zip(self._by_prompt, map(tuple, encoded), strict=True))
         self._generate, self._score, self._compare = generate, score, compare
         self._max_new_tokens = max_new_tokens if generate else 0
-        pairs = {(item.prompt, text) for item in items for text in (item.expected, item.other) if text}
-        self._continuations = self._encode(sorted(pairs), chat_template)
+        pairs = dict.fromkeys((item.asked, text) for item in items for text in (item.expected, item.other) if text)
+        self._continuations = self._encode(list(pairs))
 
-    def _encode(self, pairs: Sequence[tuple[str, str]], chat_template: bool) -> dict[tuple[str, str], Continuation]:
+    @cached_property
+    def _answer_mark(self) -> str | None:
+        """The tag after which the chat template begins an answer."""
+        prompt = next((prompt for prompt in self._by_prompt if prompt.history is not None), None)
+        return None if prompt is None else ChatWriter(self.tokenizer, self._template_kwargs).answer_mark(prompt)
+
+    def _encode(self, pairs: Sequence[tuple[Prompt, str]]) -> dict[tuple[Prompt, str], Continuation]:
         if not pairs:
             return {}
-        edits = [Edit(prompt=prompt, target=text, source=repr(prompt)) for prompt, text in pairs]
+        edits = [
+            Edit(prompt=prompt.text, target=text, history=prompt.history, source=repr(prompt.text))
+            for prompt, text in pairs
+        ]
         with warnings.catch_warnings():
             # as in training, a token that prompt and target share is scored; training warns of it
             warnings.filterwarnings("ignore", message=".*found a token shared by")
             warnings.filterwarnings("ignore", message=".*the tokenizer does not know a part of the target")
-            encoded = encode_edits(edits, self.tokenizer, append_eos=False, chat_template=chat_template)
+            encoded = encode_edits(edits, self.tokenizer, append_eos=False, chat_template_kwargs=self._template_kwargs)
         rows = (encoded[number] for number in range(len(encoded)))
         return {
             pair: Continuation(tuple(row.input_ids.tolist()), row.target_start)
@@ -150,17 +176,17 @@ class ItemEncoder:
 
     def _guess(self, number: int, earlier: Sequence[Reply] | None) -> tuple[int, ...]:
         item = self.items[number]
-        prompt = self._prompts[item.prompt]
+        prompt = self._prompts[item.asked]
         if not self._generate:
             return ()
         if item.kind == "locality" and earlier is not None:
             return earlier[number].token_ids[:NUM_GUESSED_TOKENS]
         if item.expected is None:
             return ()
-        expected = self._continuations[item.prompt, item.expected].token_ids
+        expected = self._continuations[item.asked, item.expected].token_ids
         return expected[len(prompt) :] if expected[: len(prompt)] == prompt else ()
 
-    def _scored(self, prompt: str) -> list[str]:
+    def _scored(self, prompt: Prompt) -> list[str]:
         """Return the texts to score after a prompt, each once."""
         items = [self.items[number] for number in self._by_prompt[prompt]]
         texts = [item.expected for item in items if self._score or self._compare]
@@ -175,26 +201,39 @@ class ItemEncoder:
             for prompt, answer in by_prompt.items()
             for text, score in zip(self._scored(prompt), answer.scores, strict=True)
         }
-        return [self._reply(item, by_prompt[item.prompt], scores) for item in self.items]
+        return [self._reply(item, by_prompt[item.asked], scores) for item in self.items]
 
-    def _reply(self, item: EvalItem, answer: Answer, scores: dict[tuple[str, str], Score]) -> Reply:
+    def _reply(self, item: EvalItem, answer: Answer, scores: dict[tuple[Prompt, str], Score]) -> Reply:
         text = long_text = None
         expected_ids: tuple[int, ...] = ()
         if item.expected is not None:
-            continuation = self._continuations[item.prompt, item.expected]
+            continuation = self._continuations[item.asked, item.expected]
             expected_ids = continuation.token_ids[continuation.start :]
         if self._generate:
-            generated = self._text_of(answer.token_ids, item.expected, expected_ids)
+            mark = None if item.history is None else self._answer_mark
+            generated = self._text_of(answer.token_ids, item.expected, expected_ids, mark)
             text, long_text = cut_answer(generated).strip(), cut_answer(generated, item.num_stops).strip()
-        expected, other = (scores.get((item.prompt, each)) if each else None for each in (item.expected, item.other))
+        expected, other = (scores.get((item.asked, each)) if each else None for each in (item.expected, item.other))
         return Reply(text, long_text, tuple(answer.token_ids), expected, expected_ids, other)
 
-    def _text_of(self, token_ids: Sequence[int], expected: str | None, expected_ids: Sequence[int]) -> str:
+    def _after(self, mark: str, token_ids: Sequence[int]) -> Sequence[int]:
+        """Return the tokens behind the last tag after which the template begins an answer; all without one."""
+        if mark not in self.tokenizer.decode(token_ids):
+            return token_ids
+        lengths = range(len(token_ids), 0, -1)
+        last = next(n for n in lengths if self.tokenizer.decode(token_ids[:n]).rstrip().endswith(mark))
+        return token_ids[last:]
+
+    def _text_of(
+        self, token_ids: Sequence[int], expected: str | None, expected_ids: Sequence[int], mark: str | None
+    ) -> str:
         """Return an answer's text; if it begins with the expected answer's tokens, with the expected answer.
 
-        Some tokenizers do not give back the text: they put spaces between words, or know no capitals.
+        Some tokenizers do not give back the text: they put spaces between words, or know no capitals. Thoughts and
+        headers before the answer are left out.
         """
-        generated = str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+        answered = self._after(mark, token_ids) if mark else token_ids
+        generated = without_thoughts(str(self.tokenizer.decode(answered, skip_special_tokens=True)))
         if not expected or expected in generated:
             return generated
         given_back = str(self.tokenizer.decode(expected_ids, skip_special_tokens=True)).strip()

@@ -114,6 +114,7 @@ class ScoredReplies:
                 "source": self.replies.edits[item.edit].source,
                 "kind": item.kind,
                 "prompt": item.prompt,
+                "in_chat": item.history is not None,
                 "expected": item.expected,
                 "answer_before": self.replies.before[number].text if self.replies.before else None,
                 "answer_after": reply.text,

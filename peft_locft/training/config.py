@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from transformers import TrainingArguments
 
+from ..data.chat import chat_template_mode, template_arguments
 from .objectives import LossAveraging, Objective
 
 Recipe = Literal["published", "balanced"]
@@ -259,8 +260,12 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
             loss floor, with a fresh optimizer. For comparison with older methods.
         append_eos (`bool`, defaults to `True`):
             End every target with the tokenizer's EOS token, so that the model learns to stop.
-        chat_template (`bool`, defaults to `False`):
-            Render prompt and target with the tokenizer's chat template.
+        chat_template (`str`, defaults to `"auto"`):
+            How edits are written: `"off"`: as plain text; `"on"`: as the turns of user and assistant, with the
+            tokenizer's chat template; `"both"`: one row in each form, so that the answer comes in both. `"auto"`:
+            `"both"` if the tokenizer has a chat template, else `"off"`. `True` and `False` are `"on"` and `"off"`.
+            Edits that are conversations are always written with the template.
+        chat_template_kwargs (`dict`, *optional*): Arguments of the template, such as `{"enable_thinking": False}`.
         loss_floor (`float`, defaults to `1e-2`):
             A batch whose loss is below it takes no step. Training stops after an epoch whose mean loss is below it.
         stop_at_learned (`float`, *optional*):
@@ -319,7 +324,13 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
         default="breadth_first", metadata={"help": "Train epochs over all edits, or one edit after the other."}
     )
     append_eos: bool = field(default=True, metadata={"help": "End every target with the tokenizer's EOS token."})
-    chat_template: bool = field(default=False, metadata={"help": "Render edits with the tokenizer's chat template."})
+    chat_template: str = field(
+        default="auto",
+        metadata={"help": "Train edits in the chat template: on, off or both; auto: both, if the model has one."},
+    )
+    chat_template_kwargs: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Arguments of the chat template, as JSON: '{\"enable_thinking\": false}'."}
+    )
     loss_floor: float = field(default=1e-2, metadata={"help": "Skip steps and stop training below this loss."})
     stop_at_learned: float | None = field(
         default=None, metadata={"help": "Stop once this share of the edits is learned; 0 = off."}
@@ -338,6 +349,10 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        self.chat_template = chat_template_mode(self.chat_template, "BreadthFirstConfig.chat_template")
+        self.chat_template_kwargs = template_arguments(
+            self.chat_template_kwargs, "BreadthFirstConfig.chat_template_kwargs"
+        )
         self.resolve()  # before transformers checks the fields that the recipe fills
         self._check_rate()
         self._check_numbers()

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,12 @@ class EvaluationCallback(TrainerCallback):
                 "EvaluationCallback needs the whole model on its device, but offload_trunk=True keeps a part of it "
                 "off the device. Set offload_trunk=False, or evaluate after training."
             )
+        evaluation = self.args
+        if evaluation.chat_template == "auto" and hasattr(args, "chat_template"):  # as it is trained
+            template_kwargs = evaluation.chat_template_kwargs or args.chat_template_kwargs
+            evaluation = replace(evaluation, chat_template=args.chat_template, chat_template_kwargs=template_kwargs)
         self._evaluator = EditEvaluator(
-            model, processing_class, self.edits, self.args, text=self.text, progress=not args.disable_tqdm
+            model, processing_class, self.edits, evaluation, text=self.text, progress=not args.disable_tqdm
         )
         # a resumed run has some
         self.curves = list(state.stateful_callbacks.get(CURVES_KEY, {}).get("curves", []))

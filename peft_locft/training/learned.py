@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..data.edits import Edit, collapse_whitespace
+from ..data.edits import Edit, Prompt, prompt_of
 
 MAX_NAMED = 3  # edits in a message
 ENOUGH = 0.99  # share of learned edits below which a summary says what to change
@@ -41,9 +41,9 @@ class LearnedEdits:
             is_learned: of each, whether its target is the greedy answer.
             log_probabilities: of each, of the whole target.
         """
-        targets: dict[str, set[str]] = {}
+        targets: dict[Prompt, set[str]] = {}
         for edit in edits:
-            targets.setdefault(collapse_whitespace(edit.prompt), set()).add(edit.target)
+            targets.setdefault(prompt_of(edit), set()).add(edit.target)
         probabilities = [math.exp(value) for value in log_probabilities]
         return cls(
             len(edits),

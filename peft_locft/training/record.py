@@ -21,6 +21,7 @@ RECIPE_FIELDS = (
     "edit_order",
     "append_eos",
     "chat_template",
+    "chat_template_kwargs",
     "loss_floor",
     "learning_rate",
     "num_train_epochs",

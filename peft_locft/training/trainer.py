@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..adapters.provenance import TrainingRun
 from ..adapters.saving import save_adapter
+from ..data.chat import in_forms, mark_chat_template
 from ..data.edits import EditSource, edits_sha256, read_edits
 from ..data.encoding import EncodedEdits
 from ..data.leaks import mark_trained
@@ -48,7 +49,7 @@ from .rates import fitting_rates, set_rates
 from .record import training_record
 from .resume import check_same_edits, invalidate, whole_checkpoint
 from .row_losses import BatchWeight, RowLosses
-from .training_data import TrainingData, training_data
+from .training_data import TrainingData, training_data, with_chat_template
 
 NUM_FIRST_LOSSES = 100  # edits whose loss is measured before training
 
@@ -116,6 +117,8 @@ class BreadthFirstTrainer(Trainer):
                 "both."
             )
         self.edits = read_edits(train_dataset)
+        args = with_chat_template(args, self.edits, processing_class)
+        mark_chat_template(model, args.chat_template, args.chat_template_kwargs)
         args = copy.copy(args)  # the caller's stays as it is
         args.per_device_train_batch_size = batch_size_for(len(self.edits), args)
         self.rates = fitting_rates(model, args) if args.learning_rate == AUTO else {}
@@ -194,13 +197,16 @@ class BreadthFirstTrainer(Trainer):
         if not self.runner.is_prepared:  # a run that was resumed after its end
             with self.compute_loss_context_manager():
                 self.runner.prepare(self.model, self.args, self.accelerator)
-        own = self.runner.own[self.runner.own < len(self.edits)]
-        found = torch.zeros(len(self.edits), 2, device=self.args.device)
+        num_forms = [len(in_forms([edit], self.args.chat_template)) for edit in self.edits]
+        own = self.runner.own[self.runner.own < sum(num_forms)]
+        found = torch.zeros(sum(num_forms), 2, device=self.args.device)
         with evaluating(model), self.compute_loss_context_manager():
             for indices in self.runner.micro_batches(own) if len(own) else ():
                 with self.runner.micro_batch(indices) as batch:
                     found[indices] = self.losses.answers(model, batch).to(found.device)
-        is_learned, log_probabilities = self.accelerator.reduce(found, reduction="sum").T.tolist()
+        # an edit that is trained as text and in chat is learned if it is learned in both
+        forms = self.accelerator.reduce(found, reduction="sum").split(num_forms)
+        is_learned, log_probabilities = torch.stack([own.amin(dim=0) for own in forms]).T.tolist()
         return LearnedEdits.of(self.edits, [bool(each) for each in is_learned], log_probabilities)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..adapters.provenance import Augmentation
 from ..data.augmentation import concatenated, paraphrased, swapped_subjects, with_prefix
-from ..data.edits import Edit
+from ..data.chat import choose_chat_template, in_forms, prompts_in_forms
+from ..data.edits import Edit, Prompt
 from ..data.encoding import EncodedEdits, encode_edits, join_encoded, slice_encoded
 from ..data.generated_text import base_texts, generate_prefixes, generate_subjects
 from ..data.leaks import check_paraphrases
@@ -81,6 +83,28 @@ class TrainingData:
         return replace(self, encoded=join_encoded(parts), rows=rows)
 
 
+def with_chat_template(
+    args: BreadthFirstConfig, edits: Sequence[Edit], tokenizer: PreTrainedTokenizerBase
+) -> BreadthFirstConfig:
+    """Return a recipe whose `chat_template` is decided; it is a copy if it was `"auto"`.
+
+    Args:
+        args: the recipe; it is not changed.
+        edits: the edits.
+        tokenizer: the model's tokenizer.
+    """
+    if args.chat_template != "auto":
+        return args
+    settled = copy.copy(args)
+    settled.chat_template = choose_chat_template(args.chat_template, edits, tokenizer, args.chat_template_kwargs)
+    if settled.chat_template == "both":
+        logger.warning(
+            "The tokenizer has a chat template: every edit is trained as plain text and in chat (chat_template=both). "
+            "Set chat_template to on or off to train one form only."
+        )
+    return settled
+
+
 def training_data(
     edits: Sequence[Edit], model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: BreadthFirstConfig
 ) -> TrainingData:
@@ -97,6 +121,7 @@ def training_data(
             rephrasing for evaluation, or the recipe needs retained facts and there are none.
     """
     check_paraphrases(edits)
+    forms = in_forms(edits, args.chat_template)
     prefixes = generate_prefixes(model, tokenizer, *_numbers(args.num_prefixes or 0), seed=args.seed)
     if prefixes:
         logger.info("Prefixes: %s", prefixes)
@@ -104,17 +129,17 @@ def training_data(
     prompts = _retained_prompts(swapped, edits, model, tokenizer, args)
     answers = _answers(model, tokenizer, prompts, args)
     kinds = {
-        "paraphrases": [paraphrased(edit) for edit in edits],
-        "prefixed": _prefixed(edits, prefixes, args),
-        "concatenated": _concatenated(edits, answers, args),
+        "paraphrases": [paraphrased(edit) for edit in forms],
+        "prefixed": _prefixed(forms, prefixes, args),
+        "concatenated": _concatenated(forms, answers, args),
     }
     variants = [[variant for own in of_edit for variant in own] for of_edit in zip(*kinds.values(), strict=True)]
-    trained = [*edits, *(variant for own in variants for variant in own)]
+    trained = [*forms, *(variant for own in variants for variant in own)]
     encoded = encode_edits(
         trained,
         tokenizer,
         append_eos=args.append_eos,
-        chat_template=args.chat_template,
+        chat_template_kwargs=args.chat_template_kwargs,
         max_length=max_length(model),
     )
     preserved = _preserved(model, tokenizer, args)
@@ -124,7 +149,7 @@ def training_data(
     return TrainingData(
         encoded=encoded if retained is None else join_encoded([encoded, retained]),
         rows=TrainingRows(
-            len(edits),
+            len(forms),
             [len(own) for own in variants],
             num_retained,
             args.variants_per_epoch or math.inf,
@@ -133,7 +158,7 @@ def training_data(
         ),
         prefixes=prefixes,
         counts={kind: count for kind, count in counts.items() if count},
-        prompts=[*(edit.prompt for own in kinds["paraphrases"] for edit in own), *prompts],
+        prompts=[*(edit.prompt for own in kinds["paraphrases"] for edit in own), *(p.text for p in prompts)],
         preserved=preserved,
     )
 
@@ -165,10 +190,11 @@ def _numbers(num_prefixes: int) -> tuple[int, int]:
 
 def _swapped(
     edits: Sequence[Edit], model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: BreadthFirstConfig
-) -> list[list[str]]:
-    """Return the prompts of each edit with other subjects."""
+) -> list[list[Prompt]]:
+    """Return the prompts of each row of an edit with other subjects, in the form of that row."""
+    forms = [in_forms([edit], args.chat_template) for edit in edits]
     if not args.retained_subjects:
-        return [[] for _ in edits]
+        return [[] for own in forms for _ in own]
     num = args.retained_subjects * len(edits)
     own = [edit.subject for edit in edits if edit.subject]
     names = generate_subjects(model, tokenizer, own, min(MAX_SUBJECTS, num), seed=args.seed)
@@ -179,20 +205,24 @@ def _swapped(
             "the edits, or use retained_facts.",
             args.retained_subjects,
         )
-    return swapped
+    return [
+        [Prompt(text, form.history) for text in texts]
+        for own, texts in zip(forms, swapped, strict=True)
+        for form in own
+    ]
 
 
 def _retained_prompts(
-    swapped: Sequence[Sequence[str]],
+    swapped: Sequence[Sequence[Prompt]],
     edits: Sequence[Edit],
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     args: BreadthFirstConfig,
-) -> list[str]:
+) -> list[Prompt]:
     """Return the prompts to retain: those made from the edits, edit by edit, then other facts, each once."""
     prompts = [prompt for own in swapped for prompt in own]
     if args.retained_facts:
-        prompts += choose_retained_facts(
+        chosen = choose_retained_facts(
             None if args.retained_facts == LOCALITY else args.retained_facts,
             edits,
             args.num_retained_facts,
@@ -201,6 +231,7 @@ def _retained_prompts(
             model=model,
             tokenizer=tokenizer,
         )
+        prompts += prompts_in_forms(chosen, args.chat_template)
     return list(dict.fromkeys(prompts))
 
 
@@ -224,14 +255,18 @@ def _concatenated(edits: Sequence[Edit], answers: BaseAnswers | None, args: Brea
 
 
 def _answers(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], args: BreadthFirstConfig
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], args: BreadthFirstConfig
 ) -> BaseAnswers | None:
     if not prompts:
         return None
     if args.retained_loss == "kl" and args.retained_answer_tokens == 1 and not args.num_concatenated:
-        return unanswered(prompts, tokenizer, chat_template=args.chat_template)
+        return unanswered(prompts, tokenizer, chat_template_kwargs=args.chat_template_kwargs)
     return base_answers(
-        model, tokenizer, prompts, max_new_tokens=args.retained_answer_tokens or 1, chat_template=args.chat_template
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=args.retained_answer_tokens or 1,
+        chat_template_kwargs=args.chat_template_kwargs,
     )
 
 

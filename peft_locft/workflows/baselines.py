@@ -24,6 +24,7 @@ from ..io.files import write_atomically
 from ..reporting.baselines import TABLE_METRICS, Baseline, BaselineResult, baselines_to_markdown
 from ..reporting.plots import can_draw, draw_baselines
 from ..training.config import BreadthFirstConfig, batch_size_for
+from ..training.training_data import with_chat_template
 from ..tuner import LocFTConfig
 from .trials import known_result, try_adapter
 
@@ -109,6 +110,12 @@ def compare_baselines(
     """
     edits = read_edits(edits)
     chosen = baselines(batch_size_for(len(edits), args), methods)
+    args = with_chat_template(args, edits, tokenizer)
+    evaluation = evaluation or EvaluationConfig()
+    if evaluation.chat_template == "auto":  # as the baselines are trained
+        evaluation = replace(
+            evaluation, chat_template=args.chat_template, chat_template_kwargs=args.chat_template_kwargs
+        )
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     evaluator = EditEvaluator(model, tokenizer, edits, evaluation, text=text, progress=not args.disable_tqdm)
@@ -204,7 +211,7 @@ def run_baselines(
     """
     read = first_edits(edits, num_edits)
     model, tokenizer = load_model(model_name_or_path, dtype, revision=revision, trust_remote_code=trust_remote_code)
-    evaluation = EvaluationConfig(chat_template=args.chat_template, max_text_tokens=max_text_tokens)
+    evaluation = EvaluationConfig(max_text_tokens=max_text_tokens)
     return compare_baselines(
         model, tokenizer, read, args, location=location, methods=methods, evaluation=evaluation, text=text
     )

@@ -8,7 +8,6 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -26,7 +25,7 @@ from ..data.texts import TextSource
 from ..engine.loading import load_model
 from ..engine.model_state import check_model_and_tokenizer
 from ..evaluation.config import EvaluationConfig
-from ..evaluation.evaluator import EditEvaluator, evaluate_edits
+from ..evaluation.evaluator import evaluate_edits
 from ..evaluation.report import EvaluationReport
 from ..evaluation.tables import html_table
 from ..training.config import BreadthFirstConfig
@@ -141,7 +140,7 @@ class EditedModel:
         """
         self._check_edited("evaluate")
         if args is None:
-            args = EvaluationConfig(chat_template=bool(self._run.recipe["chat_template"]))
+            args = EvaluationConfig()  # follows the template that the trainer left on the model
         asked = self.edits if edits is None else edits
         return evaluate_edits(self.model, self.tokenizer, asked, args, text=text, progress=progress)
 
@@ -169,7 +168,7 @@ class EditedModel:
             return []
         advice = []
         if not all(self.learned):
-            advice.append("To learn more: args=BreadthFirstConfig(...) with more epochs or another learning rate.")
+            advice.append("To learn more: args=BreadthFirstConfig(num_train_epochs=100), or another location.")
         return [*advice, ".undo() takes it out again, .save(folder) saves it as an adapter."]
 
     def _repr_html_(self) -> str:
@@ -234,23 +233,15 @@ def edit(
             trainer = BreadthFirstTrainer(edited, recipe, read, tokenizer)
             trainer.pop_callback(PrinterCallback)
             trainer.train()
-            learned = learned_edits(edited, tokenizer, read, chat_template=recipe.chat_template)
+            assert trainer.learned is not None  # _recipe refuses what cannot be measured
+            unlearned = set(map(id, trainer.learned.unlearned))
+            learned = [id(each) not in unlearned for each in trainer.edits]
             return EditedModel(edited, tokenizer, read, learned, trainer.training_run(), restore)
     except BaseException:  # Ctrl-C, too
         if edited is not None:
             edited.unload()
         restore()
         raise
-
-
-def learned_edits(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], *, chat_template: bool = False
-) -> list[bool]:
-    """Return for each edit whether the model predicts every token of its target, so that it answers with it."""
-    prompts = [replace(edit, rephrasings=(), locality=(), portability=()) for edit in edits]
-    evaluation = EvaluationConfig(protocols=["token_accuracy"], chat_template=chat_template)
-    report = EditEvaluator(model, tokenizer, prompts, evaluation, progress=False).evaluate()
-    return [row["token_accuracy_after"] == 1 for row in report.rows]
 
 
 def _facts(edits: EditSource, target: str | None) -> list[Edit]:
@@ -282,6 +273,8 @@ def _checked(model: Any, tokenizer: Any) -> tuple[nn.Module, PreTrainedTokenizer
 
 def _recipe(args: BreadthFirstConfig | None, folder: str, progress: bool) -> BreadthFirstConfig:
     recipe = BreadthFirstConfig(output_dir=folder) if args is None else copy.copy(args)
+    if recipe.objective == "prompt_last":
+        raise ValueError("edit: objective='prompt_last' does not score answers. Use BreadthFirstTrainer for it.")
     if recipe.save_strategy == "no":
         recipe.output_dir = folder
     recipe.disable_tqdm = recipe.disable_tqdm or not progress

@@ -11,10 +11,9 @@ from typing import Any
 from peft.utils import CONFIG_NAME
 
 from ..adapters.loading import base_of, load_adapter
-from ..adapters.provenance import TrainingRun
+from ..adapters.provenance import TrainingRun, mark_run
 from ..adapters.reading import read_provenance
 from ..data.edits import EditSource, first_edits
-from ..data.leaks import mark_trained
 from ..data.texts import TextSource
 from ..engine.loading import load_model
 from ..evaluation.config import EvaluationConfig
@@ -47,7 +46,7 @@ def evaluate_model(
         model_name_or_path: a folder or a name on the Hub: the base of `adapter`, or an edited model. `None`: the base
             named by the adapter.
         edits: anything `read_edits` reads.
-        args: metrics and settings.
+        args: metrics and settings. Where they leave the chat template open, it is that of the adapter's training.
         adapter: a PEFT adapter of any method.
         base_model_name_or_path: the model before the edit, if there is no adapter to disable.
         text: text for perplexity and KL, see `evaluate_edits`.
@@ -83,8 +82,8 @@ def evaluate_model(
     edited = model if adapter is None else load_adapter(model, adapter)
     # an adapter on the Hub is not a local folder: its run is unknown
     run = None if adapter is None else read_provenance(Path(adapter)).run
-    if run is not None and run.augmentation is not None:
-        mark_trained(edited, run.augmentation.trained_prompts)
+    if run is not None:
+        mark_run(edited, run)
     base = None
     if base_model_name_or_path is not None:
         base, _ = load_model(base_model_name_or_path, dtype, trust_remote_code=trust_remote_code)

@@ -26,6 +26,7 @@ from ..locating.score import LocationScore
 from ..reporting.plots import can_draw, draw_locations
 from ..training.config import BreadthFirstConfig, batch_size_for
 from ..training.record import RECIPE_FIELDS
+from ..training.training_data import with_chat_template
 from ..tuner.presets import find_decoder_layers
 from .location_trials import LocationTrials
 
@@ -114,7 +115,8 @@ def search_locations(
     evaluation = evaluation or EvaluationConfig(
         protocols=["generation", "token_accuracy"], max_text_tokens=2048, text_window=256
     )
-    evaluation = replace(evaluation, chat_template=args.chat_template)
+    args = with_chat_template(args, sample, tokenizer)
+    evaluation = replace(evaluation, chat_template=args.chat_template, chat_template_kwargs=args.chat_template_kwargs)
     coarse = coarse_layers(layers, plan.stride)
     num_candidates = len(coarse) * len(plan.modules)
     ladder = rungs(len(sample), batch_size_for(len(sample), args), num_candidates, plan.keep, plan.num_rungs)

@@ -188,7 +188,7 @@ def _check(args: BreadthFirstConfig, peft_config: PeftConfig, keep_reliability: 
 
 
 def _evaluation(sample: Sequence[Edit], args: BreadthFirstConfig, **fields: Any) -> EvaluationCallback:
-    evaluation = EvaluationConfig(protocols=["generation", "token_accuracy"], chat_template=args.chat_template)
+    evaluation = EvaluationConfig(protocols=["generation", "token_accuracy"])  # in the chat template as trained
     return EvaluationCallback(sample, args=evaluation, draw=draw_curves if can_draw() else None, **fields)
 
 
@@ -196,7 +196,7 @@ def _weaken(trainer: BreadthFirstTrainer, sample: Sequence[Edit], reliability: f
     """Set the smallest scale of the delta that keeps the reliability on a sample of the edits."""
     model, args = trainer.accelerator.unwrap_model(trainer.model), trainer.args
     prompts = [replace(edit, rephrasings=(), locality=(), portability=()) for edit in sample]
-    evaluation = EvaluationConfig(protocols=["generation"], chat_template=args.chat_template)
+    evaluation = EvaluationConfig(protocols=["generation"])  # in the chat template as trained
     evaluator = EditEvaluator(model, trainer.processing_class, prompts, evaluation, progress=not args.disable_tqdm)
 
     def measured(weaker: PeftModel) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import os
@@ -22,6 +23,7 @@ from ..adapters.provenance import TrainingRun
 from ..adapters.reading import CheckedAdapter, check_adapter
 from ..adapters.saving import save_adapter
 from ..adapters.shipped_edits import EDITS_NAME, adapter_edits, edit_lines
+from ..data.chat import in_forms, prompts_in_forms
 from ..data.edit_lists import EditPlan, merge_edit_lists, read_lines_to_forget
 from ..data.edits import Edit, EditSource, OnConflict, edits_sha256, first_edits
 from ..data.encoding import EncodedEdits, encode_prompts, flatten_rows
@@ -75,7 +77,10 @@ class ContinuedTrainer(BreadthFirstTrainer):
     def _make_data(self, model: Any, tokenizer: PreTrainedTokenizerBase, args: BreadthFirstConfig) -> TrainingData:
         """Add the base's answers to withdrawn prompts, and repeat changed rows as often as needed."""
         data = super()._make_data(model, tokenizer, args)
-        prompts = encode_prompts(self.plan.restored_prompts, tokenizer, chat_template=args.chat_template)
+        forms = [prompts_in_forms([prompt], args.chat_template) for prompt in self.plan.restored]
+        self.num_forms = list(map(len, forms))
+        asked = [form for own in forms for form in own]
+        prompts = encode_prompts(asked, tokenizer, chat_template_kwargs=args.chat_template_kwargs)
         self.questions = [Question(tuple(ids), num_stops=UNTIL_EOS, max_new_tokens=ANSWER_TOKENS) for ids in prompts]
         check_fits(model, self.questions, tokenizer)
         with as_base(model):
@@ -87,17 +92,22 @@ class ContinuedTrainer(BreadthFirstTrainer):
             (list(question.prompt) + answer, len(question.prompt))
             for question, answer in zip(self.questions, self.base_answers, strict=True)
         ]
-        num_new = len(self.plan.added) + len(self.plan.replaced)
-        more = _repeated(data.encoded, len(self.edits), num_new, answered)
-        return data.with_targets(more, num_known=len(self.edits) - num_new)
+        num_rows = data.rows.num_edits
+        num_new = len(in_forms([*self.plan.replaced, *self.plan.added], args.chat_template))
+        more = _repeated(data.encoded, num_rows, num_new, answered)
+        return data.with_targets(more, num_known=num_rows - num_new)
 
     def count_as_base(self) -> int | None:
-        """Return the number of withdrawn prompts with the base's answer; `None` if the model is sharded."""
+        """Return the number of withdrawn prompts with the base's answer, in every form that they are trained in.
+
+        `None` if the model is sharded.
+        """
         if self.accelerator.distributed_type in SHARDED:
             return None
         model = self.accelerator.unwrap_model(self.model)
         answers = generate_and_score(model, self.processing_class, self.questions, progress=not self.args.disable_tqdm)
-        return sum(mine.token_ids == base for mine, base in zip(answers, self.base_answers, strict=True))
+        are_same = (mine.token_ids == base for mine, base in zip(answers, self.base_answers, strict=True))
+        return sum(all([next(are_same) for _ in range(num)]) for num in self.num_forms)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if output_dir not in (None, self.args.output_dir):
@@ -195,8 +205,8 @@ def update_adapter(
             replaces it once it is complete.
         edits: new edits, anything that `read_edits` reads. A new target for a known prompt replaces the old one.
         forget: edits to withdraw: a text file or lines, see `merge_edit_lists`.
-        args: the recipe and the output folder; `None`: the published recipe. `append_eos` and `chat_template` must be
-            as in the adapter's training.
+        args: the recipe and the output folder; `None`: the published recipe. `append_eos` must be as in the adapter's
+            training, and so must `chat_template` and its arguments unless they are left open.
         trained_edits: the edits that the adapter was trained on, if it does not ship them, see `adapter_edits`.
         ship_edits: save the edits in the new adapter folder; `None`: as in the old one. `False` writes them to a file
             beside `args.output_dir`, named by their sha256; pass it as `trained_edits` to the next update.
@@ -212,7 +222,7 @@ def update_adapter(
 
     Raises:
         ValueError: if there is nothing to update; `check_adapter`, `adapter_edits` or `merge_edit_lists` refuses its
-            input; the adapter belongs to another base or was trained with other `append_eos` or `chat_template`; or
+            input; the adapter belongs to another base or was trained with another `append_eos` or chat template; or
             the recipe is depth-first. Nothing is trained or written.
         NotADirectoryError: if `args.output_dir` is a file.
         OSError: if a file, the base model or its tokenizer cannot be read.
@@ -228,7 +238,7 @@ def update_adapter(
         raise ValueError("update_adapter: found neither edits nor forget. Pass one of them, or both.")
     check_folder(args.output_dir, "an adapter")
     checked = check_adapter(adapter, method=None)
-    _check_recipe(checked, args)
+    args = _checked_recipe(checked, args)
     held = adapter_edits(adapter, trained_edits, on_conflict)
     new = [] if edits is None else first_edits(edits, num_edits, on_conflict)
     plan = merge_edit_lists(held, new, [] if forget is None else read_lines_to_forget(forget))
@@ -247,7 +257,7 @@ def update_adapter(
         warnings.filterwarnings("ignore", message=".* prompts have several targets")  # read_edits has already warned
         trainer = ContinuedTrainer(peft_model, args, plan, tokenizer, earlier=earlier, ship_edits=ship_edits)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    num_restored, num_as_base = len(trainer.questions), trainer.count_as_base()
+    num_restored, num_as_base = len(plan.restored), trainer.count_as_base()
     if num_as_base is not None and num_as_base < num_restored:
         logger.warning(
             "%d of %d withdrawn prompts do not have the base's answer. Train longer, or to a lower loss_floor.",
@@ -260,20 +270,31 @@ def update_adapter(
     return UpdateSummary(plan, num_restored, num_as_base, file, inspect_adapter(args.output_dir))
 
 
-def _check_recipe(adapter: CheckedAdapter, args: BreadthFirstConfig) -> None:
+def _checked_recipe(adapter: CheckedAdapter, args: BreadthFirstConfig) -> BreadthFirstConfig:
+    """Return a recipe with the chat template of the adapter's training, where it leaves the template open."""
     if args.edit_order != "breadth_first":
         raise ValueError(
             f"BreadthFirstConfig.edit_order={args.edit_order!r}: an update trains all edits of the adapter together. "
             "Use 'breadth_first'."
         )
-    recipe = {} if adapter.provenance.run is None else adapter.provenance.run.recipe
-    for name in ("append_eos", "chat_template"):
-        found, recorded = getattr(args, name), recipe.get(name, getattr(args, name))
+    run = adapter.provenance.run
+    if run is None:
+        return args
+    args = copy.copy(args)
+    if args.chat_template == "auto":
+        args.chat_template = run.chat_template
+    if args.chat_template_kwargs is None:
+        args.chat_template_kwargs = run.chat_template_kwargs
+    trained = {"append_eos": run.recipe.get("append_eos", args.append_eos)}
+    trained |= {name: getattr(run, name) for name in ("chat_template", "chat_template_kwargs")}
+    for name, recorded in trained.items():
+        found = getattr(args, name)
         if found != recorded:
             raise ValueError(
                 f"BreadthFirstConfig.{name}={found}: {adapter.folder} was trained with {name}={recorded}. "
                 f"Use {name}={recorded}."
             )
+    return args
 
 
 def _with_trainable_adapter(model: nn.Module, adapter: CheckedAdapter) -> PeftModel:

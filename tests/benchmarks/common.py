@@ -66,11 +66,15 @@ def memory_mib() -> dict[str, float]:
     return {name: int(fields[name][0]) / MIB for name in ("VmRSS", "VmHWM", "RssAnon")}
 
 
-def load(dtype: str) -> tuple[Any, Any]:
-    """Load SmolLM2-135M and its tokenizer, whole, and begin a new `VmHWM`: what loading took is not training's."""
+def load(dtype: str, *, chat_template: bool = False) -> tuple[Any, Any]:
+    """Load SmolLM2-135M and its tokenizer, whole, and begin a new `VmHWM`: what loading took is not training's.
+
+    Without its chat template everything is plain text, as in the published data and protocol.
+    """
     from smollm2 import load_smollm2
 
     model, tokenizer = load_smollm2(dtype=getattr(torch, dtype))
+    tokenizer.chat_template = tokenizer.chat_template if chat_template else None
     # a file that is mapped into memory is read when it is touched: now, so that no first step pays for it
     sum(parameter.sum() for parameter in model.parameters())
     with contextlib.suppress(OSError):  # where the system forbids it, loading counts

@@ -92,6 +92,7 @@ def cases(
 
 def recipe(arguments: argparse.Namespace, out: Path, **more: Any) -> BreadthFirstConfig:
     return BreadthFirstConfig(
+        chat_template="off",  # plain text, as in the published protocol
         output_dir=str(out), use_cpu=True, disable_tqdm=True, logging_strategy="no", num_train_epochs=arguments.epochs,
         per_device_train_batch_size=arguments.batch_size, learning_rate=arguments.learning_rate, **more,
     )  # fmt: skip
@@ -129,6 +130,7 @@ def measured(adapter: Path, plan: EditPlan) -> dict[str, Any]:
     from smollm2 import load_smollm2
 
     model, tokenizer = load_smollm2()
+    tokenizer.chat_template = None
     edited = PeftModel.from_pretrained(model, adapter)
     changed = [*plan.added, *plan.replaced]
     everything = evaluated(edited, tokenizer, plan.edits)

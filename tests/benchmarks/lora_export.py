@@ -41,6 +41,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     print(machine(), flush=True)
     model, tokenizer = load_smollm2()
+    tokenizer.chat_template = None  # plain text, as in the published protocol
     edits = read_edits(FACTS)[: arguments.num_edits]
     trained = arguments.output / "adapter"
     if not (trained / "adapter_config.json").exists():

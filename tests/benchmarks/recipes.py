@@ -55,6 +55,7 @@ def main() -> None:
     print(machine(), flush=True)
     edits = read_edits(arguments.edits, on_conflict="last")[: arguments.num_edits]
     base, tokenizer = load_smollm2(dtype=torch.bfloat16)
+    tokenizer.chat_template = None  # plain text, as in the published protocol
     evaluator = None
     rows = []
     for name in arguments.settings:
