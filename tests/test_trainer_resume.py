@@ -48,7 +48,9 @@ def edits_of(recipe: str) -> list[Any]:
 
 
 def trainer_of(recipe: str, folder: Path, **arguments: Any) -> BreadthFirstTrainer:
-    return make_trainer(folder, peft_model(), edits_of(recipe), **(RECIPES[recipe] | arguments))
+    # every checkpoint stays: the tests look at earlier ones, too
+    every = {"save_total_limit": None}
+    return make_trainer(folder, peft_model(), edits_of(recipe), **(every | RECIPES[recipe] | arguments))
 
 
 Outcome = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[float], int]

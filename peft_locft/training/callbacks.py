@@ -1,4 +1,4 @@
-"""Trainer callbacks: the end of training at the loss floor, and the progress bar."""
+"""Trainer callbacks: the end of training at the loss floor, the progress bar, and a line an epoch without one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import time
 from typing import Any
 
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ProgressCallback
 
@@ -97,3 +98,26 @@ class EditProgressBar(ProgressCallback):
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         pass
+
+
+class EpochLines(TrainerCallback):
+    """Prints a line for every log of the Trainer, where there is no progress bar (`disable_tqdm=True`).
+
+    Args:
+        history: the losses of the run.
+        num_new: edits that the model had not learned before the run.
+    """
+
+    def __init__(self, history: LossHistory, num_new: int) -> None:
+        self.history = history
+        self.num_new = num_new
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_local_process_zero or "loss" not in (logs or {}):
+            return  # the totals at the end of training
+        epochs, losses = state.epoch or 0.0, self.history.epoch_losses
+        if epochs.is_integer() and losses:
+            counts = [f", {self.num_new - number} of {self.num_new} learned" for number in self.history.unlearned[-1:]]
+            tqdm.write(f"epoch {epochs:.0f}: loss {losses[-1]:.4f}{''.join(counts)}")
+        else:
+            tqdm.write(f"step {state.global_step}: loss {float(logs['loss']):.4f}")

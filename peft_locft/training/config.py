@@ -231,6 +231,13 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
     rate: 5e-3 suits one of 135M parameters.
 
     Args:
+        output_dir (`str`, *optional*):
+            Folder of the adapter and of checkpoints. `None`: nothing is written; `save_model` then needs a folder.
+        overwrite_output_dir (`bool`, defaults to `False`):
+            Allow `train_edits` and the other jobs to write to an `output_dir` that holds an adapter, a model or
+            checkpoints.
+        save_total_limit (`int`, *optional*, defaults to 1):
+            Keep only the N newest checkpoints; `None`: all. A run is resumed from the newest.
         learning_rate (`float`, *optional*): Learning rate of Adam. `None`: 5e-4, or as the recipe says.
         num_train_epochs (`float`, *optional*): Largest number of passes over the edits. `None`: 25, or as the recipe
             says.
@@ -256,7 +263,8 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
             everything else together. 0 = off. `None`: 0, or as the recipe says.
         activation_cache (`str`, defaults to `"auto"`):
             Where to store the states that leave the layers before the first trained one, which run only once:
-            `"memory"`, `"disk"` (a memory-mapped scratch file in `output_dir`), or `"off"`: every step runs the whole
+            `"memory"`, `"disk"` (a memory-mapped scratch file in `output_dir`, without one in the system's folder for
+            temporary files), or `"off"`: every step runs the whole
             model on padded edits. `"auto"` takes memory if they need less than half of what is free, else disk; if
             the states would be wrong for the model, it runs the whole model and says why.
         activation_cache_dir (`str`, *optional*):
@@ -272,6 +280,11 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
         ValueError: if a field has a value that is not allowed here.
     """
 
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for the adapter, and for checkpoints."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Write to an output folder that holds an adapter, a model or checkpoints."}
+    )
+    save_total_limit: int | None = field(default=1, metadata={"help": "Keep only the N newest checkpoints."})
     learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of Adam; default: 5e-4, or as the recipe."}
     )
@@ -320,7 +333,11 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
 
     def __post_init__(self) -> None:
         self.resolve()  # before transformers checks the fields that the recipe fills
+        has_folder = self.output_dir is not None
         super().__post_init__()
+        if not has_folder:
+            self.output_dir = None  # transformers writes to the folder "trainer_output" otherwise
+            self._check_writes_nothing()
         if self.deepspeed:
             # DeepSpeed clips at 1.0 by default
             self.hf_deepspeed_config.config.setdefault("gradient_clipping", self.max_grad_norm)
@@ -356,6 +373,15 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
             )
         if self.edit_order == "depth_first":
             self._check_depth_first()
+
+    def _check_writes_nothing(self) -> None:
+        for name, off in (("save_strategy", "no"), ("push_to_hub", False)):
+            value = getattr(self, name)
+            if getattr(value, "value", value) != off:
+                raise ValueError(
+                    f"BreadthFirstConfig.{name}={getattr(value, 'value', value)!r} writes checkpoints, and output_dir "
+                    "is missing. Give a folder: output_dir='out'."
+                )
 
     def _check_depth_first(self) -> None:
         if self.num_prefixes or self.num_concatenated or self.has_retained or self.delta_decay:

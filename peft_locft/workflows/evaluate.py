@@ -22,7 +22,9 @@ from ..evaluation.config import EvaluationConfig
 from ..evaluation.evaluator import EditEvaluator, EditSource
 from ..evaluation.harness import evaluate_on_tasks
 from ..evaluation.report import EvaluationReport
+from ..io.disk_space import explained_disk_full
 from ..reporting.page import save_report
+from .output_folder import check_output_folder
 
 
 def evaluate_model(
@@ -38,6 +40,7 @@ def evaluate_model(
     num_fewshot: int | None = None,
     num_edits: int | None = None,
     output_dir: str | os.PathLike[str] | None = None,
+    overwrite_output_dir: bool = False,
     revision: str | None = None,
     dtype: str = "auto",
     trust_remote_code: bool = False,
@@ -57,6 +60,7 @@ def evaluate_model(
         num_fewshot: examples in a task's prompt; `None` for the task's own number.
         num_edits: use only the first `num_edits` edits; `None` for all.
         output_dir: folder for the report; `None`: do not save it.
+        overwrite_output_dir: save the report even to a folder that holds an adapter or a model.
         revision: branch, tag or commit of the model on the Hub.
         dtype: `"auto"` (the checkpoint's), `"float32"`, `"bfloat16"` or `"float16"`.
         trust_remote_code: run the code that comes with the model. Read that code first.
@@ -66,7 +70,8 @@ def evaluate_model(
 
     Raises:
         ValueError: no model is named; edits or text are invalid; the adapter does not fit the model, or was trained
-            on another base or on a prompt of the evaluation (see `EvaluationConfig.on_leak`); `num_edits` is below 1.
+            on another base or on a prompt of the evaluation (see `EvaluationConfig.on_leak`); `num_edits` is below 1;
+            `output_dir` holds an adapter or a model, and `overwrite_output_dir` is False.
         OSError: model, tokenizer or adapter cannot be loaded.
         ImportError: there are tasks, and lm-evaluation-harness is not installed.
         FloatingPointError: a model's logits are NaN or infinite.
@@ -77,6 +82,7 @@ def evaluate_model(
     """
     read = first_edits(edits, num_edits)
     if output_dir is not None:
+        check_output_folder(output_dir, overwrite=overwrite_output_dir, what="a report")
         Path(output_dir).mkdir(parents=True, exist_ok=True)  # fail now, not after the evaluation
     name = model_name_or_path or _base_of(adapter)
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -106,7 +112,8 @@ def evaluate_model(
     settings = report.settings | {"adapter": _text(adapter), "tasks": list(tasks)}
     report = replace(report, results=report.results | task_metrics, curves=_curves(run), settings=settings)
     if output_dir is not None:
-        save_report(report, output_dir)
+        with explained_disk_full(output_dir):
+            save_report(report, output_dir)
     return report
 
 
