@@ -331,13 +331,13 @@ class BreadthFirstTrainer(Trainer):
         if self.args.should_save:
             # an earlier run may have left a checkpoint of this name, which must not pass for complete meanwhile
             invalidate(checkpoint)
-        try:
-            with explained_disk_full(checkpoint):
+        with explained_disk_full(checkpoint.parent):
+            try:
                 super()._save_checkpoint(model, trial)
-        except BaseException:
-            if self.args.should_save and not is_whole(checkpoint):
-                shutil.rmtree(checkpoint, ignore_errors=True)
-            raise
+            except BaseException:
+                if self.args.should_save and not is_whole(checkpoint):
+                    shutil.rmtree(checkpoint, ignore_errors=True)
+                raise
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ..io.disk_space import check_room
 from ..io.files import check_folder
 from ..training.config import BreadthFirstConfig
 from ..training.resume import checkpoints_in, whole_checkpoint
@@ -78,6 +80,15 @@ def begin_again(args: BreadthFirstConfig) -> None:
     if args.overwrite_output_dir and not args.resume_from_checkpoint and args.should_save:
         for checkpoint in checkpoints_in(args.output_dir or ""):
             shutil.rmtree(checkpoint)
+
+
+def check_space(folder: Path, model: nn.Module, args: BreadthFirstConfig) -> None:
+    """Raise a [`DiskFullError`] if the disk has no room for what a training will save."""
+    trained = sum(p.numel() * max(p.itemsize, 4) for p in model.parameters() if p.requires_grad)
+    # a checkpoint holds the moments of Adam, too; an old one goes when the new one is complete
+    checkpoints = 2 * 3 if args.save_strategy != "no" else 0
+    if args.should_save:
+        check_room(folder, trained * (1 + checkpoints))
 
 
 def interrupted_run(folder: Path) -> Path | None:

@@ -31,7 +31,7 @@ from ..training.trainer import BreadthFirstTrainer
 from ..training.training_data import check_sources
 from ..tuner import LocFTConfig, balanced_config
 from ..tuner.presets import default_location
-from .output_folder import begin_again, check_training_folder, what_training_leaves
+from .output_folder import begin_again, check_space, check_training_folder, what_training_leaves
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +121,7 @@ def train_edits(
             callback = _evaluation(sample, args, every=evaluate_every, best_metric=best_metric, patience=patience)
             trainer.add_callback(callback)
         begin_again(args)
+        check_space(folder, trainer.model, args)
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         if keep_reliability is not None:
             _weaken(trainer, sample, keep_reliability)

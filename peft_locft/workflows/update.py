@@ -37,7 +37,7 @@ from ..training.record import training_record
 from ..training.trainer import BreadthFirstTrainer
 from ..training.training_data import TrainingData, check_sources
 from ..tuner.model import differing_from_base
-from .output_folder import begin_again, check_training_folder, what_training_leaves
+from .output_folder import begin_again, check_space, check_training_folder, what_training_leaves
 
 ANSWER_TOKENS = 32  # length of the base's answers, as in the published protocol
 SHARE_CHANGED = 0.1  # smallest share of changed rows in an epoch
@@ -248,6 +248,7 @@ def update_adapter(
             warnings.filterwarnings("ignore", message=".* prompts have several targets")  # read_edits has warned
             trainer = ContinuedTrainer(peft_model, args, plan, tokenizer, earlier=earlier, ship_edits=ship_edits)
         begin_again(args)
+        check_space(folder, trainer.model, args)
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         num_restored, num_as_base = len(trainer.questions), trainer.count_as_base()
         if num_as_base is not None and num_as_base < num_restored:
