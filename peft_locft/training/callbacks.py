@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ProgressCallback
 
@@ -98,6 +102,32 @@ class EditProgressBar(ProgressCallback):
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         pass
+
+
+def logging_beside_bars(shown: bool) -> AbstractContextManager[None]:
+    """Return a context in which log messages on the console do not tear progress bars.
+
+    Args:
+        shown: whether there are bars.
+    """
+    if not shown:
+        return nullcontext()
+    return logging_redirect_tqdm([logging.root, logging.getLogger("transformers")])
+
+
+@contextmanager
+def logged_without(name: str, text: str) -> Iterator[None]:
+    """Leave out a message of another library's logger that a user can do nothing about."""
+    logger = logging.getLogger(name)
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return text not in record.getMessage()
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 class EpochLines(TrainerCallback):

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from transformers import TrainingArguments
 
+from ..engine.preparations import AUTO
 from .objectives import LossAveraging, Objective
 
 Recipe = Literal["published", "balanced"]
@@ -100,7 +101,10 @@ class PreservationArguments:
             trained half as fast. 0 = off.
         preserve_energy_share (`float`, defaults to 0.0):
             Share of the text's energy whose directions are closed to training, see `NullSpaceProjector`. 0 = off.
-        preserve_cache_dir (`str`, *optional*): Folder that stores the statistics of the text for later runs.
+        preserve_cache_dir (`str`, *optional*, defaults to `"auto"`):
+            Folder that stores, for later runs on the same model, what the base generates (prefixes, subjects, text)
+            and the statistics of the text; the results are the same without it. `"auto"`: a folder of at most 2 GB
+            in the user's cache (`$HF_HOME/peft_locft/preparations`). `"off"` or `None`: nothing is stored.
         delta_decay (`float`, *optional*):
             Share of the delta that one epoch at the full learning rate removes, less as the rate falls. Added to
             `weight_decay`; it does not depend on the rate or the number of steps in an epoch.
@@ -158,7 +162,8 @@ class PreservationArguments:
         default=0.0, metadata={"help": "Share of the preserved text's energy to close to training; 0 = off."}
     )
     preserve_cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder that stores the preserved text's statistics for later runs."}
+        default=AUTO,
+        metadata={"help": "Folder that stores what the base generates, and its statistics, for later runs; or off."},
     )
     delta_decay: float | None = field(
         default=None, metadata={"help": "Share of the delta that one epoch at the full learning rate removes."}

@@ -37,7 +37,14 @@ from ..engine.model_state import (
 from ..engine.offload import trunk_offloaded
 from ..io.disk_space import explained_disk_full
 from .batches import EditBatches
-from .callbacks import CURVES_KEY, EditProgressBar, EpochLines, LossFloorCallback
+from .callbacks import (
+    CURVES_KEY,
+    EditProgressBar,
+    EpochLines,
+    LossFloorCallback,
+    logged_without,
+    logging_beside_bars,
+)
 from .config import BreadthFirstConfig
 from .edit_runner import MicroBatch
 from .loss_history import LossHistory
@@ -142,7 +149,8 @@ class BreadthFirstTrainer(Trainer):
             resume_from_checkpoint = str(checkpoint)
         self.runner.is_prepared = False  # the trunk may have changed since the last call
         offloaded = trunk_offloaded(self.model, self.args.device) if self.args.offload_trunk else nullcontext()
-        with configuration_unchanged(self.model), offloaded:
+        bars = logging_beside_bars(not self.args.disable_tqdm)
+        with configuration_unchanged(self.model), offloaded, bars:
             preservation = PreservationCallback(prepare_preserver(self.model, self.data.preserved, self.args))
             self.add_callback(preservation)  # the last one: its end comes after the best epoch was restored
             try:
@@ -333,7 +341,9 @@ class BreadthFirstTrainer(Trainer):
             invalidate(checkpoint)
         with explained_disk_full(checkpoint.parent):
             try:
-                super()._save_checkpoint(model, trial)
+                # checkpoints of a quick run are written within a second, and sorted by their numbers
+                with logged_without("transformers.trainer_utils", "mtime may not be reliable"):
+                    super()._save_checkpoint(model, trial)
             except BaseException:
                 if self.args.should_save and not is_whole(checkpoint):
                     shutil.rmtree(checkpoint, ignore_errors=True)

@@ -23,6 +23,7 @@ from ..io.files import write_atomically
 from ..io.interruption import explained_interruption
 from ..reporting.baselines import TABLE_METRICS, Baseline, BaselineResult, baselines_to_markdown
 from ..reporting.plots import can_draw, draw_baselines
+from ..training.callbacks import logging_beside_bars
 from ..training.config import BreadthFirstConfig
 from ..tuner import LocFTConfig
 from .output_folder import check_output_folder, what_trials_leave
@@ -126,8 +127,10 @@ def compare_baselines(
         "seed": args.seed,
     }
     results = []
-    with explained_interruption(what_trials_leave(folder, "*.json")):
-        for baseline in tqdm(chosen, desc="baselines", disable=bool(args.disable_tqdm)):
+    stopped = explained_interruption(what_trials_leave(folder, "*.json"))
+    with stopped, logging_beside_bars(not args.disable_tqdm):
+        for baseline in (bar := tqdm(chosen, desc="baselines", disable=bool(args.disable_tqdm))):
+            bar.set_postfix_str(str(baseline))
             cell = setting | {"baseline": asdict(baseline)}
             path = folder / f"{str(baseline).replace(', ', '_').replace(' ', '-')}.json"
             row = known_result(path, cell)
@@ -155,6 +158,7 @@ def _measure(
         "per_device_train_batch_size": baseline.batch_size,
         "loss_averaging": baseline.loss_averaging,
         "save_strategy": "no",
+        "disable_tqdm": True,  # one bar is enough
     }
     trial = try_adapter(model, tokenizer, edits, _peft_config(baseline, location), replace(args, **recipe), evaluator)
     metrics = {name: result for name, result in trial.report.results.items() if name in TABLE_METRICS}

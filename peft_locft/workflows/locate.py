@@ -25,6 +25,7 @@ from ..locating.preset import model_shape
 from ..locating.results import LocationSearchResult
 from ..locating.score import LocationScore
 from ..reporting.plots import can_draw, draw_locations
+from ..training.callbacks import logging_beside_bars
 from ..training.config import BreadthFirstConfig
 from ..training.record import RECIPE_FIELDS
 from ..tuner.presets import find_decoder_layers
@@ -128,7 +129,8 @@ def search_locations(
     trials = LocationTrials(model, tokenizer, sample, args, ladder, weights, evaluation, text, rates, shared)
     setting = _setting(model, sample, args, plan, layers, ladder, weights, trials)
     trials.begin(folder, setting)
-    with explained_interruption(what_trials_leave(folder, f"{TRIALS}/*.json")):
+    stopped = explained_interruption(what_trials_leave(folder, f"{TRIALS}/*.json"))
+    with stopped, logging_beside_bars(progress):
         found = trials.search(plan.modules, layers, coarse, plan.stride, plan.keep, progress)
         search = LocationSearchResult(found, setting, model_shape(model.config))
         search.save(folder)
