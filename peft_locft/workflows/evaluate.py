@@ -81,9 +81,10 @@ def evaluate_model(
         >>> print(report)
     """
     read = first_edits(edits, num_edits)
-    if output_dir is not None:
-        check_output_folder(output_dir, overwrite=overwrite_output_dir, what="a report")
-        Path(output_dir).mkdir(parents=True, exist_ok=True)  # fail now, not after the evaluation
+    if output_dir is not None:  # fail now, not after the evaluation
+        check_output_folder(output_dir, overwrite=overwrite_output_dir, what="a report").mkdir(
+            parents=True, exist_ok=True
+        )
     name = model_name_or_path or _base_of(adapter)
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     model, tokenizer = load_model(name, dtype, **source)
@@ -112,9 +113,13 @@ def evaluate_model(
     settings = report.settings | {"adapter": _text(adapter), "tasks": list(tasks)}
     report = replace(report, results=report.results | task_metrics, curves=_curves(run), settings=settings)
     if output_dir is not None:
-        with explained_disk_full(output_dir):
-            save_report(report, output_dir)
+        _save(report, output_dir)
     return report
+
+
+def _save(report: EvaluationReport, folder: str | os.PathLike[str]) -> None:
+    with explained_disk_full(folder):
+        save_report(report, folder)
 
 
 def _text(path: str | os.PathLike[str] | None) -> str | None:

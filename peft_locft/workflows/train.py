@@ -106,16 +106,7 @@ def train_edits(
     check_sources(read, args)
     with explained_interruption(what_training_leaves(folder)):
         model, tokenizer = load_model(model_name_or_path, dtype, **source)
-        _set_task_type(config, model)
-        _set_default_location(config, model, args)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".* prompts have several targets")  # read_edits has warned
-            trainer = BreadthFirstTrainer(
-                model=get_peft_model(model, config, revision=revision),
-                args=args,
-                train_dataset=read,
-                processing_class=tokenizer,
-            )
+        trainer = _trainer(model, tokenizer, config, args, read, revision)
         sample = random.Random(args.seed).sample(read, min(evaluate_num_edits, len(read)))
         if evaluate_every:
             callback = _evaluation(sample, args, every=evaluate_every, best_metric=best_metric, patience=patience)
@@ -130,6 +121,26 @@ def train_edits(
             describe_adapter(folder, edits=trainer.edits)
         trainer.accelerator.wait_for_everyone()  # all processes read the files that the main process wrote
         return inspect_adapter(folder)
+
+
+def _trainer(
+    model: Any,
+    tokenizer: Any,
+    config: PeftConfig,
+    args: BreadthFirstConfig,
+    edits: Sequence[Edit],
+    revision: str | None,
+) -> BreadthFirstTrainer:
+    _set_task_type(config, model)
+    _set_default_location(config, model, args)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* prompts have several targets")  # read_edits has already warned
+        return BreadthFirstTrainer(
+            model=get_peft_model(model, config, revision=revision),
+            args=args,
+            train_dataset=edits,
+            processing_class=tokenizer,
+        )
 
 
 def _check(peft_config: PeftConfig, keep_reliability: float | None) -> None:

@@ -251,16 +251,20 @@ def update_adapter(
         check_space(folder, trainer.model, args)
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         num_restored, num_as_base = len(trainer.questions), trainer.count_as_base()
-        if num_as_base is not None and num_as_base < num_restored:
-            logger.warning(
-                "%d of %d withdrawn prompts do not have the base's answer. Train longer, or to a lower loss_floor.",
-                num_restored - num_as_base,
-                num_restored,
-            )
+        _warn_of_missing(num_restored, num_as_base)
         file = None if ship_edits else _write_beside(args, plan.edits)
         trainer.save_model()
         trainer.accelerator.wait_for_everyone()  # all processes read the files that the main process wrote
         return UpdateSummary(plan, num_restored, num_as_base, file, inspect_adapter(folder))
+
+
+def _warn_of_missing(num_restored: int, num_as_base: int | None) -> None:
+    if num_as_base is not None and num_as_base < num_restored:
+        logger.warning(
+            "%d of %d withdrawn prompts do not have the base's answer. Train longer, or to a lower loss_floor.",
+            num_restored - num_as_base,
+            num_restored,
+        )
 
 
 def _check_recipe(adapter: CheckedAdapter, args: BreadthFirstConfig) -> None:
