@@ -99,15 +99,9 @@ def evaluate_model(
     evaluator = EditEvaluator(edited, tokenizer, read, args, base_model=base, text=text)
     task_metrics = {}
     if tasks:  # first, to report unknown names early
-        task_results = evaluate_on_tasks(
-            edited,
-            tokenizer,
-            tasks,
-            base_model=base,
-            limit=limit,
-            num_fewshot=num_fewshot,
-            allow_other_base=evaluator.args.allow_other_base,
-        )
+        how: dict[str, Any] = {"base_model": base, "limit": limit, "num_fewshot": num_fewshot}
+        how |= {"allow_other_base": evaluator.args.allow_other_base}
+        task_results = evaluate_on_tasks(edited, tokenizer, tasks, **how)
         task_metrics = task_results.metric_results(evaluator.args.confidence)
     report = evaluator.evaluate()
     settings = report.settings | {"adapter": _text(adapter), "tasks": list(tasks)}
