@@ -1,6 +1,9 @@
 """What holds for every test: offline, quiet, one thread."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # before the first import of torch and transformers, which read them once; in subprocesses, too
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -8,10 +11,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
+# what runs prepare is stored there, and not in the user's cache
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="locft-tests-")
+
 import pytest
 import torch
 
 torch.set_num_threads(1)
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -32,7 +32,7 @@ def update(folder: Path, num_calls: int) -> None:
         die_at(num_calls, CALLS)
         save(*args, **kwargs)
 
-    ContinuedTrainer.save_model = dying
+    ContinuedTrainer.save_model = dying  # type: ignore[method-assign]
     args = BreadthFirstConfig(
         output_dir=str(folder), num_train_epochs=1, per_device_train_batch_size=8, use_cpu=True, disable_tqdm=True
     )

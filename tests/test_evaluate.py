@@ -110,7 +110,7 @@ def test_a_model_that_is_not_there_is_named() -> None:
 
 def test_a_report_that_cannot_be_written_is_found_before_the_model_is_loaded(base: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(FileExistsError):
+    with pytest.raises(NotADirectoryError):
         evaluate_model("nobody/nothing", PROBED, output_dir=tmp_path / "file")
 
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_locft import LocFTConfig, export_lora, export_peft, export_weights, save_adapter
 from peft_locft.cli.commands import main
-from peft_locft.io.files import size
+from peft_locft.io.disk_space import size
 
 DOWN = {"target_modules": ["down_proj"], "layers_to_transform": [1]}
 ENTIRE = {"target_modules": "entire-layer", "layers_to_transform": [1]}

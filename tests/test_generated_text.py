@@ -101,7 +101,7 @@ def test_texts_have_the_tokens_that_were_asked_for(tokenizer: Any) -> None:
         ({"k": 1}, r"generated 1 different prefixes in 20 rounds; expected 15. Increase k \(it is 1\)"),
     ],
 )
-def test_prefixes_that_cannot_be(tokenizer: Any, arguments: dict[str, int], message: str) -> None:
+def test_prefixes_that_cannot_be(tokenizer: Any, arguments: dict[str, Any], message: str) -> None:
     model = base_model()
     model.lm_head.weight.data[tokenizer.eos_token_id] = 0  # never the most probable: a text is there
     with pytest.raises(ValueError, match=message):

@@ -16,7 +16,7 @@ from peft_locft import LocFTConfig, describe_adapter, inspect_adapter, save_adap
 from peft_locft.adapters.provenance import Provenance
 from peft_locft.evaluation.intervals import Estimate
 from peft_locft.evaluation.report import EvaluationReport, MetricResult
-from peft_locft.io.files import size
+from peft_locft.io.disk_space import size
 
 
 def test_inspecting_says_what_the_folder_holds(tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def test_an_interrupted_update_ends_with_the_same_weights(learned: Path, tmp_pat
     forget = [edit_id(EDITS[1])]
     whole = recipe(tmp_path / "whole", num_train_epochs=3, loss_floor=0.0)
     update_adapter(learned, forget=forget, args=whole)
-    halves = {"loss_floor": 0.0, "save_strategy": "epoch", "num_train_epochs": 3}
+    halves = {"loss_floor": 0.0, "save_strategy": "epoch", "save_total_limit": 2, "num_train_epochs": 3}
     update_adapter(learned, forget=forget, args=recipe(tmp_path / "halves", **halves))
     # the edits that a checkpoint is of are those of the new list
     shutil.rmtree(tmp_path / "halves" / "checkpoint-6")

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from peft_locft import LocFTConfig, export_lora, save_adapter
 from peft_locft.adapters import read_adapter
 from peft_locft.adapters.lora_export import kept_by_rank, rank_for
-from peft_locft.io.files import size
+from peft_locft.io.disk_space import size
 
 DOWN = {"target_modules": ["down_proj"], "layers_to_transform": [1]}
 MODULE = "model.layers.1.mlp.down_proj"

@@ -39,7 +39,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from peft_locft import Edit, LocFTConfig, describe_adapter, detach, merge_checkpoint, merge_in_place
 from peft_locft.io import copies as file_copies
-from peft_locft.io.files import size
+from peft_locft.io.disk_space import size
 from peft_locft.io.folders import locked
 from peft_locft.io.parameter_names import VALUES_AT_ONCE
 

@@ -15,7 +15,8 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.torch import save_file
 
 from ..io.checkpoint import Checkpoint
-from ..io.files import atomic_file, size
+from ..io.disk_space import size
+from ..io.files import atomic_file
 from ..io.parameter_names import ParameterFinder
 from ..tuner.config import DELTA_DTYPES
 from .claims import MODEL

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..io.checkpoint import Checkpoint
-from ..io.files import sha256_of_file, size
+from ..io.disk_space import size
+from ..io.files import sha256_of_file
 from .card import usage_lines
 from .edited_parameters import edited_parameters
 from .provenance import Provenance, printable

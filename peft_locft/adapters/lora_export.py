@@ -17,7 +17,7 @@ from ..engine.loading import auto_class_of, load_config, load_model
 from ..evaluation.config import EvaluationConfig
 from ..evaluation.evaluator import evaluate_edits
 from ..evaluation.report import EvaluationReport
-from ..io.files import size
+from ..io.disk_space import size
 from ..tuner.model import locft_layers
 from .claims import MODEL
 from .exports import base_fields, base_of, check_delta_source, dtype_of, write_adapter

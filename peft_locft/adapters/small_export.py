@@ -10,7 +10,7 @@ from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..io.checkpoint import Checkpoint
-from ..io.files import size
+from ..io.disk_space import size
 from .edited_parameters import edited_parameters
 from .exports import base_of, check_export_source
 from .provenance import Provenance

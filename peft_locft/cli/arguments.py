@@ -149,6 +149,9 @@ class EvaluateArguments(ConditionArguments, LoadArguments):
     num_fewshot: int | None = field(default=None, metadata={"help": "Number of examples in a task's prompt."})
     num_edits: int | None = field(default=None, metadata={"help": FIRST})
     output_dir: str | None = None
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Save the report even to a folder that holds an adapter or a model."}
+    )
 
 
 @dataclass(kw_only=True)
@@ -206,7 +209,7 @@ TRAIN_SECTIONS = {
     "model and edits": ("model_name_or_path", "edits", "num_edits"),
     "where to edit": ("target_modules", "layers_to_transform", "location"),
     "recipe": ("recipe", *_RECIPE),
-    "output": ("output_dir", "ship_edits", "fail_if"),
+    "output": ("output_dir", "overwrite_output_dir", "ship_edits", "fail_if"),
     "evaluate while training": ("evaluate_every", "best_metric"),
     "update an adapter": ("resume_from_adapter", "forget"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import Any
 from .._version import __version__
 from .parser import DASHES, CommandParser
 from .slips import nearest_command
+from .stopping import Terminated, stoppable
 
 # a command imports what it runs, and after it has parsed: help, usage mistakes and other commands do not wait for that
 
@@ -40,8 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: the words after `locft`; `None` takes them from the process.
 
     Returns:
-        The exit code: 0; 3 if a condition of `--fail_if` holds; or 2 for a
-        mistake in the call or its files, or a model whose loss or logits are NaN.
+        The exit code: 0; 3 if a condition of `--fail_if` holds; 2 for a mistake in the call or its files, a full disk,
+        or a model whose loss or logits are NaN; 130 after Ctrl-C and 143 after SIGTERM, as in shells.
     """
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("-h", "--help"):
@@ -60,17 +62,22 @@ def main(argv: list[str] | None = None) -> int:
         print(f"locft: unknown command '{command}'; {hint}\n`locft --help` lists the commands.", file=sys.stderr)
         return 2
     try:
-        return COMMANDS[command](rest) or 0
+        with stoppable():
+            return COMMANDS[command](rest) or 0
+    except KeyboardInterrupt as stop:
+        message = " ".join(["stopped.", *getattr(stop, "__notes__", ["Nothing was written."])])
+        code = 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        message = str(error)
+        message, code = " ".join([str(error), *getattr(error, "__notes__", [])]), 2
     except RuntimeError as error:
         from ..engine.model_state import TrainingDivergedError
 
         if not isinstance(error, TrainingDivergedError):
             raise
-        message = str(error)
-    print(f"locft {command}: {message}", file=sys.stderr)
-    return 2
+        message, code = str(error), 2
+    line = f"locft {command}: {message}"
+    print(f"\n{line}" if code > 2 else line, file=sys.stderr)  # a bar or ^C may be on the line
+    return int(code)
 
 
 def train(argv: list[str]) -> int:

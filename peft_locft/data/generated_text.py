@@ -14,14 +14,16 @@ from transformers import PreTrainedTokenizerBase
 
 from ..engine.decoding import generate_and_score
 from ..engine.model_state import as_base, max_length
+from ..engine.preparations import Preparations
 from ..engine.questions import UNTIL_EOS, Question, TopK, end_token_ids
 from .edits import fold_case
 from .encoding import encode_prompts
 
-GIVEN_NAMES, NEW_NAMES = 12, 8  # in a list: names that it begins with, and names to generate
-NAME_TOKENS = 12  # tokens per generated name, on average
+GIVEN_NAMES, NEW_NAMES = 12, 4  # in a list: names that it begins with, and names to generate
+NAME_TOKENS = 12  # tokens per generated name, at most on average
+FEWEST_LISTS = 16  # continued together, which takes little longer than a few do
 SHORT_PREFIX, LONG_PREFIX = 5, 10  # tokens, by the source
-TEXT_LENGTH = 128  # tokens
+TEXT_LENGTH, SHORT_TEXT_LENGTH = 128, 32  # tokens
 MAX_ROUNDS = 20
 
 
@@ -33,6 +35,7 @@ def generate_prefixes(
     *,
     seed: int = 42,
     k: int = 5,
+    preparations: Preparations | None = None,
 ) -> tuple[str, ...]:
     """Sample prefixes from the base model, for `augmentation.with_prefix`.
 
@@ -47,6 +50,7 @@ def generate_prefixes(
         num_long: number of prefixes of at most 10 tokens.
         seed: the same seed gives the same prefixes.
         k: number of tokens to sample from.
+        preparations: stores what is sampled for later calls.
 
     Returns:
         The short ones, then the long ones: distinct, not empty, without line breaks or whitespace around them.
@@ -68,7 +72,8 @@ def generate_prefixes(
         if not places:
             break
         starts = _from_nothing(tokenizer, len(places))
-        answers = _sample(model, tokenizer, starts, [lengths[place] for place in places], k, (seed, attempt))
+        wanted = [lengths[place] for place in places]
+        answers = _sample(model, tokenizer, starts, wanted, k, (seed, attempt), preparations)
         for place, token_ids in zip(places, answers, strict=True):
             text = _one_line(tokenizer.decode(token_ids))
             if text and text not in prefixes:
@@ -83,12 +88,18 @@ def generate_prefixes(
 
 
 def base_texts(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, num_tokens: int, *, seed: int = 42, k: int = 50
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    num_tokens: int,
+    *,
+    seed: int = 42,
+    k: int = 50,
+    preparations: Preparations | None = None,
 ) -> list[str]:
     """Sample texts from the base model, to preserve its behaviour without a text of your own.
 
     Each text begins at BOS (EOS if the tokenizer has no BOS) and ends at EOS, after 128 tokens, or at the model's last
-    position.
+    position. Where texts ended early, more are sampled, of at most 32 tokens.
 
     Args:
         model: a decoder-only language model; its adapter is disabled meanwhile.
@@ -96,6 +107,7 @@ def base_texts(
         num_tokens: number of tokens to generate at least, over all texts.
         seed: the same seed gives the same texts.
         k: number of tokens to sample from.
+        preparations: stores what is sampled for later calls.
 
     Returns:
         The texts, none empty. Tokenized again, they may have slightly more or fewer tokens.
@@ -114,8 +126,11 @@ def base_texts(
     texts: list[str] = []
     generated, attempt, fruitless = 0, 0, 0
     while generated < num_tokens:
-        lengths = [int(length)] * math.ceil((num_tokens - generated) / length)
-        answers = _sample(model, tokenizer, _from_nothing(tokenizer, len(lengths)), lengths, k, (seed, attempt))
+        # what early ends have left open is filled by short texts: many at once take less time than a few long ones
+        each = int(length) if attempt == 0 else min(int(length), SHORT_TEXT_LENGTH)
+        lengths = [each] * math.ceil((num_tokens - generated) / each)
+        starts = _from_nothing(tokenizer, len(lengths))
+        answers = _sample(model, tokenizer, starts, lengths, k, (seed, attempt), preparations)
         generated_texts = [(text, len(ids)) for ids in answers if (text := tokenizer.decode(ids).strip())]
         texts += [text for text, _ in generated_texts]
         generated += sum(count for _, count in generated_texts)
@@ -136,6 +151,7 @@ def generate_subjects(
     *,
     seed: int = 42,
     k: int = 50,
+    preparations: Preparations | None = None,
 ) -> tuple[str, ...]:
     """Sample names of the same kinds as some subjects: the base model continues lists of these.
 
@@ -146,6 +162,7 @@ def generate_subjects(
         num: number of names at most. A model may generate fewer, or none if it does not continue the list.
         seed: the same seed gives the same names.
         k: number of tokens to sample from.
+        preparations: stores what is sampled for later calls.
 
     Returns:
         Distinct names, compared by `edits.fold_case`. None is one of `subjects`, contains a line break, or is longer
@@ -173,14 +190,15 @@ def generate_subjects(
         before = len(names)
         starts = [
             _list_of([given[number] for number in random.permutation(len(given))[:GIVEN_NAMES]], tokenizer, room)
-            for _ in range(math.ceil((num - len(names)) / NEW_NAMES))
+            for _ in range(max(FEWEST_LISTS, math.ceil((num - len(names)) / NEW_NAMES)))
         ]
         starts = [start for start in starts if len(start) < room]
         lengths = [min(NEW_NAMES * NAME_TOKENS, room - len(start)) for start in starts]
-        answers = _sample(model, tokenizer, starts, lengths, k, (seed, attempt))
+        # a list ends with its line
+        answers = _sample(model, tokenizer, starts, lengths, k, (seed, attempt), preparations, until="\n")
         for token_ids in answers:
-            # the last name may be cut off, and text after a line break does not belong to the list
-            line = tokenizer.decode(token_ids).strip().partition("\n")[0]
+            # the last name may be cut off
+            line = tokenizer.decode(token_ids).partition("\n")[0]
             for name in map(_one_line, line.split(";")[:-1]):
                 if name and len(name) <= longest and fold_case(name) not in known:
                     names.setdefault(fold_case(name), name)
@@ -211,19 +229,31 @@ def _sample(
     lengths: Sequence[int],
     k: int,
     seed: tuple[int, int],
+    preparations: Preparations | None,
+    until: str = "",
 ) -> list[list[int]]:
-    """Return sampled token ids after each start: at most its length in tokens, without EOS."""
+    """Return sampled token ids after each start: at most its length in tokens, without EOS; `until` ends it, too."""
     if k < 1:
         raise ValueError(f"k={k}: expected 1 or more tokens to sample from.")
+    preparations = preparations or Preparations(model)
     questions = [
-        Question(tuple(start), num_stops=UNTIL_EOS, max_new_tokens=length, sample=number)
+        Question(tuple(start), num_stops=1 if until else UNTIL_EOS, max_new_tokens=length, sample=number)
         for number, (start, length) in enumerate(zip(starts, lengths, strict=True))
     ]
-    choose = TopK(k, int(np.random.default_rng(seed).integers(2**32)))
-    with as_base(model):
-        answers = generate_and_score(model, tokenizer, questions, choose=choose, label="the base")
-    ids = [answer.token_ids for answer in answers]
+    noise = int(np.random.default_rng(seed).integers(2**32))
     end_ids = end_token_ids(tokenizer, model)
+
+    def sample() -> list[list[int]]:
+        choose = preparations.counted(TopK(k, noise))
+        with as_base(model):
+            answers = generate_and_score(
+                model, tokenizer, questions, choose=choose, label="the base", progress=False, stops=(until,)
+            )
+        return [answer.token_ids for answer in answers]
+
+    inputs = [[list(start) for start in starts], list(lengths), k, noise, sorted(end_ids), until]
+    preparations.add(sum(lengths))
+    ids = preparations.stored(inputs, sample)
     return [row[:-1] if row[-1] in end_ids else row for row in ids]
 
 

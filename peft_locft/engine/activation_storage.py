@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +17,8 @@ from safetensors.torch import save
 from torch import nn
 
 from ..io.arithmetic import tensor_sha256
-from ..io.files import atomic_file
+from ..io.disk_space import reserve
+from ..io.files import atomic_file, remove_abandoned
 from .fingerprint import layer_digests, sha256_of
 from .prefix_tree import PrefixTree
 from .tail import Tail
@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 NAME = "states"
 STAGED = ".*.safetensors-*"  # how `atomic_file` names a file that is being written
-STALE_SECONDS = 24 * 3600  # the age at which such a file belongs to no running process
 
 
 @dataclass(frozen=True)
@@ -60,28 +59,34 @@ class StateStorage:
 
     Args:
         place: `"memory"`, `"disk"`, or `"auto"`: in memory if the states need less than half of the free memory.
-        scratch_dir: the folder of a scratch file. The file has no name, so the system frees its space when the process
-            ends, even if it is killed.
+        scratch_dir: the folder of a scratch file; `None`: the system's folder for temporary files. The file has no
+            name, so the system frees its space when the process ends, even if it is killed.
         cache_dir: a folder for a file that later runs use, if model, edits and location are the same.
         shared: a folder shared with other trainings on this base; used if `cache_dir` is not given.
         progress: show a progress bar while the states are computed.
     """
 
     place: str
-    scratch_dir: str
+    scratch_dir: str | None
     cache_dir: str | None = None
     shared: SharedActivations | None = None
     progress: bool = True
 
     def allocate(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-        """Return an empty tensor for states, (nodes, hidden), in memory or in a scratch file."""
+        """Return an empty tensor for states, (nodes, hidden), in memory or in a scratch file.
+
+        Raises:
+            DiskFullError: if the disk has no room for the scratch file.
+        """
         num_values = shape[0] * shape[1]
         place = self.place
         if place == "auto":
             place = "memory" if num_values * dtype.itemsize < psutil.virtual_memory().available / 2 else "disk"
         if place == "memory":
             return torch.empty(shape, dtype=dtype)
-        with tempfile.NamedTemporaryFile(dir=self.scratch_dir, prefix=".activation-cache-") as file:
+        folder = self.scratch_dir or tempfile.gettempdir()
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".activation-cache-") as file:
+            reserve(file, folder, num_values * dtype.itemsize)
             return torch.from_file(file.name, shared=True, size=num_values, dtype=dtype).view(shape)
 
 
@@ -129,11 +134,13 @@ def load_states(path: Path, num_nodes: int) -> torch.Tensor | None:
 
 @contextmanager
 def new_states_file(path: Path, shape: tuple[int, int], dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """Yield a memory-mapped tensor for states, (nodes, hidden); on success it becomes the safetensors file `path`."""
+    """Yield a memory-mapped tensor for states, (nodes, hidden); on success it becomes the safetensors file `path`.
+
+    Raises:
+        DiskFullError: if the disk has no room.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for old in path.parent.glob(STAGED):
-        if time.time() - old.stat().st_mtime > STALE_SECONDS:  # its run was killed
-            old.unlink(missing_ok=True)
+    remove_abandoned(path.parent.glob(STAGED))
     num_bytes = shape[0] * shape[1] * dtype.itemsize
     # safetensors writes headers of tensors only, so take the dtype's name from the header of an empty one
     empty = save({NAME: torch.empty(0, dtype=dtype)})
@@ -143,6 +150,6 @@ def new_states_file(path: Path, shape: tuple[int, int], dtype: torch.dtype) -> I
     with atomic_file(path) as staged:
         with staged.open("wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
-            file.truncate(8 + len(header) + num_bytes)
+            reserve(file, path.parent, 8 + len(header) + num_bytes)
         content = torch.from_file(str(staged), shared=True, size=8 + len(header) + num_bytes, dtype=torch.uint8)
         yield content[8 + len(header) :].view(dtype).view(shape)

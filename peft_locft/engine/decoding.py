@@ -20,7 +20,7 @@ from .memory import MOST_TOKENS, run_halving
 from .model_state import check_vocabulary, evaluating, max_length
 from .packed_decoding import PackedDecoder, num_tokens
 from .padding import batches_by_length, pad_right
-from .questions import Answer, Choice, Continuation, Question, Score, StopCounter, greedy
+from .questions import STOPS, Answer, Choice, Continuation, Question, Score, StopCounter, greedy
 from .tail import Tail, logits_at
 from .trial import thinned
 
@@ -38,6 +38,7 @@ def generate_and_score(
     max_tokens: int | None = None,
     label: str = "the model",
     progress: bool = True,
+    stops: Sequence[str] = STOPS,
 ) -> list[Answer]:
     """Return an answer to each question: generated tokens, and scores of continuations.
 
@@ -54,6 +55,7 @@ def generate_and_score(
             warning, when memory runs out.
         label: the model's name in messages, such as "the base".
         progress: show a progress bar, if there are at least 100 questions.
+        stops: the characters that `Question.num_stops` counts.
 
     Returns:
         The answers, in the order of the questions; equal questions share one object.
@@ -68,7 +70,7 @@ def generate_and_score(
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     most = MOST_TOKENS_ON_CPU if embedding.device.type == "cpu" else MOST_TOKENS
     max_tokens = max_tokens or max(1, min(most, MOST_LOGITS // embedding.shape[0]))
-    ends = StopCounter(tokenizer, label=label, model=model)
+    ends = StopCounter(tokenizer, stops, label=label, model=model)
 
     longest = max(map(_length, distinct))
     checks = checks_of(model, embedding.device, longest)

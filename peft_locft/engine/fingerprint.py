@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from typing import Any
 
@@ -19,6 +21,7 @@ from .offload import whole_layer
 # configuration that no hidden state depends on; the weights' dtype is hashed with the weights
 WITHOUT_EFFECT = ("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype")
 ADAPTER_NAMES = ("locft_", "lora_")
+HASHING_THREADS = 8
 
 
 def layer_digests(
@@ -50,20 +53,33 @@ def layer_digests(
     outside = ((name, tensor) for name, tensor in _tensors(model) if id(tensor) not in inside)
     parts = [outside, *(_tensors(layer) for layer in layers[:num_layers])]
     digests, digest = [], sha256_of(transformers.__version__, configuration_of(model))
-    for part in parts:
-        described = []
-        for name, tensor in part:
-            if not with_adapters and any(adapter in name for adapter in ADAPTER_NAMES):
-                continue
+    with ThreadPoolExecutor(min(HASHING_THREADS, os.cpu_count() or 1)) as pool:
+        hashed = [_described(part, pool, option, with_adapters, sha256) for part in parts]
+        for described in hashed:
+            lines = [f"{name} {tensor.dtype} {found.result()}" for name, tensor, found in described]
+            digest = sha256_of(digest, *lines)
+            digests.append(digest)
+    return digests
+
+
+def _described(
+    part: Iterable[tuple[str, torch.Tensor]],
+    pool: ThreadPoolExecutor,
+    option: str,
+    with_adapters: bool,
+    sha256: Callable[[torch.Tensor], str],
+) -> list[tuple[str, torch.Tensor, Future[str]]]:
+    """Return the name, the tensor and the hash, which is still being computed, of each tensor in a part."""
+    described = []
+    for name, tensor in part:
+        if with_adapters or not any(adapter in name for adapter in ADAPTER_NAMES):
             if tensor.is_meta:
                 raise ValueError(
                     f"{option}: the file is named by the sha256 of the model's weights, and {name} is offloaded (on "
                     f"the meta device). Unset {option}, or load the model without offloading."
                 )
-            described.append(f"{name} {tensor.dtype} {sha256(tensor)}")
-        digest = sha256_of(digest, *described)
-        digests.append(digest)
-    return digests
+            described.append((name, tensor, pool.submit(sha256, tensor)))
+    return described
 
 
 def sha256_of(*parts: str) -> str:

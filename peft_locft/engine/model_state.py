@@ -81,6 +81,27 @@ def check_vocabulary(model: Any, input_ids: torch.Tensor) -> None:
         )
 
 
+def check_trainable(model: nn.Module) -> None:
+    """Check that an adapter, or a part of a model that was unfrozen on purpose, is what will be trained.
+
+    Raises:
+        ValueError: if no parameter is trainable; or if all are, and the model has no adapter.
+    """
+    parameters = list(model.parameters())
+    add = "Add an adapter with get_peft_model(model, LocFTConfig())"
+    if not any(parameter.requires_grad for parameter in parameters):
+        raise ValueError(
+            f"BreadthFirstTrainer: no parameter of the model is trainable. {add}, load one with is_trainable=True, or "
+            "unfreeze the weights to edit."
+        )
+    if all(parameter.requires_grad for parameter in parameters) and not has_adapter(model):
+        number = sum(parameter.numel() for parameter in parameters)
+        raise ValueError(
+            f"BreadthFirstTrainer: the model has no adapter, so all of its {number:,} parameters would be trained. "
+            f"{add}; or freeze it with model.requires_grad_(False), and unfreeze the weights to edit."
+        )
+
+
 class TrainingDivergedError(RuntimeError):
     """The loss became NaN or infinite during training."""
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Literal
 
-from .files import size
+from .disk_space import check_room
 
 if sys.platform != "win32":
     import fcntl
@@ -62,17 +62,6 @@ def place_file(source: Path, target: Path, link: Link, progress: Progress) -> st
         return method
     progress(source.stat().st_size)
     return method
-
-
-def check_room(folder: Path, num_bytes: int) -> None:
-    """Raise an OSError if the disk has no room for a file of this size."""
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes:
-        raise OSError(
-            errno.ENOSPC,
-            f"No space left on device: {folder} needs {size(num_bytes)} and has {size(free)} free. Nothing was "
-            "changed. Free some space",
-        )
 
 
 def _hard_link(source: Path, target: Path) -> bool:

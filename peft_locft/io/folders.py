@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from .disk_space import explained_disk_full
 from .files import check_folder, current_umask
 
 if sys.platform != "win32":
@@ -97,13 +98,14 @@ def atomic_folder(
     Raises:
         NotADirectoryError: if `folder` or a parent is a file.
         ValueError: if `new`, and another process created the folder with files in it.
+        DiskFullError: if the disk has no room.
     """
     # a link to a folder must stay a link, so exchange the folder itself
     folder = Path(folder).resolve()
     check_folder(folder, what)
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder)
-    with _staging(folder) as staging:
+    with explained_disk_full(folder), _staging(folder) as staging:
         yield staging
         if new:
             _sync(staging)

@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .arithmetic import one_thread
-from .copies import Progress, begin_writing, check_room, clone, copy_ranges, gaps, write_all
+from .copies import Progress, begin_writing, clone, copy_ranges, gaps, write_all
+from .disk_space import check_room
 from .safetensors_file import StoredTensor, read_header
 
 

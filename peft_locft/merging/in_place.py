@@ -9,13 +9,16 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..io.checkpoint import INDEX_NAME, Checkpoint
 from ..io.copies import write_all
+from ..io.disk_space import explained_disk_full
 from ..io.files import write_atomically
 from ..io.folders import locked, sync_folder
+from ..io.interruption import explained_interruption
 from ..io.patched_file import write_patched
 from ..io.safetensors_file import StoredTensor, read_header, write_header
 from .plan import IN_PLACE_FOLDER, MergePlan, plan_edits, write_edited_shard
@@ -174,7 +177,17 @@ def _exclusive_access(model_folder: str | os.PathLike[str]) -> Iterator[tuple[Pa
     with locked(folder) as acquired:
         if not acquired:
             raise ValueError(f"Another process is merging or detaching in {folder}. Wait until it has finished.")
-        yield folder, *recover(folder)
+        before = recover(folder)
+        with explained_interruption(partial(_what_is_left, folder, before[0] is not None)):
+            yield folder, *before
+
+
+def _what_is_left(folder: Path, was_merged: bool) -> str:
+    """Return what an interrupted merge or detach left."""
+    is_merged = recover(folder)[0] is not None
+    if is_merged == was_merged:
+        return f"The model in {folder} is as it was before. Run the same command to try again."
+    return f"The model in {folder} is complete: the adapters are {'merged' if is_merged else 'detached'}."
 
 
 def _hub_cache() -> Path:
@@ -362,12 +375,13 @@ def read_undo(path: Path) -> Undo:
 def staging(model: Path) -> Iterator[Path]:
     """Yield an empty folder for new files. After an error, `recover` removes files that the model does not use."""
     staged = model / IN_PLACE_FOLDER / STAGED_FOLDER
-    try:
-        staged.mkdir(parents=True)
-        yield staged
-    except BaseException:
-        recover(model)
-        raise
+    with explained_disk_full(model):
+        try:
+            staged.mkdir(parents=True)
+            yield staged
+        except BaseException:
+            recover(model)
+            raise
 
 
 def stage_index(model: Path, staged: Path, names: Mapping[str, str]) -> None:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from .._version import __version__
 from ..adapters.shipped_edits import Conflicts, find_conflicts
 from ..io.checkpoint import INDEX_NAME, OTHER_WEIGHTS, Checkpoint, local_folder
 from ..io.copies import Link, Progress, place_file
-from ..io.files import size, write_atomically
+from ..io.disk_space import size
+from ..io.files import write_atomically
 from ..io.folders import atomic_folder
+from ..io.interruption import explained_interruption
 from .plan import IN_PLACE_FOLDER, MergePlan, plan_edits, write_edited_shard
 
 RECORD_NAME = "locft_merge.json"
@@ -130,7 +133,11 @@ def merge_checkpoint(
     edits = plan_edits(Checkpoint(source), adapters, weights, scale, force)
     record = {"base_model": {"name_or_path": str(base), "revision": revision}, **merge_record(edits, weights, scale)}
     conflicts = conflicts_of(edits)
-    with atomic_folder(target, what="a merged model", new=True) as staging:
+    nothing = partial("Nothing is left in {}. Run the same command to merge again.".format, target)
+    with (
+        explained_interruption(nothing),
+        atomic_folder(target, what="a merged model", new=True) as staging,
+    ):
         summary = _write(edits, staging, link, record, progress)
     return replace(summary, folder=target, conflicts=conflicts, seconds=time.perf_counter() - start)
 

@@ -1,11 +1,16 @@
-"""Trainer callbacks: the end of training at the loss floor, and the progress bar."""
+"""Trainer callbacks: the end of training at the loss floor, the progress bar, and a line an epoch without one."""
 
 from __future__ import annotations
 
+import logging
 import math
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ProgressCallback
 
@@ -97,3 +102,52 @@ class EditProgressBar(ProgressCallback):
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         pass
+
+
+def logging_beside_bars(shown: bool) -> AbstractContextManager[None]:
+    """Return a context in which log messages on the console do not tear progress bars.
+
+    Args:
+        shown: whether there are bars.
+    """
+    if not shown:
+        return nullcontext()
+    return logging_redirect_tqdm([logging.root, logging.getLogger("transformers")])
+
+
+@contextmanager
+def logged_without(name: str, text: str) -> Iterator[None]:
+    """Leave out a message of another library's logger that a user can do nothing about."""
+    logger = logging.getLogger(name)
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return text not in record.getMessage()
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
+class EpochLines(TrainerCallback):
+    """Prints a line for every log of the Trainer, where there is no progress bar (`disable_tqdm=True`).
+
+    Args:
+        history: the losses of the run.
+        num_new: edits that the model had not learned before the run.
+    """
+
+    def __init__(self, history: LossHistory, num_new: int) -> None:
+        self.history = history
+        self.num_new = num_new
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_local_process_zero or "loss" not in (logs or {}):
+            return  # the totals at the end of training
+        epochs, losses = state.epoch or 0.0, self.history.epoch_losses
+        if epochs.is_integer() and losses:
+            counts = [f", {self.num_new - number} of {self.num_new} learned" for number in self.history.unlearned[-1:]]
+            tqdm.write(f"epoch {epochs:.0f}: loss {losses[-1]:.4f}{''.join(counts)}")
+        else:
+            tqdm.write(f"step {state.global_step}: loss {float(logs['loss']):.4f}")

@@ -9,13 +9,13 @@ from typing import Any, Literal, get_args
 from transformers import TrainingArguments
 
 from ..data.chat import chat_template_mode, template_arguments
+from ..engine.preparations import AUTO
 from .objectives import LossAveraging, Objective
 
 Recipe = Literal["published", "balanced"]
 RetainedLoss = Literal["kl", "likelihood"]
 RetainedFactsChoice = Literal["random", "nearest"]
 
-AUTO = "auto"
 BATCHES_PER_EPOCH = 10  # with a batch size that fits the number of edits
 SMALLEST_BATCH, LARGEST_BATCH = 5, 100  # the published one is 100
 GENERATED = "generated"
@@ -104,7 +104,10 @@ class PreservationArguments:
             trained half as fast. 0 = off.
         preserve_energy_share (`float`, defaults to 0.0):
             Share of the text's energy whose directions are closed to training, see `NullSpaceProjector`. 0 = off.
-        preserve_cache_dir (`str`, *optional*): Folder that stores the statistics of the text for later runs.
+        preserve_cache_dir (`str`, *optional*, defaults to `"auto"`):
+            Folder that stores, for later runs on the same model, what the base generates (prefixes, subjects, text)
+            and the statistics of the text; the results are the same without it. `"auto"`: a folder of at most 2 GB
+            in the user's cache (`$HF_HOME/peft_locft/preparations`). `"off"` or `None`: nothing is stored.
         delta_decay (`float`, *optional*):
             Share of the delta that one epoch at the full learning rate removes, less as the rate falls. Added to
             `weight_decay`; it does not depend on the rate or the number of steps in an epoch.
@@ -162,7 +165,8 @@ class PreservationArguments:
         default=0.0, metadata={"help": "Share of the preserved text's energy to close to training; 0 = off."}
     )
     preserve_cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder that stores the preserved text's statistics for later runs."}
+        default=AUTO,
+        metadata={"help": "Folder that stores what the base generates, and its statistics, for later runs; or off."},
     )
     delta_decay: float | None = field(
         default=None, metadata={"help": "Share of the delta that one epoch at the full learning rate removes."}
@@ -235,6 +239,13 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
     give them; the paper uses 5e-4 (for three models of 7B and 8B parameters), batches of 100 and at most 25 epochs.
 
     Args:
+        output_dir (`str`, *optional*):
+            Folder of the adapter and of checkpoints. `None`: nothing is written; `save_model` then needs a folder.
+        overwrite_output_dir (`bool`, defaults to `False`):
+            Allow `train_edits` and the other jobs to write to an `output_dir` that holds an adapter, a model or
+            checkpoints.
+        save_total_limit (`int`, *optional*, defaults to 1):
+            Keep only the N newest checkpoints; `None`: all. A run is resumed from the newest.
         learning_rate (`float` or `str`, defaults to `"auto"`):
             Learning rate of Adam. `"auto"`: a rate for each trained tensor, `relative_learning_rate` times the root
             mean square of its base weight; the losses correct it while training (see `RateControl`). Published rates
@@ -273,9 +284,10 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
             everything else together. 0 = off. `None`: 0, or as the recipe says.
         activation_cache (`str`, defaults to `"auto"`):
             Where to store the states that leave the layers before the first trained one, which run only once:
-            `"memory"`, `"disk"` (a memory-mapped scratch file in `output_dir`), or `"off"`: every step runs the whole
-            model on padded edits. `"auto"` takes memory if they need less than half of what is free, else disk; if
-            the states would be wrong for the model, it runs the whole model and says why.
+            `"memory"`, `"disk"` (a memory-mapped scratch file in `output_dir`, without one in the system's folder for
+            temporary files), or `"off"`: every step runs the whole model on padded edits. `"auto"` takes memory if
+            they need less than half of what is free, else disk; if the states would be wrong for the model, it runs
+            the whole model and says why.
         activation_cache_dir (`str`, *optional*):
             Folder that stores these states for later runs with the same edits, model and location.
         offload_trunk (`bool`, defaults to `False`):
@@ -289,6 +301,11 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
         ValueError: if a field has a value that is not allowed here.
     """
 
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for the adapter, and for checkpoints."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Write to an output folder that holds an adapter, a model or checkpoints."}
+    )
+    save_total_limit: int | None = field(default=1, metadata={"help": "Keep only the N newest checkpoints."})
     # the parser makes it a text, which is read below
     learning_rate: float | str | None = field(
         default=AUTO, metadata={"help": "Learning rate of Adam; auto: one that fits each trained tensor."}
@@ -356,7 +373,11 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
         self.resolve()  # before transformers checks the fields that the recipe fills
         self._check_rate()
         self._check_numbers()
+        has_folder = self.output_dir is not None
         super().__post_init__()
+        if not has_folder:
+            self.output_dir = None  # transformers writes to the folder "trainer_output" otherwise
+            self._check_writes_nothing()
         if self.deepspeed:
             # DeepSpeed clips at 1.0 by default
             self.hf_deepspeed_config.config.setdefault("gradient_clipping", self.max_grad_norm)
@@ -418,6 +439,15 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"BreadthFirstConfig.{name}={value!r}: expected a number above 0.")
+
+    def _check_writes_nothing(self) -> None:
+        for name, off in (("save_strategy", "no"), ("push_to_hub", False)):
+            value = getattr(self, name)
+            if getattr(value, "value", value) != off:
+                raise ValueError(
+                    f"BreadthFirstConfig.{name}={getattr(value, 'value', value)!r} writes checkpoints, and output_dir "
+                    "is missing. Give a folder: output_dir='out'."
+                )
 
     def _check_depth_first(self) -> None:
         if self.num_prefixes or self.num_concatenated or self.has_retained or self.delta_decay:

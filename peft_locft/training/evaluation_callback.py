@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
@@ -35,7 +34,8 @@ class EvaluationCallback(TrainerCallback):
     """Evaluates a sample of the edits every few epochs, and can restore the best epoch and stop early.
 
     Each evaluation writes `evaluation_curves.json` and, with `draw`, `evaluation_curves.png` to `args.output_dir`.
-    Beside them it stores the trained weights of the best epoch alone, no checkpoint.
+    Beside them it stores the trained weights of the best epoch alone, no checkpoint. Without `args.output_dir` these
+    weights are held in memory, and no file is written.
 
     Args:
         edits: the sample, with rephrasings and probes; they need not be in training.
@@ -82,6 +82,7 @@ class EvaluationCallback(TrainerCallback):
         self.draw = draw
         self.curves: list[dict[str, float]] = []
         self._evaluator: EditEvaluator | None = None
+        self._best: dict[str, torch.Tensor] | None = None  # where there is no folder
 
     # ------------------------------------------------------------------ events
 
@@ -123,14 +124,14 @@ class EvaluationCallback(TrainerCallback):
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         best = self.best
-        stored = Path(args.output_dir, BEST_NAME)
-        if best is not None and stored.is_file():
+        stored = Path(args.output_dir or "", BEST_NAME)
+        if best is not None and (self._best is not None or (args.output_dir is not None and stored.is_file())):
             if best is not self.curves[-1]:
-                _restore(model, stored)
+                _restore(model, load_file(stored) if self._best is None else self._best)
                 value = best[self.best_metric or ""]
                 logger.warning("Restored epoch %d, the best by %s: %.4f.", best["epoch"], self.best_metric, value)
             state.stateful_callbacks[CURVES_KEY] = {"curves": self.curves, "best_epoch": best["epoch"]}
-            if state.is_world_process_zero:
+            if state.is_world_process_zero and self._best is None:
                 stored.unlink(missing_ok=True)
 
     # ------------------------------------------------------------------ the best epoch
@@ -156,14 +157,16 @@ class EvaluationCallback(TrainerCallback):
             raise ValueError(f"EvaluationCallback.best_metric={self.best_metric!r}: {why}.")
         self.curves.append(_point(report, state))
         state.stateful_callbacks[CURVES_KEY] = {"curves": self.curves}
-        if not state.is_world_process_zero:
-            return
-        if self.best is self.curves[-1]:
-            tensors = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
-            write_atomically(Path(args.output_dir, BEST_NAME), save(tensors))
-        write_atomically(Path(args.output_dir, f"{CURVES_NAME}.json"), json.dumps(self.curves, indent=1) + "\n")
-        if self.draw is not None and len(self.curves) > 1:
-            self.draw(self.curves, Path(args.output_dir, f"{CURVES_NAME}.png"))
+        is_best = self.best is self.curves[-1]
+        trained = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad and is_best}
+        if args.output_dir is None:
+            self._best = {name: tensor.clone() for name, tensor in trained.items()} if is_best else self._best
+        elif state.is_world_process_zero:
+            if is_best:
+                write_atomically(Path(args.output_dir, BEST_NAME), save(trained))
+            write_atomically(Path(args.output_dir, f"{CURVES_NAME}.json"), json.dumps(self.curves, indent=1) + "\n")
+            if self.draw is not None and len(self.curves) > 1:
+                self.draw(self.curves, Path(args.output_dir, f"{CURVES_NAME}.png"))
 
 
 def _point(report: EvaluationReport, state: TrainerState) -> dict[str, float]:
@@ -174,8 +177,7 @@ def _point(report: EvaluationReport, state: TrainerState) -> dict[str, float]:
 
 
 @torch.no_grad()
-def _restore(model: nn.Module, stored: Path) -> None:
+def _restore(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     parameters = dict(model.named_parameters())
-    with safe_open(stored, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118  (no dictionary)
-            parameters[name].copy_(file.get_tensor(name))
+    for name, tensor in tensors.items():
+        parameters[name].copy_(tensor)

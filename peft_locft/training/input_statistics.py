@@ -20,8 +20,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ..engine.fingerprint import layer_digests, sha256_of
 from ..engine.model_state import as_base, check_vocabulary, evaluating
+from ..engine.preparations import AUTO, MAX_BYTES, limit_shared_folder, preparations_folder
 from ..engine.tail import logits_at
 from ..io.arithmetic import tensor_sha256
+from ..io.bounded_folder import mark_used
+from ..io.disk_space import free_bytes
 from ..io.files import atomic_file
 from ..io.parameter_names import clean_name
 from ..tuner.presets import find_decoder_layers
@@ -134,6 +137,7 @@ def input_statistics(
         measured = _measure(model, rows, missing, max_tokens_per_forward, progress)
         for name, statistics in measured.items():
             _save(paths[name], name, statistics)
+        limit_shared_folder()
         found |= measured
     return {name: found[name] for name in modules}
 
@@ -290,6 +294,25 @@ class _Reached(Exception):
 # ---------------------------------------------------------------------- files
 
 
+def statistics_folder(model: nn.Module, option: str | Path | None) -> Path | None:
+    """Return the folder that stores statistics, see `preparations_folder`; `None`: none is used.
+
+    The folder that all runs share is left out where they would take most of it, or cannot be stored or named.
+    """
+    parameters = list(model.parameters())
+    folder = preparations_folder(option, parameters[0].device)
+    if folder is None or option != AUTO:
+        return folder
+    widths = [max(p.shape) for p in parameters if p.requires_grad and p.ndim == 2]
+    num_bytes = sum(4 * width**2 for width in widths)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        fits = num_bytes < min(MAX_BYTES, free_bytes(folder)) / 2
+    except OSError:
+        return None
+    return folder if fits and not any(p.is_meta for p in parameters) else None
+
+
 def _save(path: Path, name: str, statistics: InputStatistics) -> None:
     tensors = {
         "second_moment": statistics.second_moment,
@@ -308,5 +331,6 @@ def _load(path: Path) -> InputStatistics | None:
     except (SafetensorError, OSError, KeyError) as error:
         logger.warning("%s is incomplete (%s); the statistics are computed again.", path, error)
         return None
+    mark_used(path)
     logger.info("Read the statistics of the preserved text from %s.", path)
     return statistics

@@ -19,7 +19,7 @@ from ..io.parameter_names import clean_name
 from ..tuner.delta import Delta
 from ..tuner.layer import LocFTLayer
 from .config import BreadthFirstConfig
-from .input_statistics import InputStatistics, Tokens, input_dimension, input_statistics
+from .input_statistics import InputStatistics, Tokens, input_dimension, input_statistics, statistics_folder
 from .preservation import NullSpaceProjector, SoftProjector, bound_, check_positive, check_share, sparsify_
 
 Projector: TypeAlias = NullSpaceProjector | SoftProjector
@@ -213,7 +213,7 @@ def prepare_preserver(model: nn.Module, windows: Tokens | None, args: BreadthFir
         soft_strength=args.preserve_soft_strength or None,
         bound=args.delta_bound,
         density=args.delta_density,
-        cache_dir=args.preserve_cache_dir,
+        cache_dir=statistics_folder(model, args.preserve_cache_dir),
         progress=not args.disable_tqdm,
     )
 

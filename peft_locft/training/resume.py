@@ -24,20 +24,25 @@ def whole_checkpoint(output_dir: str | os.PathLike[str], wanted: str | os.PathLi
         ValueError: if that checkpoint is incomplete, or none in `output_dir` is complete.
     """
     if not isinstance(wanted, bool) and str(wanted).lower() != "true":
-        if not _is_whole(Path(wanted)):
+        if not is_whole(Path(wanted)):
             raise ValueError(
                 f"{wanted} is no complete checkpoint: it has no readable {TRAINER_STATE_NAME}. Name another, or use "
                 "True for the newest complete one."
             )
         return Path(wanted)
-    numbered = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(output_dir).glob("*")]
-    for _, checkpoint in sorted(((int(match[1]), path) for match, path in numbered if match), reverse=True):
-        if _is_whole(checkpoint):
+    for checkpoint in reversed(checkpoints_in(output_dir)):
+        if is_whole(checkpoint):
             return checkpoint
     raise ValueError(
         f"{output_dir} holds no complete checkpoint to resume from. Train without resume_from_checkpoint; with "
         "save_strategy='epoch' the run can be resumed."
     )
+
+
+def checkpoints_in(output_dir: str | os.PathLike[str]) -> list[Path]:
+    """Return the checkpoints in a folder, complete or not, in the order of their steps."""
+    numbered = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(output_dir).glob("*")]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in numbered if match and path.is_dir())]
 
 
 def check_same_edits(checkpoint: Path, edits_sha256: str) -> None:
@@ -61,7 +66,8 @@ def invalidate(checkpoint: str | os.PathLike[str]) -> None:
     Path(checkpoint, TRAINER_STATE_NAME).unlink(missing_ok=True)
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def is_whole(checkpoint: Path) -> bool:
+    """Return whether a checkpoint is complete."""
     try:
         # Trainer writes this file last
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))

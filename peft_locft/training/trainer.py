@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 import statistics
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..adapters.provenance import TrainingRun
@@ -31,14 +33,23 @@ from ..engine.model_state import (
     check_finite,
     check_gradient,
     check_model_and_tokenizer,
+    check_trainable,
     check_vocabulary,
     configuration_unchanged,
     dropout_off,
     evaluating,
 )
 from ..engine.offload import trunk_offloaded
+from ..io.disk_space import explained_disk_full
 from .batches import EditBatches
-from .callbacks import CURVES_KEY, EditProgressBar, LossFloorCallback
+from .callbacks import (
+    CURVES_KEY,
+    EditProgressBar,
+    EpochLines,
+    LossFloorCallback,
+    logged_without,
+    logging_beside_bars,
+)
 from .config import AUTO, BreadthFirstConfig, batch_size_for
 from .edit_runner import MicroBatch
 from .learned import LearnedEdits
@@ -47,7 +58,7 @@ from .preserver import PreservationCallback, prepare_preserver
 from .rate_control import RateControl
 from .rates import fitting_rates, set_rates
 from .record import training_record
-from .resume import check_same_edits, invalidate, whole_checkpoint
+from .resume import check_same_edits, invalidate, is_whole, whole_checkpoint
 from .row_losses import BatchWeight, RowLosses
 from .training_data import TrainingData, training_data, with_chat_template
 
@@ -77,8 +88,8 @@ class BreadthFirstTrainer(Trainer):
             weights are sharded, and with `objective="prompt_last"`, which does not score answers.
 
     Raises:
-        ValueError: if nothing in the model is trainable, if edits or tokenizer are missing, or if an edit cannot be
-            encoded for this model.
+        ValueError: if nothing in the model is trainable, or everything in a model without an adapter; if edits or
+            tokenizer are missing, or an edit cannot be encoded for this model.
 
     Example:
         >>> args = BreadthFirstConfig(output_dir="out")
@@ -106,11 +117,7 @@ class BreadthFirstTrainer(Trainer):
             raise ValueError(f"BreadthFirstTrainer: {found}; expected a BreadthFirstConfig with the same fields.")
         if processing_class is not None:
             check_model_and_tokenizer(model, processing_class, "BreadthFirstTrainer")
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ValueError(
-                "BreadthFirstTrainer: no parameter of the model is trainable. Add an adapter with get_peft_model("
-                "model, LocFTConfig()), load one with is_trainable=True, or unfreeze the weights to edit."
-            )
+        check_trainable(model)
         if train_dataset is None or processing_class is None:
             raise ValueError(
                 "BreadthFirstTrainer: train_dataset (the edits) or processing_class (the tokenizer) is missing. Pass "
@@ -132,7 +139,7 @@ class BreadthFirstTrainer(Trainer):
         self.learned: LearnedEdits | None = None
         self.losses = RowLosses.of(encoded, self.data.rows, args, shared_activations)
         self.runner = self.losses.runner
-        with configuration_unchanged(model):
+        with configuration_unchanged(model), _some_folder(args):
             super().__init__(
                 model=model, args=args, train_dataset=encoded, processing_class=processing_class, **kwargs
             )
@@ -151,6 +158,8 @@ class BreadthFirstTrainer(Trainer):
             self.add_callback(self.rate_control)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(EditProgressBar(self.loss_history, self.data.rows.num_edits))
+        if self.pop_callback(PrinterCallback) is not None:
+            self.add_callback(EpochLines(self.loss_history, self.data.rows.num_new))
 
     @property
     def epoch_losses(self) -> list[float]:
@@ -172,14 +181,15 @@ class BreadthFirstTrainer(Trainer):
             RuntimeError: if the loss becomes NaN or infinite.
         """
         if resume_from_checkpoint:
-            checkpoint = whole_checkpoint(self.args.output_dir, resume_from_checkpoint)
+            checkpoint = whole_checkpoint(self.args.output_dir or "", resume_from_checkpoint)
             check_same_edits(checkpoint, edits_sha256(self.edits))
             resume_from_checkpoint = str(checkpoint)
         if self.rate_control is not None:
             self.rate_control.remember(self.model)
         self.runner.is_prepared = False  # the trunk may have changed since the last call
         offloaded = trunk_offloaded(self.model, self.args.device) if self.args.offload_trunk else nullcontext()
-        with configuration_unchanged(self.model), offloaded:
+        bars = logging_beside_bars(not self.args.disable_tqdm)
+        with configuration_unchanged(self.model), offloaded, bars:
             preservation = PreservationCallback(prepare_preserver(self.model, self.data.preserved, self.args))
             self.add_callback(preservation)  # the last one: its end comes after the best epoch was restored
             try:
@@ -220,6 +230,9 @@ class BreadthFirstTrainer(Trainer):
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         if not self.args.offload_trunk:
             super()._move_model_to_device(model, device)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) or ""  # without a folder there are no checkpoints to look for
 
     # ------------------------------------------------------------------ data
 
@@ -393,18 +406,45 @@ class BreadthFirstTrainer(Trainer):
         if not isinstance(self.model, PeftModel) or self.model.active_peft_config.peft_type != "LOCFT":
             super().create_model_card(*args, **kwargs)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter to a folder, as `Trainer.save_model` does; `None`: to `args.output_dir`.
+
+        Raises:
+            ValueError: if neither is given.
+            DiskFullError: if the disk has no room.
+        """
+        folder = output_dir or self.args.output_dir
+        if folder is None:
+            raise ValueError(
+                "BreadthFirstTrainer.save_model: found no folder. Pass one, save_model('out'), or set "
+                "BreadthFirstConfig.output_dir."
+            )
+        with explained_disk_full(folder):
+            super().save_model(output_dir, _internal_call)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        checkpoint = Path(self.args.output_dir or "", f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:
             # an earlier run may have left a checkpoint of this name, which must not pass for complete meanwhile
-            invalidate(Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
-        super()._save_checkpoint(model, trial)
+            invalidate(checkpoint)
+        with explained_disk_full(checkpoint.parent):
+            try:
+                # checkpoints of a quick run are written within a second, and sorted by their numbers
+                with logged_without("transformers.trainer_utils", "mtime may not be reliable"):
+                    super()._save_checkpoint(model, trial)
+            except BaseException:
+                if self.args.should_save and not is_whole(checkpoint):
+                    shutil.rmtree(checkpoint, ignore_errors=True)
+                raise
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if not isinstance(model, PeftModel):
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
-            save_adapter(model, output_dir or self.args.output_dir, record=self.training_run(), state_dict=state_dict)
+            save_adapter(
+                model, output_dir or self.args.output_dir or "", record=self.training_run(), state_dict=state_dict
+            )
 
     def training_run(self) -> TrainingRun:
         """Return what `save_adapter` records of this run: the edits, the recipe and the losses."""
@@ -420,3 +460,14 @@ class BreadthFirstTrainer(Trainer):
             self.learned,
             relative_rate=self.relative_rate,
         )
+
+
+@contextmanager
+def _some_folder(args: BreadthFirstConfig) -> Iterator[None]:
+    """Name a folder that exists if a configuration names none: `Trainer` creates its folder at once."""
+    given = args.output_dir
+    args.output_dir = os.curdir if given is None else given
+    try:
+        yield
+    finally:
+        args.output_dir = given

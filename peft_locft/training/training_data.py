@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..adapters.provenance import Augmentation
@@ -18,7 +19,7 @@ from ..data.augmentation import concatenated, paraphrased, swapped_subjects, wit
 from ..data.chat import choose_chat_template, in_forms, prompts_in_forms
 from ..data.edits import Edit, Prompt
 from ..data.encoding import EncodedEdits, encode_edits, join_encoded, slice_encoded
-from ..data.generated_text import base_texts, generate_prefixes, generate_subjects
+from ..data.generated_text import LONG_PREFIX, NAME_TOKENS, base_texts, generate_prefixes, generate_subjects
 from ..data.leaks import check_paraphrases
 from ..data.retained_facts import (
     BaseAnswers,
@@ -26,8 +27,9 @@ from ..data.retained_facts import (
     choose_retained_facts,
     unanswered,
 )
-from ..data.texts import joined_text, text_windows
+from ..data.texts import TextSource, joined_text, text_windows
 from ..engine.model_state import max_length
+from ..engine.preparations import Preparations
 from .config import GENERATED, LOCALITY, BreadthFirstConfig
 from .training_rows import TrainingRows
 
@@ -122,10 +124,18 @@ def training_data(
     """
     check_paraphrases(edits)
     forms = in_forms(edits, args.chat_template)
-    prefixes = generate_prefixes(model, tokenizer, *_numbers(args.num_prefixes or 0), seed=args.seed)
+    with tqdm(total=_num_generated(edits, args), unit=" tokens", leave=False, disable=_is_silent(edits, args)) as bar:
+        made = Preparations(model, args.preserve_cache_dir, bar)
+        made.begin("prefixes")
+        prefixes = generate_prefixes(
+            model, tokenizer, *_numbers(args.num_prefixes or 0), seed=args.seed, preparations=made
+        )
+        made.begin("subjects")
+        swapped = _swapped(edits, model, tokenizer, args, made)
+        made.begin("text to preserve")
+        preserved = _preserved(model, tokenizer, args, made)
     if prefixes:
         logger.info("Prefixes: %s", prefixes)
-    swapped = _swapped(edits, model, tokenizer, args)
     prompts = _retained_prompts(swapped, edits, model, tokenizer, args)
     answers = _answers(model, tokenizer, prompts, args)
     kinds = {
@@ -142,7 +152,6 @@ def training_data(
         chat_template_kwargs=args.chat_template_kwargs,
         max_length=max_length(model),
     )
-    preserved = _preserved(model, tokenizer, args)
     retained = answers.encoded if answers is not None and args.retained_per_edit else None
     num_retained = 0 if retained is None else len(retained)
     counts = {kind: sum(map(len, rows)) for kind, rows in kinds.items()} | {"retained facts": num_retained}
@@ -188,8 +197,23 @@ def _numbers(num_prefixes: int) -> tuple[int, int]:
     return short, num_prefixes - short
 
 
+def _num_generated(edits: Sequence[Edit], args: BreadthFirstConfig) -> int:
+    """Return about how many tokens the base will generate."""
+    names = min(MAX_SUBJECTS, (args.retained_subjects or 0) * len(edits))
+    text = args.preserve_tokens if _reads_text(args) and args.preserve_text == GENERATED else 0
+    return LONG_PREFIX * (args.num_prefixes or 0) + NAME_TOKENS * names + text
+
+
+def _is_silent(edits: Sequence[Edit], args: BreadthFirstConfig) -> bool:
+    return bool(args.disable_tqdm) or args.local_process_index > 0 or not _num_generated(edits, args)
+
+
 def _swapped(
-    edits: Sequence[Edit], model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: BreadthFirstConfig
+    edits: Sequence[Edit],
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    args: BreadthFirstConfig,
+    made: Preparations,
 ) -> list[list[Prompt]]:
     """Return the prompts of each row of an edit with other subjects, in the form of that row."""
     forms = [in_forms([edit], args.chat_template) for edit in edits]
@@ -197,7 +221,7 @@ def _swapped(
         return [[] for own in forms for _ in own]
     num = args.retained_subjects * len(edits)
     own = [edit.subject for edit in edits if edit.subject]
-    names = generate_subjects(model, tokenizer, own, min(MAX_SUBJECTS, num), seed=args.seed)
+    names = generate_subjects(model, tokenizer, own, min(MAX_SUBJECTS, num), seed=args.seed, preparations=made)
     swapped = swapped_subjects(edits, num, seed=args.seed, subjects=names or None)
     if not any(swapped):
         logger.warning(
@@ -270,10 +294,13 @@ def _answers(
     )
 
 
-def _preserved(model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: BreadthFirstConfig) -> torch.Tensor | None:
+def _preserved(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: BreadthFirstConfig, made: Preparations
+) -> torch.Tensor | None:
     if not _reads_text(args):
         return None
-    text = args.preserve_text
-    texts = base_texts(model, tokenizer, args.preserve_tokens, seed=args.seed) if text == GENERATED else text
+    texts: TextSource = args.preserve_text
+    if texts == GENERATED:
+        texts = base_texts(model, tokenizer, args.preserve_tokens, seed=args.seed, preparations=made)
     window = min(WINDOW, max_length(model) or WINDOW)
     return text_windows(texts, tokenizer, window, args.preserve_tokens, model)

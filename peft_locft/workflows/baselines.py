@@ -8,7 +8,6 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
@@ -21,11 +20,14 @@ from ..engine.loading import load_model
 from ..evaluation.config import EvaluationConfig
 from ..evaluation.evaluator import EditEvaluator
 from ..io.files import write_atomically
+from ..io.interruption import explained_interruption
 from ..reporting.baselines import TABLE_METRICS, Baseline, BaselineResult, baselines_to_markdown
 from ..reporting.plots import can_draw, draw_baselines
+from ..training.callbacks import logging_beside_bars
 from ..training.config import BreadthFirstConfig, batch_size_for
 from ..training.training_data import with_chat_template
 from ..tuner import LocFTConfig
+from .output_folder import check_output_folder, what_trials_leave
 from .trials import known_result, try_adapter
 
 logger = logging.getLogger(__name__)
@@ -101,13 +103,15 @@ def compare_baselines(
         A result for each baseline.
 
     Raises:
-        ValueError: if edits, methods or recipe are invalid. Nothing is trained.
+        ValueError: if edits, methods or recipe are invalid; if `args.output_dir` is missing, or holds an adapter or a
+            model (see `overwrite_output_dir`). Nothing is trained.
 
     Example:
         >>> args = BreadthFirstConfig(output_dir="baselines", per_device_train_batch_size=20, learning_rate=2e-3)
         >>> results = compare_baselines(model, tokenizer, "zsre.json", args)
         >>> print(baselines_to_markdown(results))
     """
+    folder = check_output_folder(args.output_dir, overwrite=args.overwrite_output_dir, what="a comparison")
     edits = read_edits(edits)
     chosen = baselines(batch_size_for(len(edits), args), methods)
     args = with_chat_template(args, edits, tokenizer)
@@ -116,7 +120,6 @@ def compare_baselines(
         evaluation = replace(
             evaluation, chat_template=args.chat_template, chat_template_kwargs=args.chat_template_kwargs
         )
-    folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     evaluator = EditEvaluator(model, tokenizer, edits, evaluation, text=text, progress=not args.disable_tqdm)
     location = location or LocFTConfig()
@@ -130,17 +133,20 @@ def compare_baselines(
         "seed": args.seed,
     }
     results = []
-    for baseline in tqdm(chosen, desc="baselines", disable=bool(args.disable_tqdm)):
-        cell = setting | {"baseline": asdict(baseline)}
-        path = folder / f"{str(baseline).replace(', ', '_').replace(' ', '-')}.json"
-        row = known_result(path, cell)
-        if row is None:
-            row = cell | _measure(model, tokenizer, edits, baseline, args, location, evaluator)
-            write_atomically(path, json.dumps(row, indent=1) + "\n")
-        results.append(BaselineResult.from_dict(row))
-    write_atomically(folder / "baselines.md", baselines_to_markdown(results) + "\n")
-    if can_draw():
-        draw_baselines(results, folder / "baselines.png")
+    stopped = explained_interruption(what_trials_leave(folder, "*.json"))
+    with stopped, logging_beside_bars(not args.disable_tqdm):
+        for baseline in (bar := tqdm(chosen, desc="baselines", disable=bool(args.disable_tqdm))):
+            bar.set_postfix_str(str(baseline))
+            cell = setting | {"baseline": asdict(baseline)}
+            path = folder / f"{str(baseline).replace(', ', '_').replace(' ', '-')}.json"
+            row = known_result(path, cell)
+            if row is None:
+                row = cell | _measure(model, tokenizer, edits, baseline, args, location, evaluator)
+                write_atomically(path, json.dumps(row, indent=1) + "\n")
+            results.append(BaselineResult.from_dict(row))
+        write_atomically(folder / "baselines.md", baselines_to_markdown(results) + "\n")
+        if can_draw():
+            draw_baselines(results, folder / "baselines.png")
     return results
 
 
@@ -158,6 +164,7 @@ def _measure(
         "per_device_train_batch_size": baseline.batch_size,
         "loss_averaging": baseline.loss_averaging,
         "save_strategy": "no",
+        "disable_tqdm": True,  # one bar is enough
     }
     trial = try_adapter(model, tokenizer, edits, _peft_config(baseline, location), replace(args, **recipe), evaluator)
     metrics = {name: result for name, result in trial.report.results.items() if name in TABLE_METRICS}
@@ -209,6 +216,8 @@ def run_baselines(
         dtype: `"auto"` (the checkpoint's), `"float32"`, `"bfloat16"` or `"float16"`.
         trust_remote_code: run code that comes with the base.
     """
+    # find errors before a large model is loaded
+    check_output_folder(args.output_dir, overwrite=args.overwrite_output_dir, what="a comparison")
     read = first_edits(edits, num_edits)
     model, tokenizer = load_model(model_name_or_path, dtype, revision=revision, trust_remote_code=trust_remote_code)
     evaluation = EvaluationConfig(max_text_tokens=max_text_tokens)

@@ -20,7 +20,9 @@ from ..evaluation.config import EvaluationConfig
 from ..evaluation.evaluator import EditEvaluator
 from ..evaluation.harness import evaluate_on_tasks
 from ..evaluation.report import EvaluationReport
+from ..io.disk_space import explained_disk_full
 from ..reporting.page import save_report
+from .output_folder import check_output_folder
 
 
 def evaluate_model(
@@ -36,6 +38,7 @@ def evaluate_model(
     num_fewshot: int | None = None,
     num_edits: int | None = None,
     output_dir: str | os.PathLike[str] | None = None,
+    overwrite_output_dir: bool = False,
     revision: str | None = None,
     dtype: str = "auto",
     trust_remote_code: bool = False,
@@ -55,6 +58,7 @@ def evaluate_model(
         num_fewshot: examples in a task's prompt; `None` for the task's own number.
         num_edits: use only the first `num_edits` edits; `None` for all.
         output_dir: folder for the report; `None`: do not save it.
+        overwrite_output_dir: save the report even to a folder that holds an adapter or a model.
         revision: branch, tag or commit of the model on the Hub.
         dtype: `"auto"` (the checkpoint's), `"float32"`, `"bfloat16"` or `"float16"`.
         trust_remote_code: run the code that comes with the model. Read that code first.
@@ -64,7 +68,8 @@ def evaluate_model(
 
     Raises:
         ValueError: no model is named; edits or text are invalid; the adapter does not fit the model, or was trained
-            on another base or on a prompt of the evaluation (see `EvaluationConfig.on_leak`); `num_edits` is below 1.
+            on another base or on a prompt of the evaluation (see `EvaluationConfig.on_leak`); `num_edits` is below 1;
+            `output_dir` holds an adapter or a model, and `overwrite_output_dir` is False.
         OSError: model, tokenizer or adapter cannot be loaded.
         ImportError: there are tasks, and lm-evaluation-harness is not installed.
         FloatingPointError: a model's logits are NaN or infinite.
@@ -74,8 +79,10 @@ def evaluate_model(
         >>> print(report)
     """
     read = first_edits(edits, num_edits)
-    if output_dir is not None:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)  # fail now, not after the evaluation
+    if output_dir is not None:  # fail now, not after the evaluation
+        check_output_folder(output_dir, overwrite=overwrite_output_dir, what="a report").mkdir(
+            parents=True, exist_ok=True
+        )
     name = _checked_name(model_name_or_path, adapter)
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     model, tokenizer = load_model(name, dtype, **source)
@@ -90,22 +97,21 @@ def evaluate_model(
     evaluator = EditEvaluator(edited, tokenizer, read, args, base_model=base, text=text)
     task_metrics = {}
     if tasks:  # first, to report unknown names early
-        task_results = evaluate_on_tasks(
-            edited,
-            tokenizer,
-            tasks,
-            base_model=base,
-            limit=limit,
-            num_fewshot=num_fewshot,
-            allow_other_base=evaluator.args.allow_other_base,
-        )
+        how: dict[str, Any] = {"base_model": base, "limit": limit, "num_fewshot": num_fewshot}
+        how |= {"allow_other_base": evaluator.args.allow_other_base}
+        task_results = evaluate_on_tasks(edited, tokenizer, tasks, **how)
         task_metrics = task_results.metric_results(evaluator.args.confidence)
     report = evaluator.evaluate()
     settings = report.settings | {"adapter": _text(adapter), "tasks": list(tasks)}
     report = replace(report, results=report.results | task_metrics, curves=_curves(run), settings=settings)
     if output_dir is not None:
-        save_report(report, output_dir)
+        _save(report, output_dir)
     return report
+
+
+def _save(report: EvaluationReport, folder: str | os.PathLike[str]) -> None:
+    with explained_disk_full(folder):
+        save_report(report, folder)
 
 
 def _text(path: str | os.PathLike[str] | None) -> str | None:

@@ -8,7 +8,6 @@ import random
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,17 +17,20 @@ from ..data.texts import TextSource
 from ..engine.activation_storage import SharedActivations
 from ..engine.loading import load_model
 from ..evaluation.config import EvaluationConfig
+from ..io.interruption import explained_interruption
 from ..locating.module_kinds import KINDS, location_of
 from ..locating.plan import Rung, coarse_layers, rungs
 from ..locating.preset import model_shape
 from ..locating.results import LocationSearchResult
 from ..locating.score import LocationScore
 from ..reporting.plots import can_draw, draw_locations
+from ..training.callbacks import logging_beside_bars
 from ..training.config import BreadthFirstConfig, batch_size_for
 from ..training.record import RECIPE_FIELDS
 from ..training.training_data import with_chat_template
 from ..tuner.presets import find_decoder_layers
-from .location_trials import LocationTrials
+from .location_trials import TRIALS, LocationTrials
+from .output_folder import check_output_folder, what_trials_leave
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +97,8 @@ def search_locations(
 
     Raises:
         ValueError: edits, plan, score or text are invalid; the folder holds a search with other settings; the
-            processes form a group (see `leave_group`); or training diverges at every location.
+            processes form a group (see `leave_group`); `args.output_dir` is missing, or holds an adapter or a model
+            (see `overwrite_output_dir`); or training diverges at every location.
 
     Example:
         >>> args = BreadthFirstConfig(output_dir="search", learning_rate=5e-3, per_device_train_batch_size=20)
@@ -108,6 +111,7 @@ def search_locations(
             "together; expected independent ones. Call peft_locft.engine.distributed.leave_group() before you create "
             "the BreadthFirstConfig, as `locft locate` does."
         )
+    folder = check_output_folder(args.output_dir, overwrite=args.overwrite_output_dir, what="a search")
     plan = plan or SearchPlan()
     sample = _sample(read_edits(edits), num_edits, args.seed)
     layers = _check_plan(plan, model)
@@ -120,18 +124,19 @@ def search_locations(
     coarse = coarse_layers(layers, plan.stride)
     num_candidates = len(coarse) * len(plan.modules)
     ladder = rungs(len(sample), batch_size_for(len(sample), args), num_candidates, plan.keep, plan.num_rungs)
-    folder = Path(args.output_dir)
     progress = not args.disable_tqdm if show_progress is None else show_progress
     rates = plan.learning_rates or {}
     shared = SharedActivations(folder / STATES, layers)
     trials = LocationTrials(model, tokenizer, sample, args, ladder, weights, evaluation, text, rates, shared)
     setting = _setting(model, sample, args, plan, layers, ladder, weights, trials)
     trials.begin(folder, setting)
-    found = trials.search(plan.modules, layers, coarse, plan.stride, plan.keep, progress)
-    search = LocationSearchResult(found, setting, model_shape(model.config))
-    search.save(folder)
-    if can_draw():
-        draw_locations(search, folder / "locations.png")
+    stopped = explained_interruption(what_trials_leave(folder, f"{TRIALS}/*.json"))
+    with stopped, logging_beside_bars(progress):
+        found = trials.search(plan.modules, layers, coarse, plan.stride, plan.keep, progress)
+        search = LocationSearchResult(found, setting, model_shape(model.config))
+        search.save(folder)
+        if can_draw():
+            draw_locations(search, folder / "locations.png")
     shutil.rmtree(folder / STATES, ignore_errors=True)
     return search
 
@@ -240,6 +245,8 @@ def run_location_search(
         ValueError: as in `search_locations`.
         OSError: if the model cannot be loaded.
     """
-    read = read_edits(edits)  # find errors before a large model is loaded
+    # find errors before a large model is loaded
+    check_output_folder(args.output_dir, overwrite=args.overwrite_output_dir, what="a search")
+    read = read_edits(edits)
     model, tokenizer = load_model(model_name_or_path, dtype, revision=revision, trust_remote_code=trust_remote_code)
     return search_locations(model, tokenizer, read, args, **arguments)

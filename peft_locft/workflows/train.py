@@ -20,17 +20,17 @@ from ..data.edits import Edit, EditSource, first_edits
 from ..engine.loading import load_model, task_type_of
 from ..evaluation.config import EvaluationConfig
 from ..evaluation.evaluator import EditEvaluator
-from ..io.files import check_folder
+from ..io.interruption import explained_interruption
 from ..locating.preset import LocationPreset
 from ..reporting.plots import can_draw, draw_curves
 from ..training.config import AUTO, BreadthFirstConfig
 from ..training.evaluation_callback import EvaluationCallback
 from ..training.learned import LearnedEdits
-from ..training.resume import whole_checkpoint
 from ..training.scale_choice import TradeOff, choose_scale
 from ..training.trainer import BreadthFirstTrainer
 from ..training.training_data import check_sources
 from ..tuner import LocFTConfig, balanced_config
+from .output_folder import begin_again, check_space, check_training_folder, what_training_leaves
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,10 @@ def train_edits(
 
     Raises:
         ValueError: if the edits, the location or the recipe are invalid, or the model is not a decoder-only language
-            model with a fast tokenizer. Nothing is trained or written.
+            model with a fast tokenizer; if `args.output_dir` is missing, or holds an adapter, a model or the
+            checkpoints of an interrupted run and neither `overwrite_output_dir` nor `resume_from_checkpoint` is set.
+            Nothing is trained or written.
+        DiskFullError: if the disk has no room. A note says what is safe, as on Ctrl-C.
         NotADirectoryError: if `args.output_dir` is a file.
         OSError: if the base model or its tokenizer cannot be loaded.
 
@@ -147,44 +150,56 @@ def train_edits(
     # find errors before a large model is loaded or trained
     if best_metric is not None and not evaluate_every:
         raise ValueError(f"best_metric={best_metric!r} needs evaluations during training. Set evaluate_every, too.")
-    _check(args, config, keep_reliability)
+    folder = check_training_folder(args)
+    _check(config, keep_reliability)
     read = first_edits(edits, num_edits, on_conflict)
     check_sources(read, args)
-    model, tokenizer = load_model(model_name_or_path, dtype, **source)
-    complete_config(config, model, args)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".* prompts have several targets")  # read_edits has already warned
-        trainer = BreadthFirstTrainer(
-            model=get_peft_model(model, config, revision=revision),
-            args=args,
-            train_dataset=read,
-            processing_class=tokenizer,
-        )
-    sample = random.Random(args.seed).sample(read, min(evaluate_num_edits, len(read)))
-    if evaluate_every:
-        callback = _evaluation(sample, args, every=evaluate_every, best_metric=best_metric, patience=patience)
-        trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    if keep_reliability is not None:
-        _weaken(trainer, sample, keep_reliability)
-        trainer.learned = trainer.measure_learned()
-    trainer.save_model()
-    if ship_edits and args.should_save:
-        describe_adapter(args.output_dir, edits=trainer.edits)
-    trainer.accelerator.wait_for_everyone()  # all processes read the files that the main process wrote
-    saved = inspect_adapter(args.output_dir)
+    with explained_interruption(what_training_leaves(folder)):
+        model, tokenizer = load_model(model_name_or_path, dtype, **source)
+        trainer = _trainer(model, tokenizer, config, args, read, revision)
+        sample = random.Random(args.seed).sample(read, min(evaluate_num_edits, len(read)))
+        if evaluate_every:
+            callback = _evaluation(sample, args, every=evaluate_every, best_metric=best_metric, patience=patience)
+            trainer.add_callback(callback)
+        begin_again(args)
+        check_space(folder, trainer.model, args)
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        if keep_reliability is not None:
+            _weaken(trainer, sample, keep_reliability)
+            trainer.learned = trainer.measure_learned()
+        trainer.save_model()
+        if ship_edits and args.should_save:
+            describe_adapter(folder, edits=trainer.edits)
+        trainer.accelerator.wait_for_everyone()  # all processes read the files that the main process wrote
+        saved = inspect_adapter(folder)
     content = {each.name: getattr(saved, each.name) for each in fields(saved)}
     return TrainingSummary(**content, learned=trainer.learned, advice=what_to_change(trainer, args))
 
 
-def _check(args: BreadthFirstConfig, peft_config: PeftConfig, keep_reliability: float | None) -> None:
+def _trainer(
+    model: Any,
+    tokenizer: Any,
+    config: PeftConfig,
+    args: BreadthFirstConfig,
+    edits: Sequence[Edit],
+    revision: str | None,
+) -> BreadthFirstTrainer:
+    complete_config(config, model, args)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* prompts have several targets")  # read_edits has already warned
+        return BreadthFirstTrainer(
+            model=get_peft_model(model, config, revision=revision),
+            args=args,
+            train_dataset=edits,
+            processing_class=tokenizer,
+        )
+
+
+def _check(peft_config: PeftConfig, keep_reliability: float | None) -> None:
     if keep_reliability is not None and not (0 < keep_reliability <= 1 and isinstance(peft_config, LocFTConfig)):
         raise ValueError(
             f"keep_reliability={keep_reliability!r}: expected a number above 0, at most 1, and a LocFTConfig."
         )
-    check_folder(args.output_dir, "an adapter")
-    if args.resume_from_checkpoint:
-        whole_checkpoint(args.output_dir, args.resume_from_checkpoint)
 
 
 def _evaluation(sample: Sequence[Edit], args: BreadthFirstConfig, **fields: Any) -> EvaluationCallback:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, get_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.edits import Edit
 from ..engine.activation_storage import SharedActivations
 from ..evaluation.evaluator import EditEvaluator
 from ..evaluation.report import EvaluationReport
+from ..training.callbacks import EpochLines
 from ..training.config import BreadthFirstConfig
 from ..training.trainer import BreadthFirstTrainer
 
@@ -72,7 +73,7 @@ def try_adapter(
             processing_class=tokenizer,
             shared_activations=shared_activations,
         )
-        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(EpochLines)
         trainer.train()
         trained = time.perf_counter()
         report = evaluator.evaluate(edited)

@@ -32,13 +32,14 @@ from ..engine.distributed import SHARDED
 from ..engine.loading import load_model
 from ..engine.model_state import as_base
 from ..engine.questions import UNTIL_EOS, Question
-from ..io.files import check_folder, write_atomically
+from ..io.files import write_atomically
+from ..io.interruption import explained_interruption
 from ..training.config import BreadthFirstConfig
 from ..training.record import training_record
-from ..training.resume import whole_checkpoint
 from ..training.trainer import BreadthFirstTrainer
 from ..training.training_data import TrainingData, check_sources
 from ..tuner.model import differing_from_base
+from .output_folder import begin_again, check_space, check_training_folder, what_training_leaves
 
 ANSWER_TOKENS = 32  # length of the base's answers, as in the published protocol
 SHARE_CHANGED = 0.1  # smallest share of changed rows in an epoch
@@ -118,7 +119,7 @@ class ContinuedTrainer(BreadthFirstTrainer):
             )
             save_adapter(
                 self.accelerator.unwrap_model(self.model, keep_torch_compile=False),
-                self.args.output_dir,
+                self.args.output_dir or "",
                 record=replace(record, continued=self.continued),
                 edits=self.edits if self.ship_edits else None,
                 state_dict=state_dict,
@@ -222,8 +223,9 @@ def update_adapter(
 
     Raises:
         ValueError: if there is nothing to update; `check_adapter`, `adapter_edits` or `merge_edit_lists` refuses its
-            input; the adapter belongs to another base or was trained with another `append_eos` or chat template; or
-            the recipe is depth-first. Nothing is trained or written.
+            input; the adapter belongs to another base or was trained with another `append_eos` or chat template; the
+            recipe is depth-first; or, for another folder than `adapter`, as in `train_edits` if the output folder
+            holds something. Nothing is trained or written.
         NotADirectoryError: if `args.output_dir` is a file.
         OSError: if a file, the base model or its tokenizer cannot be read.
 
@@ -236,38 +238,43 @@ def update_adapter(
     args = BreadthFirstConfig() if args is None else args
     if edits is None and forget is None:
         raise ValueError("update_adapter: found neither edits nor forget. Pass one of them, or both.")
-    check_folder(args.output_dir, "an adapter")
+    folder = check_training_folder(args, own_adapter=adapter)
     checked = check_adapter(adapter, method=None)
     args = _checked_recipe(checked, args)
     held = adapter_edits(adapter, trained_edits, on_conflict)
     new = [] if edits is None else first_edits(edits, num_edits, on_conflict)
     plan = merge_edit_lists(held, new, [] if forget is None else read_lines_to_forget(forget))
     check_sources(plan.edits, args)
-    if args.resume_from_checkpoint:
-        whole_checkpoint(args.output_dir, args.resume_from_checkpoint)
     if ship_edits is None:
         ship_edits = (checked.folder / EDITS_NAME).is_file()
     config, earlier = checked.config, checked.provenance.run
     base, revision = model_name_or_path or config.base_model_name_or_path, revision or config.revision
     if base is None:
         raise ValueError(f"{adapter}: the adapter names no base model. Pass model_name_or_path.")
-    model, tokenizer = load_model(base, dtype, revision=revision, trust_remote_code=trust_remote_code)
-    peft_model = _with_trainable_adapter(model, checked)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".* prompts have several targets")  # read_edits has already warned
-        trainer = ContinuedTrainer(peft_model, args, plan, tokenizer, earlier=earlier, ship_edits=ship_edits)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    num_restored, num_as_base = len(plan.restored), trainer.count_as_base()
+    with explained_interruption(what_training_leaves(folder)):
+        model, tokenizer = load_model(base, dtype, revision=revision, trust_remote_code=trust_remote_code)
+        peft_model = _with_trainable_adapter(model, checked)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".* prompts have several targets")  # read_edits has warned
+            trainer = ContinuedTrainer(peft_model, args, plan, tokenizer, earlier=earlier, ship_edits=ship_edits)
+        begin_again(args)
+        check_space(folder, trainer.model, args)
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        num_restored, num_as_base = len(plan.restored), trainer.count_as_base()
+        _warn_of_missing(num_restored, num_as_base)
+        file = None if ship_edits else _write_beside(args, plan.edits)
+        trainer.save_model()
+        trainer.accelerator.wait_for_everyone()  # all processes read the files that the main process wrote
+        return UpdateSummary(plan, num_restored, num_as_base, file, inspect_adapter(folder))
+
+
+def _warn_of_missing(num_restored: int, num_as_base: int | None) -> None:
     if num_as_base is not None and num_as_base < num_restored:
         logger.warning(
             "%d of %d withdrawn prompts do not have the base's answer. Train longer, or to a lower loss_floor.",
             num_restored - num_as_base,
             num_restored,
         )
-    file = None if ship_edits else _write_beside(args, plan.edits)
-    trainer.save_model()
-    trainer.accelerator.wait_for_everyone()  # all processes read the files that the main process wrote
-    return UpdateSummary(plan, num_restored, num_as_base, file, inspect_adapter(args.output_dir))
 
 
 def _checked_recipe(adapter: CheckedAdapter, args: BreadthFirstConfig) -> BreadthFirstConfig:

@@ -12,7 +12,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
 from peft_locft import LocFTConfig
-from peft_locft.io.files import size
+from peft_locft.io.disk_space import size
 from peft_locft.tuner.model import locft_layers
 
 # what the models' own configurations say

@@ -44,7 +44,7 @@ def main() -> None:
         logging_strategy="no", num_train_epochs=arguments.epochs, learning_rate=arguments.learning_rate,
         per_device_train_batch_size=arguments.batch_size,
     )  # fmt: skip
-    shutil.rmtree(args.output_dir, ignore_errors=True)
+    shutil.rmtree(str(args.output_dir), ignore_errors=True)
     begun = time.process_time()
     found = search_locations(
         model, tokenizer, edits, args, plan=plan, num_edits=None, evaluation=evaluation, text=arguments.text
