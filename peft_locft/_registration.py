@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -17,8 +16,6 @@ from typing import Any
 
 def register_with_peft() -> None:
     """Register `PeftType.LOCFT`, and the writer of model cards, now or as soon as their modules are imported."""
-    # PEFT asks for it in every `get_peft_model`; a user can do nothing about it
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     call_after_import("peft_locft.tuner.config", _set_card_writer)
     call_after_import("peft", _register)
 

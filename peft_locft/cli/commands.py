@@ -32,7 +32,7 @@ commands:
 `locft COMMAND --help` lists the flags of a command. `locft --version` prints the version."""
 
 
-CONDITION_MET = 3  # exit code of `--fail_if`
+CHANGE_FAILED, CONDITION_MET = 1, 3  # exit codes, the second of `--fail_if`
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,8 +42,9 @@ def main(argv: list[str] | None = None) -> int:
         argv: the words after `locft`; `None` takes them from the process.
 
     Returns:
-        The exit code: 0; 3 if a condition of `--fail_if` holds; 2 for a mistake in the call or its files, a full disk,
-        or a model whose loss or logits are NaN; 130 after Ctrl-C and 143 after SIGTERM, as in shells.
+        The exit code: 0; 1 if an update failed to change an edit; 3 if a condition of `--fail_if` holds; 2 for a
+        mistake in the call or its files, a full disk, or a model whose loss or logits are NaN; 130 after Ctrl-C and
+        143 after SIGTERM, as in shells.
     """
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("-h", "--help"):
@@ -95,6 +96,9 @@ def train(argv: list[str]) -> int:
     summary: Any = update_adapter(**arguments) if "adapter" in arguments else train_edits(**arguments)
     if arguments["args"].process_index == 0:  # of several, under torchrun or accelerate launch
         print(f"Trained in {time.perf_counter() - begun:.0f} s, saved to {summary.folder}\n\n{summary}")
+    if getattr(summary, "has_failed", False):
+        print("locft train: a change failed, see above.", file=sys.stderr)
+        return CHANGE_FAILED
     return exit_code("train", fail_if, summary.metrics)
 
 

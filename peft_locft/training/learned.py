@@ -68,6 +68,10 @@ class LearnedEdits:
         possible = self.num_edits - self.num_contradicted
         return self.num_learned >= min(ENOUGH * self.num_edits, possible)
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        return {"reliability": self.reliability, "median_probability": self.median_probability}
+
     def record(self) -> dict[str, Any]:
         """Return the entry in `locft_provenance.json`, which names no edit."""
         return {

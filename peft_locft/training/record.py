@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..adapters.provenance import Augmentation, TrainedEdits, TrainingResult, TrainingRun
 from ..data.edits import Edit, edits_sha256
-from .config import BreadthFirstConfig
+from .config import AUTO, RECIPES, BreadthFirstConfig
 from .learned import LearnedEdits
 from .loss_history import LossHistory
 
@@ -49,6 +50,33 @@ RECIPE_FIELDS = (
     "delta_bound",
     "delta_density",
 )
+
+
+# a run that goes on has its own number of edits and processes
+NOT_INHERITED = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "chat_template")
+
+
+def inherited_recipe(args: BreadthFirstConfig, recorded: Mapping[str, Any]) -> BreadthFirstConfig:
+    """Return settings with those of an earlier run, where they were left at their defaults.
+
+    A rate that fitted the weights is taken over relative to them, as it was corrected by that run's losses.
+
+    Args:
+        args: the settings. If they name another recipe than the default one, only these count.
+        recorded: the recipe in the provenance of the earlier run.
+    """
+    default = BreadthFirstConfig()
+    if args.recipe != default.recipe:
+        return args
+    args = copy.copy(args)
+    inherited = {name: recorded[name] for name in RECIPE_FIELDS if recorded.get(name) is not None}
+    if recorded.get("relative_learning_rate") is not None:
+        inherited |= {"learning_rate": AUTO, "relative_learning_rate": recorded["relative_learning_rate"]}
+    for name in {*RECIPES[default.recipe], *inherited} - {*NOT_INHERITED}:
+        if getattr(args, name) == getattr(default, name):
+            setattr(args, name, inherited.get(name))
+    args.resolve()
+    return args
 
 
 def training_record(

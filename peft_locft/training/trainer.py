@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import shutil
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -112,25 +113,17 @@ class BreadthFirstTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = BreadthFirstConfig() if args is None else args
-        if not isinstance(args, BreadthFirstConfig):
-            found = f"found a {type(args).__name__} as args"
-            raise ValueError(f"BreadthFirstTrainer: {found}; expected a BreadthFirstConfig with the same fields.")
-        if processing_class is not None:
-            check_model_and_tokenizer(model, processing_class, "BreadthFirstTrainer")
-        check_trainable(model)
         if train_dataset is None or processing_class is None:
             raise ValueError(
                 "BreadthFirstTrainer: train_dataset (the edits) or processing_class (the tokenizer) is missing. Pass "
                 "both."
             )
+        _check(model, args, processing_class)
         self.edits = read_edits(train_dataset)
         args = with_chat_template(args, self.edits, processing_class)
         mark_chat_template(model, args.chat_template, args.chat_template_kwargs)
-        args = copy.copy(args)  # the caller's stays as it is
-        args.per_device_train_batch_size = batch_size_for(len(self.edits), args)
         self.rates = fitting_rates(model, args) if args.learning_rate == AUTO else {}
-        if self.rates:
-            args.learning_rate = statistics.median(self.rates.values())
+        args = _fitting(args, len(self.edits), self.rates)
         self.data = self._make_data(model, processing_class, args)
         encoded = self.data.encoded
         check_vocabulary(model, encoded.token_ids)
@@ -151,15 +144,20 @@ class BreadthFirstTrainer(Trainer):
             preserve_soft_strength=args.preserve_soft_strength,
             retained_loss=args.has_retained and args.retained_loss == "kl",
         )
-        self.add_callback(LossFloorCallback(self.loss_history, self.data.rows.num_new, args))
         self.rate_control: RateControl | None = None
-        if self.rates and args.edit_order == "breadth_first" and self.accelerator.distributed_type not in SHARDED:
-            self.rate_control = RateControl(self.loss_history, self.data.rows.num_new)
+        self._add_callbacks()
+
+    def _add_callbacks(self) -> None:
+        history, rows = self.loss_history, self.data.rows
+        self.add_callback(LossFloorCallback(history, rows.num_new, self.args))
+        is_sharded = self.accelerator.distributed_type in SHARDED
+        if self.rates and self.args.edit_order == "breadth_first" and not is_sharded:
+            self.rate_control = RateControl(history, rows.num_new)
             self.add_callback(self.rate_control)
         if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(EditProgressBar(self.loss_history, self.data.rows.num_edits))
+            self.add_callback(EditProgressBar(history, rows.num_edits))
         if self.pop_callback(PrinterCallback) is not None:
-            self.add_callback(EpochLines(self.loss_history, self.data.rows.num_new))
+            self.add_callback(EpochLines(history, rows.num_new))
 
     @property
     def epoch_losses(self) -> list[float]:
@@ -322,8 +320,10 @@ class BreadthFirstTrainer(Trainer):
 
     @torch.no_grad()
     def _mean_loss(self, model: nn.Module) -> float:
-        """Return the mean loss of a batch's worth of edits, or more, over all processes."""
-        own = self.runner.own[self.runner.own < min(self.losses.rows.num_edits, NUM_FIRST_LOSSES)]
+        """Return the mean loss of up to 100 edits, of all processes."""
+        num_edits = self.losses.rows.num_edits
+        sample = torch.arange(0, num_edits, math.ceil(num_edits / NUM_FIRST_LOSSES))
+        own = self.runner.own[torch.isin(self.runner.own, sample)]
         sums = torch.zeros(2, device=self.args.device)
         for indices in self.runner.micro_batches(own) if len(own) else ():
             with self.runner.micro_batch(indices) as batch:
@@ -460,6 +460,23 @@ class BreadthFirstTrainer(Trainer):
             self.learned,
             relative_rate=self.relative_rate,
         )
+
+
+def _check(model: nn.Module, args: object, tokenizer: PreTrainedTokenizerBase) -> None:
+    if not isinstance(args, BreadthFirstConfig):
+        found = f"found a {type(args).__name__} as args"
+        raise ValueError(f"BreadthFirstTrainer: {found}; expected a BreadthFirstConfig with the same fields.")
+    check_model_and_tokenizer(model, tokenizer, "BreadthFirstTrainer")
+    check_trainable(model)
+
+
+def _fitting(args: BreadthFirstConfig, num_edits: int, rates: Mapping[str, float]) -> BreadthFirstConfig:
+    """Return a copy of a recipe with the batch size and the learning rate that were left open."""
+    args = copy.copy(args)
+    args.per_device_train_batch_size = batch_size_for(num_edits, args)
+    if rates:
+        args.learning_rate = statistics.median(rates.values())
+    return args
 
 
 @contextmanager

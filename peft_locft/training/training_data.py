@@ -124,18 +124,7 @@ def training_data(
     """
     check_paraphrases(edits)
     forms = in_forms(edits, args.chat_template)
-    with tqdm(total=_num_generated(edits, args), unit=" tokens", leave=False, disable=_is_silent(edits, args)) as bar:
-        made = Preparations(model, args.preserve_cache_dir, bar)
-        made.begin("prefixes")
-        prefixes = generate_prefixes(
-            model, tokenizer, *_numbers(args.num_prefixes or 0), seed=args.seed, preparations=made
-        )
-        made.begin("subjects")
-        swapped = _swapped(edits, model, tokenizer, args, made)
-        made.begin("text to preserve")
-        preserved = _preserved(model, tokenizer, args, made)
-    if prefixes:
-        logger.info("Prefixes: %s", prefixes)
+    prefixes, swapped, preserved = _generated(edits, model, tokenizer, args)
     prompts = _retained_prompts(swapped, edits, model, tokenizer, args)
     answers = _answers(model, tokenizer, prompts, args)
     kinds = {
@@ -170,6 +159,25 @@ def training_data(
         prompts=[*(edit.prompt for own in kinds["paraphrases"] for edit in own), *(p.text for p in prompts)],
         preserved=preserved,
     )
+
+
+def _generated(
+    edits: Sequence[Edit], model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: BreadthFirstConfig
+) -> tuple[tuple[str, ...], list[list[Prompt]], torch.Tensor | None]:
+    """Return what the base writes: prefixes, each row's prompts with other subjects, and the text to preserve."""
+    with tqdm(total=_num_generated(edits, args), unit=" tokens", leave=False, disable=_is_silent(edits, args)) as bar:
+        made = Preparations(model, args.preserve_cache_dir, bar)
+        made.begin("prefixes")
+        prefixes = generate_prefixes(
+            model, tokenizer, *_numbers(args.num_prefixes or 0), seed=args.seed, preparations=made
+        )
+        made.begin("subjects")
+        swapped = _swapped(edits, model, tokenizer, args, made)
+        made.begin("text to preserve")
+        preserved = _preserved(model, tokenizer, args, made)
+    if prefixes:
+        logger.info("Prefixes: %s", prefixes)
+    return prefixes, swapped, preserved
 
 
 def check_sources(edits: Sequence[Edit], args: BreadthFirstConfig) -> None:

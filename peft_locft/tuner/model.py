@@ -49,6 +49,8 @@ class LocFTModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: LocFTConfig, model: nn.Module) -> None:
+        # PEFT reads it after this, in every `get_peft_model`; a user can do nothing about it
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         check_targets(peft_config, model, self._check_target_module_exists)
 
     def _create_and_replace(

@@ -18,24 +18,12 @@ from ..adapters.shipped_edits import shipped_edits
 from ..data.edit_lists import merge_edit_lists
 from ..data.edits import Edit
 from ..engine.loading import task_type_of
-from ..training.config import AUTO, BreadthFirstConfig
+from ..training.config import BreadthFirstConfig
+from ..training.record import inherited_recipe
 from ..training.trainer import BreadthFirstTrainer
 from ..tuner import LocFTConfig
 from .update import ContinuedTrainer
 
-# what a run takes over from the one that made the adapter
-RECIPE = (
-    "recipe",
-    "objective",
-    "loss_averaging",
-    "append_eos",
-    "chat_template",
-    "loss_floor",
-    "learning_rate",
-    "relative_learning_rate",
-    "num_train_epochs",
-    "seed",
-)
 LOCATION = ("target_modules", "layers_to_transform", "layers_pattern", "target_parameters", "train_bias", "scale")
 
 
@@ -106,8 +94,8 @@ def _train(model: Any, make_trainer: Any) -> None:
 def _recipe_of(adapter: str | os.PathLike[str], output_dir: str | os.PathLike[str]) -> BreadthFirstConfig:
     run = read_provenance(Path(adapter)).run
     recorded: dict[str, Any] = {} if run is None else run.recipe
-    inherited = {name: recorded[name] for name in RECIPE if recorded.get(name) is not None}
-    if "relative_learning_rate" in inherited:
-        inherited["learning_rate"] = AUTO  # the recorded number is what that gave
     quiet: dict[str, Any] = {"disable_tqdm": True, "report_to": "none", "save_strategy": "no"}
-    return BreadthFirstConfig(output_dir=os.fspath(output_dir), **quiet, **inherited)
+    args = inherited_recipe(BreadthFirstConfig(output_dir=os.fspath(output_dir), **quiet), recorded)
+    if run is not None:
+        args.chat_template, args.chat_template_kwargs = run.chat_template, run.chat_template_kwargs
+    return args

@@ -208,6 +208,11 @@ class AdapterComparison:
         """Return the scale that an adapter was saved with; `None` for methods other than LocFT, which have none."""
         return self._own_scales[name]
 
+    def _template_arguments(self, names: Sequence[str]) -> dict[str, Any] | None:
+        """Return the arguments of the chat template that the first of some adapters was trained with."""
+        run = read_provenance(Path(self.folders[names[0]])).run if names else None
+        return None if run is None else run.chat_template_kwargs
+
     def trained_in_chat(self, names: Sequence[str] | None = None) -> bool:
         """Return whether adapters (`None`: all) were trained with the chat template, as their provenance says.
 
@@ -272,7 +277,10 @@ class AdapterComparison:
         names = self._known(names)
         if chat_template is None:
             chat_template = self.trained_in_chat(names)
-        prompts = encode_prompts(questions, self.tokenizer, chat_template=chat_template)
+        arguments = self._template_arguments(names) if chat_template else None
+        prompts = encode_prompts(
+            questions, self.tokenizer, chat_template=chat_template, chat_template_kwargs=arguments
+        )
         # a short answer is better than none; a prompt that does not fit is refused below
         most = max_length(self._base) or sys.maxsize
         lengths = [max(1, min(max_new_tokens, most - len(ids))) for ids in prompts]

@@ -52,16 +52,14 @@ class TrainingSummary(AdapterSummary):
     @property
     def metrics(self) -> dict[str, float]:
         """`reliability`, the share of learned edits, and `median_probability` of their targets."""
-        if self.learned is None:
-            return {}
-        return {"reliability": self.learned.reliability, "median_probability": self.learned.median_probability}
+        return {} if self.learned is None else self.learned.metrics
 
     def __str__(self) -> str:
         # a dataclass with slots is another class than the one that super() alone would find
-        return f"{AdapterSummary.__str__(self)}\n\n{outcome(self.learned, self.advice)}"
+        return f"{AdapterSummary.__str__(self)}\n\n{outcome_text(self.learned, self.advice)}"
 
 
-def outcome(learned: LearnedEdits | None, advice: str) -> str:
+def outcome_text(learned: LearnedEdits | None, advice: str) -> str:
     """Return the last lines of a training: what was learned, and what to change."""
     if learned is None:
         return "Evaluate the adapter to see what it learned: `locft evaluate`."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import itertools
 import logging
 import math
 import os
@@ -25,7 +25,7 @@ from ..adapters.saving import save_adapter
 from ..adapters.shipped_edits import EDITS_NAME, adapter_edits, edit_lines
 from ..data.chat import in_forms, prompts_in_forms
 from ..data.edit_lists import EditPlan, merge_edit_lists, read_lines_to_forget
-from ..data.edits import Edit, EditSource, OnConflict, edits_sha256, first_edits
+from ..data.edits import Edit, EditSource, OnConflict, edits_sha256, first_edits, prompt_of
 from ..data.encoding import EncodedEdits, encode_prompts, flatten_rows
 from ..engine.decoding import check_fits, generate_and_score
 from ..engine.distributed import SHARDED
@@ -35,14 +35,17 @@ from ..engine.questions import UNTIL_EOS, Question
 from ..io.files import write_atomically
 from ..io.interruption import explained_interruption
 from ..training.config import BreadthFirstConfig
-from ..training.record import training_record
+from ..training.learned import LearnedEdits
+from ..training.record import inherited_recipe
 from ..training.trainer import BreadthFirstTrainer
 from ..training.training_data import TrainingData, check_sources
 from ..tuner.model import differing_from_base
 from .output_folder import begin_again, check_space, check_training_folder, what_training_leaves
+from .train import outcome_text, what_to_change
 
 ANSWER_TOKENS = 32  # length of the base's answers, as in the published protocol
 SHARE_CHANGED = 0.1  # smallest share of changed rows in an epoch
+MAX_SHOWN = 20  # outcomes in the text of a summary
 COUNTED = ("added", "replaced", "withdrawn")
 
 
@@ -98,8 +101,8 @@ class ContinuedTrainer(BreadthFirstTrainer):
         more = _repeated(data.encoded, num_rows, num_new, answered)
         return data.with_targets(more, num_known=num_rows - num_new)
 
-    def count_as_base(self) -> int | None:
-        """Return the number of withdrawn prompts with the base's answer, in every form that they are trained in.
+    def answered_as_base(self) -> list[bool] | None:
+        """Return for each withdrawn prompt whether it has the base's answer, in every form that it is trained in.
 
         `None` if the model is sharded.
         """
@@ -108,19 +111,16 @@ class ContinuedTrainer(BreadthFirstTrainer):
         model = self.accelerator.unwrap_model(self.model)
         answers = generate_and_score(model, self.processing_class, self.questions, progress=not self.args.disable_tqdm)
         are_same = (mine.token_ids == base for mine, base in zip(answers, self.base_answers, strict=True))
-        return sum(all([next(are_same) for _ in range(num)]) for num in self.num_forms)
+        return [all([next(are_same) for _ in range(num)]) for num in self.num_forms]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if output_dir not in (None, self.args.output_dir):
             super()._save(output_dir, state_dict)  # a checkpoint
         elif self.args.should_save:
-            record = training_record(
-                self.edits, self.args, self.loss_history, self.state.global_step, augmentation=self.data.augmentation()
-            )
             save_adapter(
                 self.accelerator.unwrap_model(self.model, keep_torch_compile=False),
                 self.args.output_dir or "",
-                record=replace(record, continued=self.continued),
+                record=replace(self.training_run(), continued=self.continued),
                 edits=self.edits if self.ship_edits else None,
                 state_dict=state_dict,
             )
@@ -148,6 +148,28 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
+class EditOutcome:
+    """What became of one change.
+
+    Attributes:
+        kind: `"added"`, `"replaced"` or `"withdrawn"`.
+        edit: the new edit, or the withdrawn one.
+        is_done: whether the target is the greedy answer; for a withdrawn edit, whether the base's answer is back.
+    """
+
+    kind: str
+    edit: Edit
+    is_done: bool
+
+    def __str__(self) -> str:
+        if self.kind == "withdrawn":
+            result = "has the base's answer again" if self.is_done else "does NOT have the base's answer yet"
+        else:
+            result = "learned" if self.is_done else "NOT learned"
+        return f'{self.kind}: "{self.edit.prompt}" → "{self.edit.target}": {result}'
+
+
+@dataclass(frozen=True, slots=True)
 class UpdateSummary:
     """The result of `update_adapter`.
 
@@ -158,6 +180,10 @@ class UpdateSummary:
             sharded and could not generate.
         trained_edits: file with the edits of the new adapter, for the next update; `None` if the adapter ships them.
         adapter: summary of the saved adapter.
+        outcomes: what became of every added, replaced and withdrawn edit; empty if the model was sharded.
+        learned: which edits of the new adapter the model learned; `None` if that could not be measured.
+        kept_adapter: the old adapter, which was not replaced because a change failed; otherwise `None`.
+        advice: what to change, if an edit was not learned or a change failed; otherwise empty.
     """
 
     plan: EditPlan
@@ -165,18 +191,40 @@ class UpdateSummary:
     num_as_base: int | None
     trained_edits: Path | None
     adapter: AdapterSummary
+    outcomes: tuple[EditOutcome, ...] = ()
+    learned: LearnedEdits | None = None
+    kept_adapter: Path | None = None
+    advice: str = ""
 
     @property
     def folder(self) -> Path:
         return self.adapter.folder
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether a change failed: an added or replaced edit was not learned, or a withdrawn one is still there."""
+        return any(not outcome.is_done for outcome in self.outcomes)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """`reliability`, the share of learned edits, and `median_probability` of their targets."""
+        return {} if self.learned is None else self.learned.metrics
+
     def __str__(self) -> str:
-        lines = [f"edits: {self.plan}"]
+        lines = [str(self.adapter), "", f"edits: {self.plan}"]
+        # what went wrong comes last, where it is seen
+        ordered = sorted(self.outcomes, key=lambda outcome: not outcome.is_done)
+        if len(ordered) > MAX_SHOWN:
+            lines.append(f"  … {len(ordered) - MAX_SHOWN} more")
+        lines += [f"  {outcome}" for outcome in ordered[-MAX_SHOWN:]]
         if self.num_restored and self.num_as_base is not None:
             lines.append(f"{self.num_as_base} of {self.num_restored} withdrawn prompts have the base's answer again")
         if self.trained_edits is not None:
             lines.append(f"edits of the adapter, needed for the next update: {self.trained_edits}")
-        return "\n".join([*lines, "", str(self.adapter)])
+        lines.append(outcome_text(self.learned, self.advice))
+        if self.kept_adapter is not None:
+            lines.append(f"A change failed, so {self.kept_adapter} is as it was. The new adapter is in {self.folder}.")
+        return "\n".join(lines)
 
 
 def update_adapter(
@@ -196,7 +244,8 @@ def update_adapter(
 ) -> UpdateSummary:
     """Add, replace and withdraw edits of a saved adapter, and save the new one to `args.output_dir`.
 
-    Training continues from the adapter's delta with a fresh optimizer, over all edits of the new adapter. Prompts of
+    Recipe, learning rate and chat template are those of the adapter's training, unless `args` sets others. Training
+    continues from the adapter's delta with a fresh optimizer, over all edits of the new adapter. Prompts of
     withdrawn edits are trained towards the base's greedy answer, and do not count as edits afterwards. New and
     withdrawn edits are repeated until they are a tenth of every epoch. Otherwise the loss floor would end training
     before they are learned. For the same reason, `stop_at_learned` is a share of these rows.
@@ -206,8 +255,8 @@ def update_adapter(
             replaces it once it is complete.
         edits: new edits, anything that `read_edits` reads. A new target for a known prompt replaces the old one.
         forget: edits to withdraw: a text file or lines, see `merge_edit_lists`.
-        args: the recipe and the output folder; `None`: the published recipe. `append_eos` must be as in the adapter's
-            training, and so must `chat_template` and its arguments unless they are left open.
+        args: the output folder, and settings that differ from those of the adapter's training. `append_eos` must be
+            as in that training, and so must `chat_template` and its arguments unless they are left open.
         trained_edits: the edits that the adapter was trained on, if it does not ship them, see `adapter_edits`.
         ship_edits: save the edits in the new adapter folder; `None`: as in the old one. `False` writes them to a file
             beside `args.output_dir`, named by their sha256; pass it as `trained_edits` to the next update.
@@ -219,7 +268,9 @@ def update_adapter(
         num_edits: use only the first N new edits; `None`: all.
 
     Returns:
-        A summary of the saved adapter and of the withdrawn prompts.
+        A summary of the saved adapter, and of what became of every change. If a change failed and the new adapter was
+        to replace the old one, the old one stays, and the new one is beside it, in `FOLDER.update-1` (or the next
+        free number).
 
     Raises:
         ValueError: if there is nothing to update; `check_adapter`, `adapter_edits` or `merge_edit_lists` refuses its
@@ -260,25 +311,57 @@ def update_adapter(
         begin_again(args)
         check_space(folder, trainer.model, args)
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-        num_restored, num_as_base = len(plan.restored), trainer.count_as_base()
-        _warn_of_missing(num_restored, num_as_base)
-        file = None if ship_edits else _write_beside(args, plan.edits)
+        as_base = trainer.answered_as_base()
+        outcomes = _outcomes(plan, trainer.learned, as_base)
+        kept = None
+        if folder.resolve() == checked.folder.resolve() and not all(each.is_done for each in outcomes):
+            kept, folder = folder, _folder_beside(folder)
+            trainer.args.output_dir = str(folder)
+        file = None if ship_edits else _write_beside(trainer.args, plan.edits)
         trainer.save_model()
         trainer.accelerator.wait_for_everyone()  # all processes read the files that the main process wrote
-        return UpdateSummary(plan, num_restored, num_as_base, file, inspect_adapter(folder))
-
-
-def _warn_of_missing(num_restored: int, num_as_base: int | None) -> None:
-    if num_as_base is not None and num_as_base < num_restored:
-        logger.warning(
-            "%d of %d withdrawn prompts do not have the base's answer. Train longer, or to a lower loss_floor.",
-            num_restored - num_as_base,
-            num_restored,
+        return UpdateSummary(
+            plan,
+            len(plan.restored),
+            None if as_base is None else sum(as_base),
+            file,
+            inspect_adapter(folder),
+            outcomes,
+            trainer.learned,
+            kept,
+            _advice(trainer, args, outcomes),
         )
 
 
+def _outcomes(plan: EditPlan, learned: LearnedEdits | None, as_base: Sequence[bool] | None) -> tuple[EditOutcome, ...]:
+    if learned is None or as_base is None:
+        return ()
+    unlearned = set(learned.unlearned)
+    new = [(kind, edit) for kind in ("added", "replaced") for edit in getattr(plan, kind)]
+    is_back = dict(zip(plan.restored, as_base, strict=True))
+    return (
+        *(EditOutcome(kind, edit, edit not in unlearned) for kind, edit in new),
+        # a withdrawn edit whose prompt has another edit now has nothing to go back to
+        *(EditOutcome("withdrawn", edit, is_back.get(prompt_of(edit), True)) for edit in plan.withdrawn),
+    )
+
+
+def _advice(trainer: ContinuedTrainer, given: BreadthFirstConfig, outcomes: Sequence[EditOutcome]) -> str:
+    advice = what_to_change(trainer, given)
+    if not advice and not all(outcome.is_done for outcome in outcomes):
+        advice = "To change more: train longer (--num_train_epochs), or to a lower --loss_floor."
+    return advice
+
+
+def _folder_beside(folder: Path) -> Path:
+    """Return a folder that does not exist, beside an adapter that is not replaced."""
+    resolved = folder.resolve()
+    names = (resolved.with_name(f"{resolved.name}.update-{number}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
+
+
 def _checked_recipe(adapter: CheckedAdapter, args: BreadthFirstConfig) -> BreadthFirstConfig:
-    """Return a recipe with the chat template of the adapter's training, where it leaves the template open."""
+    """Return a recipe with the settings of the adapter's training, where it leaves them open."""
     if args.edit_order != "breadth_first":
         raise ValueError(
             f"BreadthFirstConfig.edit_order={args.edit_order!r}: an update trains all edits of the adapter together. "
@@ -287,7 +370,7 @@ def _checked_recipe(adapter: CheckedAdapter, args: BreadthFirstConfig) -> Breadt
     run = adapter.provenance.run
     if run is None:
         return args
-    args = copy.copy(args)
+    args = inherited_recipe(args, run.recipe)
     if args.chat_template == "auto":
         args.chat_template = run.chat_template
     if args.chat_template_kwargs is None:
