@@ -151,8 +151,9 @@ def test_a_recipe_is_open_to_what_is_given(tmp_path: Path) -> None:
     assert recipe(tmp_path, delta_decay=0.0).delta_decay == 0.0
     published = BreadthFirstConfig(output_dir=str(tmp_path))
     assert (published.delta_decay, published.adam_epsilon, published.weight_decay) == (0.0, 1e-8, 0.0)
-    assert (published.learning_rate, args.learning_rate) == (5e-4, 8e-4)
-    assert (published.num_train_epochs, published.lr_scheduler_type) == (25, "constant")
+    assert (published.learning_rate, args.learning_rate) == ("auto", "auto")
+    assert (published.relative_learning_rate, args.relative_learning_rate) == (0.025, 0.04)
+    assert (published.num_train_epochs, published.lr_scheduler_type) == (50, "constant")
     seeded: dict[str, Any] = {"seed": 1}
     assert replace(args, **seeded).delta_decay == 0.25
 

@@ -19,7 +19,9 @@ RUN = ["--num_train_epochs", "1", "--use_cpu", "--disable_tqdm", "True"]
 RESUMED = ["--resume_from_adapter", "a", "--output_dir", "o", "--use_cpu"]
 
 
-def test_an_adapter_is_listed_and_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_adapter_is_listed_and_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, out, edits = tmp_path / "model", tmp_path / "out", tmp_path / "edits.jsonl"
     base_model().save_pretrained(base)
     make_tokenizer("llama2").save_pretrained(base)
@@ -37,6 +39,13 @@ def test_an_adapter_is_listed_and_trained_on(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "ids.txt").write_text("\n".join(line for line in listed.splitlines() if "Spain" in line))
     edits.write_text(edit_lines(EDITS[7:]))
     update = ["train", "--resume_from_adapter", str(out), "--forget", str(tmp_path / "ids.txt")]
+    before = (out / "adapter_model.safetensors").read_bytes()
+    assert main([*update, "--edits", str(edits), "--output_dir", str(out), *RUN]) == 1  # too short to withdraw an edit
+    assert (
+        f"\nA change failed, so {out} is as it was. The new adapter is in {out}.update-1." in capsys.readouterr().out
+    )
+    assert (out / "adapter_model.safetensors").read_bytes() == before and shipped_edits(out) == EDITS[:7]
+    monkeypatch.setattr("peft_locft.workflows.update._has_failed", lambda outcomes: False)
     assert main([*update, "--edits", str(edits), "--output_dir", str(out), *RUN]) == 0
     assert "\nedits: 5 kept, 1 added, 0 replaced, 2 withdrawn\n" in capsys.readouterr().out
     assert shipped_edits(out) == [EDITS[0], *EDITS[3:]]
@@ -51,6 +60,7 @@ def test_the_flags_are_those_of_the_function(tmp_path: Path) -> None:
         "edits": None,
         "forget": "f",
         "trained_edits": "k",
+        "fail_if": [],
         "ship_edits": None,
         "model_name_or_path": None,
         "revision": None,

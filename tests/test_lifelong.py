@@ -103,9 +103,15 @@ def test_edits_come_are_replaced_and_go(base: Path, learned: Path, tmp_path: Pat
     assert facts["continued"] == {"times": 1, "added": 1, "replaced": 1, "withdrawn": 1}
     # what was withdrawn is nowhere in it
     assert not any(b"Who is the king of Spain" in content for content in contents(tmp_path / "next").values())
-    assert str(summary).startswith(
-        "edits: 6 kept, 1 added, 1 replaced, 1 withdrawn\n1 of 1 withdrawn prompts have the base's answer again\n\n"
+    assert str(summary).endswith(
+        "\nedits: 6 kept, 1 added, 1 replaced, 1 withdrawn\n"
+        '  added: "Who is Dave?" → "the river": learned\n'
+        f'  replaced: "{EDITS[0].prompt}" → "Louis": learned\n'
+        f'  withdrawn: "{EDITS[2].prompt}" → "{EDITS[2].target}": has the base\'s answer again\n'
+        "1 of 1 withdrawn prompts have the base's answer again\n"
+        f"{summary.learned}"
     )
+    assert not summary.has_failed and summary.kept_adapter is None
     assert "\ncontinued      1 times, 1 added, 1 replaced, 1 withdrawn\n" in str(summary)
     assert summary.folder == tmp_path / "next" and summary.trained_edits is None
 
@@ -119,6 +125,43 @@ def test_edits_come_are_replaced_and_go(base: Path, learned: Path, tmp_path: Pat
     assert [up_to_eos(tokens, tokenizer) for tokens in answers(edited, tokenizer, prompts)] == wanted
 
 
+def test_a_change_that_fails_leaves_the_old_adapter(learned: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(learned, out)
+    before = contents(out)
+    (tmp_path / "out.update-1").mkdir()  # that name is taken
+    summary = update_adapter(out, forget=[EDITS[0].prompt], args=recipe(out, learning_rate=1e-7))
+    assert contents(out) == before
+    assert (summary.kept_adapter, summary.folder) == (out, tmp_path / "out.update-2")
+    assert summary.has_failed and shipped_edits(summary.folder) == EDITS[1:]
+    last = str(summary).splitlines()
+    assert last[-1] == f"A change failed, so {out} is as it was. The new adapter is in {summary.folder}."
+    assert f'  withdrawn: "{EDITS[0].prompt}" → "{EDITS[0].target}": does NOT have the base\'s answer yet' in last
+
+
+def test_an_update_inherits_the_recipe(base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    more = {"num_train_epochs": 2, "loss_averaging": "token", "loss_floor": 1e-3, "seed": 5}
+    trained = BreadthFirstConfig(output_dir=str(out), use_cpu=True, disable_tqdm=True, **more)  # type: ignore[arg-type]
+    first = train_edits(base, EDITS, args=trained, ship_edits=True)
+    assert first.provenance.run is not None
+    args = BreadthFirstConfig(output_dir=str(tmp_path / "next"), use_cpu=True, disable_tqdm=True, num_train_epochs=3)
+    second = update_adapter(out, [Edit("Who is Dave?", "the river")], args=args)
+    earlier, run = first.provenance.run.recipe, second.adapter.provenance.run
+    assert run is not None
+    inherited = ("loss_averaging", "loss_floor", "seed", "relative_learning_rate", "learning_rate", "chat_template")
+    assert {name: run.recipe[name] for name in inherited} == {name: earlier[name] for name in inherited}
+    assert earlier["relative_learning_rate"] == 0.025
+    assert run.recipe["num_train_epochs"] == 3  # as given
+
+
+@pytest.fixture
+def anything_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace the old adapter whatever was learned: one epoch is too short to withdraw an edit."""
+    monkeypatch.setattr("peft_locft.workflows.update._has_failed", lambda outcomes: False)
+
+
+@pytest.mark.usefixtures("anything_goes")
 def test_a_list_that_is_not_shipped_is_written_beside(base: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     train_edits(base, EDITS, args=recipe(out))
@@ -204,21 +247,13 @@ def test_a_kill_while_saving_leaves_the_old_adapter_or_the_new(learned: Path, tm
     assert set(counts) == {len(EDITS), len(EDITS) - 1}
 
 
+@pytest.mark.usefixtures("anything_goes")
 def test_an_adapter_of_another_method_is_trained_on(base: Path, tmp_path: Path) -> None:
     config = LoraConfig(target_modules=["down_proj"], layers_to_transform=[1], r=4)
     train_edits(base, EDITS, config, recipe(tmp_path / "lora"), ship_edits=True)
     summary = update_adapter(tmp_path / "lora", forget=[EDITS[0].prompt], args=recipe(tmp_path / "lora"))
     assert summary.adapter.config.peft_type == "LORA"
     assert shipped_edits(tmp_path / "lora") == EDITS[1:]
-
-
-def test_a_prompt_that_is_not_the_base_s_again_is_warned_of(
-    learned: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    args = recipe(tmp_path / "out", learning_rate=1e-7)
-    summary = update_adapter(learned, forget=[EDITS[0].prompt], args=args)
-    assert (summary.num_as_base, summary.num_restored) == (0, 1)
-    assert "1 of 1 withdrawn prompts do not have the base's answer. Train longer" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_without_eos_the_target_alone_is_scored(tmp_path: Path) -> None:
 
 def test_the_defaults_are_the_published_recipe() -> None:
     args = BreadthFirstConfig(use_cpu=True)
-    assert (args.learning_rate, args.num_train_epochs, args.per_device_train_batch_size) == (5e-4, 25, 100)
+    assert (args.learning_rate, args.num_train_epochs, args.per_device_train_batch_size) == ("auto", 50, None)
     assert (args.loss_floor, args.weight_decay, args.max_grad_norm, args.warmup_steps) == (1e-2, 0, 0, 0)
     assert (args.objective, args.loss_averaging, args.edit_order) == ("target_new", "edit", "breadth_first")
     assert (args.lr_scheduler_type, args.append_eos, args.chat_template) == ("constant", True, "auto")

@@ -71,13 +71,16 @@ MISTRAL_LAYER = (
 def test_the_default_location(family: str, num_layers: int, name: str) -> None:
     location = default_location(on_meta(family, num_layers))
     assert (location.target_modules, location.target_parameters) == ((name,), ())
-    assert location.learning_rate == (5e-4 if family in ("llama", "qwen2") else None)
+    assert location.learning_rate is None
 
 
 def test_mistral_is_edited_in_an_entire_layer() -> None:
     location = default_location(on_meta("mistral", 32))
     assert location.target_modules == tuple(f"model.layers.23.{name}" for name in MISTRAL_LAYER)
-    assert location.learning_rate == 5e-5
+    assert location.learning_rate is None
+    model = on_meta("mistral", 32)
+    model.config.name_or_path = "mistralai/Mistral-7B-v0.1"
+    assert default_location(model).learning_rate == 5e-5  # published for this very model
 
 
 def test_qwen_moe_is_edited_in_the_shared_expert() -> None:

@@ -210,7 +210,7 @@ TRAIN_SECTIONS = {
     "where to edit": ("target_modules", "layers_to_transform", "location"),
     "recipe": ("recipe", *_RECIPE),
     "output": ("output_dir", "overwrite_output_dir", "ship_edits", "fail_if"),
-    "evaluate while training": ("evaluate_every", "best_metric"),
+    "evaluate while training": ("evaluate_every",),
     "update an adapter": ("resume_from_adapter", "forget"),
 }
 EVALUATE_SECTIONS = {

@@ -56,7 +56,7 @@ class TrainingSummary(AdapterSummary):
 
     def __str__(self) -> str:
         # a dataclass with slots is another class than the one that super() alone would find
-        return f"{AdapterSummary.__str__(self)}\n\n{outcome_text(self.learned, self.advice)}"
+        return f"{AdapterSummary.__str__(self).rstrip()}\n\n{outcome_text(self.learned, self.advice)}"
 
 
 def outcome_text(learned: LearnedEdits | None, advice: str) -> str:

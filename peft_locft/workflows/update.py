@@ -202,8 +202,8 @@ class UpdateSummary:
 
     @property
     def has_failed(self) -> bool:
-        """Whether a change failed: an added or replaced edit was not learned, or a withdrawn one is still there."""
-        return any(not outcome.is_done for outcome in self.outcomes)
+        """Whether a correction was not learned, or a withdrawn edit is still there."""
+        return _has_failed(self.outcomes)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -211,7 +211,7 @@ class UpdateSummary:
         return {} if self.learned is None else self.learned.metrics
 
     def __str__(self) -> str:
-        lines = [str(self.adapter), "", f"edits: {self.plan}"]
+        lines = [str(self.adapter).rstrip(), "", f"edits: {self.plan}"]
         # what went wrong comes last, where it is seen
         ordered = sorted(self.outcomes, key=lambda outcome: not outcome.is_done)
         if len(ordered) > MAX_SHOWN:
@@ -311,26 +311,32 @@ def update_adapter(
         begin_again(args)
         check_space(folder, trainer.model, args)
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-        as_base = trainer.answered_as_base()
-        outcomes = _outcomes(plan, trainer.learned, as_base)
-        kept = None
-        if folder.resolve() == checked.folder.resolve() and not all(each.is_done for each in outcomes):
-            kept, folder = folder, _folder_beside(folder)
-            trainer.args.output_dir = str(folder)
-        file = None if ship_edits else _write_beside(trainer.args, plan.edits)
-        trainer.save_model()
-        trainer.accelerator.wait_for_everyone()  # all processes read the files that the main process wrote
-        return UpdateSummary(
-            plan,
-            len(plan.restored),
-            None if as_base is None else sum(as_base),
-            file,
-            inspect_adapter(folder),
-            outcomes,
-            trainer.learned,
-            kept,
-            _advice(trainer, args, outcomes),
-        )
+        return _saved(trainer, checked.folder, args)
+
+
+def _saved(trainer: ContinuedTrainer, old: Path, given: BreadthFirstConfig) -> UpdateSummary:
+    """Save the new adapter, beside the old one if it was to replace it and a change failed."""
+    plan, as_base = trainer.plan, trainer.answered_as_base()
+    outcomes = _outcomes(plan, trainer.learned, as_base)
+    kept, folder = None, Path(trainer.args.output_dir or "")
+    if folder.resolve() == old.resolve() and _has_failed(outcomes):
+        kept, folder = folder, _folder_beside(folder)
+        trainer.args.output_dir = str(folder)
+        trainer.accelerator.wait_for_everyone()  # all processes find the same free name
+    file = None if trainer.ship_edits else _write_beside(trainer.args, plan.edits)
+    trainer.save_model()
+    trainer.accelerator.wait_for_everyone()  # all processes read the files that the main process wrote
+    return UpdateSummary(
+        plan,
+        len(plan.restored),
+        None if as_base is None else sum(as_base),
+        file,
+        inspect_adapter(folder),
+        outcomes,
+        trainer.learned,
+        kept,
+        _advice(trainer, given, outcomes),
+    )
 
 
 def _outcomes(plan: EditPlan, learned: LearnedEdits | None, as_base: Sequence[bool] | None) -> tuple[EditOutcome, ...]:
@@ -346,9 +352,14 @@ def _outcomes(plan: EditPlan, learned: LearnedEdits | None, as_base: Sequence[bo
     )
 
 
+def _has_failed(outcomes: Sequence[EditOutcome]) -> bool:
+    """Whether a correction or a withdrawal failed; after a new edit that is not learned, nothing is worse."""
+    return any(not outcome.is_done for outcome in outcomes if outcome.kind != "added")
+
+
 def _advice(trainer: ContinuedTrainer, given: BreadthFirstConfig, outcomes: Sequence[EditOutcome]) -> str:
     advice = what_to_change(trainer, given)
-    if not advice and not all(outcome.is_done for outcome in outcomes):
+    if not advice and _has_failed(outcomes):
         advice = "To change more: train longer (--num_train_epochs), or to a lower --loss_floor."
     return advice
 
