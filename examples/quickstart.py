@@ -25,7 +25,7 @@ edits = read_edits(
 
 model, tokenizer = load_smollm2()
 model = get_peft_model(model, LocFTConfig(task_type="CAUSAL_LM"))
-args = BreadthFirstConfig(output_dir="quickstart", learning_rate=5e-3)
+args = BreadthFirstConfig(output_dir="quickstart")
 trainer = BreadthFirstTrainer(model=model, args=args, train_dataset=edits, processing_class=tokenizer)
 trainer.train()
 trainer.save_model()

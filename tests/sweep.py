@@ -205,6 +205,7 @@ def _train(model: nn.Module, cache: Any = "auto", max_tokens: int | None = None,
         args = BreadthFirstConfig(
             output_dir=folder,
             num_train_epochs=1,
+            per_device_train_batch_size=100,
             loss_floor=0.0,
             disable_tqdm=True,
             use_cpu=True,

@@ -99,12 +99,12 @@ CALLS: dict[str, tuple[list[str], dict[str, str], str]] = {
     "no such adapter": (
         ["evaluate", "--edits", "edits.jsonl", "--adapter", "nowhere"],
         {},
-        "nowhere: found neither an adapter folder nor that name on the Hub",
+        "nowhere: found no adapter .*; expected a folder that `locft train` wrote, or a name on the Hub",
     ),
     "another base": (
         ["evaluate", "--edits", "edits.jsonl", "--adapter", "adapter", "--model_name_or_path", "other"],
         {},
-        "adapter: the adapter does not fit other: size mismatch .*Pass the base that it was trained on",
+        "adapter: the adapter does not fit the base model other: size mismatch .*Pass the base that it was trained on",
     ),
     "merge the wrong way round": (
         ["merge", "adapter", "model", "merged"],

@@ -235,7 +235,8 @@ def test_any_trainer_can_call_it(tmp_path: Path) -> None:
     model = get_peft_model(build("llama"), ATTENTION)
     preserver = Preserver.prepare(model, windows=WINDOWS, energy_share=0.7, progress=False)
     rows = [{"input_ids": row, "labels": row} for row in token_ids(4, 6)]
-    args = BreadthFirstConfig(output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, num_train_epochs=2)
+    more: dict[str, Any] = {"use_cpu": True, "disable_tqdm": True, "num_train_epochs": 2, "learning_rate": 5e-4}
+    args = BreadthFirstConfig(output_dir=str(tmp_path), per_device_train_batch_size=4, **more)
     Trainer(model=model, args=args, train_dataset=rows, callbacks=[PreservationCallback(preserver)]).train()
     (each,) = preserver.trained
     assert each.tensor.detach().norm() > 1e-3

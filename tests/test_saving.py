@@ -303,7 +303,12 @@ def test_the_provenance_says_what_was_done_to_what(tmp_path: Path) -> None:
     assert facts["base_model"] == {"name_or_path": None, "revision": None}
     assert facts["base_sha256"] == {"model.layers.1.mlp.down_proj.weight": tensor_sha256(weight)}
     assert facts["edits"] == {"count": len(EDITS), "sha256": edits_sha256(EDITS)}
-    assert facts["training"] == {"steps": 6, "epoch_losses": trainer.epoch_losses}
+    assert trainer.learned is not None
+    assert facts["training"] == {
+        "steps": 6,
+        "epoch_losses": trainer.epoch_losses,
+        "learned": {"num_learned": 0, "num_edits": 8, "median_probability": trainer.learned.median_probability},
+    }
     assert facts["recipe"]["learning_rate"] == 5e-3
     assert facts["recipe"]["per_device_train_batch_size"] == 4
     assert facts["recipe"]["lr_scheduler_type"] == "constant"

@@ -12,7 +12,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .batches import EditBatches
 from .config import BreadthFirstConfig
@@ -130,7 +130,7 @@ def logged_without(name: str, text: str) -> Iterator[None]:
         logger.removeFilter(is_other)
 
 
-class EpochLines(TrainerCallback):
+class EpochLines(PrinterCallback):
     """Prints a line for every log of the Trainer, where there is no progress bar (`disable_tqdm=True`).
 
     Args:
@@ -147,7 +147,7 @@ class EpochLines(TrainerCallback):
             return  # the totals at the end of training
         epochs, losses = state.epoch or 0.0, self.history.epoch_losses
         if epochs.is_integer() and losses:
-            counts = [f", {self.num_new - number} of {self.num_new} learned" for number in self.history.unlearned[-1:]]
-            tqdm.write(f"epoch {epochs:.0f}: loss {losses[-1]:.4f}{''.join(counts)}")
+            shares = [f", {1 - number / max(self.num_new, 1):.0%} learned" for number in self.history.unlearned[-1:]]
+            tqdm.write(f"epoch {epochs:.0f}: loss {losses[-1]:.4f}{''.join(shares)}")
         else:
             tqdm.write(f"step {state.global_step}: loss {float(logs['loss']):.4f}")

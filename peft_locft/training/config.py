@@ -42,7 +42,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "relative_learning_rate": 0.04,
         "num_train_epochs": 24,
         "lr_scheduler_type": "linear",
-        "stop_at_learned": 0.98,
+        "stop_at_learned": 0.99,
         "adam_epsilon": 1e-4,
         "loss_averaging": "token",
         "num_prefixes": 5,

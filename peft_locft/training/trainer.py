@@ -211,7 +211,7 @@ class BreadthFirstTrainer(Trainer):
         with evaluating(model), self.compute_loss_context_manager():
             for indices in self.runner.micro_batches(own) if len(own) else ():
                 with self.runner.micro_batch(indices) as batch:
-                    found[indices] = self.losses.answers(model, batch).to(found.device)
+                    found[indices.to(found.device)] = self.losses.answers(model, batch).to(found.device)
         # an edit that is trained as text and in chat is learned if it is learned in both
         forms = self.accelerator.reduce(found, reduction="sum").split(num_forms)
         is_learned, log_probabilities = torch.stack([own.amin(dim=0) for own in forms]).T.tolist()

@@ -12,6 +12,7 @@ from .locate import run_location_search as run_location_search
 from .locate import search_locations as search_locations
 from .train import TrainingSummary as TrainingSummary
 from .train import train_edits as train_edits
+from .update import EditOutcome as EditOutcome
 from .update import UpdateSummary as UpdateSummary
 from .update import update_adapter as update_adapter
 from .web import ServedPage as ServedPage

@@ -67,6 +67,10 @@ def main() -> None:
     write_json(arguments.output / "lora_export.json", {"machine": machine(), "table": rows, "ranks": needed})
 
 
+LAYER = 24  # late, where general ability is kept best
+RECIPE = {"learning_rate": 5e-3, "per_device_train_batch_size": 20}
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256], help="of LoRA")
@@ -80,9 +84,7 @@ def parse() -> argparse.Namespace:
 
 
 def train(model: Any, tokenizer: Any, edits: Any, folder: Path, epochs: int) -> PeftModel:
-    """Train as the demo does, and save."""
-    from demo import LAYER, RECIPE
-
+    """Train the demo's edits, and save."""
     config = LocFTConfig(target_modules=["down_proj"], layers_to_transform=[LAYER], task_type="CAUSAL_LM")
     recipe: dict[str, Any] = RECIPE | {"num_train_epochs": epochs}
     args = BreadthFirstConfig(output_dir=str(folder), use_cpu=True, disable_tqdm=True, **recipe)
