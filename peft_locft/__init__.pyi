@@ -38,7 +38,6 @@ from .tuner import LocFTModel as LocFTModel
 from .tuner import balanced_config as balanced_config
 from .workflows import AdapterComparison as AdapterComparison
 from .workflows import EditedModel as EditedModel
-from .workflows import EditOutcome as EditOutcome
 from .workflows import SearchPlan as SearchPlan
 from .workflows import TrainingSummary as TrainingSummary
 from .workflows import UpdateSummary as UpdateSummary

@@ -17,9 +17,18 @@ from tiny_training import EDITS, base_model
 from tokenizers_for_tests import make_tokenizer
 from torch import nn
 
-from peft_locft import BreadthFirstConfig, Edit, EditedModel, EvaluationConfig, edit, inspect_adapter, read_edits
+from peft_locft import (
+    BreadthFirstConfig,
+    BreadthFirstTrainer,
+    Edit,
+    EditedModel,
+    EvaluationConfig,
+    LearnedEdits,
+    edit,
+    inspect_adapter,
+    read_edits,
+)
 from peft_locft.adapters.shipped_edits import EDITS_NAME
-from peft_locft.workflows import edited_model
 
 TOKENIZER = make_tokenizer("llama2")
 PROMPT, TARGET = EDITS[0].prompt, EDITS[0].target
@@ -122,15 +131,18 @@ def test_several_facts_at_once(facts: Any, model: Any) -> None:
 
 def test_it_says_what_was_edited_and_learned(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = {f"<{number}>": "a" for number in range(12)} | {PROMPT: "b"}
-    learned = [True] * 12 + [False]
-    monkeypatch.setattr(edited_model, "learned_edits", lambda *_, **__: learned)
+
+    def measured(trainer: BreadthFirstTrainer) -> LearnedEdits:
+        return LearnedEdits.of(trainer.edits, [True] * 12 + [False], [0.0] * 13)
+
+    monkeypatch.setattr(BreadthFirstTrainer, "measure_learned", measured)
     result = edited(model, facts, args=recipe(num_train_epochs=1))
     assert str(result).splitlines() == [
         "12 of 13 edits learned:",
         f"  {PROMPT!r} -> 'b', not learned",
         *(f"  '<{number}>' -> 'a'" for number in range(9)),
         "  and 3 more",
-        "To learn more: args=BreadthFirstConfig(...) with more epochs or another learning rate.",
+        "To learn more: args=BreadthFirstConfig(num_train_epochs=100), or another location.",
         ".undo() takes it out again, .save(folder) saves it as an adapter.",
     ]
     html = result._repr_html_()
@@ -199,7 +211,7 @@ def test_a_failure_leaves_the_model_as_it_was(
         raise error("stopped")
 
     state, weights = state_of(model), base_state(model)
-    monkeypatch.setattr(edited_model, "learned_edits", fails)
+    monkeypatch.setattr(BreadthFirstTrainer, "measure_learned", fails)
     with pytest.raises(error, match="stopped"):
         edited(model, PROMPT, TARGET, args=recipe(num_train_epochs=1))
     assert state_of(model) == state
@@ -259,4 +271,4 @@ def test_the_example_prints_what_the_docs_show() -> None:
     assert done.returncode == 0, done.stderr
     shown, said = "".join(done.stdout.splitlines(keepends=True)[:3]), done.stdout.splitlines()[3]
     assert f"```text\n{shown}```" in (root / "docs" / "pages" / "get_started.md").read_text(encoding="utf-8")
-    assert said == "1 of 1 edits learned (0 before)."
+    assert said == "As plain text: 1 of 1 edits learned (0 before)."

@@ -71,7 +71,7 @@ def template_arguments(value: Any, where: str = "chat_template_kwargs") -> dict[
 def choose_chat_template(
     value: object,
     edits: Sequence[Edit],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> ChatTemplate:
     """Return what `"auto"` means for these edits: `"both"` if the tokenizer has a chat template, else `"off"`.

@@ -34,6 +34,21 @@ def sentences(rows: Sequence[Row], texts: Mapping[str, tuple[float | None, float
         texts: what to call a figure, and its values before (`None`: unknown) and after.
     """
     said = []
+    plain, chat = ([row for row in rows if row.get("in_chat", False) is form] for form in (False, True))
+    for title, own in (("As plain text: ", plain), ("In chat: ", chat)):
+        of_form = _of_form(own)
+        if plain and chat and of_form:
+            of_form[0] = title + of_form[0]
+        said += of_form
+    for name, (before, after) in texts.items():
+        change = "" if before is None else f"{format_number(before)} before, "
+        said.append(f"{name}: {change}{format_number(after)} after.")
+    return said
+
+
+def _of_form(rows: Sequence[Row]) -> list[str]:
+    """Return what rows say that were all asked as plain text, or all in chat."""
+    said = []
     learned, num_edits = _counts(rows, "reliability")
     if num_edits:
         said.append(f"{learned} of {num_edits} edits learned{_before(rows)}.")
@@ -45,11 +60,7 @@ def sentences(rows: Sequence[Row], texts: Mapping[str, tuple[float | None, float
         passed, num = _counts(rows, kind)
         if num:
             said.append(f"{passed} of {num} {ending}.")
-    said += _of_others(rows)
-    for name, (before, after) in texts.items():
-        change = "" if before is None else f"{format_number(before)} before, "
-        said.append(f"{name}: {change}{format_number(after)} after.")
-    return said
+    return said + _of_others(rows)
 
 
 def _counts(rows: Sequence[Row], kind: str) -> tuple[int, int]:
