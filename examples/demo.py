@@ -80,7 +80,7 @@ def train(
     trainer.train()
     trainer.save_model()
     seconds = time.perf_counter() - begun
-    report = evaluate_edits(edited, tokenizer, edits)
+    report = evaluate_edits(edited, tokenizer, edits, EvaluationConfig(protocols=["generation"]))
     save_report(report, folder / "evaluation")
     describe_adapter(folder, report=report)
     print(f"\n{recipe.capitalize()} recipe, trained in {seconds:.0f} s: {trainer.learned}.")
@@ -112,7 +112,7 @@ def show(report: EvaluationReport, recipe: str) -> None:
         print(
             f"{where}: {share([bool(row['exact_match_after']) for row in asked])} edits are answered with the target, "
             f"{share([bool(row['exact_match_after']) for row in reworded])} asked in other words; "
-            f"{share([not row['first_word_unchanged'] for row in others])} other answers changed."
+            f"{share([not row['first_word_unchanged_after'] for row in others])} other answers changed."
         )
     reworded = [row for row in rows_of("generalization", False) if row["exact_match_after"]]
     damaged = [row for row in rows_of("locality", False) if not row["first_word_unchanged_after"]]
