@@ -30,4 +30,5 @@ trainer = BreadthFirstTrainer(model=model, args=args, train_dataset=edits, proce
 trainer.train()
 trainer.save_model()
 for row in evaluate_edits(model, tokenizer, edits).rows:
-    print(f"{row['kind']:15} {row['prompt']:45} {row['answer_before'][:20]:20}  ->  {row['answer_after'][:20]}")
+    form, before = "in chat" if row["in_chat"] else "as text", row["answer_before"][:20]
+    print(f"{row['kind']:15} {form:8} {row['prompt']:45} {before:20}  ->  {row['answer_after'][:20]}")
