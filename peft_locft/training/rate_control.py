@@ -23,7 +23,8 @@ TOO_SLOW = 0.95  # loss relative to the one of the decision before, above which 
 NEARLY_LEARNED = 0.9  # share of learned edits from which the rate is not raised: the rest may contradict each other
 MOTIONLESS = 0.98  # the same, above which it is raised by more
 LOWER, RAISE = 0.25, 2.0
-LOWEST, HIGHEST = 2.0**-10, 64.0  # of the factor
+LOWEST = 2.0**-20  # of the factor
+HIGHEST = 0.5  # of the rate relative to the weights; a loss that does not fall above it has another reason
 
 
 @dataclass
@@ -60,10 +61,12 @@ class RateControl(TrainerCallback):
     Args:
         history: the losses of the run.
         num_new: edits that the model had not learned before the run.
+        relative_rate: the first rate, relative to the weights.
     """
 
-    def __init__(self, history: LossHistory, num_new: int) -> None:
+    def __init__(self, history: LossHistory, num_new: int, relative_rate: float) -> None:
         self.history = history
+        self.relative_rate = relative_rate
         self.num_new = num_new
         self.state = _State()
         self.is_diverged = False
@@ -134,7 +137,7 @@ class RateControl(TrainerCallback):
 
     def _multiply(self, by: float, objects: dict[str, Any]) -> None:
         factor = self.state.factor * by
-        if not LOWEST <= factor <= HIGHEST:
+        if factor < LOWEST or (by > 1 and factor * self.relative_rate > HIGHEST):
             return
         self.state.factor = factor
         scheduler = objects["lr_scheduler"]
