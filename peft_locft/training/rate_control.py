@@ -20,7 +20,7 @@ STATE_KEY = "RateControl"  # where a checkpoint holds the state
 STEPS_BETWEEN = 5  # fewest optimizer steps between two decisions: fewer say little
 TOO_HIGH = 1.25  # loss after the first steps, relative to the loss before training
 TOO_SLOW = 0.95  # loss relative to the one of the decision before, above which the rate is raised
-NEARLY_LEARNED = 0.9  # share of learned edits from which the rate is not raised: the rest may contradict each other
+UNTOUCHED = 0.5  # loss relative to the one before training, below which the rate is not raised: it does learn
 MOTIONLESS = 0.98  # the same, above which it is raised by more
 LOWER, RAISE = 0.25, 2.0
 LOWEST = 2.0**-20  # of the factor
@@ -55,19 +55,17 @@ class RateControl(TrainerCallback):
 
     It decides after each epoch, but not before five steps. If the loss is well above the one before training, or not
     finite, the trained weights are put back, the optimizer starts again, and the rate is a quarter. If the loss has
-    fallen by less than a twentieth since the last decision, and fewer than nine tenths of the edits are learned, the
-    rate is doubled (if it has hardly fallen at all: by four), until a rate was too high.
+    fallen by less than a twentieth since the last decision, and by less than half since the beginning, the rate is
+    doubled (if it has hardly fallen at all: by four), until a rate was too high.
 
     Args:
         history: the losses of the run.
-        num_new: edits that the model had not learned before the run.
         relative_rate: the first rate, relative to the weights.
     """
 
-    def __init__(self, history: LossHistory, num_new: int, relative_rate: float) -> None:
+    def __init__(self, history: LossHistory, relative_rate: float) -> None:
         self.history = history
         self.relative_rate = relative_rate
-        self.num_new = num_new
         self.state = _State()
         self.is_diverged = False
         self._initial: dict[str, torch.Tensor | None] = {}
@@ -112,11 +110,10 @@ class RateControl(TrainerCallback):
         own = self.state
         assert own.first_loss is not None
         loss, before = own.sum_losses / own.num_steps, own.last_loss
-        learned = 1 - (self.history.unlearned[-1] if self.history.unlearned else 0) / max(self.num_new, 1)
         own.last_loss, own.sum_losses, own.num_steps = loss, 0.0, 0
         if loss > TOO_HIGH * own.first_loss:
             self._start_again(objects)
-        elif before is not None and loss > TOO_SLOW * before and learned < NEARLY_LEARNED and own.may_raise:
+        elif before is not None and own.may_raise and loss > max(TOO_SLOW * before, UNTOUCHED * own.first_loss):
             self._multiply(RAISE**2 if loss > MOTIONLESS * before else RAISE, objects)
 
     def _start_again(self, objects: dict[str, Any]) -> None:

@@ -152,7 +152,7 @@ class BreadthFirstTrainer(Trainer):
         self.add_callback(LossFloorCallback(history, rows.num_new, self.args))
         is_sharded = self.accelerator.distributed_type in SHARDED
         if self.rates and self.args.edit_order == "breadth_first" and not is_sharded:
-            self.rate_control = RateControl(history, rows.num_new, self.args.relative_learning_rate or 0.0)
+            self.rate_control = RateControl(history, self.args.relative_learning_rate or 0.0)
             self.add_callback(self.rate_control)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(EditProgressBar(history, rows.num_edits))
