@@ -142,4 +142,4 @@ def test_a_line_an_epoch_without_bars(tmp_path: Path, capsys: pytest.CaptureFixt
     make_trainer(tmp_path).train()
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(": loss ")[0] for line in lines] == ["epoch 1", "epoch 2", "epoch 3"]
-    assert all(line.endswith(f" of {len(EDITS)} learned") for line in lines)
+    assert all(line.endswith("% learned") for line in lines)
