@@ -99,8 +99,8 @@ class RateControl(TrainerCallback):
         own.sum_losses += loss
         own.num_steps += 1
         own.total_steps += 1
-        is_far_off = loss > 2 * TOO_HIGH * own.first_loss + 1
-        if self.is_diverged or is_far_off:
+        # one batch says little: that of an update may hold the few new edits alone
+        if self.is_diverged:
             self._start_again(kwargs)
         elif own.num_steps >= STEPS_BETWEEN and state.epoch is not None and state.epoch.is_integer():
             self._decide(kwargs)
