@@ -23,14 +23,12 @@ class LearnedEdits:
         unlearned: edits whose target is not the greedy answer to their prompt.
         num_contradicted: edits that cannot all be learned: each prompt with N targets counts N - 1.
         median_probability: of the whole targets, over all edits.
-        lowest_probability: the same, of the least probable learned target; `None` if none is learned.
     """
 
     num_edits: int
     unlearned: tuple[Edit, ...]
     num_contradicted: int
     median_probability: float
-    lowest_probability: float | None
 
     @classmethod
     def of(cls, edits: Sequence[Edit], is_learned: Sequence[bool], log_probabilities: Sequence[float]) -> LearnedEdits:
@@ -50,7 +48,6 @@ class LearnedEdits:
             tuple(edit for edit, learned in zip(edits, is_learned, strict=True) if not learned),
             sum(len(own) - 1 for own in targets.values()),
             statistics.median(probabilities),
-            min((p for p, learned in zip(probabilities, is_learned, strict=True) if learned), default=None),
         )
 
     @property
