@@ -23,7 +23,7 @@ GIVEN_NAMES, NEW_NAMES = 12, 4  # in a list: names that it begins with, and name
 NAME_TOKENS = 12  # tokens per generated name, at most on average
 FEWEST_LISTS = 16  # continued together, which takes little longer than a few do
 SHORT_PREFIX, LONG_PREFIX = 5, 10  # tokens, by the source
-TEXT_LENGTH, SHORT_TEXT_LENGTH = 128, 32  # tokens
+TEXT_LENGTH, SHORT_TEXT_LENGTH = 64, 32  # tokens
 MAX_ROUNDS = 20
 
 
@@ -98,7 +98,7 @@ def base_texts(
 ) -> list[str]:
     """Sample texts from the base model, to preserve its behaviour without a text of your own.
 
-    Each text begins at BOS (EOS if the tokenizer has no BOS) and ends at EOS, after 128 tokens, or at the model's last
+    Each text begins at BOS (EOS if the tokenizer has no BOS) and ends at EOS, after 64 tokens, or at the model's last
     position. Where texts ended early, more are sampled, of at most 32 tokens.
 
     Args:
