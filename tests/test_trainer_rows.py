@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from peft_locft import BreadthFirstTrainer, Edit, LocFTConfig
 from peft_locft.training import training_data
-from peft_locft.training.config import RECIPES
+from peft_locft.training.recipes import RECIPES
 
 SUBJECTS = ["France", "Spain", "Spain", "France", "river", "Dave", "city", "city"]
 FACTS = [replace(edit, subject=subject) for edit, subject in zip(EDITS, SUBJECTS, strict=True)]

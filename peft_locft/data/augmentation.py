@@ -98,6 +98,21 @@ def swapped_subjects(
     return prompts
 
 
+def subject_of_swap(edit: Edit, prompt: str) -> str | None:
+    """Return the subject of a prompt that [`swapped_subjects`] made from an edit; `None` if it is another prompt."""
+    if not edit.subject:
+        return None
+    parts = _as_word(edit.subject).split(edit.prompt)
+    count = len(parts) - 1
+    length, rest = divmod(len(prompt) - sum(map(len, parts)), count or 1)
+    name = prompt[len(parts[0]) :][:length]
+    return name if count and not rest and name.join(parts) == prompt else None
+
+
+def _as_word(subject: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<!\w){re.escape(subject)}(?!\w)")
+
+
 def _swaps(
     edits: Sequence[Edit], subjects: Sequence[str] | None, random: np.random.Generator
 ) -> Iterator[tuple[int, str]]:
@@ -111,8 +126,7 @@ def _swaps(
     templates = [
         (number, subject_in_prompt, edit.prompt, own[fold_case(edit.subject)])
         for number, edit in enumerate(edits)
-        if edit.subject
-        and (subject_in_prompt := re.compile(rf"(?<!\w){re.escape(edit.subject)}(?!\w)")).search(edit.prompt)
+        if edit.subject and (subject_in_prompt := _as_word(edit.subject)).search(edit.prompt)
     ]
     order = random.permutation(len(templates)).tolist()
     # among the edits' own subjects, shift 0 is the edit's own

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .chat import ChatWriter, chat_template_mode
 from .edits import Edit, Prompt, place_of
+from .gradient_tokens import GradientTokens, subject_spans, writing_tokens
 
 CHUNK_SIZE = 1000  # texts per tokenizer call: more would need more memory for their offsets
 IGNORED_LABEL = -100  # ignored by torch's cross entropy
@@ -41,11 +42,13 @@ class EncodedEdits(Dataset[EncodedEdit]):
         token_ids: (total,) int32, the tokens of all edits in order.
         offsets: (edits + 1,) int64, where each edit begins, and the total.
         target_starts: (edits,) int64, index of the first scored token in each edit.
+        writes: (total,) bool, the tokens that write into the delta, see `writing_tokens`; `None`: all.
     """
 
     token_ids: torch.Tensor
     offsets: torch.Tensor
     target_starts: torch.Tensor
+    writes: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.target_starts)
@@ -77,6 +80,7 @@ def encode_edits(
     chat_template: bool | str = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     max_length: int | None = None,
+    gradient_tokens: GradientTokens = "all",
 ) -> EncodedEdits:
     """Tokenize edits, prompt and target together, and find where each target begins.
 
@@ -94,6 +98,7 @@ def encode_edits(
             that are conversations are written with the template in any case.
         chat_template_kwargs: arguments of the template, such as `{"enable_thinking": False}`.
         max_length: maximum number of tokens of an edit, with EOS, such as the model's positions; `None`: no limit.
+        gradient_tokens: the tokens that write into the delta, see `writing_tokens`.
 
     Returns:
         The encoded edits, in order. Warns once if a first scored token also contains the end of the prompt, and once
@@ -120,7 +125,7 @@ def encode_edits(
         _Text(edit, *writer.edit(edit), in_chat=True) if writer and is_chat else _plain_text(edit)
         for edit, is_chat in zip(edits, are_chat, strict=True)
     ]
-    encoded = _encode_texts(texts, tokenizer, [tokenizer.eos_token_id] if append_eos else [])
+    encoded = _encode_texts(texts, tokenizer, [tokenizer.eos_token_id] if append_eos else [], gradient_tokens)
     if max_length is not None:
         _check_lengths(encoded.lengths, edits, max_length)
     return encoded
@@ -152,6 +157,41 @@ def encode_prompts(
         >>> encode_prompts(["The capital of France is"], tokenizer)
         [[504, 3575, 282, 4649, 314]]
     """
+    return [ids for _, ids, _ in _tokenized_prompts(prompts, tokenizer, chat_template, chat_template_kwargs)]
+
+
+def prompts_writing(
+    prompts: Sequence[str | Prompt],
+    subjects: Sequence[str | None],
+    tokenizer: PreTrainedTokenizerBase,
+    gradient_tokens: GradientTokens,
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[list[bool]]:
+    """Return whether each token of some prompts writes into the delta, see `writing_tokens`.
+
+    Args:
+        prompts: as in `encode_prompts`, which gives their tokens.
+        subjects: what each is about; `None` where that is unknown.
+        tokenizer: as in `encode_prompts`.
+        gradient_tokens: the tokens that write.
+        chat_template_kwargs: as in `encode_prompts`.
+    """
+    rows = _tokenized_prompts(prompts, tokenizer, False, chat_template_kwargs)
+    texts = (prompt.text if isinstance(prompt, Prompt) else prompt for prompt in prompts)
+    return [
+        _writes(gradient_tokens, offsets, len(ids), whole, text.strip(), subject)
+        for (whole, ids, offsets), text, subject in zip(rows, texts, subjects, strict=True)
+    ]
+
+
+def _tokenized_prompts(
+    prompts: Sequence[str | Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: bool | str,
+    chat_template_kwargs: Mapping[str, Any] | None,
+) -> list[tuple[str, list[int], Offsets]]:
+    """Return the text, the token ids and the offsets of each prompt."""
     asked = [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in prompts]
     are_chat = [_is_on(chat_template) or prompt.history is not None for prompt in asked]
     writer = ChatWriter(tokenizer, chat_template_kwargs or {}) if any(are_chat) else None
@@ -159,10 +199,10 @@ def encode_prompts(
         writer.prompt(prompt) if writer and is_chat else prompt.text
         for prompt, is_chat in zip(asked, are_chat, strict=True)
     ]
-    rows = [ids for ids, _ in _tokenize_each(texts, are_chat, tokenizer)]
-    if [] in rows:
-        prompt = asked[rows.index([])].text
-        raise ValueError(f"{prompt!r}: found no token of the prompt; expected text that the tokenizer knows")
+    rows = [(text, *row) for text, row in zip(texts, _tokenize_each(texts, are_chat, tokenizer), strict=True)]
+    for prompt, (_, ids, _) in zip(asked, rows, strict=True):
+        if not ids:
+            raise ValueError(f"{prompt.text!r}: found no token of the prompt; expected text that the tokenizer knows")
     return rows
 
 
@@ -204,15 +244,23 @@ def join_encoded(parts: Sequence[EncodedEdits]) -> EncodedEdits:
     lengths = torch.cat([part.lengths for part in parts])
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     tokens, starts = (torch.cat([getattr(part, name) for part in parts]) for name in ("token_ids", "target_starts"))
-    return EncodedEdits(tokens, offsets, starts)
+    writes = None
+    if any(part.writes is not None for part in parts):
+        writes = torch.cat([_all_write(part) if part.writes is None else part.writes for part in parts])
+    return EncodedEdits(tokens, offsets, starts, writes)
+
+
+def _all_write(encoded: EncodedEdits) -> torch.Tensor:
+    return torch.ones(len(encoded.token_ids), dtype=torch.bool)
 
 
 def slice_encoded(encoded: EncodedEdits, begin: int, end: int | None) -> EncodedEdits:
     """Return rows `begin` to `end` (exclusive; `None`: the last)."""
     end = len(encoded) if end is None else end
     offsets = encoded.offsets[begin : end + 1]
-    tokens = encoded.token_ids[int(offsets[0]) : int(offsets[-1])]
-    return EncodedEdits(tokens, offsets - offsets[0], encoded.target_starts[begin:end])
+    some = slice(int(offsets[0]), int(offsets[-1]))
+    writes = None if encoded.writes is None else encoded.writes[some]
+    return EncodedEdits(encoded.token_ids[some], offsets - offsets[0], encoded.target_starts[begin:end], writes)
 
 
 def _plain_text(edit: Edit) -> _Text:
@@ -227,8 +275,11 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return added | set(tokenizer.all_special_ids)
 
 
-def _encode_texts(texts: list[_Text], tokenizer: PreTrainedTokenizerBase, ending: list[int]) -> EncodedEdits:
+def _encode_texts(
+    texts: list[_Text], tokenizer: PreTrainedTokenizerBase, ending: list[int], gradient_tokens: GradientTokens
+) -> EncodedEdits:
     flat, begins, starts, straddling, unknown = array("i"), [0], [], [], []
+    writes: list[bool] = []
     turn_ends, unknown_id = _special_ids(tokenizer), tokenizer.unk_token_id
     are_chat = [text.in_chat for text in texts]
     all_tokens = _tokenize_each([text.text for text in texts], are_chat, tokenizer)
@@ -246,6 +297,10 @@ def _encode_texts(texts: list[_Text], tokenizer: PreTrainedTokenizerBase, ending
             row = ids if ids[-1:] == ending else ids + ending  # a target can end with EOS itself
         else:
             row = _whole_turn(ids, offsets, text.end, turn_ends, ending)
+        if gradient_tokens != "all":
+            prompt = text.edit.prompt.strip()
+            own = _writes(gradient_tokens, offsets, start, text.text[: text.boundary], prompt, text.edit.subject)
+            writes.extend((own + [False] * len(row))[: len(row)])
         flat.extend(row)
         begins.append(len(flat))
         starts.append(start)
@@ -253,7 +308,26 @@ def _encode_texts(texts: list[_Text], tokenizer: PreTrainedTokenizerBase, ending
         _warn_of_straddling(straddling[0], f"{len(straddling)} of {len(texts)}")
     if unknown:
         _warn_of_unknown(unknown[0], f"{len(unknown)} of {len(texts)}")
-    return EncodedEdits(torch.frombuffer(flat, dtype=torch.int32), torch.tensor(begins), torch.tensor(starts))
+    return EncodedEdits(
+        torch.frombuffer(flat, dtype=torch.int32),
+        torch.tensor(begins),
+        torch.tensor(starts),
+        torch.tensor(writes) if writes else None,
+    )
+
+
+def _writes(
+    gradient_tokens: GradientTokens,
+    offsets: Offsets,
+    num_prompt_tokens: int,
+    before_target: str,
+    prompt: str,
+    subject: str | None,
+) -> list[bool]:
+    """Return whether each token of a row writes into the delta; the prompt is the last thing before the target."""
+    begin = max(before_target.rfind(prompt), 0)
+    spans = subject_spans(subject, before_target, begin, len(before_target))
+    return writing_tokens(gradient_tokens, offsets, num_prompt_tokens, begin, spans)
 
 
 def _tokenize_each(texts: list[str], are_chat: list[bool], tokenizer: Any) -> Iterator[tuple[list[int], Offsets]]:

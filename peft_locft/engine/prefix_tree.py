@@ -88,6 +88,7 @@ class PrefixTree:
         positions: (nodes,) the position of that token.
         offsets: (edits + 1,) where each edit begins in `nodes`.
         rank: (edits,) the place of each edit in an order in which edits that begin alike are neighbours.
+        marks: (nodes,) the marks of these tokens, if they have marks.
     """
 
     nodes: torch.Tensor
@@ -95,16 +96,22 @@ class PrefixTree:
     positions: torch.Tensor
     offsets: torch.Tensor
     rank: torch.Tensor
+    marks: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, token_ids: torch.Tensor, offsets: torch.Tensor, indices: torch.Tensor) -> PrefixTree:
+    def of(
+        cls, token_ids: torch.Tensor, offsets: torch.Tensor, indices: torch.Tensor, marks: torch.Tensor | None = None
+    ) -> PrefixTree:
         """Find the distinct prefixes, token position by token position.
 
         Args:
             token_ids: (total,) the concatenated tokens of all edits.
             offsets: (edits + 1,) where each edit begins, and the total; each edit has 2 tokens or more.
             indices: the edits to use; `nodes` and `rank` of the others are not defined.
+            marks: (total,) bool. Tokens share a node only if they, and those before them, have the same marks.
         """
+        if marks is not None:
+            token_ids = token_ids.long() * 2 + marks
         nodes = torch.zeros(len(token_ids), dtype=torch.int64)
         begin, steps = offsets[indices], offsets.diff()[indices] - 1
         vocabulary = int(token_ids.max()) + 1
@@ -128,7 +135,9 @@ class PrefixTree:
             len(indices)
         )
         columns = torch.cat(known, dim=1)
-        return cls(nodes, columns[0], columns[1], offsets, rank)
+        if marks is None:
+            return cls(nodes, columns[0], columns[1], offsets, rank)
+        return cls(nodes, columns[0] // 2, columns[1], offsets, rank, columns[0] % 2 == 1)
 
     def __len__(self) -> int:
         return len(self.token_ids)

@@ -9,8 +9,10 @@ from typing import Any, Literal, get_args
 from transformers import TrainingArguments
 
 from ..data.chat import chat_template_mode, template_arguments
+from ..data.gradient_tokens import GradientTokens
 from ..engine.preparations import AUTO
 from .objectives import LossAveraging, Objective
+from .recipes import RECIPES
 
 Recipe = Literal["published", "balanced"]
 RetainedLoss = Literal["kl", "likelihood"]
@@ -20,42 +22,6 @@ BATCHES_PER_EPOCH = 10  # with a batch size that fits the number of edits
 SMALLEST_BATCH, LARGEST_BATCH = 5, 100  # the published one is 100
 GENERATED = "generated"
 LOCALITY = "locality"
-# the values of fields that were left open
-RECIPES: dict[str, dict[str, Any]] = {
-    "published": {
-        "relative_learning_rate": 0.025,
-        "num_train_epochs": 50,
-        "lr_scheduler_type": "constant",
-        "stop_at_learned": 0.0,
-        "adam_epsilon": 1e-8,
-        "loss_averaging": "edit",
-        "num_prefixes": 0,
-        "variants_per_epoch": 1.0,
-        "retained_subjects": 0,
-        "retained_per_edit": 1.0,
-        "retained_answer_tokens": 1,
-        "retained_weight": 1.0,
-        "preserve_soft_strength": 0.0,
-        "delta_decay": 0.0,
-    },
-    "balanced": {
-        "relative_learning_rate": 0.04,
-        "num_train_epochs": 24,
-        "lr_scheduler_type": "linear",
-        "stop_at_learned": 0.99,
-        "adam_epsilon": 1e-4,
-        "loss_averaging": "token",
-        "num_prefixes": 5,
-        "prefixes_per_edit": 2,
-        "variants_per_epoch": 0.3,
-        "retained_subjects": 4,
-        "retained_per_edit": 1.0,
-        "retained_answer_tokens": 1,
-        "retained_weight": 2.0,
-        "preserve_soft_strength": 20.0,
-        "delta_decay": 0.07,
-    },
-}
 
 
 @dataclass
@@ -225,6 +191,7 @@ CachePlace = Literal["auto", "memory", "disk", "off"]
 CHOICES = (
     ("objective", Objective),
     ("loss_averaging", LossAveraging),
+    ("gradient_tokens", GradientTokens),
     ("edit_order", EditOrder),
     ("activation_cache", CachePlace),
 )
@@ -266,6 +233,11 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
         loss_averaging (`str`, *optional*):
             `"edit"`: every edit has the same weight in a batch; `"token"`: every scored token has, so that long
             targets are learned as fast as short ones. `None`: `"edit"`, or as the recipe says.
+        gradient_tokens (`str`, *optional*):
+            Tokens that write into the delta; the forward uses `W + delta` at every token. `"all"`; `"prompt"`: those
+            of the prompt; `"subject"`: the last token of each mention of the subject; `"from_subject"`: from there to
+            the last token before the target. A row without a subject is written by its prompt. `None`: `"all"`, or
+            as the recipe says.
         edit_order (`str`, defaults to `"breadth_first"`):
             `"depth_first"` trains one edit after the other, each for at most `num_train_epochs` steps or down to the
             loss floor, with a fresh optimizer. For comparison with older methods.
@@ -336,6 +308,9 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
     )
     loss_averaging: LossAveraging | None = field(
         default=None, metadata={"help": "What has the same weight in a batch; default: edit, or as the recipe."}
+    )
+    gradient_tokens: GradientTokens | None = field(
+        default=None, metadata={"help": "Tokens that write into the delta; default: all, or as the recipe."}
     )
     edit_order: EditOrder = field(
         default="breadth_first", metadata={"help": "Train epochs over all edits, or one edit after the other."}

@@ -80,6 +80,8 @@ class EditRunner:
         self.shared = shared
         self.plan: ForwardPlan | None = None
         self.is_prepared = False
+        # what lets only some tokens write into the deltas; `None`: all do
+        self._written_by: Callable[[torch.Tensor], AbstractContextManager[None]] | None = None
 
     def prepare(self, model: nn.Module, args: BreadthFirstConfig, accelerator: Accelerator) -> None:
         """Find out how little of the model must run, and run its trunk once over all the edits.
@@ -108,7 +110,9 @@ class EditRunner:
             head, share = unwrapped.get_output_embeddings(), self._share_scored()
             self.max_tokens, self._choose_tokens = fitting_tokens(tail, head, share, self.device), False
         self.plan = self._find_plan(model, tail, args, checks, longest)
-        if self.plan.packed and not is_sharded:
+        self._written_by = unwrapped.written_by if self.edits.writes is not None else None
+        # a narrowed module has other tokens than those that write
+        if self.plan.packed and not is_sharded and self._written_by is None:
             self.plan = find_narrow(model, self.plan, checks)
         if args.activation_cache != "off":
             self._keep_states(model, args, accelerator, checks)
@@ -120,7 +124,7 @@ class EditRunner:
         layouts: tuple[Layout, ...] = ("packed", "padded", "masked")
         if args.activation_cache == "off" or not len(tail.layers):
             layouts = ("masked",)
-        tree = PrefixTree.of(self.edits.token_ids, self.edits.offsets, self.own)
+        tree = PrefixTree.of(self.edits.token_ids, self.edits.offsets, self.own, self.edits.writes)
         plan = ForwardPlan(tail, tree, self.device)
         return self.halving(lambda: find_layout(model, plan, checks, layouts, longest))
 
@@ -196,5 +200,20 @@ class EditRunner:
             pack = self.plan.tree.pack(indices)
             where = self.plan.output_places(pack, *where)
             inputs, ready = self.plan.inputs(pack), self.plan.applied(pack, where[1])
-        with ready:
+        with ready, self._writing(indices, inputs["input_ids"]):
             yield MicroBatch(indices, labels, scored, inputs, where)
+
+    def _writing(self, indices: torch.Tensor, input_ids: torch.Tensor) -> AbstractContextManager[None]:
+        """Let the writing tokens of some rows write into the deltas, as the forward lays them out."""
+        writes = self.edits.writes
+        if self._written_by is None or writes is None:
+            return nullcontext()
+        assert self.plan is not None
+        if self.plan.packed:
+            pack, marks = self.plan.tree.pack(indices), self.plan.tree.marks
+            assert marks is not None
+            return self._written_by(marks[pack.nodes].unsqueeze(0))
+        begins = self.edits.offsets[indices].unsqueeze(1)
+        columns = torch.arange(input_ids.shape[1])
+        places = (begins + columns).clamp_max(len(writes) - 1)
+        return self._written_by(writes[places] & (columns < self.edits.lengths[indices].unsqueeze(1)))

@@ -8,9 +8,10 @@ from typing import Any
 
 from ..adapters.provenance import Augmentation, TrainedEdits, TrainingResult, TrainingRun
 from ..data.edits import Edit, edits_sha256
-from .config import AUTO, RECIPES, BreadthFirstConfig
+from .config import AUTO, BreadthFirstConfig
 from .learned import LearnedEdits
 from .loss_history import LossHistory
+from .recipes import RECIPES
 
 # The settings that decide the weights, listed one by one: those at their default are recorded too, since a default may
 # change; and paths, names and tokens (output_dir, retained_facts, hub_token, …) must not go into a shared file. What
@@ -19,6 +20,7 @@ RECIPE_FIELDS = (
     "recipe",
     "objective",
     "loss_averaging",
+    "gradient_tokens",
     "edit_order",
     "append_eos",
     "chat_template",

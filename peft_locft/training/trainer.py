@@ -42,6 +42,7 @@ from ..engine.model_state import (
 )
 from ..engine.offload import trunk_offloaded
 from ..io.disk_space import explained_disk_full
+from ..tuner.layer import LocFTLayer
 from .batches import EditBatches
 from .callbacks import (
     CURVES_KEY,
@@ -468,6 +469,11 @@ def _check(model: nn.Module, args: object, tokenizer: PreTrainedTokenizerBase) -
         raise ValueError(f"BreadthFirstTrainer: {found}; expected a BreadthFirstConfig with the same fields.")
     check_model_and_tokenizer(model, tokenizer, "BreadthFirstTrainer")
     check_trainable(model)
+    if args.gradient_tokens != "all" and not any(isinstance(module, LocFTLayer) for module in model.modules()):
+        raise ValueError(
+            f"BreadthFirstConfig.gradient_tokens={args.gradient_tokens!r} chooses what writes into a LocFT delta, and "
+            "the model has none. Use LocFTConfig, or gradient_tokens='all'."
+        )
 
 
 def _fitting(args: BreadthFirstConfig, num_edits: int, rates: Mapping[str, float]) -> BreadthFirstConfig:

@@ -15,11 +15,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..adapters.provenance import Augmentation
-from ..data.augmentation import concatenated, paraphrased, swapped_subjects, with_prefix
+from ..data.augmentation import concatenated, paraphrased, subject_of_swap, swapped_subjects, with_prefix
 from ..data.chat import choose_chat_template, in_forms, prompts_in_forms
 from ..data.edits import Edit, Prompt
-from ..data.encoding import EncodedEdits, encode_edits, join_encoded, slice_encoded
+from ..data.encoding import EncodedEdits, encode_edits, join_encoded, prompts_writing, slice_encoded
 from ..data.generated_text import LONG_PREFIX, NAME_TOKENS, base_texts, generate_prefixes, generate_subjects
+from ..data.gradient_tokens import GradientTokens
 from ..data.leaks import check_paraphrases
 from ..data.retained_facts import (
     BaseAnswers,
@@ -125,7 +126,8 @@ def training_data(
     check_paraphrases(edits)
     forms = in_forms(edits, args.chat_template)
     prefixes, swapped, preserved = _generated(edits, model, tokenizer, args)
-    prompts = _retained_prompts(swapped, edits, model, tokenizer, args)
+    subjects = _retained_prompts(swapped, edits, model, tokenizer, args)
+    prompts = list(subjects)
     answers = _answers(model, tokenizer, prompts, args)
     kinds = {
         "paraphrases": [paraphrased(edit) for edit in forms],
@@ -134,14 +136,18 @@ def training_data(
     }
     variants = [[variant for own in of_edit for variant in own] for of_edit in zip(*kinds.values(), strict=True)]
     trained = [*forms, *(variant for own in variants for variant in own)]
+    gradient_tokens: GradientTokens = args.gradient_tokens or "all"
     encoded = encode_edits(
         trained,
         tokenizer,
         append_eos=args.append_eos,
         chat_template_kwargs=args.chat_template_kwargs,
         max_length=max_length(model),
+        gradient_tokens=gradient_tokens,
     )
-    retained = answers.encoded if answers is not None and args.retained_per_edit else None
+    retained = None
+    if answers is not None and args.retained_per_edit:
+        retained = _with_writing_tokens(answers.encoded, subjects, tokenizer, args)
     num_retained = 0 if retained is None else len(retained)
     counts = {kind: sum(map(len, rows)) for kind, rows in kinds.items()} | {"retained facts": num_retained}
     return TrainingData(
@@ -161,9 +167,27 @@ def training_data(
     )
 
 
+def _with_writing_tokens(
+    encoded: EncodedEdits,
+    subjects: Mapping[Prompt, str | None],
+    tokenizer: PreTrainedTokenizerBase,
+    args: BreadthFirstConfig,
+) -> EncodedEdits:
+    """Return retained rows with the tokens that write into the delta: those of their own subjects."""
+    mode: GradientTokens = args.gradient_tokens or "all"
+    if mode == "all":
+        return encoded
+    rows = prompts_writing(
+        list(subjects), list(subjects.values()), tokenizer, mode, chat_template_kwargs=args.chat_template_kwargs
+    )
+    # an answer does not write
+    filled = [own + [False] * (length - len(own)) for own, length in zip(rows, encoded.lengths.tolist(), strict=True)]
+    return replace(encoded, writes=torch.tensor([each for own in filled for each in own]))
+
+
 def _generated(
     edits: Sequence[Edit], model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: BreadthFirstConfig
-) -> tuple[tuple[str, ...], list[list[Prompt]], torch.Tensor | None]:
+) -> tuple[tuple[str, ...], list[dict[Prompt, str | None]], torch.Tensor | None]:
     """Return what the base writes: prefixes, each row's prompts with other subjects, and the text to preserve."""
     with tqdm(total=_num_generated(edits, args), unit=" tokens", leave=False, disable=_is_silent(edits, args)) as bar:
         made = Preparations(model, args.preserve_cache_dir, bar)
@@ -222,11 +246,11 @@ def _swapped(
     tokenizer: PreTrainedTokenizerBase,
     args: BreadthFirstConfig,
     made: Preparations,
-) -> list[list[Prompt]]:
-    """Return the prompts of each row of an edit with other subjects, in the form of that row."""
+) -> list[dict[Prompt, str | None]]:
+    """Return the prompts of each row of an edit with other subjects, in the form of that row, and these subjects."""
     forms = [in_forms([edit], args.chat_template) for edit in edits]
     if not args.retained_subjects:
-        return [[] for own in forms for _ in own]
+        return [{} for own in forms for _ in own]
     num = args.retained_subjects * len(edits)
     own = [edit.subject for edit in edits if edit.subject]
     names = generate_subjects(model, tokenizer, own, min(MAX_SUBJECTS, num), seed=args.seed, preparations=made)
@@ -238,21 +262,21 @@ def _swapped(
             args.retained_subjects,
         )
     return [
-        [Prompt(text, form.history) for text in texts]
+        {Prompt(text, form.history): subject_of_swap(form, text) for text in texts}
         for own, texts in zip(forms, swapped, strict=True)
         for form in own
     ]
 
 
 def _retained_prompts(
-    swapped: Sequence[Sequence[Prompt]],
+    swapped: Sequence[Mapping[Prompt, str | None]],
     edits: Sequence[Edit],
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     args: BreadthFirstConfig,
-) -> list[Prompt]:
-    """Return the prompts to retain: those made from the edits, edit by edit, then other facts, each once."""
-    prompts = [prompt for own in swapped for prompt in own]
+) -> dict[Prompt, str | None]:
+    """Return the prompts to retain with their subjects: those made from the edits, edit by edit, then other facts."""
+    prompts = {prompt: subject for own in swapped for prompt, subject in own.items()}
     if args.retained_facts:
         chosen = choose_retained_facts(
             None if args.retained_facts == LOCALITY else args.retained_facts,
@@ -263,8 +287,8 @@ def _retained_prompts(
             model=model,
             tokenizer=tokenizer,
         )
-        prompts += prompts_in_forms(chosen, args.chat_template)
-    return list(dict.fromkeys(prompts))
+        prompts |= {prompt: None for prompt in prompts_in_forms(chosen, args.chat_template) if prompt not in prompts}
+    return prompts
 
 
 def _prefixed(edits: Sequence[Edit], prefixes: Sequence[str], args: BreadthFirstConfig) -> list[list[Edit]]:

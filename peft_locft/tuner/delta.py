@@ -59,6 +59,16 @@ def with_deltas(deltas: Sequence[nn.Module], use: Callable[[list[DeltaTensors]],
     return inside([])
 
 
+def add_to_delta_gradients(deltas: Sequence[tuple[torch.Tensor, float]], composed: torch.Tensor) -> None:
+    """Add the gradient of a composed weight to its deltas, as backward through `compose_weight` would."""
+    assert composed.grad is not None
+    wide = composed.grad.to(torch.promote_types(composed.dtype, torch.float32))
+    composed.grad = None
+    for delta, scale in deltas:
+        gradient = (wide if scale == 1.0 else scale * wide).to(device=delta.device, dtype=delta.dtype)
+        delta.grad = gradient.clone() if delta.grad is None else delta.grad.add_(gradient)
+
+
 def check_finite(merged: DeltaTensors, deltas: Mapping[str, DeltaTensors]) -> None:
     """Raise a ValueError if a merged tensor is not finite. It names the adapters whose `deltas` are not, if any."""
     bad = [name for name, tensor in merged.items() if not torch.isfinite(tensor).all()]

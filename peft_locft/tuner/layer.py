@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from ..io.arithmetic import compose_weight
 from .base_weights import edited_copy, full_shape, is_whole, quantization_backend, substituted
 from .config import DELTA_DTYPES, LocFTConfig
-from .delta import Delta, DeltaTensors, check_finite, with_deltas
+from .delta import Delta, DeltaTensors, add_to_delta_gradients, check_finite, with_deltas
+from .writing_tokens import Compute, explained_choice, with_gradient_of
 
 
 class LocFTLayer(nn.Module, BaseTunerLayer):
@@ -39,6 +40,7 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("locft_delta",)
     other_param_names = ("scaling",)
+    works_by_rows = False  # whether the output at a token depends on the input at that token alone
 
     def __init__(
         self,
@@ -63,6 +65,8 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
         self._quantized_originals: list[nn.Module] = []
         # edited tensors inside `composed_once`, by name
         self._composed: dict[str, torch.Tensor] = {}
+        # inside `written_by`: the tokens whose inputs write into the deltas
+        self._writers: torch.Tensor | None = None
         # a named parameter is not quantized, even beside a quantized weight
         self.quantization_backend = (
             quantization_backend(base_layer, quantization_kwargs) if parameter_name is None else None
@@ -212,21 +216,40 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
                 self.unmerge()
             return function(*args, **kwargs)
         if self._composed:
-            with substituted(self.base_layer, self._composed):
-                return function(*args, **kwargs)
+            return self._written(partial(self._call_with, function), self._composed, args, kwargs)
         names = [] if self.merged else self._present(self.active_adapters)
         if not names:
             return function(*args, **kwargs)
 
         def use(tensors: list[DeltaTensors]) -> Any:
             if self._can_compose():
-                with substituted(self.base_layer, self._compose(names, tensors)):
-                    return function(*args, **kwargs)
+                composed = self._compose(names, tensors)
+                return self._written(partial(self._call_with, function), composed, args, kwargs)
             if function is not self.base_layer:
                 return LocFTLayer._delta_output(self, args, **tensors[0])
-            return self._add_delta_output(function(*args, **kwargs), names, tensors, args)
+            flat = {(n, name): tensor for n, own in enumerate(tensors) for name, tensor in own.items()}
+
+            def add(values: Mapping[tuple[int, str], torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+                own = [{name: values[n, name] for name in found} for n, found in enumerate(tensors)]
+                return self._add_delta_output(function(*args, **kwargs), names, own, args)
+
+            return self._written(add, flat, args, kwargs)
 
         return with_deltas([self._delta(name) for name in names], use)
+
+    def _call_with(
+        self, function: Callable[..., Any], tensors: dict[str, torch.Tensor], *args: Any, **kwargs: Any
+    ) -> Any:
+        with substituted(self.base_layer, tensors):
+            return function(*args, **kwargs)
+
+    def _written(
+        self, compute: Compute, tensors: Mapping[Any, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if self._writers is None or not torch.is_grad_enabled():
+            return compute(tensors, *args, **kwargs)
+        with explained_choice(self.base_layer):
+            return with_gradient_of(self._writers, compute, tensors, args, kwargs, by_rows=self.works_by_rows)
 
     @contextmanager
     def composed_once(self) -> Iterator[None]:
@@ -244,12 +267,25 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
             deltas = [(getattr(self._delta(adapter), name, None), self.scaling[adapter]) for adapter in names]
             trained = [(delta, scale) for delta, scale in deltas if delta is not None and delta.requires_grad]
             if trained:
-                leaf.requires_grad_().register_post_accumulate_grad_hook(partial(_add_to_delta_gradients, trained))
+                leaf.requires_grad_().register_post_accumulate_grad_hook(partial(add_to_delta_gradients, trained))
         self._composed = composed
         try:
             yield
         finally:
             self._composed = {}
+
+    @contextmanager
+    def written_by(self, writers: torch.Tensor) -> Iterator[None]:
+        """Let only some tokens write into the deltas, in all forwards with a gradient inside.
+
+        Args:
+            writers: bool, of the shape of the tokens in the module's output: (B, T), or flattened.
+        """
+        self._writers = writers
+        try:
+            yield
+        finally:
+            self._writers = None
 
     @property
     def weight(self) -> torch.Tensor:
@@ -278,10 +314,11 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
     def _effective(self, name: str) -> torch.Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()  # as the forward does, which such a module never calls
+        if self._writers is not None and torch.is_grad_enabled() and not self.disable_adapters:
+            with explained_choice(self.base_layer):
+                raise ValueError(f"its owner reads its {name} and computes with it")
         if name in self._composed:
             return self._composed[name]
-        if self.disable_adapters and self.merged:
-            self.unmerge()  # as in forward
         active = [] if self.merged or self.disable_adapters else self._present(self.active_adapters)
         names = [adapter for adapter in active if name in self._delta(adapter).names]
         if names and self._can_compose():
@@ -396,18 +433,10 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
         return "locft." + super().__repr__()
 
 
-def _add_to_delta_gradients(deltas: Sequence[tuple[torch.Tensor, float]], composed: torch.Tensor) -> None:
-    """Add the gradient of a composed weight to its deltas, as backward through `compose_weight` would."""
-    assert composed.grad is not None
-    wide = composed.grad.to(torch.promote_types(composed.dtype, torch.float32))
-    composed.grad = None
-    for delta, scale in deltas:
-        gradient = (wide if scale == 1.0 else scale * wide).to(device=delta.device, dtype=delta.dtype)
-        delta.grad = gradient.clone() if delta.grad is None else delta.grad.add_(gradient)
-
-
 class Linear(LocFTLayer):
     """A Linear, a quantized linear or transformers' Conv1D. (PEFT's "all-linear" looks for this class name.)"""
+
+    works_by_rows = True
 
     def _features(self) -> tuple[int | None, int | None]:
         base = self.get_base_layer()

@@ -189,6 +189,23 @@ class LocFTModel(BaseTuner):
                 stack.enter_context(layer.composed_once())
             yield
 
+    @contextmanager
+    def written_by(self, writers: torch.Tensor) -> Iterator[None]:
+        """Let only some tokens write into the deltas: the gradient of a delta is made of their inputs alone.
+
+        The forward, and the gradient of everything else, is that of the edited model at every token.
+
+        Args:
+            writers: (B, T) bool, as the tokens of the forwards inside.
+
+        Raises:
+            ValueError: in a forward, if an edited module does not compute token by token, or has other tokens.
+        """
+        with ExitStack() as stack:
+            for _, layer in locft_layers(self.model):
+                stack.enter_context(layer.written_by(writers))
+            yield
+
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the strength of an adapter at all its locations and in its config: `W + scale * delta`.
 
