@@ -35,7 +35,7 @@ def written(edit: Edit, mode: GradientTokens, **arguments: Any) -> list[str]:
     encoded = encode_edits([edit], tokenizer, gradient_tokens=mode, **arguments)
     assert encoded.writes is not None
     ids = encoded.token_ids.tolist()
-    pieces = []
+    pieces: list[str] = []
     for place, (token, writes) in enumerate(zip(ids, encoded.writes.tolist(), strict=True)):
         if writes:
             before = pieces[-1] if pieces and encoded.writes[place - 1] else None

@@ -194,16 +194,17 @@ class EditRunner:
         where = (scored.rows, scored.sources)
         if self.plan is None or (self.plan.layout == "single" and self.plan.states is None):
             # whole rows: of a model that may choose among later tokens, the last one counts, too
-            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")} | {"use_cache": False}
+            inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            inputs["use_cache"] = False
             ready: AbstractContextManager[None] = nullcontext()
         else:
             pack = self.plan.tree.pack(indices)
             where = self.plan.output_places(pack, *where)
             inputs, ready = self.plan.inputs(pack), self.plan.applied(pack, where[1])
-        with ready, self._writing(indices, inputs["input_ids"]):
+        with ready, self._writing(indices, inputs["input_ids"].shape[1]):
             yield MicroBatch(indices, labels, scored, inputs, where)
 
-    def _writing(self, indices: torch.Tensor, input_ids: torch.Tensor) -> AbstractContextManager[None]:
+    def _writing(self, indices: torch.Tensor, num_columns: int) -> AbstractContextManager[None]:
         """Let the writing tokens of some rows write into the deltas, as the forward lays them out."""
         writes = self.edits.writes
         if self._written_by is None or writes is None:
@@ -214,6 +215,6 @@ class EditRunner:
             assert marks is not None
             return self._written_by(marks[pack.nodes].unsqueeze(0))
         begins = self.edits.offsets[indices].unsqueeze(1)
-        columns = torch.arange(input_ids.shape[1])
+        columns = torch.arange(num_columns)
         places = (begins + columns).clamp_max(len(writes) - 1)
         return self._written_by(writes[places] & (columns < self.edits.lengths[indices].unsqueeze(1)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,6 +55,14 @@ def substituted(module: nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator
             f"{type(module).__name__} computes its {', '.join(overwritten)} anew in every forward (a hook such as "
             "torch.nn.utils.weight_norm?), so a delta has no effect. Remove that hook first."
         )
+
+
+def called_with(
+    module: nn.Module, function: Callable[..., Any], tensors: dict[str, torch.Tensor], *args: Any, **kwargs: Any
+) -> Any:
+    """Call a module, or a method of it, with `tensors` in place of its parameters."""
+    with substituted(module, tensors):
+        return function(*args, **kwargs)
 
 
 def quantization_backend(base: nn.Module, kwargs: dict[str, Any]) -> Any:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..io.arithmetic import compose_weight
-from .base_weights import edited_copy, full_shape, is_whole, quantization_backend, substituted
+from .base_weights import called_with, edited_copy, full_shape, is_whole, quantization_backend
 from .config import DELTA_DTYPES, LocFTConfig
 from .delta import Delta, DeltaTensors, add_to_delta_gradients, check_finite, with_deltas
 from .writing_tokens import Compute, explained_choice, with_gradient_of
@@ -216,7 +216,7 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
                 self.unmerge()
             return function(*args, **kwargs)
         if self._composed:
-            return self._written(partial(self._call_with, function), self._composed, args, kwargs)
+            return self._written(partial(called_with, self.base_layer, function), self._composed, args, kwargs)
         names = [] if self.merged else self._present(self.active_adapters)
         if not names:
             return function(*args, **kwargs)
@@ -224,7 +224,7 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
         def use(tensors: list[DeltaTensors]) -> Any:
             if self._can_compose():
                 composed = self._compose(names, tensors)
-                return self._written(partial(self._call_with, function), composed, args, kwargs)
+                return self._written(partial(called_with, self.base_layer, function), composed, args, kwargs)
             if function is not self.base_layer:
                 return LocFTLayer._delta_output(self, args, **tensors[0])
             flat = {(n, name): tensor for n, own in enumerate(tensors) for name, tensor in own.items()}
@@ -236,12 +236,6 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
             return self._written(add, flat, args, kwargs)
 
         return with_deltas([self._delta(name) for name in names], use)
-
-    def _call_with(
-        self, function: Callable[..., Any], tensors: dict[str, torch.Tensor], *args: Any, **kwargs: Any
-    ) -> Any:
-        with substituted(self.base_layer, tensors):
-            return function(*args, **kwargs)
 
     def _written(
         self, compute: Compute, tensors: Mapping[Any, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]

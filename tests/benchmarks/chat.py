@@ -1,6 +1,6 @@
 """Edit a chat model in each form (plain text, the chat template, both) and ask it in every way that users ask.
 
-Each cell trains some edits into SmolLM2-135M-Instruct and counts the right greedy answers: raw, in chat, with a system
+Each cell trains some edits into SmolLM2-135M-Instruct by a recipe's defaults and counts the right greedy answers: raw, in chat, with a system
 prompt, as a second turn, and to the rephrasings. The last columns count questions about the world (the locality probes
 of `examples/facts.jsonl`) that still have the right answer, out of those that the base answers.
 
@@ -9,24 +9,34 @@ of `examples/facts.jsonl`) that still have the right answer, out of those that t
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from peft import get_peft_model
 from transformers import PrinterCallback
 
-from peft_locft import BreadthFirstConfig, BreadthFirstTrainer, Edit, LocFTConfig, Message, Prompt, encode_prompts
+from peft_locft import (
+    BreadthFirstConfig,
+    BreadthFirstTrainer,
+    Edit,
+    LocFTConfig,
+    Message,
+    Prompt,
+    balanced_config,
+    encode_prompts,
+)
 from peft_locft.data.edits import read_edits
 from peft_locft.engine.decoding import generate_and_score
 from peft_locft.engine.model_state import as_base
 from peft_locft.engine.questions import Question
 from peft_locft.evaluation.scoring import contains, cut_answer, exact_match
+from peft_locft.training.config import Recipe
 
-from .common import REPOSITORY, in_own_process, load, machine, markdown_table, parser_for, write_json
+from .common import REPOSITORY, in_own_process, load, machine, markdown_table, write_json
 
 FORMS = ("off", "on", "both")
 SYSTEM = Message("system", "You are the assistant of a travel agency. Answer briefly.")
@@ -53,57 +63,51 @@ THINKING = (
 
 
 def main() -> None:
-    parser = parser_for(__doc__, epochs=25, num_edits=25)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--edits", type=Path, required=True, help="a file that read_edits reads")
+    parser.add_argument("--num_edits", type=int, default=25, help="use only the first N edits")
     parser.add_argument(
         "--kind", choices=("questions", "statements", "all"), default="all", help="which edits to take"
     )
-    parser.add_argument("--layer", type=int, default=20, help="layer whose down_proj is trained")
-    parser.add_argument("--batch_size", type=int, default=20, help="rows in a batch")
-    parser.add_argument("--forms", nargs="+", default=FORMS, choices=FORMS, help="how the edits are trained")
+    parser.add_argument("--recipes", nargs="+", default=["published"], choices=get_args(Recipe), help="how to train")
+    parser.add_argument("--forms", nargs="+", default=FORMS, choices=FORMS, help="how the edits are written")
     parser.add_argument("--thinking", action="store_true", help="use a template with an empty block of thoughts")
+    parser.add_argument("--output", type=Path, default=Path("benchmark_results"), help="folder of what is written")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch's threads")
     arguments = parser.parse_args()
-    names = ("edits", "num_edits", "kind", "layer", "batch_size", "learning_rate", "epochs", "thinking", "threads")
+    names = ("edits", "num_edits", "kind", "thinking", "threads")
     settings = {name: getattr(arguments, name) for name in names}
     print(f"{machine()}\n\n{arguments.edits.name}, {arguments.kind}\n", flush=True)
     cells: list[dict[str, Any]] = []
-    for form in arguments.forms:
-        cells.append(in_own_process(measure, form=form, **settings))
-        table = markdown_table(cells).splitlines()
-        print("\n".join(table if len(cells) == 1 else table[-1:]), flush=True)
-        write_json(arguments.output / "chat.json", {"machine": machine(), "settings": str(settings), "rows": cells})
+    for recipe in arguments.recipes:
+        for form in arguments.forms:
+            cells.append(in_own_process(measure, recipe=recipe, form=form, **settings))
+            table = markdown_table(cells).splitlines()
+            print("\n".join(table if len(cells) == 1 else table[-1:]), flush=True)
+            write_json(
+                arguments.output / "chat.json", {"machine": machine(), "settings": str(settings), "rows": cells}
+            )
 
 
 def measure(
-    form: str,
-    edits: Path,
-    num_edits: int,
-    kind: str,
-    layer: int,
-    batch_size: int,
-    learning_rate: float,
-    epochs: int,
-    thinking: bool,
-    threads: int,
+    recipe: Recipe, form: str, edits: Path, num_edits: int, kind: str, thinking: bool, threads: int
 ) -> dict[str, Any]:
     """Train the edits in one form, in this process; return the number of right answers by the way of asking."""
     torch.set_num_threads(threads)
-    model, tokenizer = load("float32", chat_template=True)
+    model, tokenizer = load("bfloat16", chat_template=True)
     if thinking:
         tokenizer.chat_template = THINKING
     chosen = [edit for edit in read_edits(edits, on_conflict="last") if kind in ("all", kind_of(edit))][:num_edits]
-    config = LocFTConfig(target_modules=["down_proj"], layers_to_transform=[layer], task_type="CAUSAL_LM")
-    edited = get_peft_model(model, config)
-    with TemporaryDirectory() as folder:
-        args = BreadthFirstConfig(
-            output_dir=folder, use_cpu=True, logging_strategy="no", disable_tqdm=True, report_to="none",
-            num_train_epochs=epochs, per_device_train_batch_size=batch_size, learning_rate=learning_rate,
-            chat_template=form,
-        )  # fmt: skip
-        trainer = BreadthFirstTrainer(edited, args, train_dataset=chosen, processing_class=tokenizer)
-        trainer.remove_callback(PrinterCallback)
-        begun = time.process_time()
-        trainer.train()
+    edited = get_peft_model(model, balanced_config(model) if recipe == "balanced" else LocFTConfig())
+    args = BreadthFirstConfig(
+        recipe=recipe, use_cpu=True, logging_strategy="no", disable_tqdm=True, report_to="none", chat_template=form
+    )
+    trainer = BreadthFirstTrainer(edited, args, train_dataset=chosen, processing_class=tokenizer)
+    trainer.remove_callback(PrinterCallback)
+    begun = time.process_time()
+    trainer.train()
     row = {
+        "recipe": recipe,
         "trained": form,
         "edits": len(chosen),
         "epochs": len(trainer.epoch_losses),

@@ -6,12 +6,14 @@ The facts are the first ones of `examples/facts.jsonl`; the prompts are about ot
 from __future__ import annotations
 
 import argparse
+from typing import Any, get_args
 
 import torch
 
 from peft_locft import BreadthFirstConfig, balanced_config, edit, encode_prompts, read_edits
 from peft_locft.engine.decoding import generate_and_score
 from peft_locft.engine.questions import UNTIL_EOS, Question
+from peft_locft.training.config import Recipe
 
 from .common import REPOSITORY, load, machine
 
@@ -35,7 +37,7 @@ def main() -> None:
     model, tokenizer = load("bfloat16")
     facts = read_edits(REPOSITORY / "examples" / "facts.jsonl")
     answers = {"before": continuations(model, tokenizer)}
-    for recipe in ("published", "balanced"):
+    for recipe in get_args(Recipe):
         for title, edits in (("1 edit", read_edits(NORWAY)), ("25 edits", facts[:25])):
             config = balanced_config(model) if recipe == "balanced" else None
             args = BreadthFirstConfig(recipe=recipe, disable_tqdm=True)
@@ -54,7 +56,7 @@ def main() -> None:
     print("\n" + "\n".join(f"{title}: {count} of {len(PROMPTS)} changed" for title, count in changed.items()))
 
 
-def continuations(model: torch.nn.Module, tokenizer: object) -> list[str]:
+def continuations(model: torch.nn.Module, tokenizer: Any) -> list[str]:
     """Return the greedy continuation of each prompt, as plain text."""
     rows = encode_prompts(list(PROMPTS), tokenizer)
     questions = [Question(tuple(ids), num_stops=UNTIL_EOS, max_new_tokens=LENGTH) for ids in rows]

@@ -10,16 +10,17 @@ import argparse
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from peft_locft import BreadthFirstConfig
+from peft_locft.training.config import Recipe
 from peft_locft.workflows.train import train_edits
 
 from .common import in_own_process, machine, markdown_table, memory_mib, write_json
 
-RECIPES = ("published", "balanced")
+RECIPES: tuple[Recipe, ...] = get_args(Recipe)
 
 
 def main() -> None:
@@ -44,7 +45,7 @@ def main() -> None:
             write_json(arguments.output / "first_contact.json", {"machine": machine(), "rows": cells})
 
 
-def measure(model: Path, edits: Path, recipe: str, num_edits: int, threads: int) -> dict[str, Any]:
+def measure(model: Path, edits: Path, recipe: Recipe, num_edits: int, threads: int) -> dict[str, Any]:
     """Train in this process by the defaults of a recipe; return what was learned and what it took."""
     torch.set_num_threads(threads)
     begun = time.perf_counter()
