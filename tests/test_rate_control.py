@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from tiny_training import EDITS, base_model
 from tokenizers_for_tests import make_tokenizer
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from peft_locft import (
     BreadthFirstConfig,
@@ -129,3 +130,39 @@ def test_contradicting_edits_are_counted() -> None:
     assert lines[0] == f"learned 2 of 4 edits (2 not: {named}); median probability of a target: 0.477"
     assert lines[1].startswith("2 edits contradict others: their prompt has several targets, of which the model can")
     assert not LearnedEdits.of(EDITS[:2], [True, False], [0.0, -1.0]).is_enough
+
+
+def factors_of(losses: list[float], first_loss: float = 4.0) -> list[float]:
+    """Return the factor of the rate after each epoch of five steps that have this loss."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    history = SimpleNamespace(step_loss=0.0)
+    control: Any = RateControl(history, 0.025)  # type: ignore[arg-type]
+    control.remember(model)
+    state = TrainerState()
+    control.on_train_begin(None, state, None)
+    control.state.first_loss = first_loss
+    factors = []
+    for epoch, loss in enumerate(losses, start=1):
+        history.step_loss = loss
+        for step in range(5):
+            state.epoch = epoch - 1 + (step + 1) / 5
+            control.on_step_end(None, state, None, model=model, optimizer=optimizer, lr_scheduler=scheduler)
+        factors.append(control.state.factor)
+        assert optimizer.param_groups[0]["lr"] == factors[-1]
+    return factors
+
+
+def test_a_loss_that_stays_where_it_is_halves_the_rate() -> None:
+    assert factors_of([3.0, 1.0, 1.0, 0.98, 0.97, 1.0, 0.9]) == [1, 1, 1, 0.5, 0.5, 0.25, 0.25]
+
+
+def test_the_rate_is_halved_three_times_at_most() -> None:
+    assert factors_of([3.0, *[1.0] * 20])[-1] == 1 / 8
+
+
+def test_a_loss_that_falls_keeps_its_rate() -> None:
+    assert set(factors_of([4.0 * 0.9**epoch for epoch in range(30)])) == {1}
+    # one step back is no stall
+    assert set(factors_of([3.0, 1.0, 1.1, 0.8, 0.85, 0.6])) == {1}

@@ -23,6 +23,8 @@ TOO_SLOW = 0.95  # loss relative to the one of the decision before, above which 
 UNTOUCHED = 0.5  # loss relative to the one before training, below which the rate is not raised: it does learn
 MOTIONLESS = 0.98  # the same, above which it is raised by more
 LOWER, RAISE = 0.25, 2.0
+STALLED = 2  # decisions in a row without a loss that is lower by a twentieth, after which the rate is halved
+MAX_HALVED = 3  # times
 LOWEST = 2.0**-20  # of the factor
 HIGHEST = 0.5  # of the rate relative to the weights; a loss that does not fall above it has another reason
 
@@ -39,6 +41,9 @@ class _State:
         num_steps: since the last decision.
         total_steps: of the run.
         may_raise: no rate that is too high was seen.
+        best_loss: lowest of the losses at the decisions since a restart.
+        num_stalled: decisions in a row without a lower one.
+        num_halved: how often the rate was halved for that.
     """
 
     factor: float = 1.0
@@ -48,6 +53,9 @@ class _State:
     num_steps: int = 0
     total_steps: int = 0
     may_raise: bool = True
+    best_loss: float | None = None
+    num_stalled: int = 0
+    num_halved: int = 0
 
 
 class RateControl(TrainerCallback):
@@ -56,7 +64,8 @@ class RateControl(TrainerCallback):
     It decides after each epoch, but not before five steps. If the loss is well above the one before training, or not
     finite, the trained weights are put back, the optimizer starts again, and the rate is a quarter. If the loss has
     fallen by less than a twentieth since the last decision, and by less than half since the beginning, the rate is
-    doubled (if it has hardly fallen at all: by four), until a rate was too high.
+    doubled (if it has hardly fallen at all: by four), until a rate was too high. If it has fallen by more than half
+    and then stays where it is, twice in a row, the rate is halved: steps of that size no longer come closer.
 
     Args:
         history: the losses of the run.
@@ -113,14 +122,28 @@ class RateControl(TrainerCallback):
         own.last_loss, own.sum_losses, own.num_steps = loss, 0.0, 0
         if loss > TOO_HIGH * own.first_loss:
             self._start_again(objects)
-        elif before is not None and own.may_raise and loss > max(TOO_SLOW * before, UNTOUCHED * own.first_loss):
+            return
+        if before is not None and own.may_raise and loss > max(TOO_SLOW * before, UNTOUCHED * own.first_loss):
             self._multiply(RAISE**2 if loss > MOTIONLESS * before else RAISE, objects)
+        elif own.best_loss is not None and loss > TOO_SLOW * own.best_loss and loss <= UNTOUCHED * own.first_loss:
+            self._halve_if_stalled(objects)
+        else:
+            own.num_stalled = 0
+        own.best_loss = loss if own.best_loss is None else min(loss, own.best_loss)
+
+    def _halve_if_stalled(self, objects: dict[str, Any]) -> None:
+        own = self.state
+        own.num_stalled += 1
+        if own.num_stalled >= STALLED and own.num_halved < MAX_HALVED:
+            own.num_stalled, own.num_halved, own.may_raise = 0, own.num_halved + 1, False
+            self._multiply(1 / RAISE, objects)
 
     def _start_again(self, objects: dict[str, Any]) -> None:
         """Put the trained weights back and lower the rate."""
         self.is_diverged = False
         own = self.state
         own.may_raise, own.last_loss, own.sum_losses, own.num_steps = False, None, 0.0, 0
+        own.best_loss, own.num_stalled = None, 0
         self._multiply(LOWER, objects)
         parameters = dict(objects["model"].named_parameters())
         with torch.no_grad():

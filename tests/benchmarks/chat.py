@@ -1,8 +1,9 @@
 """Edit a chat model in each form (plain text, the chat template, both) and ask it in every way that users ask.
 
-Each cell trains some edits into SmolLM2-135M-Instruct by a recipe's defaults and counts the right greedy answers: raw, in chat, with a system
-prompt, as a second turn, and to the rephrasings. The last columns count questions about the world (the locality probes
-of `examples/facts.jsonl`) that still have the right answer, out of those that the base answers.
+Each cell trains some edits into SmolLM2-135M-Instruct by a recipe's defaults, and counts the right greedy answers:
+raw, in chat, with a system prompt, as a second turn, and to the rephrasings. The last columns count questions about
+the world (the locality probes of `examples/facts.jsonl`) that still have the right answer, out of those that the base
+answers.
 
 `--thinking` gives the tokenizer a template that begins answers with an empty block of thoughts.
 """
