@@ -22,9 +22,10 @@ from ..adapters.loading import load_adapter
 from ..adapters.provenance import TrainingRun
 from ..adapters.reading import CheckedAdapter, check_adapter
 from ..adapters.saving import save_adapter
-from ..adapters.shipped_edits import EDITS_NAME, adapter_edits, edit_lines
+from ..adapters.shipped_edits import EDITS_NAME, adapter_edits
 from ..data.chat import in_forms, prompts_in_forms
 from ..data.edit_lists import EditPlan, merge_edit_lists, read_lines_to_forget
+from ..data.edit_types import edit_lines
 from ..data.edits import Edit, EditSource, OnConflict, edits_sha256, first_edits, prompt_of
 from ..data.encoding import EncodedEdits, encode_prompts, flatten_rows
 from ..engine.decoding import check_fits, generate_and_score
