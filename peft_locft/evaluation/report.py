@@ -44,6 +44,9 @@ class MetricResult:
         change: `after - before`, with an interval from the same resamples of both.
         count: number of units that it is the mean of.
         unit: such as edits, or windows of text.
+        protocol: how prompts are asked, and how answers are scored, such as "belief; probability".
+        in_papers: what papers call it, such as "rewrite_acc"; `""` if they have no word for it.
+        chance: what choosing at random gives, of a metric that counts choices.
     """
 
     meaning: str
@@ -52,6 +55,9 @@ class MetricResult:
     change: Estimate | None
     count: int
     unit: str = "edits"
+    protocol: str = ""
+    in_papers: str = ""
+    chance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +132,9 @@ class EvaluationReport:
                 "change": plain(result.change),
                 "count": result.count,
                 "unit": result.unit,
+                "protocol": result.protocol,
+                "in_papers": result.in_papers,
+                "chance": result.chance,
             }
             for name, result in self.results.items()
         }
@@ -339,9 +348,13 @@ def _result(name: str, data: Any) -> MetricResult:
             raise ValueError(f"found the unknown fields {shortened(unknown)}")
         if not (is_prose(meaning) and is_count(count) and is_text(unit)):
             raise ValueError(f"found {shortened([meaning, count, unit])} as its meaning, count and unit")
+        # reports of earlier versions have none of these
+        protocol, in_papers, chance = data.get("protocol", ""), data.get("in_papers", ""), data.get("chance")
+        if not (is_prose(protocol) and is_prose(in_papers) and (chance is None or is_number(chance))):
+            raise ValueError(f"found {shortened([protocol, in_papers, chance])} as its protocol, papers and chance")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"results.{name}: expected a metric's result: {error}") from error
-    return MetricResult(meaning, after, before, change, count, unit)
+    return MetricResult(meaning, after, before, change, count, unit, protocol, in_papers, chance)
 
 
 def _estimate(data: Any) -> Estimate | None:

@@ -55,6 +55,27 @@ def contains(answer: str, expected: str) -> bool:
     return f" {normalise(expected)} " in f" {normalise(answer)} "
 
 
+def first_choice(answer: str, choices: Sequence[str]) -> str | None:
+    """Return the choice that an answer names first; of two that begin there, the longer one; `None` without one.
+
+    Case does not count, except for a choice of one letter, which is "A" and not the article.
+
+    Example:
+        >>> first_choice("It is no city, yes?", ["Yes", "No"])
+        'No'
+    """
+    found = [(place, -len(choice), choice) for choice in choices if (place := _place_of(choice, answer)) is not None]
+    return min(found)[2] if found else None
+
+
+def _place_of(choice: str, answer: str) -> int | None:
+    # a letter of a script without case may stand next to another word
+    edges = [r"(?<!\w)" if choice[0].lower() != choice[0].upper() or choice[0].isdigit() else ""]
+    edges += [r"(?!\w)" if choice[-1].lower() != choice[-1].upper() or choice[-1].isdigit() else ""]
+    match = re.search(re.escape(choice).join(edges), answer, 0 if len(choice) == 1 else re.IGNORECASE)
+    return None if match is None else match.start()
+
+
 def same_first_word(answer: str, other: str) -> bool:
     """Return whether two texts begin with the same normalised word, or are both empty."""
     return normalise(answer).split()[:1] == normalise(other).split()[:1]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,8 @@ import numpy as np
 from ..data.edits import Edit
 from .intervals import Array, Bootstrap, Estimate
 from .items import EvalItem, Reply
-from .metrics import EDIT_SCORE, EDIT_SCORE_PARTS, KINDS, METRICS, Metric, meaning_of, why_missing
+from .kinds import AS_IT_IS, PUBLISHED, Kind
+from .metrics import EDIT_SCORE, EDIT_SCORE_PARTS, METRICS, Metric, metric_names, why_missing
 from .report import MetricResult
 from .scoring import harmonic_mean
 
@@ -27,32 +28,48 @@ class Column:
         after: of the edited model.
         before: of its base; `None` without a base, or if the metric compares with the base.
         unit: what a value belongs to: `"edits"`, `"prompts"`.
+        protocol: how its prompts are asked, and how answers are scored.
+        in_papers: what papers call it.
+        chance: what choosing at random gives; NaN for a unit without a value; `None` if there are no choices.
     """
 
     meaning: str
     after: Array
     before: Array | None = None
     unit: str = "edits"
+    protocol: str = ""
+    in_papers: str = ""
+    chance: Array | None = None
 
 
 @dataclass(frozen=True)
 class PairedReplies:
-    """The replies of an edited model and, if there is one, of its base to the items of some edits."""
+    """The replies of an edited model and, if there is one, of its base to the items of some edits.
+
+    Args:
+        edits: the edits.
+        items: what was asked of them.
+        after: the edited model's replies.
+        before: the base's.
+        kinds: the kinds of items that were wanted, by name; there may be no item of a kind.
+    """
 
     edits: Sequence[Edit]
     items: Sequence[EvalItem]
     after: Sequence[Reply]
     before: Sequence[Reply] | None
+    kinds: Mapping[str, Kind] = field(default_factory=lambda: PUBLISHED)
 
     def scored(self, protocols: Sequence[str]) -> ScoredReplies:
         """Score every item once by each metric of the protocols that applies to its kind."""
-        metrics = {name: metric for name, metric in METRICS.items() if metric.protocol in protocols}
+        wanted = {name for kind in self.kinds.values() for name in kind.metrics}
+        metrics = {name: each for name, each in METRICS.items() if each.protocol in protocols and name in wanted}
         before: Sequence[Reply | None] = self.before or [None] * len(self.items)
         after_scores: dict[str, Scores] = {name: [] for name in metrics}
         before_scores: dict[str, Scores] = {name: [] for name, metric in metrics.items() if not metric.needs_base}
         for item, reply, base in zip(self.items, self.after, before, strict=True):
             for name, metric in metrics.items():
-                applies = item.kind in metric.kinds
+                applies = name in self.kinds[item.kind].metrics
                 after_scores[name].append(metric.score(item, reply, base) if applies else None)
                 if name in before_scores:
                     before_scores[name].append(metric.score(item, base, base) if applies and base else None)
@@ -79,19 +96,30 @@ class ScoredReplies:
         """Return the metrics that have a value, by name, and why each of the others has none."""
         has_base = self.replies.before is not None
         columns, missing = {}, {}
-        for kind in KINDS:
-            numbers = [number for number, item in enumerate(self.replies.items) if item.kind == kind]
-            for short, metric in self.metrics.items():
-                if kind not in metric.kinds:
-                    continue
-                name = f"{kind}_{short}"
-                after = self._by_edit(numbers, self.after[short])
-                before = self._by_edit(numbers, self.before[short]) if has_base and short in self.before else None
-                if np.isnan(after).all():
-                    missing[name] = why_missing(metric, kind, self.replies.items, has_base)
-                else:
-                    columns[name] = Column(meaning_of(name), after, before)
+        protocols = {metric.protocol for metric in self.metrics.values()}
+        for name, (kind, short, metric) in metric_names(list(protocols), self.replies.kinds).items():
+            numbers = [number for number, item in enumerate(self.replies.items) if item.kind == kind.name]
+            after = self._by_edit(numbers, self.after[short])
+            if np.isnan(after).all():
+                missing[name] = why_missing(metric, kind, self.replies.items, has_base)
+                continue
+            columns[name] = Column(
+                metric.meaning,
+                after,
+                self._by_edit(numbers, self.before[short]) if has_base and short in self.before else None,
+                protocol=f"{kind.protocol}; {metric.protocol}",
+                in_papers=kind.paper_names(short),
+                chance=self._chance(numbers, short) if metric.by_choice else None,
+            )
         return columns, missing
+
+    def _chance(self, numbers: Sequence[int], short: str) -> Array:
+        """Return what each edit would have by choosing at random, (edits,), over the items that have a score."""
+        chances: Scores = [None] * len(self.replies.items)
+        for number in numbers:
+            if self.after[short][number] is not None:
+                chances[number] = 1 / len(self.replies.items[number].choices)
+        return self._by_edit(numbers, chances)
 
     def _by_edit(self, numbers: Sequence[int], scores: Scores) -> Array:
         """Return the mean score of each edit's items, (edits,); NaN for an edit without one."""
@@ -157,7 +185,9 @@ def metric_results(
             before = bootstrap.mean(index[name, "before"])
             change = bootstrap.difference(index[name, "after"], index[name, "before"])
         count = int((~np.isnan(column.after)).sum())
-        metrics[name] = MetricResult(column.meaning, after, before, change, count, column.unit)
+        chance = None if column.chance is None else float(np.nanmean(column.chance))
+        described = (column.protocol, column.in_papers, chance)
+        metrics[name] = MetricResult(column.meaning, after, before, change, count, column.unit, *described)
         if name == EDIT_SCORE_PARTS[-1] and all(part in columns for part in EDIT_SCORE_PARTS):
             metrics[EDIT_SCORE] = _edit_score(bootstrap, index, count)
     return metrics
@@ -176,4 +206,5 @@ def _edit_score(bootstrap: Bootstrap, index: dict[tuple[str, str], int], count: 
             lambda means: harmonic_mean(means[..., at("after")]) - harmonic_mean(means[..., at("before")])
         )
     assert after is not None
-    return MetricResult("harmonic mean of ES, PS and NS", after, before, change, count)
+    protocol = f"{AS_IT_IS}; probability"
+    return MetricResult("harmonic mean of ES, PS and NS", after, before, change, count, "edits", protocol, "S, Score")
