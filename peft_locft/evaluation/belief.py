@@ -23,8 +23,6 @@ NUM_OTHER_SUBJECTS = 3
 ASKING = frozenset("what who whom whose which where when why how".split())  # noqa: SIM905
 # capitals of the first word of a sentence; other capitals are those of names
 LOWER_INSIDE = frozenset("The A An In On At Of By For From His Her Its Their This That".split())  # noqa: SIM905
-    ["The", "A", "An", "In", "On", "At", "Of", "By", "For", "From", "His", "Her", "Its", "Their", "This", "That"]
-)
 # a kind of yes / no question: the word it asks for, and the right answer
 YES_NO = {
     "yes_no_new": ("true", YES),
