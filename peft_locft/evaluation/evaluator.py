@@ -29,6 +29,7 @@ from .asked_items import AskedItems, Sources, asked_items
 from .config import EvaluationConfig
 from .intervals import Array
 from .items import EvalItem, ItemEncoder, Reply
+from .kinds import AS_IT_IS
 from .perplexity import measure_text
 from .report import EvaluationReport
 from .scoring import n_gram_entropy
@@ -280,7 +281,8 @@ class EditEvaluator:
         choose = TopK(FLUENCY_TOP_K, self.args.seed)
         before, after = self._base_answers(questions, choose), self._edited_answers(questions, choose)
         meaning = "weighted entropy, in bits, of the 2-grams and 3-grams of 100 sampled tokens (top 5)"
-        return Column(meaning, self._entropies(after), None if before is None else self._entropies(before), "prompts")
+        entropies = None if before is None else self._entropies(before)
+        return Column(meaning, self._entropies(after), entropies, "prompts", f"{AS_IT_IS}; fluency", "fluency, GE")
 
     def _entropies(self, answers: Sequence[Answer]) -> Array:
         texts = [self.tokenizer.decode(answer.token_ids, skip_special_tokens=True) for answer in answers]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from .contexts import CONTEXTS
 
 AS_IT_IS = "as it is"
+OF_TEXT_ONLY = "ordinary text"
 ASKED = ("exact_match", "contains", "token_accuracy")
 CHOSEN = ("chosen", "most_probable")
 

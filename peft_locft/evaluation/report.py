@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 from ..io.files import check_folder, write_atomically
 from ..io.json_checks import dict_of, has_fields, is_count, is_metric_value, is_number, is_prose, is_sha256, is_text
 from ..io.untrusted_json import shortened
-from .intervals import Estimate
+from .intervals import Estimate, format_number
+from .kinds import AS_IT_IS, OF_TEXT_ONLY
 from .summary import deciding_score, sentences
-from .tables import estimate_cell, html_table, markdown_table
+from .tables import DASH, estimate_cell, html_table, markdown_table
 
 if TYPE_CHECKING:
     import pandas
@@ -105,6 +106,10 @@ class EvaluationReport:
     @property
     def has_before(self) -> bool:
         return any(result.before is not None for result in self.results.values())
+
+    @property
+    def has_chance(self) -> bool:
+        return any(result.chance is not None for result in self.results.values())
 
     @property
     def confidence(self) -> str:
@@ -213,15 +218,21 @@ class EvaluationReport:
         """Return the metrics as a Markdown table, then what could not be measured, and the notes."""
         table = markdown_table(*self._table())
         lines = [table, "", f"In brackets: the {self.confidence} confidence interval (bootstrap)."]
+        lines += ["Chance: what choosing at random among the offered answers would give."] if self.has_chance else []
         lines += [f"Not measured: {', '.join(names)}: {why}." for why, names in self.missing_by_reason().items()]
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
-        rows = [
-            [name, *map(estimate_cell, (result.before, result.after, result.change)), f"{result.count} {result.unit}"]
-            for name, result in self.results.items()
-        ]
-        return ["metric", "before", "after", "change", "measured on"], rows
+        asked = {result.protocol.partition(";")[0] for result in self.results.values()}
+        more = {"chance": self.has_chance, "protocol": bool(asked - {AS_IT_IS, OF_TEXT_ONLY, ""})}
+        rows = []
+        for name, result in self.results.items():
+            cells = [name, *map(estimate_cell, (result.before, result.after, result.change))]
+            cells += [DASH if result.chance is None else format_number(result.chance)] if more["chance"] else []
+            cells += [f"{result.count} {result.unit}"] + ([result.protocol or DASH] if more["protocol"] else [])
+            rows.append(cells)
+        names = ["metric", "before", "after", "change", "chance", "measured on", "protocol"]
+        return [name for name in names if more.get(name, True)], rows
 
     def _repr_html_(self) -> str:
         """Return the summary, the metrics and the first failed answers, as a notebook shows them."""

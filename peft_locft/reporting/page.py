@@ -89,6 +89,7 @@ def render_report(report: EvaluationReport) -> str:
             edits=edits,
             colours=[(name.replace("_", "-"), pair) for name, pair in colours.items()],
             groups=groups,
+            has_chance=report.has_chance,
             cards=[
                 _card(key, name, members[name])
                 for key, members in groups.items()
@@ -115,7 +116,7 @@ def page_templates() -> jinja2.Environment:
     environment.filters |= {
         "as_json": lambda value: json.dumps(value, ensure_ascii=False),
         "in_words": _in_words,
-        "kind_of_row": lambda row: KIND_NAMES.get(row["kind"], (row["kind"],))[0],
+        "kind_of_row": lambda row: KIND_NAMES.get(row["kind"], (_in_words(row["kind"]),))[0],
         "listed": lambda value: ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value),
         "number": _number,
         "score_of_row": _score_of_row,
@@ -241,10 +242,10 @@ def _failures(report: EvaluationReport) -> _Failures:
     num_scored = Counter(scores)
     rows = list(report.failures())
     num_failed = Counter(row["kind"] for row in rows)
-    counts = [
-        f"{num_failed[kind]} of {count} {KIND_NAMES.get(kind, (kind, kind))[count != 1]} (by {_in_words(measure)})"
-        for (kind, measure), count in num_scored.items()
-    ]
+    counts = []
+    for (kind, measure), count in num_scored.items():
+        name = KIND_NAMES.get(kind, (_in_words(kind),) * 2)[count != 1]
+        counts.append(f"{num_failed[kind]} of {count} {name} (by {_in_words(measure)})")
     return _Failures(counts, rows[:MAX_FAILURES], len(rows), ("locality", "unchanged") in num_scored)
 
 
