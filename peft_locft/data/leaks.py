@@ -75,6 +75,11 @@ def trained_prompts(model: nn.Module) -> frozenset[str]:
     return getattr(model, MARK, frozenset())
 
 
+def is_trained(prompt: str, trained: Set[str]) -> bool:
+    """Return whether a prompt is among trained ones, given as hashes from [`trained_prompts`]."""
+    return _hash(prompt) in trained
+
+
 def without_leaks(edits: Sequence[Edit], trained: Set[str], on_leak: OnLeak) -> tuple[list[Edit], int]:
     """Return edits without the rephrasings and probes that were trained on, and the number of those.
 

@@ -75,7 +75,7 @@ def is_spaceless(text: str) -> bool:
     return spaceless > 0 and spaceless >= counts["spaced"]
 
 
-def whole_word(text: str) -> regex.Pattern[str]:
+def whole_word(text: str, *, ignore_case: bool = False) -> regex.Pattern[str]:
     """Return a pattern that finds a text where no word goes on before or behind it.
 
     In scripts without spaces every letter begins a word. In Korean, particles and the copula may follow.
@@ -84,7 +84,8 @@ def whole_word(text: str) -> regex.Pattern[str]:
         >>> bool(whole_word("里昂").search("首都是里昂。")), bool(whole_word("Lyon").search("Lyonnais"))
         (True, False)
     """
-    return regex.compile(rf"(?V1){_WORD_BEGIN}{regex.escape(text)}(?={_WORD_END})")
+    flags = regex.IGNORECASE if ignore_case else 0
+    return regex.compile(rf"(?V1){_WORD_BEGIN}{regex.escape(text)}(?={_WORD_END})", flags)
 
 
 def has_letters(text: str) -> bool:

@@ -120,6 +120,24 @@ def begins_with(answer: str, expected: str) -> bool:
     return whole_word(other).match(one) is not None if other else not one
 
 
+def first_choice(answer: str, choices: Sequence[str]) -> str | None:
+    """Return the choice that an answer names first; of two that begin there, the longer one; `None` without one.
+
+    Case does not count, except for a choice of one letter, which is "A" and not the article.
+
+    Example:
+        >>> first_choice("It is no city, yes?", ["Yes", "No"])
+        'No'
+    """
+    found = [(place, -len(choice), choice) for choice in choices if (place := _place_of(choice, answer)) is not None]
+    return min(found)[2] if found else None
+
+
+def _place_of(choice: str, answer: str) -> int | None:
+    match = whole_word(choice, ignore_case=len(choice) > 1).search(answer)
+    return None if match is None else match.start()
+
+
 def same_first_word(answer: str, other: str) -> bool:
     """Return whether two texts begin with the same normalised word, or are both empty.
 
