@@ -94,8 +94,11 @@ class ScoredReplies:
     before: dict[str, Scores]
 
     def languages(self) -> list[str]:
-        """Return the languages of the items, each once; empty unless there are several."""
-        found = dict.fromkeys(map(self._language, range(len(self.replies.items))))
+        """Return the languages of the items, those of the edits first; empty unless there are several."""
+        numbers = sorted(
+            range(len(self.replies.items)), key=lambda number: self.replies.items[number].kind == "cross_lingual"
+        )
+        found = dict.fromkeys(map(self._language, numbers))
         return list(found) if len(found) > 1 else []
 
     def _language(self, number: int) -> str:
