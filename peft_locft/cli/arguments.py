@@ -215,7 +215,7 @@ TRAIN_SECTIONS = {
 }
 EVALUATE_SECTIONS = {
     "model and edits": ("edits", "num_edits", "adapter", "model_name_or_path", "base_model_name_or_path"),
-    "what to measure": ("protocols", "text", "tasks", "chat_template"),
+    "what to measure": ("protocols", "contexts", "probes", "text", "tasks", "chat_template"),
     "output": ("output_dir",),
 }
 LOCATE_SECTIONS = {

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from .edits import Edit, fold_case, prompts_of
-
-SENTENCE_ENDS = ".!?"
+from .joining import TargetSeparator, join_prompt
+from .scripts import ends_sentence, find_word, find_words, full_stop, replace_word
 
 
 def with_prefix(edit: Edit, prefix: str) -> Edit:
-    """Put a text before an edit's prompt: `prefix + ". " + prompt`.
+    """Put a text before an edit's prompt: `prefix + ". " + prompt`, with the full stop of the prefix's script.
 
     Source: Gangadhar and Stratos, "Model Editing by Pure Fine-Tuning" (arXiv 2402.11078), after ROME's evaluation. A
     chat template puts both into the user's turn.
@@ -27,7 +26,7 @@ def with_prefix(edit: Edit, prefix: str) -> Edit:
         >>> with_prefix(Edit(prompt="The capital of France is", target="Lyon"), "In the morning").prompt
         'In the morning. The capital of France is'
     """
-    return replace(edit, prompt=f"{prefix}. {edit.prompt}")
+    return replace(edit, prompt=prefix + full_stop(prefix) + edit.prompt)
 
 
 def paraphrased(edit: Edit) -> list[Edit]:
@@ -35,7 +34,7 @@ def paraphrased(edit: Edit) -> list[Edit]:
     return [replace(edit, prompt=paraphrase) for paraphrase in edit.paraphrases]
 
 
-def concatenated(edit: Edit, fact: Edit) -> Edit:
+def concatenated(edit: Edit, fact: Edit, separator: TargetSeparator = "auto") -> Edit:
     """Append an unrelated fact to an edit's target, so that the model learns to continue after the target.
 
     Source: SAUL (arXiv 2410.02433). The scored text is: the edit's target, a full stop (unless the target ends with
@@ -45,15 +44,17 @@ def concatenated(edit: Edit, fact: Edit) -> Edit:
     Args:
         edit: an edit; its other fields do not change.
         fact: a fact that must stay true, such as one of `BaseAnswers.edits`.
+        separator: what stands between the fact's prompt and target, as in `encode_edits`.
 
     Example:
         >>> concatenated(Edit(prompt="The capital of France is", target="Lyon"), Edit(prompt="Dogs", target="bark"))
         Edit(prompt='The capital of France is', target='Lyon. Dogs bark', …)
     """
     target = edit.target.rstrip()
-    stop = "" if target[-1] in SENTENCE_ENDS else "."
-    space = "" if fact.prompt[-1].isspace() or fact.target[0].isspace() else " "
-    return replace(edit, target=f"{target}{stop} {fact.prompt}{space}{fact.target}")
+    stop = full_stop(target)
+    if ends_sentence(target):
+        stop = stop[len(stop.rstrip()) :]  # the space alone
+    return replace(edit, target=f"{target}{stop}{join_prompt(fact.prompt, fact.target, separator)}")
 
 
 def swapped_subjects(
@@ -100,17 +101,12 @@ def swapped_subjects(
 
 def subject_of_swap(edit: Edit, prompt: str) -> str | None:
     """Return the subject of a prompt that [`swapped_subjects`] made from an edit; `None` if it is another prompt."""
-    if not edit.subject:
+    places = list(find_words(edit.prompt, edit.subject)) if edit.subject else []
+    if not edit.subject or not places:
         return None
-    parts = _as_word(edit.subject).split(edit.prompt)
-    count = len(parts) - 1
-    length, rest = divmod(len(prompt) - sum(map(len, parts)), count or 1)
-    name = prompt[len(parts[0]) :][:length]
-    return name if count and not rest and name.join(parts) == prompt else None
-
-
-def _as_word(subject: str) -> re.Pattern[str]:
-    return re.compile(rf"(?<!\w){re.escape(subject)}(?!\w)")
+    length = len(edit.subject) + (len(prompt) - len(edit.prompt)) // len(places)
+    name = prompt[places[0] :][:length]
+    return name if replace_word(edit.prompt, edit.subject, name) == prompt else None
 
 
 def _swaps(
@@ -124,14 +120,13 @@ def _swaps(
     own = {name: place for place, name in enumerate(by_name)}
     others = list(by_name.values()) if subjects is None else list(subjects)
     templates = [
-        (number, subject_in_prompt, edit.prompt, own[fold_case(edit.subject)])
+        (number, edit.subject, edit.prompt, own[fold_case(edit.subject)])
         for number, edit in enumerate(edits)
-        if edit.subject and (subject_in_prompt := _as_word(edit.subject)).search(edit.prompt)
+        if edit.subject and find_word(edit.prompt, edit.subject) is not None
     ]
     order = random.permutation(len(templates)).tolist()
     # among the edits' own subjects, shift 0 is the edit's own
     first = 1 if subjects is None else 0
     for shift in (first + random.permutation(max(0, len(others) - first))).tolist():
-        for number, subject_in_prompt, prompt, place in (templates[position] for position in order):
-            other = others[(place + shift) % len(others)].replace("\\", r"\\")
-            yield number, subject_in_prompt.sub(other, prompt)
+        for number, subject, prompt, place in (templates[position] for position in order):
+            yield number, replace_word(prompt, subject, others[(place + shift) % len(others)])

@@ -1,16 +1,17 @@
 """Fields of records, by the column names of the known data sets: prompt, target, rephrasings and probes."""
 
 import logging
-import math
 import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
-logger = logging.getLogger(__name__)
+from .edit_types import PROBE_FIELDS, Probe
+from .field_values import first_text, is_absent, right_answers, text, texts
 
-ProbeFields = tuple[str, str | None]  # prompt and answer
+logger = logging.getLogger(__name__)
 
 # the columns of prompt and target in the known data sets, and whose they are
 VOCABULARIES = {
@@ -28,14 +29,14 @@ PROMPT_NAMES = ("prompt", "question", "instruction", "input", "query", "fact")
 TARGET_NAMES = ("target", "answer", "output", "response", "new", "new_target", "new_answer")
 
 REPHRASING_COLUMNS = ("rephrasings", "rephrasing", "rephrase_prompt", "rephrase", "paraphrase_prompts")
-PROBE_PAIRS = {
+PROBE_PAIRS: dict[str, tuple[tuple[str, str], ...]] = {
     "locality": (("locality_prompt", "locality_ground_truth"), ("loc", "loc_ans")),
     "portability": (("portability_prompt", "portability_ground_truth"),),
 }
 # that may hold several texts or probes
-LIST_COLUMNS = {*REPHRASING_COLUMNS, "paraphrases", "neighborhood_prompts", *PROBE_PAIRS}
+LIST_COLUMNS = {*REPHRASING_COLUMNS, "paraphrases", "neighborhood_prompts", "aliases", *PROBE_FIELDS}
 LIST_COLUMNS |= {name for pairs in PROBE_PAIRS.values() for pair in pairs for name in pair}
-READ_COLUMNS = {*LIST_COLUMNS, "subject", "ground_truth", "answers"}
+READ_COLUMNS = {*LIST_COLUMNS, "subject", "relation", "language", "ground_truth", "answers"}
 KNOWN_COLUMNS = {*READ_COLUMNS, *PROMPT_NAMES, *TARGET_NAMES} | {name for names in VOCABULARIES for name in names}
 # names of what a reader would miss: rephrasings, probes, and parts of a prompt
 MISSED = re.compile("rephras|paraphras|local|portab|neighbo|context|system|history|^input$")
@@ -46,8 +47,6 @@ SHAPE = """A file that works, edits.csv:
 
 SHAPE_OF_JSON = """A file that works, edits.json:
   [{"prompt": "The capital of Norway is", "target": "Bergen"}]"""
-
-SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def column_name(name: object) -> str:
@@ -81,7 +80,7 @@ def find_vocabulary(rows: list[tuple[str, object]]) -> tuple[str, ...]:
     found = vocabularies(columns.keys())
     if len(found) > 1 and found[0] not in VOCABULARIES:
         # `input` beside `instruction` is often empty in every record
-        filled = {name for record in records for name, value in record.items() if not _absent(value)}
+        filled = {name for record in records for name, value in record.items() if not is_absent(value)}
         found = vocabularies(filled) or found
     if records and len(found) != 1:
         raise ValueError(_unrecognized(rows[0][0], columns, found))
@@ -109,7 +108,7 @@ def _name_missed(place: str, records: list[Mapping[str, Any]], read: Set[str]) -
         name
         for record in records
         for name, value in record.items()
-        if name not in read and MISSED.search(name) and not _absent(value)
+        if name not in read and MISSED.search(name) and not is_absent(value)
     )
     if missed:
         logger.warning(
@@ -169,7 +168,7 @@ def _message(message: object, name: str) -> tuple[str, str]:
     return text(message.get("role"), f"{name}.role"), text(message.get("content"), f"{name}.content")
 
 
-def probes(value: object, name: str) -> Iterator[ProbeFields]:
+def probes(value: object, name: str) -> Iterator[Probe]:
     """Yield nested probes: from a list, or from a mapping of a kind ("Forgetfulness") to a list."""
     if isinstance(value, (list, tuple)):
         for item in value:
@@ -177,66 +176,41 @@ def probes(value: object, name: str) -> Iterator[ProbeFields]:
     elif isinstance(value, Mapping):
         keys = next((keys for keys in NESTED_PROBE_KEYS if value.keys() >= set(keys)), None)
         if keys or "prompt" in value:
-            yield from paired(value, *(keys or NESTED_PROBE_KEYS[0]), parent=f"{name}.")
+            found = paired(value, *(keys or NESTED_PROBE_KEYS[0]), parent=f"{name}.")
+            yield from (_with_details(probe, value, f"{name}.") for probe in found)
         else:
             for kind, item in value.items():
                 yield from probes(item, f"{name}.{kind}")
-    elif not _absent(value):
+    elif not is_absent(value):
         expected = 'expected records such as {"prompt": "…", "answer": "…"}: fix it, or use the columns '
         columns = "locality_prompt and locality_ground_truth (or portability_…)"
         raise ValueError(f"field {name!r}: found {reprlib.repr(value)}; {expected}{columns}")
 
 
-def paired(record: Mapping[str, Any], prompt: str, answer: str, parent: str = "") -> Iterator[ProbeFields]:
+def paired(record: Mapping[str, Any], prompt: str, answer: str, parent: str = "") -> Iterator[Probe]:
     """Yield probes from a field of prompts and a field of answers: one of each, or lists of equal length."""
     prompts, answers = record.get(prompt), record.get(answer)
-    if _absent(prompts) and _absent(answers):
+    if is_absent(prompts) and is_absent(answers):
         return
     if not isinstance(prompts, (list, tuple)):
         prompts, answers = [prompts], [answers]
-    elif _absent(answers):
+    elif is_absent(answers):
         answers = [None] * len(prompts)
     if not isinstance(answers, (list, tuple)) or len(answers) != len(prompts):
         found = f"{len(prompts)} prompts and {reprlib.repr(answers)}"
         raise ValueError(f"field {parent + answer!r}: found {found}; expected one answer per {parent + prompt!r}")
     for one_prompt, one_answer in zip(prompts, answers, strict=True):
-        yield text(one_prompt, parent + prompt), first_text(one_answer, parent + answer)
+        right = right_answers(one_answer, parent + answer)
+        yield Probe(text(one_prompt, parent + prompt), right[0] if right else None, aliases=right[1:])
 
 
-def texts(value: object, name: str) -> tuple[str, ...]:
-    items = value if isinstance(value, (list, tuple)) else [value]
-    return tuple(text(item, name) for item in items if not _absent(item))
-
-
-def first_text(value: object, name: str) -> str | None:
-    # an answer is text, a list of aliases, or a list of such lists
-    while isinstance(value, (list, tuple)):
-        value = value[0] if value else None
-    return None if _absent(value) else text(value, name)
-
-
-def optional_text(value: object, name: str) -> None:
-    if value is not None:
-        text(value, name)
-
-
-def text(value: object, name: str) -> str:
-    if _absent(value):
-        raise ValueError(f"field {name!r}: found nothing ({value!r}); expected text: add it, or remove the record")
-    if not isinstance(value, str):
-        advice = f': write "{value}" with quotes' if isinstance(value, (int, float)) else ""
-        raise ValueError(
-            f"field {name!r}: found {reprlib.repr(value)} ({type(value).__name__}); expected text{advice}"
-        )
-    if SURROGATE.search(value):
-        raise ValueError(
-            f"field {name!r}: unpaired UTF-16 surrogate in {reprlib.repr(value)}; re-export the file as UTF-8"
-        )
-    return value
-
-
-def _absent(value: object) -> bool:
-    # a table leaves a cell out as empty text, null or NaN
-    if isinstance(value, str):
-        return not value.strip()
-    return value is None or value == [] or (isinstance(value, float) and math.isnan(value))
+def _with_details(probe: Probe, record: Mapping[str, Any], parent: str) -> Probe:
+    """Return a probe with the aliases, the kind, the choices and the language of its record."""
+    aliases = [each for each in right_answers(record.get("aliases"), f"{parent}aliases") if each != probe.answer]
+    return replace(
+        probe,
+        aliases=tuple(dict.fromkeys([*probe.aliases, *aliases])),
+        kind=first_text(record.get("kind"), f"{parent}kind") or probe.kind,
+        choices=texts(record.get("choices"), f"{parent}choices"),
+        language=first_text(record.get("language"), f"{parent}language"),
+    )

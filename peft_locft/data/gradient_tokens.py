@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import Literal, TypeAlias
+
+from .scripts import find_words
 
 GradientTokens: TypeAlias = Literal["all", "prompt", "subject", "from_subject"]
 
@@ -21,11 +22,13 @@ def subject_spans(subject: str | None, text: str, begin: int, end: int) -> list[
     name = (subject or "").strip()
     if not name:
         return []
-    words = rf"(?<!\w){re.escape(name)}(?!\w)"
-    found = list(re.compile(words).finditer(text, begin, end)) or [
-        *re.compile(words, re.IGNORECASE).finditer(text, begin, end)
-    ]
-    return [match.span() for match in found or re.compile(re.escape(name)).finditer(text, begin, end)]
+    part = text[begin:end]
+    places = list(find_words(part, name))
+    if not places and len(part.lower()) == len(part):  # a few letters change their length
+        places = list(find_words(part.lower(), name.lower()))
+    if not places and name in part:
+        places = [part.index(name)]
+    return [(begin + place, begin + place + len(name)) for place in places]
 
 
 def writing_tokens(

@@ -144,6 +144,7 @@ def training_data(
         chat_template_kwargs=args.chat_template_kwargs,
         max_length=max_length(model),
         gradient_tokens=gradient_tokens,
+        target_separator=args.target_separator,
     )
     retained = None
     if answers is not None and args.retained_per_edit:
@@ -307,7 +308,10 @@ def _concatenated(edits: Sequence[Edit], answers: BaseAnswers | None, args: Brea
         )
     random = np.random.default_rng(args.seed)
     chosen = random.integers(len(facts) or 1, size=(len(edits), args.num_concatenated)).tolist()
-    return [[concatenated(edit, facts[n]) for n in own] for edit, own in zip(edits, chosen, strict=True)]
+    return [
+        [concatenated(edit, facts[n], args.target_separator) for n in own]
+        for edit, own in zip(edits, chosen, strict=True)
+    ]
 
 
 def _answers(
