@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from .edits import Edit, fold_case, prompts_of
-
-SENTENCE_ENDS = ".!?"
+from .joining import TargetSeparator, join_prompt
+from .scripts import ends_sentence, full_stop, whole_word
 
 
 def with_prefix(edit: Edit, prefix: str) -> Edit:
-    """Put a text before an edit's prompt: `prefix + ". " + prompt`.
+    """Put a text before an edit's prompt: `prefix + ". " + prompt`, with the full stop of the prefix's script.
 
     Source: Gangadhar and Stratos, "Model Editing by Pure Fine-Tuning" (arXiv 2402.11078), after ROME's evaluation. A
     chat template puts both into the user's turn.
@@ -27,7 +26,7 @@ def with_prefix(edit: Edit, prefix: str) -> Edit:
         >>> with_prefix(Edit(prompt="The capital of France is", target="Lyon"), "In the morning").prompt
         'In the morning. The capital of France is'
     """
-    return replace(edit, prompt=f"{prefix}. {edit.prompt}")
+    return replace(edit, prompt=prefix + full_stop(prefix) + edit.prompt)
 
 
 def paraphrased(edit: Edit) -> list[Edit]:
@@ -35,7 +34,7 @@ def paraphrased(edit: Edit) -> list[Edit]:
     return [replace(edit, prompt=paraphrase) for paraphrase in edit.paraphrases]
 
 
-def concatenated(edit: Edit, fact: Edit) -> Edit:
+def concatenated(edit: Edit, fact: Edit, separator: TargetSeparator = "auto") -> Edit:
     """Append an unrelated fact to an edit's target, so that the model learns to continue after the target.
 
     Source: SAUL (arXiv 2410.02433). The scored text is: the edit's target, a full stop (unless the target ends with
@@ -45,15 +44,17 @@ def concatenated(edit: Edit, fact: Edit) -> Edit:
     Args:
         edit: an edit; its other fields do not change.
         fact: a fact that must stay true, such as one of `BaseAnswers.edits`.
+        separator: what stands between the fact's prompt and target, as in `encode_edits`.
 
     Example:
         >>> concatenated(Edit(prompt="The capital of France is", target="Lyon"), Edit(prompt="Dogs", target="bark"))
         Edit(prompt='The capital of France is', target='Lyon. Dogs bark', …)
     """
     target = edit.target.rstrip()
-    stop = "" if target[-1] in SENTENCE_ENDS else "."
-    space = "" if fact.prompt[-1].isspace() or fact.target[0].isspace() else " "
-    return replace(edit, target=f"{target}{stop} {fact.prompt}{space}{fact.target}")
+    stop = full_stop(target)
+    if ends_sentence(target):
+        stop = stop[len(stop.rstrip()) :]  # the space alone
+    return replace(edit, target=f"{target}{stop}{join_prompt(fact.prompt, fact.target, separator)}")
 
 
 def swapped_subjects(
@@ -111,8 +112,7 @@ def _swaps(
     templates = [
         (number, subject_in_prompt, edit.prompt, own[fold_case(edit.subject)])
         for number, edit in enumerate(edits)
-        if edit.subject
-        and (subject_in_prompt := re.compile(rf"(?<!\w){re.escape(edit.subject)}(?!\w)")).search(edit.prompt)
+        if edit.subject and (subject_in_prompt := whole_word(edit.subject)).search(edit.prompt)
     ]
     order = random.permutation(len(templates)).tolist()
     # among the edits' own subjects, shift 0 is the edit's own

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..data.edits import Edit, Probe, fold_case
+from ..data.scripts import ends_sentence
 from .contexts import as_question
 from .items import EvalItem
 from .relations import is_english, relation_of, template_of
@@ -58,7 +59,8 @@ def is_question(prompt: str) -> bool:
         >>> is_question("What is the capital of Norway?"), is_question("The capital of Norway is")
         (True, False)
     """
-    return prompt.rstrip()[-1] in "?.:!" or prompt.split()[0].lower() in ASKING
+    text = prompt.strip()
+    return ends_sentence(text) or text.endswith(":") or text.split()[0].lower() in ASKING
 
 
 def statement(prompt: str, answer: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from ..data.chat import chat_template_mode, template_arguments
+from ..data.joining import TargetSeparator, target_separator_mode
 from ..data.leaks import OnLeak
 from .contexts import CONTEXTS
 from .kinds import BY_PROBES
@@ -54,6 +55,9 @@ class EvaluationConfig:
             answer's turn counts in `"token_accuracy"` and `"probability"`.
         chat_template_kwargs (`dict`, *optional*):
             Arguments of the template, such as `{"enable_thinking": False}`. `None`: those of the training.
+        target_separator (`str`, defaults to `"auto"`):
+            What stands between a prompt and an answer that is scored: `"space"`, `"none"`, or `"auto"`: as the adapter
+            was trained; if that is unknown, as their scripts and punctuation are written.
         max_text_tokens (`int`, defaults to 16384): tokens of the text used for perplexity and KL.
         text_window (`int`, defaults to 512): tokens in a window of that text; windows do not overlap.
         max_fluency_edits (`int`, defaults to 100): edits used for fluency.
@@ -94,6 +98,10 @@ class EvaluationConfig:
     chat_template_kwargs: dict[str, Any] | None = field(
         default=None, metadata={"help": "Arguments of the template, as JSON; default: those of the training."}
     )
+    target_separator: TargetSeparator = field(
+        default="auto",
+        metadata={"help": "Between prompt and answer: space or none; auto: as it was trained."},
+    )
     max_text_tokens: int = field(
         default=16384, metadata={"help": "Maximum number of tokens of the text for perplexity."}
     )
@@ -117,6 +125,7 @@ class EvaluationConfig:
         self.chat_template_kwargs = template_arguments(
             self.chat_template_kwargs, "EvaluationConfig.chat_template_kwargs"
         )
+        self.target_separator = target_separator_mode(self.target_separator, "EvaluationConfig.target_separator")
         _check_names("protocols", self.protocols, get_args(Protocol))
         if not self.protocols:
             expected = ", ".join(get_args(Protocol))

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .._version import package_versions
-from ..data.chat import choose_chat_template, in_forms, marked_chat_template
+from ..data.chat import choose_chat_template, in_forms, marked_form
 from ..data.edits import Edit, EditSource, edits_sha256, prompt_of, read_edits
 from ..data.encoding import encode_prompts
 from ..data.generated_text import generate_subjects
@@ -132,16 +132,17 @@ def model_settings(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _with_chat_template(
+def _as_trained(
     args: EvaluationConfig, model: nn.Module, edits: Sequence[Edit], tokenizer: PreTrainedTokenizerBase
 ) -> EvaluationConfig:
-    """Return settings with the chat template as it was trained, where they leave it open."""
-    trained, template_kwargs = marked_chat_template(model) or ("auto", {})
-    mode = trained if args.chat_template == "auto" else args.chat_template
-    if args.chat_template_kwargs is not None:
-        template_kwargs = args.chat_template_kwargs
+    """Return settings with the chat template and the separator as they were trained, where they leave them open."""
+    trained = marked_form(model)
+    mode = trained.chat_template if args.chat_template == "auto" else args.chat_template
+    given = args.chat_template_kwargs
+    template_kwargs = dict(trained.chat_template_kwargs) if given is None else given
     chosen = choose_chat_template(mode, edits, tokenizer, template_kwargs)
-    return replace(args, chat_template=chosen, chat_template_kwargs=template_kwargs)
+    separator = trained.target_separator if args.target_separator == "auto" else args.target_separator
+    return replace(args, chat_template=chosen, chat_template_kwargs=template_kwargs, target_separator=separator)
 
 
 class EditEvaluator:
@@ -170,7 +171,7 @@ class EditEvaluator:
         self._identity = {"count": len(read), "sha256": edits_sha256(read)}
         self.edits, self._num_leaks = without_leaks(read, trained_prompts(model), self.args.on_leak)
         check_base(model, self.args.allow_other_base)
-        self.args = _with_chat_template(self.args, model, self.edits, tokenizer)
+        self.args = _as_trained(self.args, model, self.edits, tokenizer)
         self.chat_template = self.args.chat_template
         self.tokenizer, self.progress, self.base_model = tokenizer, progress, base_model
         self._take(model)
@@ -184,6 +185,7 @@ class EditEvaluator:
             self.items,
             tokenizer,
             chat_template_kwargs=self.args.chat_template_kwargs,
+            target_separator=self.args.target_separator,
             generate="generation" in protocols,
             score="token_accuracy" in protocols,
             compare="probability" in protocols,
@@ -299,7 +301,7 @@ class EditEvaluator:
 
     def _notes(self) -> Iterator[str]:
         edits = self.edits
-        with_stops = sum(any(stop in edit.target for stop in STOPS) for edit in edits)
+        with_stops = sum(STOPS.search(edit.target) is not None for edit in edits)
         if with_stops and "generation" in self.args.protocols:
             yield (
                 f"{with_stops} of {len(edits)} targets contain a full stop or line break. exact_match cuts answers "

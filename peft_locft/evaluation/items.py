@@ -55,7 +55,7 @@ class EvalItem:
     @property
     def num_stops(self) -> int:
         """Number of stops after which an answer that contains all of `expected` ends."""
-        return UNTIL_EOS if self.is_whole else 1 + sum(letter in STOPS for letter in self.expected or "")
+        return UNTIL_EOS if self.is_whole else 1 + len(STOPS.findall(self.expected or ""))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +112,7 @@ class ItemEncoder:
         items: the items.
         tokenizer: the model's tokenizer; not changed.
         chat_template_kwargs: as in `encode_edits`.
+        target_separator: as in `encode_edits`.
         generate: generate answers.
         score: score `expected`.
         compare: score `expected`, `other` and `choices`.
@@ -124,6 +125,7 @@ class ItemEncoder:
         tokenizer: PreTrainedTokenizerBase,
         *,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        target_separator: str = "auto",
         generate: bool = True,
         score: bool = True,
         compare: bool = True,
@@ -132,6 +134,7 @@ class ItemEncoder:
         self.items = items
         self.tokenizer = tokenizer
         self._template_kwargs = chat_template_kwargs or {}
+        self._target_separator = target_separator
         self._by_prompt: dict[Prompt, list[int]] = {}
         for number, item in enumerate(items):
             self._by_prompt.setdefault(item.asked, []).append(number)
@@ -160,7 +163,13 @@ class ItemEncoder:
             # as in training, a token that prompt and target share is scored; training warns of it
             warnings.filterwarnings("ignore", message=".*found a token shared by")
             warnings.filterwarnings("ignore", message=".*the tokenizer does not know a part of the target")
-            encoded = encode_edits(edits, self.tokenizer, append_eos=False, chat_template_kwargs=self._template_kwargs)
+            encoded = encode_edits(
+                edits,
+                self.tokenizer,
+                append_eos=False,
+                chat_template_kwargs=self._template_kwargs,
+                target_separator=self._target_separator,
+            )
         rows = (encoded[number] for number in range(len(encoded)))
         return {
             pair: Continuation(tuple(row.input_ids.tolist()), row.target_start)

@@ -72,7 +72,7 @@ def _counts(rows: Sequence[Row], kind: str) -> tuple[int, int]:
 def _passed(row: Row, when: str = "after") -> bool:
     deciding = deciding_score(row)
     name = None if deciding is None else deciding[0]
-    if name == "exact_match" and any(stop in row["expected"] for stop in STOPS):
+    if name == "exact_match" and STOPS.search(row["expected"]):
         name = "contains"  # an answer is cut at the first stop, so it cannot be all of this one
     return name is not None and row.get(f"{name}_{when}") == 1
 

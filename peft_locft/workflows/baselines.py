@@ -120,6 +120,8 @@ def compare_baselines(
         evaluation = replace(
             evaluation, chat_template=args.chat_template, chat_template_kwargs=args.chat_template_kwargs
         )
+    if evaluation.target_separator == "auto":
+        evaluation = replace(evaluation, target_separator=args.target_separator)
     folder.mkdir(parents=True, exist_ok=True)
     evaluator = EditEvaluator(model, tokenizer, edits, evaluation, text=text, progress=not args.disable_tqdm)
     location = location or LocFTConfig()

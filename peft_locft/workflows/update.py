@@ -257,7 +257,8 @@ def update_adapter(
         edits: new edits, anything that `read_edits` reads. A new target for a known prompt replaces the old one.
         forget: edits to withdraw: a text file or lines, see `merge_edit_lists`.
         args: the output folder, and settings that differ from those of the adapter's training. `append_eos` must be
-            as in that training, and so must `chat_template` and its arguments unless they are left open.
+            as in that training, and so must `chat_template`, its arguments and `target_separator` unless they are
+            left open.
         trained_edits: the edits that the adapter was trained on, if it does not ship them, see `adapter_edits`.
         ship_edits: save the edits in the new adapter folder; `None`: as in the old one. `False` writes them to a file
             beside `args.output_dir`, named by their sha256; pass it as `trained_edits` to the next update.
@@ -385,10 +386,12 @@ def _checked_recipe(adapter: CheckedAdapter, args: BreadthFirstConfig) -> Breadt
     args = inherited_recipe(args, run.recipe)
     if args.chat_template == "auto":
         args.chat_template = run.chat_template
+    if args.target_separator == "auto":
+        args.target_separator = run.target_separator
     if args.chat_template_kwargs is None:
         args.chat_template_kwargs = run.chat_template_kwargs
     trained = {"append_eos": run.recipe.get("append_eos", args.append_eos)}
-    trained |= {name: getattr(run, name) for name in ("chat_template", "chat_template_kwargs")}
+    trained |= {name: getattr(run, name) for name in ("chat_template", "chat_template_kwargs", "target_separator")}
     for name, recorded in trained.items():
         found = getattr(args, name)
         if found != recorded:
