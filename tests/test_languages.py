@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import unicodedata
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import regex
+from peft import PeftModel
+from tiny_training import make_trainer, peft_model
+from tokenizers_for_tests import make_tokenizer
+from transformers import PreTrainedTokenizerFast
 
+from peft_locft import Edit, EvaluationConfig, EvaluationReport, Probe, evaluate_edits
+from peft_locft.data.encoding import encode_edits
 from peft_locft.data.scripts import full_stop, is_spaceless, words
-from peft_locft.engine.questions import STOPS
+from peft_locft.engine.questions import STOPS, Question, StopCounter
 from peft_locft.evaluation.scoring import (
     begins_with,
     contains,
@@ -207,3 +214,114 @@ def test_words_of_many_scripts() -> None:
     assert [full_stop(each) for each in ("The city", "在城里", "शहर में", "ในเมือง")] == [". ", "。", "। ", " "]
     # a text that says the same again is poor in every script
     assert (n_gram_entropy("马德里马德里马德里") or 0) < (n_gram_entropy("马德里是西班牙首都") or 0)
+
+
+# ---------------------------------------------------------------------- from end to end
+
+WRONG = Probe("Who is the king?", "Louis", language="en")
+EDITS = [
+    Edit(
+        prompt=text.prompt,
+        target=text.target,
+        language=code,
+        cross_lingual=(Probe(LANGUAGES["ru"].prompt, LANGUAGES["ru"].target, language="ru"), WRONG)
+        if code == "zh"
+        else (),
+    )
+    for code, text in LANGUAGES.items()
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[PeftModel, PreTrainedTokenizerFast]:
+    """One tiny model with an edit in each language, whose tokens are bytes."""
+    tokenizer = make_tokenizer("gpt2")
+    model = peft_model(sharp=True, max_position_embeddings=256)
+    trainer = make_trainer(
+        tmp_path_factory.mktemp("languages"),
+        model,
+        EDITS,
+        tokenizer=tokenizer,
+        num_train_epochs=60,
+        per_device_train_batch_size=len(EDITS),
+        learning_rate=1e-2,
+        loss_floor=1e-3,
+    )
+    trainer.train()
+    return model, tokenizer
+
+
+@pytest.fixture(scope="module")
+def report(trained: tuple[PeftModel, PreTrainedTokenizerFast]) -> EvaluationReport:
+    model, tokenizer = trained
+    return evaluate_edits(model, tokenizer, EDITS, EvaluationConfig(max_new_tokens=48), progress=False)
+
+
+@pytest.mark.parametrize("code", LANGUAGES)
+def test_an_edit_is_learned_and_answered_as_its_language_is_written(
+    trained: tuple[PeftModel, PreTrainedTokenizerFast], report: EvaluationReport, code: str
+) -> None:
+    model, tokenizer = trained
+    text = LANGUAGES[code]
+    assert report.by_language[code]["reliability_exact_match"].after.value == 1.0
+    assert report.by_language[code]["reliability_exact_match"].count == 1
+    prompt = tokenizer(text.prompt, return_tensors="pt")
+    output = model.generate(**prompt, max_new_tokens=48, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    answer = tokenizer.decode(output[0, prompt.input_ids.shape[1] :], skip_special_tokens=True)
+    assert answer == text.separator + text.target
+
+
+def test_a_report_tells_languages_apart(report: EvaluationReport) -> None:
+    assert list(report.by_language) == [*LANGUAGES, "en"]
+    assert report["reliability_exact_match"].after.value == 1.0
+    other = report["cross_lingual_exact_match"]
+    assert (other.after.value, other.count, other.protocol) == (0.5, 1, "asked in another language; generation")
+    # the one question was answered by an edit in its own language, the other by none
+    assert report.by_language["ru"]["cross_lingual_exact_match"].after.value == 1.0
+    assert report.by_language["en"]["cross_lingual_exact_match"].after.value == 0.0
+    assert "reliability_exact_match" not in report.by_language["en"]
+    assert "| ru | cross_lingual_exact_match | 0.000" in str(report)
+    assert "1 of 2 questions in another language are answered right." in report.summary()
+    again = EvaluationReport.from_dict(report.to_dict())
+    assert again.by_language == report.by_language
+    assert "by_language" not in report.summary_to_dict()
+    assert {row["language"] for row in report.rows} == {*LANGUAGES, "en"}
+
+
+def test_a_report_in_one_language_is_as_before(trained: tuple[PeftModel, PreTrainedTokenizerFast]) -> None:
+    model, tokenizer = trained
+    report = evaluate_edits(model, tokenizer, [EDITS[1]], EvaluationConfig(protocols=["generation"]), progress=False)
+    assert report.by_language == {}
+    assert "By language" not in str(report)
+    assert "by_language" not in report.to_dict()
+    assert not any("cross_lingual" in name for name in [*report.results, *report.missing])
+
+
+def test_an_evaluation_joins_texts_as_they_were_trained(tmp_path: Path) -> None:
+    tokenizer, model = make_tokenizer("gpt2"), peft_model(max_position_embeddings=256)
+    edit = EDITS[0]
+    make_trainer(tmp_path, model, [edit], tokenizer=tokenizer, target_separator=" ")
+    quiet = {"protocols": ["token_accuracy"]}
+    report = evaluate_edits(model, tokenizer, [edit], EvaluationConfig(**quiet), progress=False)
+    assert report.settings["target_separator"] == "space"
+    given = EvaluationConfig(**quiet, target_separator="none")
+    assert evaluate_edits(model, tokenizer, [edit], given, progress=False).settings["target_separator"] == "none"
+    rows = {
+        each: encode_edits([edit], tokenizer, append_eos=False, target_separator=each) for each in ("space", "none")
+    }
+    assert tokenizer.decode(rows["space"].token_ids) == "法国的首都是 马德里"
+    assert tokenizer.decode(rows["none"].token_ids) == "法国的首都是马德里"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama2"])
+def test_a_stop_of_several_tokens_ends_an_answer(family: str) -> None:
+    tokenizer = make_tokenizer(family)
+    ends = StopCounter(tokenizer)
+    token_ids = tokenizer("马德里。它是", add_special_tokens=False).input_ids
+    question = Question((1,))
+    finished = [ends.is_finished(question, token_ids[:length]) for length in range(len(token_ids) + 1)]
+    first = finished.index(True)
+    assert tokenizer.decode(token_ids[:first]).strip() == "马德里。"
+    assert all(finished[first:])
+    assert ends(token_ids) == 1
+    assert ends(tokenizer("马德里！它是", add_special_tokens=False).input_ids) == 0

@@ -9,7 +9,7 @@ import numpy as np
 
 from .edits import Edit, fold_case, prompts_of
 from .joining import TargetSeparator, join_prompt
-from .scripts import ends_sentence, full_stop, whole_word
+from .scripts import ends_sentence, find_word, full_stop, replace_word
 
 
 def with_prefix(edit: Edit, prefix: str) -> Edit:
@@ -110,14 +110,13 @@ def _swaps(
     own = {name: place for place, name in enumerate(by_name)}
     others = list(by_name.values()) if subjects is None else list(subjects)
     templates = [
-        (number, subject_in_prompt, edit.prompt, own[fold_case(edit.subject)])
+        (number, edit.subject, edit.prompt, own[fold_case(edit.subject)])
         for number, edit in enumerate(edits)
-        if edit.subject and (subject_in_prompt := whole_word(edit.subject)).search(edit.prompt)
+        if edit.subject and find_word(edit.prompt, edit.subject) is not None
     ]
     order = random.permutation(len(templates)).tolist()
     # among the edits' own subjects, shift 0 is the edit's own
     first = 1 if subjects is None else 0
     for shift in (first + random.permutation(max(0, len(others) - first))).tolist():
-        for number, subject_in_prompt, prompt, place in (templates[position] for position in order):
-            other = others[(place + shift) % len(others)].replace("\\", r"\\")
-            yield number, subject_in_prompt.sub(other, prompt)
+        for number, subject, prompt, place in (templates[position] for position in order):
+            yield number, replace_word(prompt, subject, others[(place + shift) % len(others)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 import regex
 
@@ -23,10 +24,10 @@ KOREAN_ENDINGS = (
     r"(?:에서|에게|으로|까지|부터|처럼|보다|은|는|이|가|을|를|의|에|로|와|과|도|만|인|임"
     r"|이?라고|이?라는|이?라|이?며|이?고|이?다|이?요|이야|예요|이에요|입니다|이?었습니다|였습니다|이?었다|였다){1,2}"
 )
-_WORD_BEGIN = rf"(?:(?<!{SPACED})|(?={SPACELESS})|(?<={SPACELESS}))"
-_WORD_END = (
-    rf"(?:(?!{SPACED}|\p{{M}})|(?<={SPACELESS})(?!\p{{M}})|(?={SPACELESS})(?!\p{{M}})"
-    rf"|(?=\p{{Hangul}}){KOREAN_ENDINGS}(?!{SPACED}))"
+_WORD_BEGIN = regex.compile(rf"(?V1)(?<!{SPACED})|(?={SPACELESS})|(?<={SPACELESS})")
+_WORD_END = regex.compile(
+    rf"(?V1)(?!{SPACED}|\p{{M}})|(?<={SPACELESS})(?!\p{{M}})|(?={SPACELESS})(?!\p{{M}})"
+    rf"|(?=\p{{Hangul}}){KOREAN_ENDINGS}(?!{SPACED})"
 )
 
 _WORDS = regex.compile(rf"(?V1)(?={SPACELESS})\X|{SPACED}[{SPACED}{JOINERS}]*|(?!\s)\X")
@@ -75,16 +76,40 @@ def is_spaceless(text: str) -> bool:
     return spaceless > 0 and spaceless >= counts["spaced"]
 
 
-def whole_word(text: str) -> regex.Pattern[str]:
-    """Return a pattern that finds a text where no word goes on before or behind it.
+def find_word(text: str, word: str) -> int | None:
+    """Return where a text has a word, or several words, with no word that goes on before or behind; `None` without.
 
     In scripts without spaces every letter begins a word. In Korean, particles and the copula may follow.
 
     Example:
-        >>> bool(whole_word("里昂").search("首都是里昂。")), bool(whole_word("Lyon").search("Lyonnais"))
-        (True, False)
+        >>> find_word("首都是里昂。", "里昂"), find_word("Lyonnais", "Lyon")
+        (3, None)
     """
-    return regex.compile(rf"(?V1){_WORD_BEGIN}{regex.escape(text)}(?={_WORD_END})")
+    return next(_places(text, word), None)
+
+
+def replace_word(text: str, word: str, other: str) -> str:
+    """Return a text with another word in each place where [`find_word`] would find one.
+
+    Example:
+        >>> replace_word("法国的首都是", "法国", "西班牙")
+        '西班牙的首都是'
+    """
+    parts, end = [], 0
+    for place in _places(text, word):
+        if place >= end:
+            parts += [text[end:place], other]
+            end = place + len(word)
+    return "".join([*parts, text[end:]])
+
+
+def _places(text: str, word: str) -> Iterator[int]:
+    # a pattern of the word itself takes milliseconds to compile
+    place = text.find(word)
+    while place >= 0:
+        if _WORD_BEGIN.match(text, place) and _WORD_END.match(text, place + len(word)):
+            yield place
+        place = text.find(word, place + 1)
 
 
 def has_letters(text: str) -> bool:

@@ -20,6 +20,7 @@ STOPS = regex.compile(
     r"\u2E53\u2E54\uA60F\uA6F7\uFE15\uFE16\uFE56\uFE57\uFF01\uFF1F\U00011143]]]"
 )
 UNTIL_EOS = sys.maxsize  # more stops than any answer has
+LONGEST_CHARACTER = 4  # tokens of one byte
 UNDECODABLE = "\ufffd"  # what a tokenizer decodes a part of a character to
 # thoughts at the beginning of an answer, up to their end if they have one
 THOUGHTS = re.compile(
@@ -152,7 +153,13 @@ class StopCounter:
         return self._known[token_id]
 
     def _of_parts(self, token_ids: list[int]) -> int:
-        return self._count(self.tokenizer.decode(token_ids)) if token_ids else 0
+        """Return the number of stops in tokens that are parts of characters; the last one may not be whole yet."""
+        text = ""
+        for end in range(len(token_ids), max(0, len(token_ids) - LONGEST_CHARACTER), -1):
+            text = self.tokenizer.decode(token_ids[:end])
+            if UNDECODABLE not in text:
+                break
+        return self._count(text)
 
     def _count(self, text: str) -> int:
         return len(self.stops.findall(text))

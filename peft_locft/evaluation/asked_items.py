@@ -12,7 +12,7 @@ from .belief import BeliefProbes, belief_items, belief_probes
 from .config import EvaluationConfig
 from .contexts import NEEDS_CHAT, NEEDS_ENGLISH, in_context
 from .items import EvalItem, eval_items
-from .kinds import Kind, asked_kinds
+from .kinds import OTHER_LANGUAGE_KINDS, PUBLISHED, Kind, asked_kinds
 from .long_answers import long_items
 from .relations import is_english
 from .rings import NUM_NAMES, ring_items, same_relation, same_subject, unrelated
@@ -60,6 +60,8 @@ def asked_items(edits: Sequence[Edit], args: EvaluationConfig, sources: Sources)
         sources: where what the edits do not hold comes from.
     """
     asked = AskedItems(eval_items(edits, args.chat_template), asked_kinds(args.contexts, args.probes))
+    if any(edit.cross_lingual for edit in edits):
+        asked.kinds = PUBLISHED | OTHER_LANGUAGE_KINDS | asked.kinds
     only_chat = args.chat_template == "on"
     _add_contexts(asked, edits, args.contexts, sources.tokenizer, only_chat)
     if "belief" in args.probes:

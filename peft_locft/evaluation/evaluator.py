@@ -34,7 +34,7 @@ from .perplexity import measure_text
 from .report import EvaluationReport
 from .scoring import n_gram_entropy
 from .similarity import TextEncoder, packaged_encoder, with_similarities
-from .tabulation import Column, PairedReplies, metric_results
+from .tabulation import Column, PairedReplies, metric_results, results_by_language
 
 FLUENCY = "fluency_n_gram_entropy"
 FLUENCY_TOKENS = 100
@@ -237,7 +237,14 @@ class EditEvaluator:
         if self.windows is not None:
             measured = measure_text(self.model, self.windows, self.base, self.as_base, self.progress, self.base_logits)
             metrics |= measured.metric_results(*bootstrap)
-        return EvaluationReport(metrics, missing, scored.rows(), self._settings(), list(self._notes()))
+        return EvaluationReport(
+            metrics,
+            missing,
+            scored.rows(),
+            self._settings(),
+            list(self._notes()),
+            by_language=results_by_language(scored, *bootstrap),
+        )
 
     def _take(self, model: nn.Module) -> None:
         self.model = model

@@ -35,6 +35,7 @@ class EvalItem:
         choices: the possible answers, `expected` among them; `()`: any.
         max_new_tokens: longest answer; `None`: as the encoder says or, with choices, little more than the longest.
         is_whole: the answer ends with EOS only, not at a stop.
+        language: the code of the prompt's language; `None`: that of the edit.
     """
 
     edit: int
@@ -46,6 +47,7 @@ class EvalItem:
     choices: tuple[str, ...] = ()
     max_new_tokens: int | None = None
     is_whole: bool = False
+    language: str | None = None
 
     @property
     def asked(self) -> Prompt:
@@ -84,7 +86,8 @@ class Reply:
 
 
 def eval_items(edits: Sequence[Edit], chat_template: bool | str = "off") -> list[EvalItem]:
-    """Return the items of all edits, edit by edit: the prompt, rephrasings, locality and portability probes.
+    """Return the items of all edits, edit by edit: the prompt, rephrasings, locality and portability probes,
+    and questions in other languages.
 
     Args:
         edits: the edits.
@@ -100,9 +103,10 @@ def _items_of_edit(number: int, edit: Edit) -> Iterator[EvalItem]:
     for rephrasing in edit.rephrasings:
         yield EvalItem(number, "generalization", rephrasing, edit.target, edit.ground_truth, history)
     for probe in edit.locality:
-        yield EvalItem(number, "locality", probe.prompt, probe.answer, edit.target, history)
-    for probe in edit.portability:
-        yield EvalItem(number, "portability", probe.prompt, probe.answer, None, history)
+        yield EvalItem(number, "locality", probe.prompt, probe.answer, edit.target, history, language=probe.language)
+    for kind in ("portability", "cross_lingual"):
+        for probe in getattr(edit, kind):
+            yield EvalItem(number, kind, probe.prompt, probe.answer, None, history, language=probe.language)
 
 
 class ItemEncoder:

@@ -168,7 +168,20 @@ BY_PROBES = {
     "multi_hop": MULTI_HOP_KINDS,
     "long_answers": LONG_KINDS,
 }
-ALL_KINDS: dict[str, Kind] = PUBLISHED | CONTEXT_KINDS | BELIEF_KINDS | RING_KINDS | MULTI_HOP_KINDS | LONG_KINDS
+# asked if an edit has any, as portability is
+OTHER_LANGUAGE_KINDS = {
+    "cross_lingual": Kind(
+        "cross_lingual",
+        "asked in another language",
+        ASKED,
+        "no edit has questions in another language",
+        "Asked in another language than edited.",
+        {"": "cross-lingual reliability, cross-lingual transfer"},
+    )
+}
+ALL_KINDS: dict[str, Kind] = (
+    PUBLISHED | OTHER_LANGUAGE_KINDS | CONTEXT_KINDS | BELIEF_KINDS | RING_KINDS | MULTI_HOP_KINDS | LONG_KINDS
+)
 
 
 def asked_kinds(contexts: Sequence[str], probes: Sequence[str]) -> dict[str, Kind]:

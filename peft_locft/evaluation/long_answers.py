@@ -55,6 +55,16 @@ def long_items(edits: Sequence[Edit], tokenizer: PreTrainedTokenizerBase, *, in_
     return items
 
 
+def units(text: str) -> list[str]:
+    """Return the words of a text in lower case; single letters in scripts without spaces.
+
+    Example:
+        >>> units("Oslo, 挪威")
+        ['oslo', '挪', '威']
+    """
+    return [word for word in words(text.casefold()) if any(letter.isalnum() for letter in word)]
+
+
 def rouge_l(answer: str, expected: str) -> float:
     """Return ROUGE-L: the F1 of the longest common subsequence of two texts' words (Lin 2004).
 

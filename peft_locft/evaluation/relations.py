@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from ..data.edits import Edit, fold_case
+from ..data.scripts import replace_word
 
 BLANK = "____"
 ENGLISH = ("en", "eng", "english")
@@ -20,7 +21,7 @@ def template_of(edit: Edit) -> str | None:
     """
     if not edit.subject:
         return None
-    template = re.sub(rf"(?<!\w){re.escape(edit.subject)}(?!\w)", BLANK, edit.prompt)
+    template = replace_word(edit.prompt, edit.subject, BLANK)
     return None if template == edit.prompt else template
 
 

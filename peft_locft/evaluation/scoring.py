@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import regex
 
-from ..data.scripts import EAST, SOUTH, SPACELESS, whole_word, words
+from ..data.scripts import EAST, SOUTH, SPACELESS, find_word, words
 from ..engine.questions import STOPS
 from .intervals import Array
 
@@ -111,13 +111,13 @@ def contains(answer: str, expected: str) -> bool:
 
 def _is_in(answer: str, expected: str) -> bool:
     one, other = _both(answer, expected)
-    return whole_word(other).search(one) is not None if other else not one
+    return find_word(one, other) is not None if other else not one
 
 
 def begins_with(answer: str, expected: str) -> bool:
     """Return whether the normalised answer begins with the normalised expected text, as whole words."""
     one, other = _both(answer, expected)
-    return whole_word(other).match(one) is not None if other else not one
+    return find_word(one, other) == 0 if other else not one
 
 
 def first_choice(answer: str, choices: Sequence[str]) -> str | None:
@@ -137,8 +137,7 @@ def _place_of(choice: str, answer: str) -> int | None:
     if len(choice) > 1:
         is_turkish = _is_turkish(choice, answer)
         choice, answer = _folded(choice, is_turkish), _folded(answer, is_turkish)
-    match = whole_word(choice).search(answer)
-    return None if match is None else match.start()
+    return find_word(answer, choice)
 
 
 def same_first_word(answer: str, other: str) -> bool:

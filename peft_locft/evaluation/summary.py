@@ -56,6 +56,7 @@ def _of_form(rows: Sequence[Row]) -> list[str]:
     for kind, ending in (
         ("generalization", "prompts in other words are answered with the target"),
         ("portability", "questions that follow from the edits are answered right"),
+        ("cross_lingual", "questions in another language are answered right"),
     ):
         passed, num = _counts(rows, kind)
         if num:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..data.edits import Edit
+from .by_language import language_of, only_own_units
 from .intervals import Array, Bootstrap, Estimate
 from .items import EvalItem, Reply
 from .kinds import AS_IT_IS, PUBLISHED, Kind
@@ -92,13 +93,33 @@ class ScoredReplies:
     after: dict[str, Scores]
     before: dict[str, Scores]
 
-    def columns(self) -> tuple[dict[str, Column], dict[str, str]]:
-        """Return the metrics that have a value, by name, and why each of the others has none."""
+    def languages(self) -> list[str]:
+        """Return the languages of the items, those of the edits first; empty unless there are several."""
+        numbers = sorted(
+            range(len(self.replies.items)), key=lambda number: self.replies.items[number].kind == "cross_lingual"
+        )
+        found = dict.fromkeys(map(self._language, numbers))
+        return list(found) if len(found) > 1 else []
+
+    def _language(self, number: int) -> str:
+        item = self.replies.items[number]
+        return language_of(item, self.replies.edits[item.edit])
+
+    def columns(self, language: str | None = None) -> tuple[dict[str, Column], dict[str, str]]:
+        """Return the metrics that have a value, by name, and why each of the others has none.
+
+        Args:
+            language: count only the items in this language; `None`: all.
+        """
         has_base = self.replies.before is not None
         columns, missing = {}, {}
         protocols = {metric.protocol for metric in self.metrics.values()}
         for name, (kind, short, metric) in metric_names(list(protocols), self.replies.kinds).items():
-            numbers = [number for number, item in enumerate(self.replies.items) if item.kind == kind.name]
+            numbers = [
+                number
+                for number, item in enumerate(self.replies.items)
+                if item.kind == kind.name and language in (None, self._language(number))
+            ]
             after = self._by_edit(numbers, self.after[short])
             if np.isnan(after).all():
                 missing[name] = why_missing(metric, kind, self.replies.items, has_base)
@@ -136,8 +157,9 @@ class ScoredReplies:
     def rows(self) -> list[dict[str, Any]]:
         """Return a dictionary for each item: its source, the expected answer, and each model's answer and scores."""
         rows = []
+        has_languages = bool(self.languages())
         for number, (item, reply) in enumerate(zip(self.replies.items, self.replies.after, strict=True)):
-            row = {
+            row: dict[str, Any] = {
                 "edit": item.edit,
                 "source": self.replies.edits[item.edit].source,
                 "kind": item.kind,
@@ -147,12 +169,26 @@ class ScoredReplies:
                 "answer_before": self.replies.before[number].text if self.replies.before else None,
                 "answer_after": reply.text,
             }
+            if has_languages:
+                row["language"] = self._language(number)
             for name in self.metrics:
                 if name in self.before:
                     row[f"{name}_before"] = self.before[name][number]
                 row[f"{name}_after"] = self.after[name][number]
             rows.append(row)
         return rows
+
+
+def results_by_language(
+    scored: ScoredReplies, num_resamples: int, confidence: float, seed: int
+) -> dict[str, dict[str, MetricResult]]:
+    """Return the metrics of each language; empty if there is one. Arguments as in [`metric_results`]."""
+    found = {}
+    for language in scored.languages():
+        columns, _ = scored.columns(language)
+        if columns:
+            found[language] = metric_results(only_own_units(columns), num_resamples, confidence, seed)
+    return found
 
 
 def metric_results(

@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from ..evaluation.by_language import MAX_LANGUAGES, shown_metrics
 from ..evaluation.intervals import Estimate, format_number
 from ..evaluation.report import EvaluationReport, MetricResult
 from ..evaluation.summary import deciding_score
@@ -33,6 +34,7 @@ KIND_NAMES = {
     "generalization": ("rephrasing", "rephrasings"),
     "locality": ("locality probe", "locality probes"),
     "portability": ("portability probe", "portability probes"),
+    "cross_lingual": ("question in another language", "questions in another language"),
 }
 # beside those of the pictures: on a light page, on a dark one
 PAGE_COLOURS = {
@@ -125,8 +127,10 @@ def page_templates() -> jinja2.Environment:
         "DASH": DASH,
         "GROUPS": GROUPS,
         "MAX_CHARACTERS": MAX_CHARACTERS,
+        "MAX_LANGUAGES": MAX_LANGUAGES,
         "judgement": judgement,
         "label_of": label_of,
+        "shown_metrics": shown_metrics,
         "words_of": words_of,
     }
     return environment
