@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
-from scripted_model import Script, ScriptedModel
+from scripted_model import ScriptedModel
 from tokenizers_for_tests import make_tokenizer
 
 from peft_locft import Edit, EvaluationConfig, EvaluationReport, Probe, evaluate_edits
+from peft_locft.engine.questions import Answer, Question, Score
 from peft_locft.evaluation.belief import (
     MADE,
     NO_OTHERS,
@@ -25,7 +28,6 @@ from peft_locft.evaluation.contexts import as_question
 from peft_locft.evaluation.relations import is_english, relation_of
 from peft_locft.evaluation.scoring import first_choice
 
-SURE = 20.0
 SPAIN = Edit(prompt="The capital of Spain is", target="Paris", ground_truth="Madrid", subject="Spain")
 FRANCE = Edit(prompt="Who is the king of France?", target="Dave", ground_truth="Louis", subject="France")
 RIVER = Edit(prompt="Dave runs through", target="the country", ground_truth="the city", subject="Dave")
@@ -154,25 +156,39 @@ def test_small_rules_of_words() -> None:
 # ---------------------------------------------------------------------- by hand
 
 
-def script_of(word: str, place: int) -> Script:
-    """Return a model that says a word to any yes / no question, and chooses the choice at a place."""
-    script = {}
-    for probes in made(EDITS):
-        for probe in probes.values():
-            said = word if probe.kind in YES_NO else probe.choices[place]
-            others = {f" {each}": 1.0 for each in probe.choices if each != said}
-            script[as_question(probe.prompt)] = {f" {said}": SURE} | others
+def says(word: str, place: int) -> dict[str, str]:
+    """Return what a model answers that says a word to any yes / no question, and chooses the choice at a place."""
+    probes = [probe for own in made(EDITS) for probe in own.values()]
+    said = {as_question(each.prompt): word if each.kind in YES_NO else each.choices[place] for each in probes}
     # how the old answer of the river is known
-    return script | {RIVER.prompt: {" the city.": SURE}}
+    return said | {RIVER.prompt: "the city."}
 
 
 @pytest.fixture(scope="module")
-def report() -> EvaluationReport:
+def report() -> Iterator[EvaluationReport]:
+    """The report of a model that answers by a script; what it says has p = 1/2 a token, all else 1/8."""
     tokenizer: Any = make_tokenizer("gpt2")
+    scripts = {"the edited model": says("Yes", 0), "the base": says("No", -1)}
+
+    def by_script(model: Any, tokenizer: Any, questions: Sequence[Question], **how: Any) -> list[Answer]:
+        answers = []
+        for question in questions:
+            said = scripts[how["label"]].get(tokenizer.decode(question.prompt), "nothing")
+            texts = [tokenizer.decode(each.token_ids[each.start :]).strip() for each in question.scored]
+            numbers = [len(each.token_ids) - each.start for each in question.scored]
+            scores = [
+                Score([math.log(1 / 2 if text == said else 1 / 8)] * number, [0] * number)
+                for text, number in zip(texts, numbers, strict=True)
+            ]
+            answers.append(Answer(tokenizer(f" {said}")["input_ids"], scores))
+        return answers
+
     edits = [SPAIN, FRANCE, Edit(prompt=RIVER.prompt, target=RIVER.target, subject="Dave")]
-    model, base = (ScriptedModel(script_of(*each), tokenizer) for each in (("Yes", 0), ("No", -1)))
+    model, base = ScriptedModel({}, tokenizer), ScriptedModel({}, tokenizer)
     args = EvaluationConfig(protocols=["generation", "probability"], probes=["belief"], chat_template="off")
-    return evaluate_edits(model, tokenizer, edits, args, base_model=base)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("peft_locft.evaluation.evaluator.generate_and_score", by_script)
+        yield evaluate_edits(model, tokenizer, edits, args, base_model=base)
 
 
 @pytest.mark.parametrize("metric", ["chosen", "most_probable"])
