@@ -137,7 +137,7 @@ def test_multi_hop_is_a_group_of_its_own_beside_portability() -> None:
 def test_kinds_name_metrics_that_there_are() -> None:
     assert {name for kind in ALL_KINDS.values() for name in kind.metrics} == set(METRICS)
     assert list(asked_kinds([], [])) == ["reliability", "generalization", "locality", "portability"]
-    assert set(asked_kinds(CONTEXTS, list(BY_PROBES))) == set(ALL_KINDS)
+    assert set(asked_kinds(CONTEXTS, list(BY_PROBES))) == set(ALL_KINDS) - {"cross_lingual"}
     assert all(kind.paper_names(metric) for kind in ALL_KINDS.values() for metric in kind.metrics)
 
 
@@ -151,7 +151,7 @@ def test_settings_that_name_nothing_are_refused() -> None:
 
 
 def test_the_published_figures_stay_as_they_are_and_prompts_are_asked_once() -> None:
-    model, tokenizer = peft_model(), make_tokenizer("llama2")
+    model, tokenizer = peft_model(max_position_embeddings=512), make_tokenizer("llama2")
     target = "It is a city by the sea, and it is large. The king lives there, and so do many others."
     edits = [replace(EDITS[0], target=target), *EDITS[1:]]
     plain = EditEvaluator(model, tokenizer, edits, progress=False).evaluate()

@@ -77,6 +77,11 @@ def test_choices_of_the_same_relation_come_first() -> None:
     assert set(made([SPAIN, FRANCE, RIVER, peru])[0]["multiple_choice"].choices) == {"Paris", "Madrid", "Rome", "Lima"}
 
 
+def test_choices_of_edits_with_a_common_answer_come_first() -> None:
+    lives = Edit(prompt="The king lives in", target="Rome", ground_truth="Madrid")
+    assert "Rome" in made([SPAIN, FRANCE, RIVER, lives])[0]["multiple_choice"].choices
+
+
 def test_a_subject_with_the_same_target_is_no_wrong_choice() -> None:
     peru = Edit(prompt="The city of Peru is", target="paris", ground_truth="Lima", subject="Peru")
     assert set(made([SPAIN, FRANCE, peru])[0]["reversed"].choices) == {"Spain", "France"}
@@ -145,6 +150,8 @@ def test_small_rules_of_words() -> None:
         *(True, True, True, False)
     ]
     assert statement("Paul is", "here") == "Paul is here"
+    assert statement("Malmö FF, which is located in", "Spain") == "Malmö FF is located in Spain"
+    assert statement("Mount Erebus, in", "Asia") == "Mount Erebus is in Asia"
     assert [is_english(Edit(prompt="p", target=each)) for each in ("São Paulo", "Мадрид")] == [True, False]
     assert first_choice("It is no city, yes?", ["Yes", "No"]) == "No"
     assert first_choice("New York City", ["New York", "New York City"]) == "New York City"
