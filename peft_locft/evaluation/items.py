@@ -32,6 +32,7 @@ class EvalItem:
         other: an answer that must be less probable than `expected`: the one before the edit; for locality, the edit's
             target.
         history: the messages of a conversation before the prompt; `None`: the prompt is plain text.
+        aliases: other right answers; the best over all counts where the text of an answer is compared.
     """
 
     edit: int
@@ -40,6 +41,12 @@ class EvalItem:
     expected: str | None
     other: str | None
     history: tuple[Message, ...] | None = None
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def right_answers(self) -> tuple[str, ...]:
+        """The expected answer and its aliases; `()` if none is known."""
+        return () if self.expected is None else (self.expected, *self.aliases)
 
     @property
     def asked(self) -> Prompt:
@@ -48,8 +55,8 @@ class EvalItem:
 
     @property
     def num_stops(self) -> int:
-        """Number of stops after which an answer that contains all of `expected` ends."""
-        return 1 + sum(letter in STOPS for letter in self.expected or "")
+        """Number of stops after which an answer that contains all of any right answer ends."""
+        return 1 + max((sum(letter in STOPS for letter in right) for right in self.right_answers), default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +93,13 @@ def eval_items(edits: Sequence[Edit], chat_template: bool | str = "off") -> list
 
 def _items_of_edit(number: int, edit: Edit) -> Iterator[EvalItem]:
     history = edit.history
-    yield EvalItem(number, "reliability", edit.prompt, edit.target, edit.ground_truth, history)
+    yield EvalItem(number, "reliability", edit.prompt, edit.target, edit.ground_truth, history, edit.aliases)
     for rephrasing in edit.rephrasings:
-        yield EvalItem(number, "generalization", rephrasing, edit.target, edit.ground_truth, history)
+        yield EvalItem(number, "generalization", rephrasing, edit.target, edit.ground_truth, history, edit.aliases)
     for probe in edit.locality:
-        yield EvalItem(number, "locality", probe.prompt, probe.answer, edit.target, history)
+        yield EvalItem(number, "locality", probe.prompt, probe.answer, edit.target, history, probe.aliases)
     for probe in edit.portability:
-        yield EvalItem(number, "portability", probe.prompt, probe.answer, None, history)
+        yield EvalItem(number, "portability", probe.prompt, probe.answer, None, history, probe.aliases)
 
 
 class ItemEncoder:
