@@ -6,7 +6,7 @@ from typing import Any
 
 from .column_names import vocabularies, with_column_names
 from .edit_types import same_text
-from .field_values import ANSWER_KEYS, is_absent, right_answers, text, unpacked
+from .field_values import ANSWER_KEYS, is_absent, right_answers, text
 from .languages import language_code
 
 Fields = dict[str, Any]
@@ -128,20 +128,20 @@ def _of_alternatives(row: Mapping[str, Any]) -> Fields:
 
 def _of_rewrites(row: Mapping[str, Any]) -> Iterator[Fields]:
     """Yield a record per rewrite; the last one has the questions, since their answers follow from all rewrites."""
-    rewrites = unpacked(row["requested_rewrite"])
+    rewrites = row["requested_rewrite"]
     rewrites = rewrites if isinstance(rewrites, (list, tuple)) and rewrites else [rewrites]
     records = [_of_rewrite(rewrite) for rewrite in rewrites]
     *hops, rest = _single_hops(row, records)
     of_record = {name: value for name, value in row.items() if name not in NOT_OF_THE_RECORD}
     last = records[-1]
-    neighbours = unpacked(row.get("neighborhood_prompts"))
+    neighbours = row.get("neighborhood_prompts")
     if not is_absent(neighbours) and not is_absent(last.get("ground_truth")):
         neighbours = neighbours if isinstance(neighbours, (list, tuple)) else [neighbours]
         of_record |= {
             "neighborhood_prompts": neighbours,
             "neighborhood_answers": [last["ground_truth"]] * len(neighbours),
         }
-    questions = unpacked(row.get("questions"))
+    questions = row.get("questions")
     if not is_absent(questions):
         right = [row.get(name) for name in ("new_answer", "new_answer_alias", "new_answer_extended")]
         questions = questions if isinstance(questions, (list, tuple)) else [questions]
@@ -222,7 +222,6 @@ def _single_hops(row: Mapping[str, Any], records: Sequence[Fields]) -> list[Any]
 
 
 def _listed(value: Any) -> list[Any]:
-    value = unpacked(value)
     return [] if is_absent(value) else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
@@ -231,7 +230,7 @@ def _listed(value: Any) -> list[Any]:
 
 def _of_edit(row: Mapping[str, Any]) -> Fields:
     """Return a record whose edit stands in a field, with its target (UniEdit) or as a sentence (RippleEdits)."""
-    edit = unpacked(row["edit"])
+    edit = row["edit"]
     rest = {name: value for name, value in row.items() if name != "edit"}
     if not isinstance(edit, Mapping):
         raise ValueError(f"field 'edit': found {reprlib.repr(edit)}; expected a record with prompt and target")

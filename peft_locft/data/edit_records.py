@@ -10,9 +10,13 @@ from typing import Any
 
 from .column_names import (
     ONE_TEXT,
+    OTHER_PROMPT_NAMES,
+    OTHER_TARGET_NAMES,
     PARAPHRASES,
+    PROMPT_NAMES,
     REPHRASING,
     TARGET_ALIASES,
+    TARGET_NAMES,
     find_vocabulary,
     vocabularies,
 )
@@ -23,6 +27,7 @@ from .languages import language_code
 from .probe_fields import nested, probes_of_record
 from .record_fields import Record
 
+OURS = ("prompt", "target")
 # prompt, target, aliases of the target, and the messages before the prompt
 Written = tuple[str, str, tuple[str, ...], tuple[Message, ...] | None]
 
@@ -48,7 +53,7 @@ class EditReader:
         for _, row in rows:
             if isinstance(row, Mapping):
                 with contextlib.suppress(ValueError):  # `edits` says so, with its place
-                    self._edited[id(row)] = edited_record(row, language)
+                    self._edited[id(row)] = edited_record(_unpacked(row), language)
         self.vocabulary = find_vocabulary(rows[0][0], [own for own, _ in self._edited.values()]) if rows else ()
 
     def edits(self, row: Mapping[str, Any], place: str) -> list[Edit]:
@@ -57,7 +62,7 @@ class EditReader:
         Raises:
             ValueError: if it cannot be read; it says the field, what was found and what was expected.
         """
-        own, others = self._edited.get(id(row)) or edited_record(row, self.language)
+        own, others = self._edited.get(id(row)) or edited_record(_unpacked(row), self.language)
         missing = [column for column in self.vocabulary if column not in own]
         if missing:
             found = f"found only {', '.join(map(str, own))}"
@@ -77,6 +82,16 @@ class EditReader:
             edit = _edit(record, names, place)
             yield edit
             record.note_unread(set(map(same_text, _texts_of(edit))))
+
+
+def _unpacked(row: Mapping[str, Any]) -> Fields:
+    """Return a record with the lists that a program has written into its fields as text."""
+    return {
+        name: value
+        if name in (*PROMPT_NAMES, *OTHER_PROMPT_NAMES) and isinstance(value, str)
+        else unpacked(value, is_target=name in (*TARGET_NAMES, *OTHER_TARGET_NAMES))
+        for name, value in row.items()
+    }
 
 
 def _texts_of(edit: Edit) -> Iterator[str]:
@@ -106,22 +121,14 @@ def _edit(record: Record, vocabulary: tuple[str, ...], place: str) -> Edit:
             aliases += right_answers(record[name], name)
     about: dict[str, Any] = {field: _one_text(record, names, vocabulary) for field, names in ONE_TEXT.items()}
     subject = about["subject"]
-    if subject is not None and "{}" in prompt:
+    if subject is not None and "{}" in prompt and vocabulary != OURS:  # as in requests to ROME
         prompt = prompt.replace("{}", subject)
     if about["language"] is not None:
         about["language"] = language_code(about["language"]) or about["language"]
     probes = probes_of_record(record, prompt, target, subject)
     rephrasings = [*chain.from_iterable(_rephrasings(record, name, vocabulary) for name in record)]
-    for probe in probes.pop("generality", []):
-        if probe.answer is None or same_text(probe.answer) == same_text(target):
-            rephrasings.append(probe.prompt)
-        else:
-            probes.setdefault("portability", []).append(replace(probe, kind=probe.kind or "generality"))
-    probes["portability"] = [
-        replace(probe, answer=target) if probe.kind == "persona" and probe.answer is None else probe
-        for probe in probes.get("portability", [])
-    ]
-    fields: dict[str, Any] = {name: tuple(dict.fromkeys(probes.get(name, ()))) for name in PROBE_FIELDS}
+    _settle_probes(probes, rephrasings, target)
+    fields: dict[str, Any] = {name: tuple(probes.get(name, ())) for name in PROBE_FIELDS}
     return Edit(
         prompt,
         target,
@@ -135,19 +142,30 @@ def _edit(record: Record, vocabulary: tuple[str, ...], place: str) -> Edit:
     )
 
 
+def _settle_probes(probes: dict[str, list[Probe]], rephrasings: list[str], target: str) -> None:
+    """Put probes of generality where they belong, and say what follows from the edit."""
+    portability = probes.get("portability", [])
+    for probe in probes.pop("generality", []):
+        if probe.answer is None or same_text(probe.answer) == same_text(target):
+            rephrasings.append(probe.prompt)
+        else:
+            portability.append(replace(probe, kind=probe.kind or "generality"))
+    # a persona asks for the target in other words
+    probes["portability"] = [
+        replace(probe, answer=target) if probe.kind == "persona" and probe.answer is None else probe
+        for probe in portability
+    ]
+
+
 def _rephrasings(record: Record, name: str, vocabulary: tuple[str, ...]) -> Iterator[str]:
     if name == PARAPHRASES or name in vocabulary or not REPHRASING.fullmatch(name):
         return
-    for item in _items(record[name]):
+    value = record[name]
+    for item in value if isinstance(value, (list, tuple)) else [value]:
         if isinstance(item, Mapping):
             yield from (probe.prompt for probe in nested(record, item, name))
         elif not is_absent(item):
             yield text(item, name)
-
-
-def _items(value: Any) -> Sequence[Any]:
-    value = unpacked(value)
-    return value if isinstance(value, (list, tuple)) else [value]
 
 
 def _one_text(record: Record, names: Sequence[str], vocabulary: tuple[str, ...]) -> str | None:
@@ -168,7 +186,7 @@ def _prompt_and_target(record: Record, vocabulary: tuple[str, ...]) -> Written:
     """Return the prompt, the target, its aliases and, of a conversation, the messages before the prompt."""
     values = [_messages(record[column]) for column in vocabulary]
     if len(vocabulary) == 2 and not isinstance(values[0], (list, tuple)) and not _are_messages(values[1]):
-        prompt, right = text(values[0], vocabulary[0]), right_answers(values[1], vocabulary[1], is_target=True)
+        prompt, right = text(values[0], vocabulary[0]), right_answers(values[1], vocabulary[1])
         return prompt, right[0] if right else text(values[1], vocabulary[1]), right[1:], None
     *history, (_, prompt), (_, target) = conversation(values, vocabulary)
     return prompt, target, (), tuple(Message(*message) for message in history)

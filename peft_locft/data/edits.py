@@ -44,7 +44,6 @@ __all__ = [
     "prompt_identity",
     "prompt_of",
     "prompts_of",
-    "read_each_edit",
     "read_edits",
     "same_text",
 ]
@@ -125,11 +124,6 @@ def _name_left_out(edits: list[Edit], left_out: Counter[str]) -> None:
         )
 
 
-def read_each_edit(source: EditSource) -> list[Edit]:
-    """Return the edits of a source as they are: none is merged, and a prompt may have several targets."""
-    return read_with_left_out(source, "train", None)[0]
-
-
 def read_with_left_out(source: EditSource, split: str, language: str | None) -> tuple[list[Edit], Counter[str]]:
     """Return the edits of a source as they are, and how many records have a field that is not read, by its name."""
     is_one = isinstance(source, Edit) or (isinstance(source, tuple) and _is_pair(source))
@@ -157,8 +151,14 @@ def _look_swapped(edits: list[Edit]) -> bool:
     return all(len(edit.prompt.split()) <= 2 and len(edit.target.split()) >= 4 for edit in edits)
 
 
-def settle_conflicts(edits: list[Edit], on_conflict: OnConflict, stacklevel: int = 2) -> list[Edit]:
-    """Merge the edits with the same prompt and target, and settle those with the same prompt alone."""
+def settle_conflicts(edits: list[Edit], on_conflict: OnConflict | Literal["keep"], stacklevel: int = 2) -> list[Edit]:
+    """Merge the edits with the same prompt and target, and settle those with the same prompt alone.
+
+    Args:
+        edits: the edits.
+        on_conflict: as in `read_edits`; `"keep"`: keep all, without a warning.
+        stacklevel: of the warning.
+    """
     groups: dict[tuple[Prompt, str], list[Edit]] = {}
     for edit in edits:
         groups.setdefault((prompt_identity(edit), same_text(edit.target)), []).append(edit)
@@ -167,7 +167,7 @@ def settle_conflicts(edits: list[Edit], on_conflict: OnConflict, stacklevel: int
     last_targets = {prompt_identity(edit): same_text(edit.target) for edit in edits}
     if on_conflict == "last":
         return [edit for edit in merged if same_text(edit.target) == last_targets[prompt_identity(edit)]]
-    if len(last_targets) < len(merged):
+    if len(last_targets) < len(merged) and on_conflict != "keep":
         if on_conflict == "error":
             raise ValueError(_describe_conflicts(merged))
         warnings.warn(_describe_conflicts(merged), stacklevel=stacklevel)

@@ -40,21 +40,18 @@ def text(value: object, name: str) -> str:
 
 
 def texts(value: object, name: str) -> tuple[str, ...]:
-    """Return the different texts of a field: of a text, a list, or a list that is written as text."""
-    value = unpacked(value)
+    """Return the texts of a field: of one text or of a list."""
     items = value if isinstance(value, (list, tuple)) else [value]
-    return tuple(dict.fromkeys(text(item, name) for item in items if not is_absent(item)))
+    return tuple(text(item, name) for item in items if not is_absent(item))
 
 
-def right_answers(value: object, name: str, *, is_target: bool = False) -> tuple[str, ...]:
+def right_answers(value: object, name: str) -> tuple[str, ...]:
     """Return the different texts of an answer.
 
     Args:
         value: a text, a number, a date; a list of aliases, or of such lists; a mapping with the text and its aliases.
         name: of the field, for messages.
-        is_target: as in `unpacked`.
     """
-    value = unpacked(value, is_target=is_target)
     if isinstance(value, str):
         return () if is_absent(value) else (text(value, name),)
     if isinstance(value, Mapping):
@@ -102,14 +99,15 @@ def is_absent(value: object) -> bool:
 def unpacked(value: Any, *, is_target: bool = False) -> Any:
     """Return the list or mapping that a program has written as text, as pandas does into a cell; others as they are.
 
-    JSON, Python's notation and numpy's are read. A text that only begins with a bracket stays a text.
+    JSON, Python's notation and numpy's are read. A text that only begins with a bracket stays a text. Arrays, also
+    nested ones, become lists.
 
     Args:
         value: of any field.
         is_target: it is what a model shall write, which may be JSON: only Python's notation is a list of answers.
     """
     if not isinstance(value, str):
-        return value.tolist() if hasattr(value, "tolist") and getattr(value, "ndim", False) else value
+        return _without_arrays(value)
     cell = value.strip()
     if (cell[:1], cell[-1:]) not in (("[", "]"), ("{", "}")) and not cell.startswith("array("):
         return value
@@ -124,6 +122,14 @@ def unpacked(value: Any, *, is_target: bool = False) -> Any:
         not found or any(isinstance(each, (str, dict, list)) for each in found)
     )
     return found if holds_texts else value
+
+
+def _without_arrays(value: Any) -> Any:
+    if hasattr(value, "tolist") and getattr(value, "ndim", False):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {name: _without_arrays(each) for name, each in value.items()}
+    return [*map(_without_arrays, value)] if isinstance(value, (list, tuple)) else value
 
 
 def _python_value(cell: str) -> object:

@@ -9,7 +9,7 @@ from typing import Any
 
 from .column_names import plain_name, probe_column
 from .edit_types import Probe
-from .field_values import first_text, is_absent, right_answers, text, texts, unpacked
+from .field_values import first_text, is_absent, right_answers, text, texts
 from .record_fields import Record
 
 # the names of a question, its answer and its details in a nested record
@@ -84,7 +84,6 @@ def _probes_of_columns(record: Record, columns: dict[str, str], kind: str) -> It
 
 
 def _holds_records(value: object) -> bool:
-    value = unpacked(value)
     return isinstance(value, Mapping) or (isinstance(value, (list, tuple)) and any(map(_holds_records, value)))
 
 
@@ -107,7 +106,6 @@ def nested(record: Record, value: Any, name: str, kind: str = "") -> Iterator[Pr
         name: of the field.
         kind: of the probes that say none.
     """
-    value = unpacked(value)
     if isinstance(value, (list, tuple)):
         for item in value:
             yield from nested(record, item, name, kind)
@@ -176,10 +174,10 @@ def paired(record: Record, prompts: str, answers: str | None, aliases: str | Non
 
     An answer may be a list of right answers; so may be the answers of one prompt.
     """
-    asked, known = unpacked(record.get(prompts)), unpacked(record.get(answers)) if answers else None
+    asked, known = record.get(prompts), record.get(answers) if answers else None
     if is_absent(asked) and is_absent(known):
         return
-    others = unpacked(record.get(aliases)) if aliases else None
+    others = record.get(aliases) if aliases else None
     if not isinstance(asked, (list, tuple)):
         asked, known, others = [asked], [known], [others]
     elif len(asked) == 1 and not (isinstance(known, (list, tuple)) and len(known) == 1):

@@ -245,4 +245,14 @@ def _item(number: int, edit: Edit, probe: Probe, in_chat: bool) -> EvalItem:
     if not choices and probe.answer is not None:
         choices = TRUTHS.get(fold_case(probe.answer).rstrip("."), ())
     expected = next((each for each in choices if is_among(each, probe.right_answers)), probe.answer)
-    return EvalItem(number, f"belief_{probe.kind}", prompt, expected, None, history, choices=choices)
+    return EvalItem(
+        number,
+        f"belief_{probe.kind}",
+        prompt,
+        expected,
+        None,
+        history,
+        probe.aliases,
+        choices=choices,
+        language=probe.language,
+    )

@@ -51,7 +51,9 @@ def long_items(edits: Sequence[Edit], tokenizer: PreTrainedTokenizerBase, *, in_
                 )
             )
         for probe in edit.sub_questions:
-            items.append(EvalItem(number, "long_answer_sub_questions", probe.prompt, probe.answer, None, history))
+            items.append(
+                EvalItem(number, "long_answer_sub_questions", probe.prompt, probe.answer, None, history, probe.aliases)
+            )
     return items
 
 
