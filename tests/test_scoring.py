@@ -7,6 +7,9 @@ import math
 import numpy as np
 import pytest
 
+from peft_locft import Edit, Probe
+from peft_locft.evaluation.items import Reply, eval_items
+from peft_locft.evaluation.metrics import METRICS
 from peft_locft.evaluation.scoring import (
     contains,
     cut_answer,
@@ -50,7 +53,7 @@ def test_an_answer_is_cut_behind_the_stops_that_the_target_has() -> None:
         ("U.S.A.", "usa"),
         ("Theory of Anything", "theory of anything"),  # articles are words, not beginnings of words
         ("rock-'n'-roll", "rocknroll"),
-        ("Ærø – Ü", "ærø ü"),
+        ("Ærø – Ü", "ærø – ü"),  # punctuation is ASCII's alone  # noqa: RUF001
         ("The", "the"),  # nothing would be left, and an empty answer would be right
         ("A.", "a."),
         ("", ""),
@@ -105,3 +108,31 @@ def test_fluency_is_a_weighted_entropy_of_n_grams() -> None:
     assert n_gram_entropy("a b a b") == pytest.approx((2 / 3 * two + 4 / 3 * 1.0) / 2)
     assert n_gram_entropy("no no no no no") == 0.0
     assert n_gram_entropy("two words") is None
+
+
+# ---------------------------------------------------------------------- several right answers
+
+SEVERAL = Edit(
+    "Who won?",
+    "St. Ann of Hull",
+    aliases=("Ann",),
+    rephrasings=("The winner is",),
+    locality=(Probe("Who lost?", "Bo", aliases=("Robert", "Bob B. Ek")),),
+    portability=(Probe("Where was the winner born?", "Cork", aliases=("Corcaigh",)), Probe("When?")),
+)
+
+
+def test_every_kind_of_item_takes_any_right_answer() -> None:
+    items = eval_items([SEVERAL])
+    replies = ("ann", "Ann", "robert", "Corcaigh", "1990")
+    found = [METRICS["exact_match"].score(item, Reply(text=text), None) for item, text in zip(items, replies, strict=True)]
+    assert found == [1.0, 1.0, 1.0, 1.0, None]
+    longer = ("It was Ann, I think", "Cy", "It was Bob B. Ek", "in Corcaigh, Ireland", "1990")
+    found = [
+        METRICS["contains"].score(item, Reply(long_text=text), None) for item, text in zip(items, longer, strict=True)
+    ]
+    assert found == [1.0, 0.0, 1.0, 1.0, None]
+    assert METRICS["exact_match"].score(items[0], Reply(text="Annabel"), None) == 0.0
+    # an answer is cut behind as many stops as the longest right answer has
+    assert [item.num_stops for item in items] == [2, 2, 2, 1, 1]
+    assert [item.right_answers for item in items[2:]] == [("Bo", "Robert", "Bob B. Ek"), ("Cork", "Corcaigh"), ()]

@@ -100,7 +100,8 @@ def test_edits_of_the_adapter_that_is_replaced_do_not_stay(
             r"locft_edits\.jsonl, line 2 is not readable: found \[1\]; expected",
         ),
         (b"\xff", r"locft_edits\.jsonl, line 1 is not readable: found invalid JSON \(not UTF-8\)"),
-        (b'{"prompt": "a", "target": 3}', "1 of 1 records cannot be read"),
+        (b'{"prompt": "a", "target": 3}', r"locft_edits\.jsonl: field 'target': found 3 \(int\); expected text"),
+        (b'{"prompt": "a", "target": "b", "goal": "c"}', r"found .*; expected a record of an edit .*'goal'"),
         (b'{"prompt": "a", "prompt": "b"}', r"line 1 is not readable: found invalid JSON \(duplicate key 'prompt'\)"),
         (b"", "found no records; expected at least one edit"),
         (

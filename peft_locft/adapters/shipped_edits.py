@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data.edit_types import edit_lines
-from ..data.edits import Edit, OnConflict, Prompt, edits_sha256, prompt_identity, read_each_edit, read_edits
+from ..data.edit_types import edit_lines, edit_of_record
+from ..data.edits import Edit, OnConflict, Prompt, edits_sha256, prompt_identity, read_edits
 from ..io.files import write_atomically
 from .provenance import TrainingRun
 from .reading import check_adapter, read_lines
@@ -40,7 +40,12 @@ def shipped_edits(folder: str | os.PathLike[str]) -> list[Edit] | None:
     if not os.path.lexists(file):
         return None
     records = read_lines(adapter.folder, EDITS_NAME, MAX_EDITS_BYTES)
-    edits = read_each_edit(records)
+    if not records:
+        raise ValueError(f"{file}: found no records; expected at least one edit.")
+    try:
+        edits = [edit_of_record(record, f"row {number}") for number, record in enumerate(records)]
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}. Load the adapter without its edits, or copy them anew.") from None
     _check_edits(edits, adapter.provenance.run, file)
     return edits
 

@@ -27,6 +27,7 @@ commands:
   merge      merge adapters into a checkpoint on disk
   detach     undo a merge in place
   inspect    verify an adapter and print what it holds
+  edits      show what is understood of a file of edits; convert and split it
   export     write an adapter for PEFT, as LoRA, as plain weights, or smaller
 
 `locft COMMAND --help` lists the flags of a command. `locft --version` prints the version."""
@@ -270,6 +271,29 @@ def inspect(argv: list[str]) -> None:
         print(find_conflicts([options.adapter, *options.beside]))
 
 
+def edits(argv: list[str]) -> None:
+    """Print what is understood of edits, whatever data set they are from; write them in our own form."""
+    parser = CommandParser("edits", "FILE [flags]", str(edits.__doc__), epilog=DASHES)
+    parser.add_argument("file", metavar="FILE", help="File, folder of files, or dataset on the Hub.")
+    parser.add_argument("--output", metavar="FILE", help="Write the edits to this .jsonl file.")
+    parser.add_argument(
+        "--split",
+        type=float,
+        metavar="N",
+        help="Write two files instead: N edits to train on (a share such as 0.8, or a number), and the held-out ones.",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the split.")
+    parser.add_argument("--language", metavar="CODE", help="Language to edit, where a record is in several.")
+    parser.add_argument(
+        "--on_conflict", choices=["warn", "error", "last"], default="warn", help="If a prompt has several targets."
+    )
+    parser.add_argument("--overwrite", action="store_true", help="Replace files that are there.")
+    options = vars(parser.parse_args(argv))
+    from ..workflows.edit_files import convert_edits
+
+    print(convert_edits(options.pop("file"), **options))
+
+
 def export(argv: list[str]) -> None:
     """Write an adapter in another form: for where peft_locft is not installed, or smaller."""
     parser = CommandParser("export", "ADAPTER OUT --to FORM [flags]", str(export.__doc__), epilog=DASHES)
@@ -306,6 +330,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "merge": merge,
     "detach": detach,
     "inspect": inspect,
+    "edits": edits,
     "export": export,
 }
 

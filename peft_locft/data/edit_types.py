@@ -5,7 +5,7 @@ import json
 import re
 import reprlib
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
@@ -209,6 +209,28 @@ def edit_record(edit: Edit) -> dict[str, Any]:
         del record["history"]
         record["prompt"] = [*map(asdict, edit.history), {"role": "user", "content": edit.prompt}]
     return record
+
+
+def edit_of_record(record: Mapping[str, Any], source: str = "") -> Edit:
+    """Return the edit of a record from `edit_record`: exactly what was written, where `read_edits` would interpret it.
+
+    Raises:
+        ValueError: if it is no such record.
+    """
+    fields: dict[str, Any] = _with_tuples(record)
+    try:
+        for name in PROBE_FIELDS:
+            fields[name] = tuple(Probe(**_with_tuples(each)) for each in fields.get(name, ()))
+        if isinstance(fields.get("prompt"), tuple):
+            *history, last = (Message(**message) for message in fields["prompt"])
+            fields |= {"prompt": last.content, "history": tuple(history)}
+        return Edit(**fields, source=source)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"found {reprlib.repr(dict(record))}; expected a record of an edit ({error})") from None
+
+
+def _with_tuples(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
 
 
 def edit_lines(edits: Iterable[Edit]) -> str:

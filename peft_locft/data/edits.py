@@ -4,22 +4,15 @@ import logging
 import os
 import reprlib
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import chain
 from typing import Any, Literal, TypeAlias, get_args
 
+from .column_names import SHAPE
 from .edit_files import Row, read_rows
-from .edit_records import (
-    PROBE_PAIRS,
-    REPHRASING_COLUMNS,
-    SHAPE,
-    conversation,
-    find_vocabulary,
-    flatten_rewrite,
-    paired,
-    probes,
-)
+from .edit_records import EditReader
 from .edit_types import (
     PROBE_FIELDS,
     TEXT_FIELDS,
@@ -35,7 +28,7 @@ from .edit_types import (
     prompts_of,
     same_text,
 )
-from .field_values import first_text, right_answers, text, texts
+from .field_values import as_text, text
 
 __all__ = [
     "Edit",
@@ -51,7 +44,6 @@ __all__ = [
     "prompt_identity",
     "prompt_of",
     "prompts_of",
-    "read_each_edit",
     "read_edits",
     "same_text",
 ]
@@ -65,16 +57,20 @@ OnConflict = Literal["warn", "error", "last"]
 EditSource: TypeAlias = str | os.PathLike[str] | Edit | Mapping[str, Any] | Iterable[Any]
 
 
-def read_edits(source: EditSource, *, split: str = "train", on_conflict: OnConflict = "warn") -> list[Edit]:
+def read_edits(
+    source: EditSource, *, split: str = "train", on_conflict: OnConflict = "warn", language: str | None = None
+) -> list[Edit]:
     """Read edits, check all of them, and merge those that have the same prompt and target.
 
     Records have the columns `prompt` and `target`, `prompt` and `target_new` (EasyEdit), `src` and `alt` (ZsRE),
-    `prompt` and `completion` (TRL), `messages` (a conversation that ends with the target) or `requested_rewrite`
-    (CounterFact); or else one of `prompt`, `question`, `instruction`, `input`, `query`, `fact` and one of `target`,
-    `answer`, `output`, `response`, `new`, `new_target`, `new_answer`. A prompt, and a completion, may also be a list
-    of messages. Case, spaces and dashes in names do not matter. The columns of these data sets for rephrasings,
-    locality, portability, subject and ground truth are read too, and `paraphrases`, to train on. Other columns are
-    ignored; a logged warning names those that look like a part of an edit.
+    `prompt` and `completion` (TRL), `messages` (a conversation that ends with the target), `requested_rewrite`
+    (CounterFact, MQuAKE, AKEW) or `edit` (RippleEdits, UniEdit); or else one of `prompt`, `question`, `instruction`,
+    `input`, `query`, `fact` and one of `target`, `answer`, `output`, `response`, `new`, `new_target`, `new_answer`. A
+    prompt, and a completion, may also be a list of messages; a target may be a list of its right forms. Case, spaces
+    and dashes in names do not matter. The columns of the known data sets for rephrasings, probes, subject, relation
+    and the answer before the edit are read too, and `paraphrases`, to train on. Numbers and dates are read as text,
+    and a list that a program has written into a cell is read as a list. A logged warning names other columns that
+    look like a part of an edit. The page "Your edits" lists the data sets and their columns.
 
     Args:
         source: a file; a dataset, or its "owner/name" on the Hub; a pandas DataFrame; an iterable of edits, records or
@@ -84,6 +80,9 @@ def read_edits(source: EditSource, *, split: str = "train", on_conflict: OnConfl
             record per line. A table has any of `, ; tab |` between its cells, and the names in its first line.
         split: split of a `DatasetDict`, of a dictionary of lists, or of a dataset on the Hub.
         on_conflict: if a prompt has several targets: "warn" and keep all, raise an "error", or keep the "last".
+            Prompts and targets are compared by [`same_text`][peft_locft.data.same_text].
+        language: code of the language to edit, where one record is in several; the other languages are then probes
+            (`cross_lingual`). `None`: English, or else the first.
 
     Returns:
         The edits in order, at least one. `Edit.source` is "file:line", or "row 12" for `dataset[12]`.
@@ -103,7 +102,8 @@ def read_edits(source: EditSource, *, split: str = "train", on_conflict: OnConfl
     """
     if on_conflict not in get_args(OnConflict):
         raise ValueError(f"on_conflict: found {on_conflict!r}; expected one of {', '.join(get_args(OnConflict))}")
-    edits = read_each_edit(source, split)
+    edits, left_out = read_with_left_out(source, split, language)
+    _name_left_out(edits, left_out)
     if _look_swapped(edits):
         logger.warning(
             "%s: are prompt and target swapped? The first edit would answer %r with %r.",
@@ -111,19 +111,26 @@ def read_edits(source: EditSource, *, split: str = "train", on_conflict: OnConfl
             edits[0].prompt,
             edits[0].target,
         )
-    return _settle_conflicts(edits, on_conflict)
+    return settle_conflicts(edits, on_conflict, stacklevel=3)
 
 
-def read_each_edit(source: EditSource, split: str = "train") -> list[Edit]:
-    """Return the edits of a source as they are: none is merged, and a prompt may have several targets.
+def _name_left_out(edits: list[Edit], left_out: Counter[str]) -> None:
+    if left_out:
+        logger.warning(
+            "%s: the columns %s are not read. Names that are: rephrasings, locality, portability (to evaluate), "
+            "paraphrases (to train on). Other text belongs into the prompt.",
+            edits[0].source.rpartition(":")[0] or "edits",
+            ", ".join(left_out),
+        )
 
-    Args and errors as in `read_edits`.
-    """
+
+def read_with_left_out(source: EditSource, split: str, language: str | None) -> tuple[list[Edit], Counter[str]]:
+    """Return the edits of a source as they are, and how many records have a field that is not read, by its name."""
     is_one = isinstance(source, Edit) or (isinstance(source, tuple) and _is_pair(source))
     rows = list(read_rows([source] if is_one else source, split))
     if not rows:
         raise ValueError(f"{reprlib.repr(source)}: found no records; expected at least one edit. {SHAPE}")
-    return _edits(rows)
+    return _edits(rows, language)
 
 
 def first_edits(source: Any, num_edits: int | None, on_conflict: OnConflict = "warn") -> list[Edit]:
@@ -144,7 +151,14 @@ def _look_swapped(edits: list[Edit]) -> bool:
     return all(len(edit.prompt.split()) <= 2 and len(edit.target.split()) >= 4 for edit in edits)
 
 
-def _settle_conflicts(edits: list[Edit], on_conflict: OnConflict) -> list[Edit]:
+def settle_conflicts(edits: list[Edit], on_conflict: OnConflict | Literal["keep"], stacklevel: int = 2) -> list[Edit]:
+    """Merge the edits with the same prompt and target, and settle those with the same prompt alone.
+
+    Args:
+        edits: the edits.
+        on_conflict: as in `read_edits`; `"keep"`: keep all, without a warning.
+        stacklevel: of the warning.
+    """
     groups: dict[tuple[Prompt, str], list[Edit]] = {}
     for edit in edits:
         groups.setdefault((prompt_identity(edit), same_text(edit.target)), []).append(edit)
@@ -153,10 +167,10 @@ def _settle_conflicts(edits: list[Edit], on_conflict: OnConflict) -> list[Edit]:
     last_targets = {prompt_identity(edit): same_text(edit.target) for edit in edits}
     if on_conflict == "last":
         return [edit for edit in merged if same_text(edit.target) == last_targets[prompt_identity(edit)]]
-    if len(last_targets) < len(merged):
+    if len(last_targets) < len(merged) and on_conflict != "keep":
         if on_conflict == "error":
             raise ValueError(_describe_conflicts(merged))
-        warnings.warn(_describe_conflicts(merged), stacklevel=3)
+        warnings.warn(_describe_conflicts(merged), stacklevel=stacklevel)
     return merged
 
 
@@ -188,68 +202,34 @@ def _describe_conflicts(edits: list[Edit]) -> str:
     return "\n".join([*lines, 'Remove the wrong ones, or pass on_conflict="last" to use the last target of each.'])
 
 
-def _edits(rows: list[Row]) -> list[Edit]:
-    vocabulary = find_vocabulary(rows)
-    edits, problems = [], []
+def _edits(rows: list[Row], language: str | None) -> tuple[list[Edit], Counter[str]]:
+    """Return the edits of rows, and what was left out, as `EditReader` says it."""
+    reader = EditReader(rows, language)
+    edits: list[Edit] = []
+    problems = []
     for place, row in rows:
         try:
-            edits.append(_edit(row, vocabulary, place))
+            edits += _edits_of_row(reader, row, place)
         except ValueError as error:
             problems.append(f"  {place}: {error}")
     if problems:
         head = f"{len(problems)} of {len(rows)} records cannot be read. The first:"
         raise ValueError("\n".join([head, *problems[:10]]))
-    return edits
+    return edits, reader.left_out
 
 
 def _is_pair(row: Any) -> bool:
-    return isinstance(row, (list, tuple)) and len(row) == 2 and all(isinstance(text, str) for text in row)
+    return isinstance(row, (list, tuple)) and len(row) == 2 and all(isinstance(as_text(each), str) for each in row)
 
 
-def _edit(row: Any, vocabulary: tuple[str, ...], place: str) -> Edit:
+def _edits_of_row(reader: EditReader, row: Any, place: str) -> list[Edit]:
     if isinstance(row, Edit):
-        return row if row.source else replace(row, source=place)
+        return [row if row.source else replace(row, source=place)]
     if isinstance(row, ValueError):
         raise row
     if _is_pair(row):
-        return Edit(prompt=row[0], target=row[1], source=place)
+        return [Edit(text(row[0], "prompt"), str(as_text(row[1])), source=place)]
     if not isinstance(row, Mapping):
         expected = "expected a record with named fields, or a pair (prompt, target)"
         raise ValueError(f"found {reprlib.repr(row)} ({type(row).__name__}); {expected}")
-    missing = [column for column in vocabulary if column not in row]
-    if missing:
-        found = f"found only {', '.join(map(str, row))}"
-        raise ValueError(f"field {missing[0]!r}: {found}; expected it in every record: add it, or fix its name")
-    if vocabulary == ("requested_rewrite",):
-        row, vocabulary = flatten_rewrite(row), ("prompt", "target_new")
-    prompt, target, history = _prompt_and_target(row, vocabulary)
-    probes_by_field = {
-        name: tuple(chain(probes(row.get(name), name), *(paired(row, *names) for names in PROBE_PAIRS.get(name, ()))))
-        for name in PROBE_FIELDS
-    }
-    ground_truth = first_text(row.get("ground_truth"), "ground_truth") or first_text(row.get("answers"), "answers")
-    return Edit(
-        prompt=prompt,
-        target=target,
-        history=history,
-        rephrasings=_unique(texts(row.get(column), column) for column in REPHRASING_COLUMNS),
-        paraphrases=texts(row.get("paraphrases"), "paraphrases"),
-        aliases=tuple(alias for alias in right_answers(row.get("aliases"), "aliases") if alias != target),
-        **probes_by_field,
-        subject=first_text(row.get("subject"), "subject"),
-        relation=first_text(row.get("relation"), "relation"),
-        language=first_text(row.get("language"), "language"),
-        ground_truth=ground_truth,
-        source=place,
-    )
-
-
-def _prompt_and_target(
-    row: Mapping[str, Any], vocabulary: tuple[str, ...]
-) -> tuple[str, str, tuple[Message, ...] | None]:
-    """Return the prompt, the target and, of a conversation, the messages before the prompt."""
-    values = [row[column] for column in vocabulary]
-    if len(vocabulary) == 2 and not any(isinstance(value, (list, tuple)) for value in values):
-        return text(values[0], vocabulary[0]), text(values[1], vocabulary[1]), None
-    *history, (_, prompt), (_, target) = conversation(values, vocabulary)
-    return prompt, target, tuple(Message(*message) for message in history)
+    return reader.edits(row, place)

@@ -72,7 +72,16 @@ def asked_items(edits: Sequence[Edit], args: EvaluationConfig, sources: Sources)
         _add_rings(asked, edits, args.seed, sources, only_chat)
     if "multi_hop" in args.probes:
         asked.items += [
-            EvalItem(number, "portability_multi_hop", probe.prompt, probe.answer, None, _history(edit, only_chat))
+            EvalItem(
+                number,
+                "portability_multi_hop",
+                probe.prompt,
+                probe.answer,
+                None,
+                _history(edit, only_chat),
+                probe.aliases,
+                language=probe.language,
+            )
             for number, edit in enumerate(edits)
             for probe in edit.portability
             if probe.kind == "multi_hop"
@@ -106,7 +115,15 @@ def _add_contexts(
             for kind, text in prompts:
                 prompt = in_context(Prompt(text, _history(edit, in_chat)), context)
                 asked.items.append(
-                    EvalItem(number, f"{kind}_{context}", prompt.text, edit.target, edit.ground_truth, prompt.history)
+                    EvalItem(
+                        number,
+                        f"{kind}_{context}",
+                        prompt.text,
+                        edit.target,
+                        edit.ground_truth,
+                        prompt.history,
+                        edit.aliases,
+                    )
                 )
     if others and set(contexts) & set(NEEDS_ENGLISH):
         asked.notes.append(

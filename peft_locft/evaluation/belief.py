@@ -5,6 +5,7 @@ A data set's own wording (`Edit.belief`) replaces the templates of the same kind
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,9 +13,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..data.edits import Edit, Probe, fold_case
+from ..data.scripts import ends_sentence
 from .contexts import as_question
 from .items import EvalItem
-from .relations import is_english, relation_of, template_of
+from .relations import is_english, known_answers, relation_of, template_of
 
 YES, NO = "Yes", "No"
 TRUTHS = {"yes": (YES, NO), "no": (YES, NO), "true": ("True", "False"), "false": ("True", "False")}
@@ -23,6 +25,8 @@ NUM_OTHER_SUBJECTS = 3
 ASKING = frozenset("what who whom whose which where when why how".split())  # noqa: SIM905
 # capitals of the first word of a sentence; other capitals are those of names
 LOWER_INSIDE = frozenset("The A An In On At Of By For From His Her Its Their This That".split())  # noqa: SIM905
+RELATIVE = re.compile(r",\s+(?:which|who|that)\s+(?=[a-z])")
+PLACE = re.compile(r",\s+(?=(?:in|from|at|on|by|of)\Z)")
 # a kind of yes / no question: the word it asks for, and the right answer
 YES_NO = {
     "yes_no_new": ("true", YES),
@@ -58,7 +62,8 @@ def is_question(prompt: str) -> bool:
         >>> is_question("What is the capital of Norway?"), is_question("The capital of Norway is")
         (True, False)
     """
-    return prompt.rstrip()[-1] in "?.:!" or prompt.split()[0].lower() in ASKING
+    text = prompt.strip()
+    return ends_sentence(text) or text.endswith(":") or text.split()[0].lower() in ASKING
 
 
 def statement(prompt: str, answer: str) -> str:
@@ -72,7 +77,9 @@ def statement(prompt: str, answer: str) -> str:
     """
     if is_question(prompt):
         return f'the answer to "{prompt.strip()}" is {answer.strip()}'
-    first, space, rest = prompt.strip().partition(" ")
+    # "Oslo, which is in" and "Oslo, in" become "Oslo is in"
+    clause = PLACE.sub(" is ", RELATIVE.sub(" ", prompt.strip()))
+    first, space, rest = clause.partition(" ")
     return f"{first.lower() if first in LOWER_INSIDE else first}{space}{rest} {answer.strip()}"
 
 
@@ -172,16 +179,21 @@ def is_among(text: str, others: Sequence[str]) -> bool:
 
 
 class WrongChoices:
-    """The answers and subjects of edits, as wrong choices for another edit: of its relation first, else of any."""
+    """The answers and subjects of edits, as wrong choices for another edit.
+
+    Those of edits that are like it come first: with the same relation, or with one of its answers as target or old
+    answer. Their other answers are then of the same kind, such as cities.
+    """
 
     def __init__(self, edits: Sequence[Edit]) -> None:
         self._edits = edits
         self._relations = [relation_of(edit) for edit in edits]
+        self._answers = [known_answers(edit) for edit in edits]
 
     def answers(self, edit: Edit, old: str, random: np.random.Generator) -> list[str]:
         """Return other edits' targets and old answers, none of them the edit's own."""
         texts = [[other.target, *([other.ground_truth] if other.ground_truth else [])] for other in self._edits]
-        return self._drawn(edit, texts, (*edit.right_answers, old), NUM_OTHERS, random)
+        return self._drawn(edit, old, texts, (*edit.right_answers, old), NUM_OTHERS, random)
 
     def subjects(self, edit: Edit, random: np.random.Generator) -> list[str]:
         """Return other edits' subjects, none of which has the edit's target."""
@@ -189,16 +201,24 @@ class WrongChoices:
             [other.subject] if other.subject and not is_among(edit.target, other.right_answers) else []
             for other in self._edits
         ]
-        return self._drawn(edit, texts, (edit.subject or "",), NUM_OTHER_SUBJECTS, random)
+        return self._drawn(edit, edit.ground_truth, texts, (edit.subject or "",), NUM_OTHER_SUBJECTS, random)
 
     def _drawn(
-        self, edit: Edit, texts: Sequence[Sequence[str]], taken: Sequence[str], num: int, random: np.random.Generator
+        self,
+        edit: Edit,
+        old: str | None,
+        texts: Sequence[Sequence[str]],
+        taken: Sequence[str],
+        num: int,
+        random: np.random.Generator,
     ) -> list[str]:
         order = random.permutation(len(texts)).tolist()
-        near = [place for place in order if self._relations[place] == relation_of(edit)]
+        relation, own = relation_of(edit), known_answers(edit) | {fold_case(old or edit.target)}
+        near = [place for place in order if self._relations[place] == relation or self._answers[place] & own]
         drawn = {fold_case(each): "" for each in taken}
+        most = len(drawn) + num
         for text in (text for place in (*near, *order) for text in texts[place]):
-            if len(drawn) == len(taken) + num:
+            if len(drawn) == most:
                 break
             drawn.setdefault(fold_case(text), text)
         return [text for text in drawn.values() if text]
@@ -225,4 +245,14 @@ def _item(number: int, edit: Edit, probe: Probe, in_chat: bool) -> EvalItem:
     if not choices and probe.answer is not None:
         choices = TRUTHS.get(fold_case(probe.answer).rstrip("."), ())
     expected = next((each for each in choices if is_among(each, probe.right_answers)), probe.answer)
-    return EvalItem(number, f"belief_{probe.kind}", prompt, expected, None, history, choices=choices)
+    return EvalItem(
+        number,
+        f"belief_{probe.kind}",
+        prompt,
+        expected,
+        None,
+        history,
+        probe.aliases,
+        choices=choices,
+        language=probe.language,
+    )

@@ -32,6 +32,7 @@ class EvalItem:
         other: an answer that must be less probable than `expected`: the one before the edit; for locality, the edit's
             target.
         history: the messages of a conversation before the prompt; `None`: the prompt is plain text.
+        aliases: other right answers; the best over all counts where the text of an answer is compared.
         choices: the possible answers, `expected` among them; `()`: any.
         max_new_tokens: longest answer; `None`: as the encoder says or, with choices, little more than the longest.
         is_whole: the answer ends with EOS only, not at a stop.
@@ -44,10 +45,16 @@ class EvalItem:
     expected: str | None
     other: str | None
     history: tuple[Message, ...] | None = None
+    aliases: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     max_new_tokens: int | None = None
     is_whole: bool = False
     language: str | None = None
+
+    @property
+    def right_answers(self) -> tuple[str, ...]:
+        """The expected answer and its aliases; `()` if none is known."""
+        return () if self.expected is None else (self.expected, *self.aliases)
 
     @property
     def asked(self) -> Prompt:
@@ -56,8 +63,10 @@ class EvalItem:
 
     @property
     def num_stops(self) -> int:
-        """Number of stops after which an answer that contains all of `expected` ends."""
-        return UNTIL_EOS if self.is_whole else 1 + len(STOPS.findall(self.expected or ""))
+        """Number of stops after which an answer that contains all of any right answer ends."""
+        if self.is_whole:
+            return UNTIL_EOS
+        return 1 + max((len(STOPS.findall(right)) for right in self.right_answers), default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +108,24 @@ def eval_items(edits: Sequence[Edit], chat_template: bool | str = "off") -> list
 
 def _items_of_edit(number: int, edit: Edit) -> Iterator[EvalItem]:
     history = edit.history
-    yield EvalItem(number, "reliability", edit.prompt, edit.target, edit.ground_truth, history)
+    yield EvalItem(number, "reliability", edit.prompt, edit.target, edit.ground_truth, history, edit.aliases)
     for rephrasing in edit.rephrasings:
-        yield EvalItem(number, "generalization", rephrasing, edit.target, edit.ground_truth, history)
+        yield EvalItem(number, "generalization", rephrasing, edit.target, edit.ground_truth, history, edit.aliases)
     for probe in edit.locality:
-        yield EvalItem(number, "locality", probe.prompt, probe.answer, edit.target, history, language=probe.language)
+        yield EvalItem(
+            number,
+            "locality",
+            probe.prompt,
+            probe.answer,
+            edit.target,
+            history,
+            probe.aliases,
+            language=probe.language,
+        )
     for kind in ("portability", "cross_lingual"):
         for probe in getattr(edit, kind):
-            yield EvalItem(number, kind, probe.prompt, probe.answer, None, history, language=probe.language)
+            answer = (probe.answer, None, history, probe.aliases)
+            yield EvalItem(number, kind, probe.prompt, *answer, language=probe.language)
 
 
 class ItemEncoder:

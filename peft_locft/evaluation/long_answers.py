@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 
+import regex
 from transformers import PreTrainedTokenizerBase
 
 from ..data.edits import Edit
 from ..data.scripts import words
 from .items import EvalItem
 
-# the end of a sentence with another behind it; a full stop may also end an abbreviation, so short texts do not count
-SENTENCE_BREAK = re.compile(r"[\u3002\uff01\uff1f\n]\s*\S|[.!?\u0964\u061f]\s+\S")
-SHORTEST = 60  # characters of a long target, unless its full stops are those of Chinese or Japanese
-UNAMBIGUOUS = re.compile(r"[\u3002\uff01\uff1f]\s*\S")
+# the end of a sentence with another behind it, in any script; Chinese and Japanese have no space there
+SENTENCE_BREAK = regex.compile(r"\p{Sentence_Terminal}[\p{Pe}\p{Pf}\"']*\s+\S|\n\s*\S")
+SPACELESS_BREAK = regex.compile(r"[\u3002\uff01\uff1f][\p{Pe}\p{Pf}]*[^\s\p{P}]")
+SHORTEST = 60  # characters of a long target with spaces: in a shorter one a full stop may end an abbreviation
 ROOM = 1.25  # tokens that an answer may have, as a multiple of the target's
 
 
@@ -27,7 +27,9 @@ def is_long(target: str) -> bool:
         (False, True)
     """
     text = target.strip()
-    return bool(UNAMBIGUOUS.search(text) or (len(text) >= SHORTEST and SENTENCE_BREAK.search(text)))
+    if SPACELESS_BREAK.search(text):
+        return True
+    return len(text) >= SHORTEST and SENTENCE_BREAK.search(text) is not None
 
 
 def long_items(edits: Sequence[Edit], tokenizer: PreTrainedTokenizerBase, *, in_chat: bool) -> list[EvalItem]:
@@ -49,7 +51,9 @@ def long_items(edits: Sequence[Edit], tokenizer: PreTrainedTokenizerBase, *, in_
                 )
             )
         for probe in edit.sub_questions:
-            items.append(EvalItem(number, "long_answer_sub_questions", probe.prompt, probe.answer, None, history))
+            items.append(
+                EvalItem(number, "long_answer_sub_questions", probe.prompt, probe.answer, None, history, probe.aliases)
+            )
     return items
 
 
@@ -66,11 +70,13 @@ def units(text: str) -> list[str]:
 def rouge_l(answer: str, expected: str) -> float:
     """Return ROUGE-L: the F1 of the longest common subsequence of two texts' words (Lin 2004).
 
+    Words are those of `data.scripts.words` in lower case, without punctuation.
+
     Example:
         >>> rouge_l("the city by the sea", "a city by a sea")
         0.6
     """
-    one, other = units(answer), units(expected)
+    one, other = ([word for word in words(text.casefold()) if word[0].isalnum()] for text in (answer, expected))
     lengths = [0] * (len(other) + 1)
     for word in one:
         diagonal = 0

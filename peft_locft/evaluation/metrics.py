@@ -37,13 +37,15 @@ class Metric:
 
 
 def _exact_match(item: EvalItem, reply: Reply, base: Reply | None) -> float | None:
-    known = item.expected is not None and reply.text is not None
-    return float(exact_match(reply.text or "", item.expected or "")) if known else None
+    if not item.right_answers or reply.text is None:
+        return None
+    return float(any(exact_match(reply.text, right) for right in item.right_answers))
 
 
 def _contains(item: EvalItem, reply: Reply, base: Reply | None) -> float | None:
-    known = item.expected is not None and reply.long_text is not None
-    return float(contains(reply.long_text or "", item.expected or "")) if known else None
+    if not item.right_answers or reply.long_text is None:
+        return None
+    return float(any(contains(reply.long_text, right) for right in item.right_answers))
 
 
 def _token_accuracy(item: EvalItem, reply: Reply, base: Reply | None) -> float | None:
@@ -102,10 +104,10 @@ def _embedding_similarity(item: EvalItem, reply: Reply, base: Reply | None) -> f
 METRICS: dict[str, Metric] = {
     "exact_match": Metric(
         "generation",
-        "the greedy answer, cut at the first full stop or line break, equals the right answer",
+        "the greedy answer, cut at the first full stop or line break, equals a right answer",
         _exact_match,
     ),
-    "contains": Metric("generation", "the greedy answer contains the right answer as whole words", _contains),
+    "contains": Metric("generation", "the greedy answer contains a right answer as whole words", _contains),
     "token_accuracy": Metric(
         "token_accuracy",
         "share of the right answer's tokens that the model predicts, each given the right tokens before it",

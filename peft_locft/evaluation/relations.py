@@ -30,6 +30,11 @@ def relation_of(edit: Edit) -> str:
     return edit.relation or fold_case(template_of(edit) or edit.prompt)
 
 
+def known_answers(edit: Edit) -> set[str]:
+    """Return an edit's target, its aliases and the answer before it, in the form of `edits.fold_case`."""
+    return {fold_case(each) for each in (*edit.right_answers, edit.ground_truth or edit.target)}
+
+
 def is_english(edit: Edit) -> bool:
     """Return whether English templates fit an edit: its language is English, or not said and its letters are Latin."""
     if edit.language is not None:

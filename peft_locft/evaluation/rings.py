@@ -10,7 +10,7 @@ from ..data.augmentation import swapped_subjects
 from ..data.edits import Edit, fold_case, prompts_of
 from ..data.leaks import is_trained
 from .items import EvalItem
-from .relations import BLANK, is_english, relation_of, template_of
+from .relations import BLANK, is_english, known_answers, relation_of, template_of
 
 PER_RING = 2  # prompts of each ring for an edit, at most
 NUM_NAMES = 48  # sampled for the ring of other subjects
@@ -52,7 +52,7 @@ def same_subject(edits: Sequence[Edit], seed: int, num: int = PER_RING) -> list[
     for edit in edits:
         if edit.subject and (template := template_of(edit)):
             _, _, answers = templates.setdefault(relation_of(edit), (template, edit.language, set()))
-            answers |= _answers(edit)
+            answers |= known_answers(edit)
     relations = list(templates)
     prompts = []
     for number, edit in enumerate(edits):
@@ -63,7 +63,7 @@ def same_subject(edits: Sequence[Edit], seed: int, num: int = PER_RING) -> list[
             if len(own) == num:
                 break
             template, language, answers = templates[relation]
-            is_same = relation == relation_of(edit) or (not edit.relation and bool(answers & _answers(edit)))
+            is_same = relation == relation_of(edit) or (not edit.relation and bool(answers & known_answers(edit)))
             prompt = template.replace(BLANK, edit.subject or "")
             if not is_same and language == edit.language and fold_case(prompt) not in known:
                 own.append(prompt)
@@ -119,7 +119,3 @@ def ring_items(edits: Sequence[Edit], rings: dict[str, list[list[str]]], *, in_c
                     EvalItem(number, f"locality_{ring}", prompt, None, edit.target, history, max_new_tokens=NUM_TOKENS)
                 )
     return items
-
-
-def _answers(edit: Edit) -> set[str]:
-    return {fold_case(each) for each in (*edit.right_answers, edit.ground_truth or "") if each}

@@ -134,7 +134,10 @@ def first_choice(answer: str, choices: Sequence[str]) -> str | None:
 
 
 def _place_of(choice: str, answer: str) -> int | None:
-    return find_word(answer, choice) if len(choice) == 1 else find_word(answer.lower(), choice.lower())
+    if len(choice) > 1:
+        is_turkish = _is_turkish(choice, answer)
+        choice, answer = _folded(choice, is_turkish), _folded(answer, is_turkish)
+    return find_word(answer, choice)
 
 
 def same_first_word(answer: str, other: str) -> bool:

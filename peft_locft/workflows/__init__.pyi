@@ -4,6 +4,8 @@ from .comparison import AdapterComparison as AdapterComparison
 from .comparison import ComparedAnswers as ComparedAnswers
 from .comparison import LearnedEdit as LearnedEdit
 from .comparison import ModelAnswer as ModelAnswer
+from .edit_files import ConvertedEdits as ConvertedEdits
+from .edit_files import convert_edits as convert_edits
 from .edited_model import EditedModel as EditedModel
 from .edited_model import edit as edit
 from .evaluate import evaluate_model as evaluate_model
