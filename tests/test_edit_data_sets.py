@@ -421,8 +421,11 @@ def test_one_fact_in_several_languages_is_one_edit(name: str) -> None:
 def test_a_language_that_is_not_there_is_refused_and_the_first_is_edited_without_english() -> None:
     with pytest.raises(ValueError, match="row 0: language: found a record in en, de; expected 'fr' among them"):
         read_edits([LANGUAGES["records by language"]], language="fr")
-    (edit,) = read_edits([{"zh-cn": GERMAN, "de": ENGLISH}])
-    assert edit.language == "zh-cn" and edit.prompt == "Was ist Ann?"
+    for language in (None, "zh", "zh-CN"):
+        (edit,) = read_edits([{"zh-cn": GERMAN, "de": ENGLISH}], language=language)
+        assert edit.language == "zh-cn" and edit.prompt == "Was ist Ann?"
+    with pytest.raises(ValueError, match="found a record in zh-cn, zh-tw; expected 'zh' among them"):
+        read_edits([{"zh-cn": GERMAN, "zh-tw": ENGLISH}], language="zh")
 
 
 def test_lists_by_language_are_facts_and_codes_that_are_no_languages_are_columns(tmp_path: Path) -> None:

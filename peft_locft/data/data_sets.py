@@ -80,7 +80,7 @@ def _by_ending(row: Mapping[str, Any]) -> dict[str, Fields]:
         if stem and code is not None:
             found.setdefault(code, {})[stem] = value
     found = {code: _named(each) for code, each in found.items() if _is_edit(each)}
-    if found.keys() == {"id"}:  # `prompt_id` and `target_id` are numbers of records, and no Indonesian
+    if found.keys() <= {"id", "no"}:  # `prompt_id` and `target_id` are no Indonesian, `question_no` is no Norwegian
         return {}
     taken = {f"{name}_{code}" for code, each in found.items() for name in each}
     shared = {name: value for name, value in row.items() if str(name).casefold().replace("-", "_") not in taken}
@@ -101,9 +101,12 @@ def edited_record(row: Mapping[str, Any], language: str | None) -> tuple[Mapping
     spoken = by_language(row)
     if not spoken:
         return row, {}
-    wanted = language_code(language) if language is not None else "en" if "en" in spoken else next(iter(spoken))
-    if wanted not in spoken:
+    code = language_code(language) if language is not None else "en"
+    # "zh" is "zh-cn", if that is the only Chinese
+    near = [each for each in spoken if each == code] or [each for each in spoken if each.split("-")[0] == code]
+    if len(near) != 1 and language is not None:
         raise ValueError(f"language: found a record in {', '.join(spoken)}; expected {language!r} among them")
+    wanted = near[0] if near else next(iter(spoken))
     own = {"language": wanted} | spoken.pop(wanted)
     return own, spoken
 
