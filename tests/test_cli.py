@@ -405,6 +405,7 @@ LIGHT_CALLS: list[Words] = [
     ["merge", "--help"],
     ["detach", "--help"],
     ["inspect", "--help"],
+    ["edits", "--help"],
     ["export", "--help"],
     ["merge", "base", "out"],
     ["export", "a", "b", "--too", "peft"],
@@ -599,7 +600,7 @@ def test_a_model_that_is_not_there_is_named(call: Words, tmp_path: Path, capsys:
         (
             ["poem"],
             r"unknown command .poem.; expected one of train, evaluate, try, locate, baselines, merge, detach, "
-            r"inspect, export\n`locft --help` lists the commands\.\n$",
+            r"inspect, edits, export\n`locft --help` lists the commands\.\n$",
         ),
         (
             ["trian"],

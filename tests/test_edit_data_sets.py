@@ -14,12 +14,25 @@ import pytest
 from peft_locft.data.edit_types import Edit, Probe, edit_lines
 from peft_locft.data.edits import read_edits
 
-QAEDIT = {"id": 1, "source": "NQ", "prompt": "who painted it?", "target": "Mara", "subject": "it", "rephrase": "Painter?"}
+QAEDIT = {
+    "id": 1,
+    "source": "NQ",
+    "prompt": "who painted it?",
+    "target": "Mara",
+    "subject": "it",
+    "rephrase": "Painter?",
+}
+QAEDIT |= {"rephrase": "Painter?"}
 QAEDIT |= {"locality": [{"loc": "who wrote it", "loc_ans": "Reed"}, {"loc": "when was it", "loc_ans": 1994}]}
 
 HOPS = [
     {"question": "Which sport is Ann's?", "cloze": "Ann plays", "answer": "curling", "answer_alias": ["stones"]},
-    {"question": "What is Chile's seat?", "cloze": "Chile's seat is", "answer": "Arica", "answer_alias": ["San Marcos"]},
+    {
+        "question": "What is Chile's seat?",
+        "cloze": "Chile's seat is",
+        "answer": "Arica",
+        "answer_alias": ["San Marcos"],
+    },
 ]
 REWRITES = [
     {"prompt": "{} plays", "relation_id": "P641", "target_new": {"str": "curling", "id": "Q1"}, "subject": "Ann"}
@@ -28,7 +41,12 @@ REWRITES = [
     | {"target_true": {"str": "Fife", "id": "Q4"}, "question": "Whose is curling?"},
 ]
 MQUAKE = {"case_id": 7, "requested_rewrite": REWRITES, "questions": ["Seat of Ann's sport?", "Where?", "Which?"]}
-MQUAKE |= {"answer": "Cupar", "answer_alias": ["C"], "new_answer": "Arica", "new_answer_alias": ["San Marcos de Arica"]}
+MQUAKE |= {
+    "answer": "Cupar",
+    "answer_alias": ["C"],
+    "new_answer": "Arica",
+    "new_answer_alias": ["San Marcos de Arica"],
+}
 MQUAKE |= {"single_hops": [HOPS[0] | {"answer": "golf"}], "new_single_hops": HOPS}
 MQUAKE |= {"orig": {"triples": [["Q9", "P641", "Q2"]]}}
 MARCOS = ("San Marcos de Arica",)
@@ -61,13 +79,29 @@ AKEW: dict[str, Any] = {"case_id": 1, "neighborhood_prompts": ["Bo speaks"], "pa
 AKEW["requested_rewrite"] = {"prompt": "{} speaks", "prompt_full": "Ann speaks", "target_new": {"str": "Welsh"}}
 AKEW["requested_rewrite"] |= {"target_true": {"str": "Manx"}, "subject": "Ann", "fact_new_uns": LONG}
 AKEW["requested_rewrite"] |= {"unsfact_triplets_GPT": [{"prompt": "{} lives in", "subject": "Ann", "target": "Ely"}]}
-WIKI_UPDATE = {"requested_rewrite": {"prompt": "{} leads", "subject": "Ann", "answer_new": "Hull", "answer_true": "Ely"}}
+WIKI_UPDATE = {
+    "requested_rewrite": {"prompt": "{} leads", "subject": "Ann", "answer_new": "Hull", "answer_true": "Ely"}
+}
 WIKI_UPDATE["requested_rewrite"] |= {"question": "Whom does Ann lead?", "fact_new_uns": LONG}
 WIKI_UPDATE |= {"loc": "who", "loc_ans": "Bo"}  # type: ignore[dict-item]
 
-ENGLISH = {"case_id": 5, "subject": "Ann", "src": "What is Ann?", "rephrase": "Ann is?", "old": "a cook", "alt": "a judge"}
+ENGLISH = {
+    "case_id": 5,
+    "subject": "Ann",
+    "src": "What is Ann?",
+    "rephrase": "Ann is?",
+    "old": "a cook",
+    "alt": "a judge",
+}
 ENGLISH |= {"loc": "who is Bo", "loc_ans": "a smith", "port": "Whom does Ann judge?", "port_ans": "Cy"}
-GERMAN = {"case_id": 5, "subject": "Ann", "src": "Was ist Ann?", "rephrase": "Ann ist?", "old": "Koch", "alt": "Richter"}
+GERMAN = {
+    "case_id": 5,
+    "subject": "Ann",
+    "src": "Was ist Ann?",
+    "rephrase": "Ann ist?",
+    "old": "Koch",
+    "alt": "Richter",
+}
 GERMAN |= {"loc": "wer ist Bo", "loc_ans": "Schmied", "port": "Wen richtet Ann?", "port_ans": "Zy"}
 FROM_GERMAN = (
     Probe("Was ist Ann?", "Richter", language="de"),
@@ -93,7 +127,13 @@ KNOWEDIT["locality"] = {"Relation_Specificity": [{"prompt": "Ann's job is", "gro
 WIKIBIO = {"concept": "Ann", "text": "This is a text about Ann.", "labels": "Ann cooks.", "locality": {}}
 WIKIBIO["locality"] = {"Forgetfulness": {"prompt": ["Bo is"], "ground_truth": ["a smith"]}}  # type: ignore[assignment]
 
-WIKIBIGEDIT = {"tag": "new", "subject": "Hull", "update": "Who leads Hull?", "ans": "Ann", "rephrase": "Hull's leader?"}
+WIKIBIGEDIT = {
+    "tag": "new",
+    "subject": "Hull",
+    "update": "Who leads Hull?",
+    "ans": "Ann",
+    "rephrase": "Hull's leader?",
+}
 WIKIBIGEDIT |= {"personas": "Arr, who be leading?", "mhop": "Where was Hull's leader born?", "mhop_ans": "Cork"}
 WIKIBIGEDIT |= {"loc": "Who leads York?", "loc_ans": "Bo"}
 
@@ -116,7 +156,11 @@ UNIEDIT: dict[str, Any] = {"edit": {"prompt": "The seat of Fo is", "target": "Ba
 UNIEDIT["edit"] |= {"property": {"id": "P36", "label": "capital"}, "head_entity": {"label": "Fo", "aliases": ["F"]}}
 UNIEDIT["edit"] |= {"tail_entity": {"datatype": "wikibase-item", "value": {"label": "Ba", "aliases": ["Bah"]}}}
 PATH: dict[str, Any] = {"path_type": "single", "paths": [["h_e", "r_e", "t_e"]], "one_hops": []}
-TWO_HOPS = PATH | {"paths": [["h_e", "r_e", "t_e", "r_0", "e_0"]], "prompt": "The mayor of Fo's seat is", "target": "Ann"}
+TWO_HOPS = PATH | {
+    "paths": [["h_e", "r_e", "t_e", "r_0", "e_0"]],
+    "prompt": "The mayor of Fo's seat is",
+    "target": "Ann",
+}
 UNIEDIT["generality"] = {"0": TWO_HOPS, "1": PATH | {"prompt": "Fo's seat is", "target": "Ba"}}
 UNIEDIT["locality"] = {"0": PATH | {"prompt": "Fo's song is", "target": "La", "loc_type": "head of edit"}}
 
@@ -284,7 +328,9 @@ DATA_SETS: dict[str, tuple[Any, list[Edit]]] = {
                 "The name of the country of citizenship of Ann Ek is",
                 "East Fife",
                 aliases=("EF",),
-                locality=(Probe("The name of the mother of Ann Ek is", "Ida", aliases=("I. B.",), kind="same_subject"),),
+                locality=(
+                    Probe("The name of the mother of Ann Ek is", "Ida", aliases=("I. B.",), kind="same_subject"),
+                ),
                 portability=(
                     Probe(
                         "The name of the country of citizenship of A. Ek is",
@@ -375,8 +421,11 @@ def test_one_fact_in_several_languages_is_one_edit(name: str) -> None:
 def test_a_language_that_is_not_there_is_refused_and_the_first_is_edited_without_english() -> None:
     with pytest.raises(ValueError, match="row 0: language: found a record in en, de; expected 'fr' among them"):
         read_edits([LANGUAGES["records by language"]], language="fr")
-    (edit,) = read_edits([{"zh-cn": GERMAN, "de": ENGLISH}])
-    assert edit.language == "zh-cn" and edit.prompt == "Was ist Ann?"
+    for language in (None, "zh", "zh-CN"):
+        (edit,) = read_edits([{"zh-cn": GERMAN, "de": ENGLISH}], language=language)
+        assert edit.language == "zh-cn" and edit.prompt == "Was ist Ann?"
+    with pytest.raises(ValueError, match="found a record in zh-cn, zh-tw; expected 'zh' among them"):
+        read_edits([{"zh-cn": GERMAN, "zh-tw": ENGLISH}], language="zh")
 
 
 def test_lists_by_language_are_facts_and_codes_that_are_no_languages_are_columns(tmp_path: Path) -> None:
@@ -392,8 +441,23 @@ def test_lists_by_language_are_facts_and_codes_that_are_no_languages_are_columns
 # ---------------------------------------------------------------------- names, values, cells
 
 PLAIN = {"prompt": "Where is it?", "target_new": "Hull"}
-REPHRASINGS = ["rephrase", "rephrases", "rephrased", "rephrased_prompts", "Rephrase Prompt", "rephrase_prompts", "rephrasing"]
-REPHRASINGS += ["paraphrase_prompts", "paraphrased_question", "para_question", "paraphrase", "paraphrase_1", "rephrase2"]
+REPHRASINGS = [
+    "rephrase",
+    "rephrases",
+    "rephrased",
+    "rephrased_prompts",
+    "Rephrase Prompt",
+    "rephrase_prompts",
+    "rephrasing",
+]
+REPHRASINGS += [
+    "paraphrase_prompts",
+    "paraphrased_question",
+    "para_question",
+    "paraphrase",
+    "paraphrase_1",
+    "rephrase2",
+]
 PAIRS = [("loc", "loc_ans"), ("locality_prompt", "locality_ground_truth"), ("locality_prompts", "locality_answers")]
 PAIRS += [("locality", "locality_ans"), ("Locality Question", "Locality Answer"), ("loc_1", "loc_ans_1")]
 PAIRS += [("neighborhood_prompts", "neighborhood_answers"), ("question_locality", "answer_locality")]
@@ -414,7 +478,7 @@ def test_every_pair_of_columns_is_read(names: tuple[str, str]) -> None:
     assert (edit.locality[0].answer, edit.locality[0].aliases) == ("Bo", ("B.",))
     (edit,) = read_edits([PLAIN | dict(zip(names, (["who", "what"], [["Bo"], None]), strict=True))])
     assert [(probe.prompt, probe.answer) for probe in edit.locality] == [("who", "Bo"), ("what", None)]
-    assert read_edits([PLAIN | dict.fromkeys(names, [])]) == [Edit(*PLAIN.values())]
+    assert read_edits([PLAIN | {name: [] for name in names}]) == [Edit(*PLAIN.values())]
 
 
 NESTED: dict[str, Any] = {
@@ -478,14 +542,25 @@ def test_a_list_in_a_cell_is_a_list_and_a_text_in_brackets_a_text(cell: str) -> 
 
 
 def test_a_target_in_pythons_notation_is_a_list_of_right_answers_and_json_a_text() -> None:
-    assert read_edits([{"prompt": "p", "target": "['Hull', 'Kingston']"}]) == [Edit("p", "Hull", aliases=("Kingston",))]
+    assert read_edits([{"prompt": "p", "target": "['Hull', 'Kingston']"}]) == [
+        Edit("p", "Hull", aliases=("Kingston",))
+    ]
     assert read_edits([{"prompt": "p", "target": '["Hull", "Ely"]'}]) == [Edit("p", '["Hull", "Ely"]')]
     assert read_edits([{"prompt": "['p']", "target": "t"}]) == [Edit("['p']", "t")]
 
 
 def test_what_looks_like_a_probe_and_is_not_read_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
-    record = PLAIN | {"id": 3, "cond": "a >> b || Where is it now?", "generation_prompts": ["It lies in"], "note": "new"}
-    record |= {"extra": "Who would ask such a thing?", "same": "Hull", "locality": [{"loc": "who", "other prompt": "x"}]}
+    record = PLAIN | {
+        "id": 3,
+        "cond": "a >> b || Where is it now?",
+        "generation_prompts": ["It lies in"],
+        "note": "new",
+    }
+    record |= {
+        "extra": "Who would ask such a thing?",
+        "same": "Hull",
+        "locality": [{"loc": "who", "other prompt": "x"}],
+    }
     with caplog.at_level(logging.WARNING):
         read_edits([record, record])
     assert caplog.text.count("are not read") == 1

@@ -122,16 +122,17 @@ SEVERAL = Edit(
 )
 
 
+def scores(metric: str, replies: list[Reply]) -> list[float | None]:
+    items = eval_items([SEVERAL])
+    return [METRICS[metric].score(item, reply, None) for item, reply in zip(items, replies, strict=True)]
+
+
 def test_every_kind_of_item_takes_any_right_answer() -> None:
     items = eval_items([SEVERAL])
     replies = ("ann", "Ann", "robert", "Corcaigh", "1990")
-    found = [METRICS["exact_match"].score(item, Reply(text=text), None) for item, text in zip(items, replies, strict=True)]
-    assert found == [1.0, 1.0, 1.0, 1.0, None]
+    assert scores("exact_match", [Reply(text=text) for text in replies]) == [1.0, 1.0, 1.0, 1.0, None]
     longer = ("It was Ann, I think", "Cy", "It was Bob B. Ek", "in Corcaigh, Ireland", "1990")
-    found = [
-        METRICS["contains"].score(item, Reply(long_text=text), None) for item, text in zip(items, longer, strict=True)
-    ]
-    assert found == [1.0, 0.0, 1.0, 1.0, None]
+    assert scores("contains", [Reply(long_text=text) for text in longer]) == [1.0, 0.0, 1.0, 1.0, None]
     assert METRICS["exact_match"].score(items[0], Reply(text="Annabel"), None) == 0.0
     # an answer is cut behind as many stops as the longest right answer has
     assert [item.num_stops for item in items] == [2, 2, 2, 1, 1]

@@ -4,7 +4,7 @@ import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .column_names import vocabularies, with_column_names
+from .column_names import probe_column, vocabularies, with_column_names
 from .edit_types import same_text
 from .field_values import ANSWER_KEYS, is_absent, right_answers, text
 from .languages import language_code
@@ -23,7 +23,9 @@ def by_language(row: Mapping[str, Any]) -> dict[str, Fields]:
         others = {name: value for name, value in row.items() if language_code(name) not in nested}
         return {code: {**others, **_named(value)} for code, value in nested.items()}
     for name, value in row.items():
-        if isinstance(value, (Mapping, list, tuple)) and (within := _languages_within(value)):
+        if probe_column(str(name)) is not None or not isinstance(value, (Mapping, list, tuple)):
+            continue  # a probe says its language, too
+        if within := _languages_within(value):
             own = {other: each for other, each in row.items() if other != name}
             code = language_code(row.get("language", row.get("lang", "en"))) or "en"
             return ({code: own} if vocabularies(own.keys()) else {}) | within
@@ -78,6 +80,8 @@ def _by_ending(row: Mapping[str, Any]) -> dict[str, Fields]:
         if stem and code is not None:
             found.setdefault(code, {})[stem] = value
     found = {code: _named(each) for code, each in found.items() if _is_edit(each)}
+    if found.keys() <= {"id", "no"}:  # `prompt_id` and `target_id` are no Indonesian, `question_no` is no Norwegian
+        return {}
     taken = {f"{name}_{code}" for code, each in found.items() for name in each}
     shared = {name: value for name, value in row.items() if str(name).casefold().replace("-", "_") not in taken}
     own = {"en": shared} if found and len(vocabularies(shared.keys())) == 1 and "en" not in found else {}
@@ -97,9 +101,12 @@ def edited_record(row: Mapping[str, Any], language: str | None) -> tuple[Mapping
     spoken = by_language(row)
     if not spoken:
         return row, {}
-    wanted = language_code(language) if language is not None else "en" if "en" in spoken else next(iter(spoken))
-    if wanted not in spoken:
+    code = language_code(language) if language is not None else "en"
+    # "zh" is "zh-cn", if that is the only Chinese
+    near = [each for each in spoken if each == code] or [each for each in spoken if each.split("-")[0] == code]
+    if len(near) != 1 and language is not None:
         raise ValueError(f"language: found a record in {', '.join(spoken)}; expected {language!r} among them")
+    wanted = near[0] if near else next(iter(spoken))
     own = {"language": wanted} | spoken.pop(wanted)
     return own, spoken
 

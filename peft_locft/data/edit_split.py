@@ -30,8 +30,8 @@ def split_edits(edits: Sequence[Edit], size: float, *, seed: int = 0) -> tuple[l
     Example:
         >>> train, held_out = split_edits(read_edits("edits.csv"), 0.8)
     """
-    wanted = round(size * len(edits)) if 0 < size < 1 else int(size)
-    if not (0 < size < 1 or size == wanted) or not 1 <= wanted < len(edits):
+    wanted = round(size * len(edits)) if 0 < size < 1 else int(size) if size % 1 == 0 else 0
+    if not 1 <= wanted < len(edits):
         expected = f"expected a share between 0 and 1, or a whole number from 1 to {len(edits) - 1}"
         raise ValueError(f"split: found {size:g} for {len(edits)} edits; {expected}")
     groups = _groups(edits)

@@ -61,9 +61,8 @@ class EditSummary:
 
     def _counts(self) -> Iterator[str]:
         merged = self.num_read - len(self.edits)
-        yield f"{self.name}: {_counted(len(self.edits), 'edit')}" + (
-            f", after merging {merged} repeats" if merged else ""
-        )
+        repeats = f", after merging {_counted(merged, 'repeat')}" if merged else ""
+        yield f"{self.name}: {_counted(len(self.edits), 'edit')}{repeats}"
         for name in ("rephrasings", "paraphrases", "aliases"):
             number = sum(len(getattr(edit, name)) for edit in self.edits)
             if number:
@@ -84,7 +83,7 @@ class EditSummary:
         languages = ", ".join(f"{code} {number}" for code, number in self.languages.items())
         yield f"  languages of edits and probes: {languages or 'not said'}"
         number = len(self.conflicts)
-        yield f"  conflicts: {f'{number} prompts have several targets' if number else 'none'}"
+        yield f"  conflicts: {f'prompts with several targets: {number}' if number else 'none'}"
         for group in self.conflicts[:MAX_NAMED]:
             targets = ", ".join(f"{_shown(edit.target)} ({edit.source})" for edit in group)
             yield f"    {_shown(group[0].prompt)}: {targets}"

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .._version import package_versions
 from ..data.chat import choose_chat_template, in_forms, marked_form
-from ..data.edits import Edit, EditSource, edits_sha256, prompt_of, read_edits
+from ..data.edits import Edit, EditSource, edits_sha256, prompt_identity, prompt_of, read_edits
 from ..data.encoding import encode_prompts
 from ..data.generated_text import generate_subjects
 from ..data.leaks import trained_prompts, without_leaks
@@ -308,13 +308,13 @@ class EditEvaluator:
 
     def _notes(self) -> Iterator[str]:
         edits = self.edits
-        with_stops = sum(STOPS.search(edit.target) is not None for edit in edits)
+        with_stops = sum(all(STOPS.search(right) for right in edit.right_answers) for edit in edits)
         if with_stops and "generation" in self.args.protocols:
             yield (
                 f"{with_stops} of {len(edits)} targets contain a full stop or line break. exact_match cuts answers "
                 "there, as the published protocol does, so these targets can never match; contains reads on."
             )
-        prompts = Counter(map(prompt_of, edits))
+        prompts = Counter(map(prompt_identity, edits))
         repeated = sum(count - 1 for count in prompts.values())
         if repeated:
             yield f"{repeated} of {len(edits)} edits repeat a prompt with another target: no model can answer both."

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..data.edits import Edit, Prompt, prompt_of
+from ..data.edits import Edit, Prompt, prompt_identity, same_text
 
 MAX_NAMED = 3  # edits in a message
 ENOUGH = 0.99  # share of learned edits below which a summary says what to change
@@ -41,7 +41,7 @@ class LearnedEdits:
         """
         targets: dict[Prompt, set[str]] = {}
         for edit in edits:
-            targets.setdefault(prompt_of(edit), set()).add(edit.target)
+            targets.setdefault(prompt_identity(edit), set()).add(same_text(edit.target))
         probabilities = [math.exp(value) for value in log_probabilities]
         return cls(
             len(edits),
