@@ -1,0 +1,300 @@
+"""Edits written into LocFT deltas in closed form: MEMIT, AlphaEdit and UltraEdit, instead of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerBase
+
+from ..data.edits import Edit
+from ..data.generated_text import generate_prefixes
+from ..engine.model_state import evaluating
+from ..engine.padding import batches_by_length, pad_right
+from ..engine.preparations import Preparations
+from ..engine.tail import logits_at, skipped
+from ..io.parameter_names import clean_name
+from ..tuner.layer import LocFTLayer
+from ..tuner.model import locft_layers
+from ..tuner.presets import find_decoder_layers
+from ..tuner.structure import text_config
+from .alphaedit import alphaedit_delta, null_space
+from .config import BreadthFirstConfig
+from .edit_positions import PlacedRows, control_rows, placed_rows
+from .input_statistics import InputStatistics, input_dimension, input_statistics, layer_numbers, statistics_folder
+from .memit import memit_delta
+from .preservation import NullSpaceProjector
+from .target_values import TOKENS_IN_A_FORWARD, TargetValues, ValueSearch, target_values
+from .training_data import preserved_text
+from .ultraedit import LifelongNormalizer, ultraedit_delta
+
+ClosedForm = Literal["MEMIT", "AlphaEdit", "UltraEdit"]
+
+
+@dataclass(frozen=True)
+class ClosedFormSettings:
+    """What a closed-form method leaves open; each uses some of these.
+
+    Args:
+        damping: MEMIT: λ of `memit_delta`. AlphaEdit: λ of `alphaedit_delta`. UltraEdit: the ridge.
+        energy_share: AlphaEdit: the share of the preserved text's energy whose directions are closed.
+        rate: UltraEdit: the size of the step.
+        edits_per_turn: UltraEdit: edits that are solved together; each turn starts from the model of the one before.
+        num_prefixes: MEMIT and AlphaEdit: generated texts before each prompt, over which keys and losses are averaged.
+        search: MEMIT and AlphaEdit: how target values are found.
+    """
+
+    damping: float
+    energy_share: float = 0.9
+    rate: float = 1e-6
+    edits_per_turn: int = 100
+    num_prefixes: int = 2
+    search: ValueSearch = field(default_factory=ValueSearch)
+
+
+@dataclass(frozen=True)
+class Located:
+    """One LocFT layer with a delta of its weight.
+
+    Args:
+        name: of the module in the base model.
+        layer: the LocFT layer.
+        number: of the decoder layer that holds it; `None`: it is in none.
+    """
+
+    name: str
+    layer: LocFTLayer
+    number: int | None
+
+    def add(self, change: torch.Tensor) -> None:
+        """Add a change, (d_out, d_in), to the delta."""
+        delta = self.layer.locft_delta["default"].weight
+        with torch.no_grad():
+            delta += (change if input_dimension(self.layer.base_layer) == 1 else change.T).to(delta)
+
+
+def edit_in_closed_form(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    edits: Sequence[Edit],
+    method: ClosedForm,
+    settings: ClosedFormSettings,
+    args: BreadthFirstConfig,
+    *,
+    known_values: dict[Any, TargetValues] | None = None,
+) -> list[str]:
+    """Write edits into the LocFT deltas of a model, at once.
+
+    Args:
+        model: with a new LocFT adapter named "default"; its deltas are changed.
+        tokenizer: its fast tokenizer.
+        edits: the edits.
+        method: `"MEMIT"`, `"AlphaEdit"` or `"UltraEdit"`.
+        settings: what the method leaves open.
+        args: form of the texts (`append_eos`, `chat_template`), preserved text, seed and progress bar.
+        known_values: target values of earlier calls on the same base; new ones are added.
+
+    Returns:
+        What a reader of the results should know.
+
+    Raises:
+        ValueError: if the location does not suit the method, see `check_location`.
+    """
+    located = check_location(model, method)
+    if method == "UltraEdit":
+        _ultraedit(model, tokenizer, edits, located, settings, args)
+        return []
+    made = Preparations(model, args.preserve_cache_dir)
+    num = settings.num_prefixes
+    prefixes = generate_prefixes(model, tokenizer, num // 2, num - num // 2, seed=args.seed, preparations=made)
+    rows = _rows(edits, tokenizer, args, prefixes)
+    key = (located[-1].number, settings.search, prefixes, tuple((edit.prompt, edit.target) for edit in edits))
+    known = {} if known_values is None else known_values
+    _, layers = find_decoder_layers(model)
+    last = located[-1].number
+    assert last is not None
+    if key not in known:
+        controls = control_rows(edits, tokenizer)
+        known[key] = target_values(
+            model, layers, last, rows, controls, settings.search, progress=not args.disable_tqdm
+        )
+    windows = preserved_text(model, tokenizer, args, made)
+    folder = statistics_folder(model, args.preserve_cache_dir)
+    statistics = input_statistics(
+        model, windows, [each.name for each in located], cache_dir=folder, progress=not args.disable_tqdm
+    )
+    for place, each in enumerate(located):
+        keys, states = _keys_and_states(model, layers, each, last, rows)
+        # each layer of the band writes an equal part of what the layers before have left
+        residuals = (known[key].values.to(states.device) - states) / (len(located) - place)
+        each.add(_solve(method, keys, residuals, statistics[each.name], settings))
+    without = rows.num_without_subject
+    note = f"{method}: {without} of {len(edits)} edits have no subject in their prompt; its last token was used."
+    return [note] if without else []
+
+
+def check_location(model: nn.Module, method: ClosedForm) -> list[Located]:
+    """Return the LocFT layers of a model in order.
+
+    Raises:
+        ValueError: if a delta is of something else than the weight of a Linear or Conv1D; or, for MEMIT and AlphaEdit,
+            if its output is not added to the hidden states, or two are in one decoder layer.
+    """
+    found = [(clean_name(name), layer) for name, layer in locft_layers(model)]
+    numbers = layer_numbers(model, [name for name, _ in found])[1]
+    located = [Located(name, layer, numbers[name]) for name, layer in found]
+    for each in located:
+        names = each.layer.locft_delta["default"].names
+        if input_dimension(each.layer.base_layer) is None or names != ("weight",):
+            raise ValueError(
+                f"{method} changes the weight of a Linear or Conv1D; found {each.name}, a "
+                f"{type(each.layer.base_layer).__name__} with deltas of {', '.join(names)}. Choose other target_modules."
+            )
+    if method == "UltraEdit":
+        return located
+    hidden = text_config(model).hidden_size
+    located.sort(key=lambda each: each.number or 0)
+    places = [each.number for each in located]
+    for each in located:
+        width = each.layer.out_features if hasattr(each.layer, "out_features") else None
+        if each.number is None or width != hidden or places.count(each.number) > 1:
+            raise ValueError(
+                f"{method} writes hidden states and needs one module in each edited layer whose {hidden} outputs are "
+                f"added to them, such as the MLP's down-projection; found {each.name} with {width} outputs. Choose "
+                "other target_modules."
+            )
+    return located
+
+
+def _solve(
+    method: ClosedForm,
+    keys: torch.Tensor,
+    residuals: torch.Tensor,
+    statistics: InputStatistics,
+    settings: ClosedFormSettings,
+) -> torch.Tensor:
+    if method == "MEMIT":
+        return memit_delta(keys, residuals, statistics.second_moment, settings.damping)
+    basis = NullSpaceProjector.from_second_moment(statistics.second_moment, settings.energy_share).basis
+    return alphaedit_delta(keys, residuals, null_space(basis), damping=settings.damping)
+
+
+def _rows(
+    edits: Sequence[Edit], tokenizer: PreTrainedTokenizerBase, args: BreadthFirstConfig, prefixes: Sequence[str] = ()
+) -> PlacedRows:
+    return placed_rows(
+        edits,
+        tokenizer,
+        prefixes=prefixes,
+        append_eos=args.append_eos,
+        chat_template=args.chat_template,
+        chat_template_kwargs=args.chat_template_kwargs,
+    )
+
+
+def _batches(rows: PlacedRows, device: torch.device) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    """Yield the indices of some rows, and the arguments of a forward on them."""
+    for numbers in batches_by_length([len(row.input_ids) for row in rows.rows], TOKENS_IN_A_FORWARD):
+        ids, mask = pad_right([rows.rows[number].input_ids for number in numbers], device)
+        yield numbers, {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+
+
+def _device(model: nn.Module) -> torch.device:
+    return model.get_input_embeddings().weight.device  # type: ignore[operator,no-any-return]
+
+
+def _keys_and_states(
+    model: nn.Module, layers: nn.ModuleList, each: Located, last: int, rows: PlacedRows
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the inputs of a module where the facts are read, (edits, d_in), and the states after the last layer there.
+
+    Keys are the mean over an edit's rows; states, (edits, hidden), are those of its first row. Both in float32, of the
+    model as it is edited by now.
+    """
+    inputs: list[torch.Tensor] = [torch.empty(0)] * len(rows.rows)
+    outputs = list(inputs)
+    taken: dict[str, torch.Tensor] = {}
+
+    def take_input(module: nn.Module, args: Any) -> None:
+        taken["input"] = args[0]
+
+    def take_output(module: nn.Module, args: Any, output: Any) -> None:
+        taken["output"] = output[0] if isinstance(output, tuple) else output
+
+    with ExitStack() as stack:
+        stack.callback(each.layer.register_forward_pre_hook(take_input).remove)
+        stack.callback(layers[last].register_forward_hook(take_output).remove)
+        stack.enter_context(evaluating(model))
+        for numbers, batch in _batches(rows, _device(model)):
+            one = torch.zeros(1, dtype=torch.int64, device=_device(model))
+            logits_at(model, one, one, batch)
+            for place, number in enumerate(numbers):
+                position = rows.rows[number].position
+                inputs[number] = taken["input"][place, position].float()
+                outputs[number] = taken["output"][place, position].float()
+    by_edit: dict[int, list[torch.Tensor]] = {}
+    for row, own in zip(rows.rows, inputs, strict=True):
+        by_edit.setdefault(row.edit, []).append(own)
+    keys = torch.stack([torch.stack(own).mean(dim=0) for own in by_edit.values()])
+    return keys, torch.stack([outputs[number] for number in rows.firsts])
+
+
+# ---------------------------------------------------------------------- UltraEdit
+
+
+def _ultraedit(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    edits: Sequence[Edit],
+    located: Sequence[Located],
+    settings: ClosedFormSettings,
+    args: BreadthFirstConfig,
+) -> None:
+    normalizers = {each.name: LifelongNormalizer() for each in located}
+    for begin in range(0, len(edits), settings.edits_per_turn):
+        rows = _rows(edits[begin : begin + settings.edits_per_turn], tokenizer, args)
+        features = _inputs_and_gradients(model, rows, located)
+        for each in located:
+            inputs, gradients = features[each.name]
+            change = ultraedit_delta(
+                inputs, gradients, normalizers[each.name], rate=settings.rate, ridge=settings.damping
+            )
+            each.add(change)
+
+
+def _inputs_and_gradients(
+    model: nn.Module, rows: PlacedRows, located: Sequence[Located]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Return each module's inputs and the loss's gradients by its outputs, where targets' tokens are predicted."""
+    found: dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]] = {each.name: ([], []) for each in located}
+    taken: dict[str, list[torch.Tensor]] = {}
+
+    def take(name: str, module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        output.retain_grad()
+        taken[name] = [args[0].detach(), output]
+
+    with ExitStack() as stack:
+        for each in located:
+            stack.callback(each.layer.register_forward_hook(partial(take, each.name)).remove)
+        model.eval()
+        for numbers, batch in _batches(rows, _device(model)):
+            asked = [
+                (place, column, int(rows.rows[number].input_ids[column + 1]))
+                for place, number in enumerate(numbers)
+                for column in range(rows.rows[number].target_start - 1, len(rows.rows[number].input_ids) - 1)
+            ]
+            places, columns, targets = torch.tensor(asked, device=_device(model)).T
+            loss = cross_entropy(logits_at(model, places, columns, batch).logits.float(), targets, reduction="sum")
+            loss.backward()
+            for name, (inputs, output) in taken.items():
+                assert output.grad is not None
+                found[name][0].append(inputs[places, columns].float())
+                found[name][1].append(output.grad[places, columns].float())
+    model.zero_grad()
+    return {name: (torch.cat(inputs), torch.cat(gradients)) for name, (inputs, gradients) in found.items()}
