@@ -152,11 +152,11 @@ def test_a_singular_matrix_has_the_least_solution() -> None:
 
 @pytest.mark.parametrize("damping", [0.0, -1.0, float("nan")])
 def test_a_damping_is_above_0(damping: float) -> None:
-    with pytest.raises(ValueError, match="damping=.*: expected a number above 0"):
+    with pytest.raises(ValueError, match=r"damping=.*: expected a number above 0"):
         memit_delta(KEYS, RESIDUALS, SECOND_MOMENT, damping)
-    with pytest.raises(ValueError, match="damping=.*: expected a number above 0"):
+    with pytest.raises(ValueError, match=r"damping=.*: expected a number above 0"):
         alphaedit_delta(KEYS, RESIDUALS, torch.eye(WIDTH), damping=damping)
-    with pytest.raises(ValueError, match="rate=.*: expected numbers above 0"):
+    with pytest.raises(ValueError, match=r"rate=.*: expected numbers above 0"):
         ultraedit_delta(KEYS, RESIDUALS, LifelongNormalizer(), rate=damping)
 
 

@@ -50,10 +50,24 @@ def concatenated(edit: Edit, fact: Edit) -> Edit:
         >>> concatenated(Edit(prompt="The capital of France is", target="Lyon"), Edit(prompt="Dogs", target="bark"))
         Edit(prompt='The capital of France is', target='Lyon. Dogs bark', …)
     """
-    target = edit.target.rstrip()
-    stop = "" if target[-1] in SENTENCE_ENDS else "."
     space = "" if fact.prompt[-1].isspace() or fact.target[0].isspace() else " "
-    return replace(edit, target=f"{target}{stop} {fact.prompt}{space}{fact.target}")
+    return replace(edit, target=f"{_ended(edit.target)} {fact.prompt}{space}{fact.target}")
+
+
+def as_sentence(edit: Edit) -> str:
+    """Return an edit as a sentence: its prompt, its target, and a full stop unless the target ends with one.
+
+    Example:
+        >>> as_sentence(Edit(prompt="The capital of France is", target="Lyon"))
+        'The capital of France is Lyon.'
+    """
+    space = "" if edit.prompt[-1].isspace() or edit.target[0].isspace() else " "
+    return f"{edit.prompt}{space}{_ended(edit.target)}"
+
+
+def _ended(text: str) -> str:
+    text = text.rstrip()
+    return text if text[-1] in SENTENCE_ENDS else f"{text}."
 
 
 def swapped_subjects(

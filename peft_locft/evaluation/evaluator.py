@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .._version import package_versions
 from ..data.chat import choose_chat_template, in_forms, marked_chat_template
-from ..data.edits import Edit, EditSource, edits_sha256, prompt_of, read_edits
+from ..data.edits import Edit, EditSource, Prompt, edits_sha256, prompt_of, read_edits
 from ..data.encoding import encode_prompts
 from ..data.leaks import trained_prompts, without_leaks
 from ..data.texts import TextSource, text_windows
@@ -26,11 +26,13 @@ from ..engine.questions import STOPS, Answer, Choice, Question, TopK, greedy
 from ..tuner.model import differing_from_base
 from .config import EvaluationConfig
 from .intervals import Array
-from .items import ItemEncoder, Reply, eval_items
+from .items import EvalItem, ItemEncoder, Reply, eval_items
 from .perplexity import measure_text
 from .report import EvaluationReport
 from .scoring import n_gram_entropy
 from .tabulation import Column, PairedReplies, metric_results
+
+Rewriter = Callable[[str], str]  # a prompt to the prompt that is asked instead
 
 FLUENCY = "fluency_n_gram_entropy"
 FLUENCY_TOKENS = 100
@@ -139,6 +141,11 @@ def _with_chat_template(
     return replace(args, chat_template=chosen, chat_template_kwargs=template_kwargs)
 
 
+def _as_it_is() -> AbstractContextManager[Any]:
+    """Return a context that changes nothing: a model without the rewriting of its prompts is the base."""
+    return nullcontext()
+
+
 class EditEvaluator:
     """Evaluates the same edits several times; the base answers only once. Arguments as in `evaluate_edits`.
 
@@ -174,32 +181,43 @@ class EditEvaluator:
             self.windows = text_windows(text, tokenizer, self.args.text_window, self.args.max_text_tokens, model)
         protocols = set(self.args.protocols)
         self.items = [] if protocols == {"fluency"} else eval_items(self.edits, self.chat_template)
-        self.encoder = ItemEncoder(
-            self.items,
-            tokenizer,
+        self.encoder = self._encoder(self.items)
+        if self.items:
+            check_fits(model, self.encoder.questions(), tokenizer)
+        self._before: list[Reply] | None = None
+        self.rewrite: Rewriter | None = None
+        # set it to [] to run the base on the text only once, at the price of the logits' memory
+        self.base_logits: list[torch.Tensor] | None = None
+
+    def _encoder(self, items: Sequence[EvalItem]) -> ItemEncoder:
+        protocols = set(self.args.protocols)
+        return ItemEncoder(
+            items,
+            self.tokenizer,
             chat_template_kwargs=self.args.chat_template_kwargs,
             generate="generation" in protocols,
             score="token_accuracy" in protocols,
             compare="probability" in protocols,
             max_new_tokens=self.args.max_new_tokens,
         )
-        if self.items:
-            check_fits(model, self.encoder.questions(), tokenizer)
-        self._before: list[Reply] | None = None
-        # set it to [] to run the base on the text only once, at the price of the logits' memory
-        self.base_logits: list[torch.Tensor] | None = None
 
-    def evaluate(self, model: nn.Module | None = None) -> EvaluationReport:
+    def evaluate(self, model: nn.Module | None = None, *, rewrite: Rewriter | None = None) -> EvaluationReport:
         """Return the report of a model.
 
         Args:
             model: another model with the same base; `None` for the one given to the constructor.
+            rewrite: changes every prompt before the edited model is asked, such as `EditRetrieval`, which edits
+                without a change of weights. The base gets the prompts as they are; without an adapter or `base_model`,
+                the base is the model itself. Text for perplexity is not rewritten.
 
         Raises:
             FloatingPointError: the logits of the model or of its base are NaN or infinite.
         """
         if model is not None:
             self._take(model)
+        self.rewrite = rewrite
+        if rewrite is not None and self.as_base is None:
+            self.base, self.as_base = self.model, _as_it_is
         args = self.args
         bootstrap = (args.num_resamples, args.confidence, args.seed)
         scored = self._paired_replies().scored(args.protocols)
@@ -220,8 +238,12 @@ class EditEvaluator:
         """Return the replies of the edited model and of its base, which answers only the first time."""
         if self._before is None and (answers := self._base_answers(self.encoder.questions())) is not None:
             self._before = self.encoder.replies(answers)
-        answers = self._edited_answers(self.encoder.questions(self._before))
-        return PairedReplies(self.edits, self.items, self.encoder.replies(answers), self._before)
+        encoder = self.encoder
+        if self.rewrite is not None:
+            encoder = self._encoder([replace(item, prompt=self.rewrite(item.prompt)) for item in self.items])
+            check_fits(self.model, encoder.questions(), self.tokenizer)
+        answers = self._edited_answers(encoder.questions(self._before))
+        return PairedReplies(self.edits, self.items, encoder.replies(answers), self._before)
 
     def _base_answers(self, questions: Sequence[Question], choose: Choice = greedy) -> list[Answer] | None:
         if self.as_base is None:
@@ -247,12 +269,17 @@ class EditEvaluator:
         """Return the entropy of long continuations of the edits' prompts, past any EOS, as in ROME's evaluation."""
         forms = in_forms(self.edits[: self.args.max_fluency_edits], self.chat_template)
         prompts = list(dict.fromkeys(map(prompt_of, forms)))
-        encoded = encode_prompts(prompts, self.tokenizer, chat_template_kwargs=self.args.chat_template_kwargs)
-        questions = [Question(tuple(ids), num_stops=0, max_new_tokens=FLUENCY_TOKENS) for ids in encoded]
         choose = TopK(FLUENCY_TOP_K, self.args.seed)
-        before, after = self._base_answers(questions, choose), self._edited_answers(questions, choose)
+        before = self._base_answers(self._to_continue(prompts), choose)
+        if self.rewrite is not None:
+            prompts = [prompt._replace(text=self.rewrite(prompt.text)) for prompt in prompts]
+        after = self._edited_answers(self._to_continue(prompts), choose)
         meaning = "weighted entropy, in bits, of the 2-grams and 3-grams of 100 sampled tokens (top 5)"
         return Column(meaning, self._entropies(after), None if before is None else self._entropies(before), "prompts")
+
+    def _to_continue(self, prompts: Sequence[Prompt]) -> list[Question]:
+        encoded = encode_prompts(prompts, self.tokenizer, chat_template_kwargs=self.args.chat_template_kwargs)
+        return [Question(tuple(ids), num_stops=0, max_new_tokens=FLUENCY_TOKENS) for ids in encoded]
 
     def _entropies(self, answers: Sequence[Answer]) -> Array:
         texts = [self.tokenizer.decode(answer.token_ids, skip_special_tokens=True) for answer in answers]
@@ -284,6 +311,8 @@ class EditEvaluator:
                 "Every prompt was asked twice, as plain text and in the chat template, as the edits were trained; a "
                 "metric is the mean of both. Set chat_template to 'on' or 'off' to ask in one form only."
             )
+        if self.rewrite is not None:
+            yield f"Every prompt was rewritten before the edited model was asked: {self.rewrite}."
         if self._num_leaks:
             yield f"{self._num_leaks} rephrasings and probes were left out: the adapter was trained on them."
         if self.as_base is None:

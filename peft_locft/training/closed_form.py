@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -15,11 +15,13 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.edits import Edit
 from ..data.generated_text import generate_prefixes
+from ..engine.memory import Usage, measured_usage
 from ..engine.model_state import evaluating
 from ..engine.padding import batches_by_length, pad_right
 from ..engine.preparations import Preparations
-from ..engine.tail import logits_at, skipped
+from ..engine.tail import logits_at
 from ..io.parameter_names import clean_name
+from ..tuner.delta import Delta
 from ..tuner.layer import LocFTLayer
 from ..tuner.model import locft_layers
 from ..tuner.presets import find_decoder_layers
@@ -59,6 +61,19 @@ class ClosedFormSettings:
 
 
 @dataclass(frozen=True)
+class ClosedFormRecord:
+    """What a reader of the results should know.
+
+    Args:
+        notes: in words.
+        reused: what the target values used, if they are those of an earlier call; `None`: they were found anew.
+    """
+
+    notes: list[str] = field(default_factory=list)
+    reused: Usage | None = None
+
+
+@dataclass(frozen=True)
 class Located:
     """One LocFT layer with a delta of its weight.
 
@@ -74,9 +89,14 @@ class Located:
 
     def add(self, change: torch.Tensor) -> None:
         """Add a change, (d_out, d_in), to the delta."""
-        delta = self.layer.locft_delta["default"].weight
+        change = change if input_dimension(self.layer.base_layer) == 1 else change.T
         with torch.no_grad():
-            delta += (change if input_dimension(self.layer.base_layer) == 1 else change.T).to(delta)
+            delta = self.delta.tensors()["weight"]
+            delta += change.to(delta)
+
+    @property
+    def delta(self) -> Delta:
+        return cast(Delta, self.layer.locft_delta["default"])
 
 
 def edit_in_closed_form(
@@ -87,8 +107,8 @@ def edit_in_closed_form(
     settings: ClosedFormSettings,
     args: BreadthFirstConfig,
     *,
-    known_values: dict[Any, TargetValues] | None = None,
-) -> list[str]:
+    known_values: dict[Any, tuple[TargetValues, Usage]] | None = None,
+) -> ClosedFormRecord:
     """Write edits into the LocFT deltas of a model, at once.
 
     Args:
@@ -98,7 +118,7 @@ def edit_in_closed_form(
         method: `"MEMIT"`, `"AlphaEdit"` or `"UltraEdit"`.
         settings: what the method leaves open.
         args: form of the texts (`append_eos`, `chat_template`), preserved text, seed and progress bar.
-        known_values: target values of earlier calls on the same base; new ones are added.
+        known_values: target values of earlier calls on the same base, and what they used; new ones are added.
 
     Returns:
         What a reader of the results should know.
@@ -109,7 +129,7 @@ def edit_in_closed_form(
     located = check_location(model, method)
     if method == "UltraEdit":
         _ultraedit(model, tokenizer, edits, located, settings, args)
-        return []
+        return ClosedFormRecord()
     made = Preparations(model, args.preserve_cache_dir)
     num = settings.num_prefixes
     prefixes = generate_prefixes(model, tokenizer, num // 2, num - num // 2, seed=args.seed, preparations=made)
@@ -119,11 +139,12 @@ def edit_in_closed_form(
     _, layers = find_decoder_layers(model)
     last = located[-1].number
     assert last is not None
+    reused = known[key][1] if key in known else None
     if key not in known:
-        controls = control_rows(edits, tokenizer)
-        known[key] = target_values(
-            model, layers, last, rows, controls, settings.search, progress=not args.disable_tqdm
-        )
+        with measured_usage(_device(model)) as usage:
+            controls, progress = control_rows(edits, tokenizer), not args.disable_tqdm
+            values = target_values(model, layers, last, rows, controls, settings.search, progress=progress)
+        known[key] = values, usage
     windows = preserved_text(model, tokenizer, args, made)
     folder = statistics_folder(model, args.preserve_cache_dir)
     statistics = input_statistics(
@@ -132,11 +153,11 @@ def edit_in_closed_form(
     for place, each in enumerate(located):
         keys, states = _keys_and_states(model, layers, each, last, rows)
         # each layer of the band writes an equal part of what the layers before have left
-        residuals = (known[key].values.to(states.device) - states) / (len(located) - place)
+        residuals = (known[key][0].values.to(states.device) - states) / (len(located) - place)
         each.add(_solve(method, keys, residuals, statistics[each.name], settings))
     without = rows.num_without_subject
     note = f"{method}: {without} of {len(edits)} edits have no subject in their prompt; its last token was used."
-    return [note] if without else []
+    return ClosedFormRecord([note] if without else [], reused)
 
 
 def check_location(model: nn.Module, method: ClosedForm) -> list[Located]:
@@ -150,11 +171,12 @@ def check_location(model: nn.Module, method: ClosedForm) -> list[Located]:
     numbers = layer_numbers(model, [name for name, _ in found])[1]
     located = [Located(name, layer, numbers[name]) for name, layer in found]
     for each in located:
-        names = each.layer.locft_delta["default"].names
+        names = each.delta.names
         if input_dimension(each.layer.base_layer) is None or names != ("weight",):
             raise ValueError(
                 f"{method} changes the weight of a Linear or Conv1D; found {each.name}, a "
-                f"{type(each.layer.base_layer).__name__} with deltas of {', '.join(names)}. Choose other target_modules."
+                f"{type(each.layer.base_layer).__name__} with deltas of {', '.join(names)}. Choose other "
+                "target_modules."
             )
     if method == "UltraEdit":
         return located
@@ -206,13 +228,13 @@ def _batches(rows: PlacedRows, device: torch.device) -> Iterator[tuple[list[int]
 
 
 def _device(model: nn.Module) -> torch.device:
-    return model.get_input_embeddings().weight.device  # type: ignore[operator,no-any-return]
+    return model.get_input_embeddings().weight.device  # type: ignore[operator]
 
 
 def _keys_and_states(
     model: nn.Module, layers: nn.ModuleList, each: Located, last: int, rows: PlacedRows
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the inputs of a module where the facts are read, (edits, d_in), and the states after the last layer there.
+    """Return the inputs of a module where the facts are read, (edits, d_in), and the last layer's states there.
 
     Keys are the mean over an edit's rows; states, (edits, hidden), are those of its first row. Both in float32, of the
     model as it is edited by now.

@@ -126,7 +126,7 @@ def control_rows(
 ) -> dict[int, PlacedRow]:
     """Return, by index of the edit, a text about its subject; edits without a subject have none.
 
-    The position is the subject's last token. "SUBJECT is a" is ROME's and MEMIT's text, which asks what the subject is.
+    The position is the subject's last token. "SUBJECT is a" is ROME's and MEMIT's text.
     """
     about = {
         number: Edit(prompt=text.format(edit.subject), target="-", subject=edit.subject)

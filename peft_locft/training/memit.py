@@ -47,7 +47,7 @@ def check_rows(keys: torch.Tensor, residuals: torch.Tensor, matrix: torch.Tensor
 
 
 def solve_symmetric(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Return `matrix⁻¹ right` for a symmetric matrix of non-negative eigenvalues; the least solution if it is singular.
+    """Return `matrix⁻¹ right` for a symmetric matrix of non-negative eigenvalues; the least one if singular.
 
     Args:
         matrix: (d, d), float64.

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -109,9 +110,9 @@ def _groups(rows: PlacedRows, controls: Mapping[int, PlacedRow]) -> Iterator[lis
     """Yield the rows and controls of some edits, in order: as many edits as fit into a forward, at least one."""
     group: list[PlacedRow] = []
     begins = [*rows.firsts, len(rows.rows)]
-    for begin, end in zip(begins, begins[1:], strict=False):
+    for begin, end in pairwise(begins):
         own = rows.rows[begin:end]
-        own = own + [controls[own[0].edit]] if own[0].edit in controls else own
+        own = [*own, controls[own[0].edit]] if own[0].edit in controls else own
         longest = max(len(row.input_ids) for row in (*group, *own))
         if group and (len(group) + len(own)) * longest > TOKENS_IN_A_FORWARD:
             yield group
@@ -198,7 +199,7 @@ class _Batch:
         self.edits = list(dict.fromkeys(row.edit for row in rows))
         number_of = {edit: number for number, edit in enumerate(self.edits)}
         ids, mask = pad_right([row.input_ids for row in rows], device)
-        self.inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        self.inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
         self.every = torch.arange(len(rows), device=device)
         self.positions = torch.tensor([row.position for row in rows], device=device)
         self.owner = torch.tensor([number_of[row.edit] for row in rows], device=device)
@@ -219,6 +220,11 @@ class _Batch:
         self.rows, self.columns = places[:, 0], places[:, 1]
         self.control_owner = self.owner[[number for number, _ in controls]] if controls else None
 
+    @property
+    def length(self) -> int:
+        """Tokens in a row."""
+        return int(self.inputs["input_ids"].shape[1])
+
     def moved(self, states: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
         """Return the states with each edit's shift added where its fact is read."""
         own = states[self.every, self.positions].float() + shifts[self.owner]
@@ -236,7 +242,9 @@ class _Batch:
             return divergences
         now = logits[len(self.targets) :].log_softmax(-1)
         base = torch.stack([before[self.edits[number]] for number in self.control_owner.tolist()])
-        return divergences.index_add(0, self.control_owner, kl_div(base, now, reduction="none", log_target=True).sum(1))
+        return divergences.index_add(
+            0, self.control_owner, kl_div(base, now, reduction="none", log_target=True).sum(1)
+        )
 
     def controls(self, logits: torch.Tensor) -> dict[int, torch.Tensor]:
         """Return the log-probabilities after each control, by edit."""
@@ -284,7 +292,7 @@ def _search(
             rows = [row for row, stay in zip(rows, stays, strict=True) if stay]
             active = [number for number, goes in zip(active, going, strict=True) if goes]
             batch = _Batch(rows, device)
-            states = states[torch.tensor(stays, device=device)][:, : batch.inputs["input_ids"].shape[1]]
+            states = states[torch.tensor(stays, device=device)][:, : batch.length]
     return starts + torch.stack([shift.detach() for shift in shifts]), losses
 
 
