@@ -77,6 +77,7 @@ def test_only_the_edited_model_is_asked_the_rewritten_prompt() -> None:
     assert [row["answer_after"] for row in rows] != [row["answer_before"] for row in rows]
     assert any("Every prompt was rewritten" in note and "8 edits by TF-IDF" in note for note in report.notes)
     # the next report is of the model alone again
+    assert "locality_unchanged" in whole.evaluate().missing
     assert whole.evaluate(peft_model()).notes == []
 
 

@@ -213,8 +213,7 @@ class EditEvaluator:
         Raises:
             FloatingPointError: the logits of the model or of its base are NaN or infinite.
         """
-        if model is not None:
-            self._take(model)
+        self._take(self.model if model is None else model)
         self.rewrite = rewrite
         if rewrite is not None and self.as_base is None:
             self.base, self.as_base = self.model, _as_it_is

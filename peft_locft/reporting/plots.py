@@ -355,7 +355,7 @@ def baselines_figure(results: Sequence[BaselineResult], columns: Sequence[str] |
     from matplotlib.figure import Figure
 
     shown = [name for name in BASELINE_METRICS if any(name in result.metrics for result in results)]
-    names = columns_of(results, columns or shown)
+    names = columns_of(results, columns or shown or None)
     groups = by_baseline(results)
     figure = Figure(figsize=(2.4 + 1.8 * len(names), 0.7 + 0.24 * len(groups)), layout="constrained")
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]

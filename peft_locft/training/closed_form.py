@@ -32,7 +32,7 @@ from .edit_positions import PlacedRows, control_rows, placed_rows
 from .input_statistics import InputStatistics, input_dimension, input_statistics, layer_numbers, statistics_folder
 from .memit import memit_delta
 from .preservation import NullSpaceProjector
-from .target_values import TOKENS_IN_A_FORWARD, TargetValues, ValueSearch, target_values
+from .target_values import TOKENS_IN_A_FORWARD, LayersBehind, TargetValues, ValueSearch, target_values
 from .training_data import preserved_text
 from .ultraedit import LifelongNormalizer, ultraedit_delta
 
@@ -243,23 +243,19 @@ def _keys_and_states(
     outputs = list(inputs)
     taken: dict[str, torch.Tensor] = {}
 
-    def take_input(module: nn.Module, args: Any) -> None:
+    def take(module: nn.Module, args: Any) -> None:
         taken["input"] = args[0]
 
-    def take_output(module: nn.Module, args: Any, output: Any) -> None:
-        taken["output"] = output[0] if isinstance(output, tuple) else output
-
+    parts = LayersBehind(model, layers, last)
     with ExitStack() as stack:
-        stack.callback(each.layer.register_forward_pre_hook(take_input).remove)
-        stack.callback(layers[last].register_forward_hook(take_output).remove)
+        stack.callback(each.layer.register_forward_pre_hook(take).remove)
         stack.enter_context(evaluating(model))
         for numbers, batch in _batches(rows, _device(model)):
-            one = torch.zeros(1, dtype=torch.int64, device=_device(model))
-            logits_at(model, one, one, batch)
+            states = parts.states(batch)
             for place, number in enumerate(numbers):
                 position = rows.rows[number].position
                 inputs[number] = taken["input"][place, position].float()
-                outputs[number] = taken["output"][place, position].float()
+                outputs[number] = states[place, position].float()
     by_edit: dict[int, list[torch.Tensor]] = {}
     for row, own in zip(rows.rows, inputs, strict=True):
         by_edit.setdefault(row.edit, []).append(own)

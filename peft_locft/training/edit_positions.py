@@ -98,7 +98,7 @@ def _lengths_to_subject(
     """Return the number of tokens of each prompt up to the end of its subject; 0: it has none there.
 
     The prompt is encoded whole and cut after its subject. What both have in common in front ends with the subject, in
-    a chat template too, and also if the tokenizer joins the subject's end to what follows.
+    a chat template too.
     """
     ends = [_end_of_subject(edit) for edit in edits]
     found = [number for number, end in enumerate(ends) if end]
@@ -109,10 +109,16 @@ def _lengths_to_subject(
     cut = [prompt._replace(text=prompt.text[: ends[number]]) for number, prompt in zip(found, prompts, strict=True)]
     encoded = encode_prompts([*prompts, *cut], tokenizer, chat_template_kwargs=chat_template_kwargs)
     for number, whole, part in zip(found, encoded[: len(found)], encoded[len(found) :], strict=True):
-        lengths[number] = next(
-            (n for n, (one, other) in enumerate(zip(whole, part, strict=False)) if one != other), len(part)
-        )
+        pairs = enumerate(zip(whole, part, strict=False))
+        common = next((n for n, (one, other) in pairs if one != other), min(len(whole), len(part)))
+        # a token may join the end of the subject to what follows, as in "Spain?"
+        ends_there = _bare(tokenizer.decode(whole[:common])).endswith(_bare(edits[number].subject or ""))
+        lengths[number] = common if ends_there else common + 1
     return lengths
+
+
+def _bare(text: str) -> str:
+    return "".join(text.casefold().split())
 
 
 def _end_of_subject(edit: Edit) -> int:

@@ -143,7 +143,7 @@ class LayersBehind:
 
     def __init__(self, model: nn.Module, layers: nn.ModuleList, layer: int) -> None:
         self.model, self.layers, self.layer = model, layers, layer
-        self.num_outputs = 0  # of a layer's tuple; 0: it returns the states alone
+        self.num_outputs: int | None = None  # of a layer's tuple; 0: it returns the states alone; not known yet
         self._cuts: bool | None = None  # not checked yet
 
     def states(self, inputs: dict[str, Any]) -> torch.Tensor:
@@ -157,7 +157,8 @@ class LayersBehind:
         handle = self.layers[self.layer].register_forward_hook(take)
         one = torch.zeros(1, dtype=torch.int64, device=inputs["input_ids"].device)
         try:
-            with torch.no_grad(), skipped(list(self.layers[self.layer + 1 :]), self.num_outputs):
+            behind = [] if self.num_outputs is None else list(self.layers[self.layer + 1 :])
+            with torch.no_grad(), skipped(behind, self.num_outputs or 0):
                 logits_at(self.model, one, one, inputs)
         finally:
             handle.remove()
@@ -180,7 +181,7 @@ class LayersBehind:
     ) -> torch.Tensor:
         with ExitStack() as stack:
             if cuts:
-                stack.enter_context(skipped(list(self.layers[: self.layer + 1]), self.num_outputs))
+                stack.enter_context(skipped(list(self.layers[: self.layer + 1]), self.num_outputs or 0))
                 stack.enter_context(entering(self.layers[0], lambda arriving: states))
             else:
 

@@ -37,7 +37,7 @@ from ..training.callbacks import logging_beside_bars
 from ..training.config import RECIPES, BreadthFirstConfig, batch_size_for
 from ..training.training_data import with_chat_template
 from ..tuner import LocFTConfig
-from ..tuner.presets import balanced_config
+from ..tuner.presets import balanced_config, resolve_location
 from .output_folder import check_output_folder, what_trials_leave
 from .rivals import RIVALS, Rivals
 from .trials import known_result, try_adapter
@@ -278,6 +278,8 @@ def _peft_config(baseline: Baseline, location: LocFTConfig | None, model: PreTra
     config.task_type = "CAUSAL_LM"
     if baseline.method != "LoRA":
         return config
+    if config.target_modules is None:  # PEFT's own default for LoRA is another location
+        resolve_location(config, model)
     return LoraConfig(
         r=LORA_RANK,
         lora_alpha=2 * LORA_RANK,

@@ -147,11 +147,12 @@ class Rivals:
         if len(self.tuning_edits) < SMALLEST_TUNING:
             why = f"{method}: published settings, as there are no other edits to choose them on."
             return RivalSettings("given", PUBLISHED[method]), [why]
+        modules = self.location.target_modules
         cell = {
             "tuning_edits": edits_sha256(self.tuning_edits),
             "method": method,
             "model": getattr(self.model.config, "name_or_path", ""),
-            "location": sorted(str(self.location.target_modules)),
+            "modules": sorted(modules) if isinstance(modules, set) else modules,
             "layers": self.location.layers_to_transform,
             "seed": self.args.seed,
         }
