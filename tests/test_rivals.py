@@ -17,7 +17,7 @@ from tokenizers_for_tests import make_tokenizer
 
 from peft_locft import Edit, EvaluationConfig, LocFTConfig
 from peft_locft.engine.memory import measured_usage
-from peft_locft.training.closed_form import ClosedFormSettings, check_location, edit_in_closed_form
+from peft_locft.training.closed_form import ClosedFormSettings, SharedWork, check_location, edit_in_closed_form
 from peft_locft.training.edit_positions import PlacedRow, control_rows, placed_rows
 from peft_locft.training.target_values import LayersBehind, ValueSearch, target_values
 from peft_locft.tuner.presets import find_decoder_layers
@@ -143,9 +143,9 @@ def args_for(folder: Path, **arguments: Any) -> Any:
     return recipe(folder, chat_template="off", preserve_tokens=256, preserve_cache_dir="off", **arguments)
 
 
-def written(model: Any, edits: list[Edit], method: Any, settings: Any, folder: Path, known: Any = None) -> Any:
+def written(model: Any, edits: list[Edit], method: Any, settings: Any, folder: Path, shared: Any = None) -> Any:
     tokenizer = make_tokenizer("llama2")
-    return edit_in_closed_form(model, tokenizer, edits, method, settings, args_for(folder), known_values=known)
+    return edit_in_closed_form(model, tokenizer, edits, method, settings, args_for(folder), shared=shared)
 
 
 STRONG = ClosedFormSettings(damping=1e-6, energy_share=0.1, num_prefixes=0, search=SEARCH)
@@ -158,10 +158,10 @@ def test_without_damping_a_closed_form_writes_the_target_values(method: Any, tmp
     base = base_model(sharp=True)
     before = base_state(base)
     model = get_peft_model(base, config)
-    known: dict[Any, Any] = {}
-    record = written(model, edits, method, STRONG, tmp_path, known)
+    shared = SharedWork()
+    record = written(model, edits, method, STRONG, tmp_path, shared)
     assert record.notes == [] and record.reused is None
-    ((values, _),) = known.values()
+    ((values, _),) = shared.values.values()
     rows = placed_rows(edits, make_tokenizer("llama2"))
     _, layers = find_decoder_layers(model)
     for row in rows.rows:
@@ -170,7 +170,7 @@ def test_without_damping_a_closed_form_writes_the_target_values(method: Any, tmp
                 {"input_ids": row.input_ids[None], "attention_mask": None, "use_cache": False}
             )
         torch.testing.assert_close(states[0, row.position], values.values[row.edit], rtol=1e-2, atol=1e-2)
-    again = written(peft_model(sharp=True, config=config), edits, method, STRONG, tmp_path, known)
+    again = written(peft_model(sharp=True, config=config), edits, method, STRONG, tmp_path, shared)
     assert again.reused is not None
     model.unload()
     assert_same_tensors(base_state(base), before)
@@ -179,10 +179,10 @@ def test_without_damping_a_closed_form_writes_the_target_values(method: Any, tmp
 def test_an_edit_can_be_written_into_a_conv1d(tmp_path: Path) -> None:
     config = LocFTConfig(target_modules=["mlp.c_proj"], layers_to_transform=[1], task_type="CAUSAL_LM")
     model = peft_model("gpt2", sharp=True, config=config)
-    known: dict[Any, Any] = {}
+    shared = SharedWork()
     edit = [WITH_SUBJECTS[0]]
-    written(model, edit, "MEMIT", STRONG, tmp_path, known)
-    ((values, _),) = known.values()
+    written(model, edit, "MEMIT", STRONG, tmp_path, shared)
+    ((values, _),) = shared.values.values()
     (row,) = placed_rows(edit, make_tokenizer("llama2")).rows
     inputs = {"input_ids": row.input_ids[None], "attention_mask": None, "use_cache": False}
     states = LayersBehind(model, find_decoder_layers(model)[1], 1).states(inputs)
@@ -192,12 +192,12 @@ def test_an_edit_can_be_written_into_a_conv1d(tmp_path: Path) -> None:
 def test_a_band_of_layers_shares_the_work(tmp_path: Path) -> None:
     edits = [WITH_SUBJECTS[number] for number in (0, 1, 5)]
     config = LocFTConfig(target_modules=["down_proj"], layers_to_transform=[0, 1], task_type="CAUSAL_LM")
-    model, known = peft_model(sharp=True, config=config), {}  # type: ignore[var-annotated]
-    written(model, edits, "MEMIT", STRONG, tmp_path, known)
+    model, shared = peft_model(sharp=True, config=config), SharedWork()
+    written(model, edits, "MEMIT", STRONG, tmp_path, shared)
     located = check_location(model, "MEMIT")
     assert [each.number for each in located] == [0, 1]
     assert all(each.delta.tensors()["weight"].any() for each in located)
-    ((values, _),) = known.values()
+    ((values, _),) = shared.values.values()
     row = placed_rows(edits, make_tokenizer("llama2")).rows[0]
     _, layers = find_decoder_layers(model)
     inputs = {"input_ids": row.input_ids[None], "attention_mask": None, "use_cache": False}

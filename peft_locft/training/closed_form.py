@@ -73,6 +73,46 @@ class ClosedFormRecord:
     reused: Usage | None = None
 
 
+class SharedWork:
+    """What edits in closed form on one base have in common: generated texts, statistics, target values.
+
+    Attributes:
+        values: target values by all that they depend on, each with what it used.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[Any, tuple[TargetValues, Usage]] = {}
+        self._prefixes: dict[tuple[int, int], tuple[str, ...]] = {}
+        self._texts: dict[int, torch.Tensor] = {}
+        self._statistics: dict[tuple[int, str], InputStatistics] = {}
+
+    def prefixes(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, num: int, args: BreadthFirstConfig
+    ) -> tuple[str, ...]:
+        """Return texts that the base generates to stand before prompts."""
+        if (num, args.seed) not in self._prefixes:
+            made = Preparations(model, args.preserve_cache_dir)
+            short = num // 2
+            found = generate_prefixes(model, tokenizer, short, num - short, seed=args.seed, preparations=made)
+            self._prefixes[num, args.seed] = found
+        return self._prefixes[num, args.seed]
+
+    def statistics(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, names: Sequence[str], args: BreadthFirstConfig
+    ) -> dict[str, InputStatistics]:
+        """Return the statistics of modules' inputs over the preserved text, by name."""
+        seed = args.seed
+        missing = [name for name in names if (seed, name) not in self._statistics]
+        if missing:
+            if seed not in self._texts:
+                made = Preparations(model, args.preserve_cache_dir)
+                self._texts[seed] = preserved_text(model, tokenizer, args, made)
+            folder, progress = statistics_folder(model, args.preserve_cache_dir), not args.disable_tqdm
+            found = input_statistics(model, self._texts[seed], missing, cache_dir=folder, progress=progress)
+            self._statistics |= {(seed, name): each for name, each in found.items()}
+        return {name: self._statistics[seed, name] for name in names}
+
+
 @dataclass(frozen=True)
 class Located:
     """One LocFT layer with a delta of its weight.
@@ -107,7 +147,7 @@ def edit_in_closed_form(
     settings: ClosedFormSettings,
     args: BreadthFirstConfig,
     *,
-    known_values: dict[Any, tuple[TargetValues, Usage]] | None = None,
+    shared: SharedWork | None = None,
 ) -> ClosedFormRecord:
     """Write edits into the LocFT deltas of a model, at once.
 
@@ -118,7 +158,7 @@ def edit_in_closed_form(
         method: `"MEMIT"`, `"AlphaEdit"` or `"UltraEdit"`.
         settings: what the method leaves open.
         args: form of the texts (`append_eos`, `chat_template`), preserved text, seed and progress bar.
-        known_values: target values of earlier calls on the same base, and what they used; new ones are added.
+        shared: what earlier calls on the same base have found; `None`: everything is found anew.
 
     Returns:
         What a reader of the results should know.
@@ -130,30 +170,24 @@ def edit_in_closed_form(
     if method == "UltraEdit":
         _ultraedit(model, tokenizer, edits, located, settings, args)
         return ClosedFormRecord()
-    made = Preparations(model, args.preserve_cache_dir)
-    num = settings.num_prefixes
-    prefixes = generate_prefixes(model, tokenizer, num // 2, num - num // 2, seed=args.seed, preparations=made)
-    rows = _rows(edits, tokenizer, args, prefixes)
-    key = (located[-1].number, settings.search, prefixes, tuple((edit.prompt, edit.target) for edit in edits))
-    known = {} if known_values is None else known_values
+    shared = SharedWork() if shared is None else shared
     _, layers = find_decoder_layers(model)
     last = located[-1].number
     assert last is not None
-    reused = known[key][1] if key in known else None
-    if key not in known:
+    prefixes = shared.prefixes(model, tokenizer, settings.num_prefixes, args)
+    statistics = shared.statistics(model, tokenizer, [each.name for each in located], args)
+    rows = _rows(edits, tokenizer, args, prefixes)
+    key = (last, settings.search, prefixes, tuple((edit.prompt, edit.target) for edit in edits))
+    reused = shared.values[key][1] if key in shared.values else None
+    if key not in shared.values:
         with measured_usage(_device(model)) as usage:
             controls, progress = control_rows(edits, tokenizer), not args.disable_tqdm
             values = target_values(model, layers, last, rows, controls, settings.search, progress=progress)
-        known[key] = values, usage
-    windows = preserved_text(model, tokenizer, args, made)
-    folder = statistics_folder(model, args.preserve_cache_dir)
-    statistics = input_statistics(
-        model, windows, [each.name for each in located], cache_dir=folder, progress=not args.disable_tqdm
-    )
+        shared.values[key] = values, usage
     for place, each in enumerate(located):
         keys, states = _keys_and_states(model, layers, each, last, rows)
         # each layer of the band writes an equal part of what the layers before have left
-        residuals = (known[key][0].values.to(states.device) - states) / (len(located) - place)
+        residuals = (shared.values[key][0].values.to(states.device) - states) / (len(located) - place)
         each.add(_solve(method, keys, residuals, statistics[each.name], settings))
     without = rows.num_without_subject
     note = f"{method}: {without} of {len(edits)} edits have no subject in their prompt; its last token was used."

@@ -22,10 +22,9 @@ from ..evaluation.evaluator import EditEvaluator
 from ..evaluation.report import EvaluationReport
 from ..io.files import write_atomically
 from ..locating.score import LocationScore
-from ..training.closed_form import ClosedForm, check_location, edit_in_closed_form
+from ..training.closed_form import ClosedForm, SharedWork, check_location, edit_in_closed_form
 from ..training.config import BreadthFirstConfig
 from ..training.input_statistics import layer_numbers
-from ..training.target_values import TargetValues
 from ..tuner import LocFTConfig
 from .rival_settings import PUBLISHED, RivalSettings, choose_settings, described, from_description
 from .trials import known_result
@@ -78,7 +77,7 @@ class Rivals:
     folder: Path
 
     def __post_init__(self) -> None:
-        self._values: dict[Any, tuple[TargetValues, Usage]] = {}
+        self._shared = SharedWork()
         self._tuner: EditEvaluator | None = None
 
     def why_not(self, method: str) -> str | None:
@@ -129,7 +128,7 @@ class Rivals:
         try:
             with measured_usage(next(self.model.parameters()).device) as usage:
                 record = edit_in_closed_form(
-                    edited, self.tokenizer, edits, method, settings.method, args, known_values=self._values
+                    edited, self.tokenizer, edits, method, settings.method, args, shared=self._shared
                 )
             if record.reused is not None:  # every method pays for its target values
                 usage.seconds += record.reused.seconds
