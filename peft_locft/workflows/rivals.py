@@ -164,7 +164,10 @@ class Rivals:
             tuner = self._tuner
 
             def score(settings: RivalSettings) -> float:
-                found = rule.of(self._edited(method, settings, self.tuning_edits, tuner, self.args)[0])
+                try:
+                    found = rule.of(self._edited(method, settings, self.tuning_edits, tuner, self.args)[0])
+                except FloatingPointError:  # the edited model is broken: its logits are NaN
+                    found = 0.0
                 logger.info("%s, %s: score %.3f", method, described(method, settings), found)
                 return found
 
