@@ -11,6 +11,7 @@ from tokenizers_for_tests import make_tokenizer
 
 from peft_locft import Edit, EvaluationConfig, Probe
 from peft_locft.data.edit_retrieval import EditRetrieval
+from peft_locft.evaluation import evaluator as evaluator_module
 from peft_locft.evaluation.evaluator import EditEvaluator
 
 FACTS = [
@@ -81,7 +82,8 @@ def test_only_the_edited_model_is_asked_the_rewritten_prompt() -> None:
     assert whole.evaluate(peft_model()).notes == []
 
 
-def test_fluency_is_of_the_rewritten_prompts_too() -> None:
+def test_fluency_is_of_the_rewritten_prompts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluator_module, "FLUENCY_TOKENS", 12)
     config = EvaluationConfig(protocols=["fluency"], max_fluency_edits=2)
     model = base_model(max_position_embeddings=512)
     fluency = EditEvaluator(model, make_tokenizer("llama2"), EDITS, config)

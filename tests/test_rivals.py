@@ -35,7 +35,7 @@ from peft_locft.workflows.rival_settings import (
 
 SUBJECTS = ("France", "Spain", "Spain", "France", None, "Dave", "city", "the city")
 WITH_SUBJECTS = [replace(edit, subject=subject) for edit, subject in zip(PROBED, SUBJECTS, strict=True)]
-SEARCH = ValueSearch(rate=0.5, steps=60, clamp=50.0, decay=0.0)
+SEARCH = ValueSearch(rate=0.5, steps=30, clamp=50.0, decay=0.0)
 
 
 # ---------------------------------------------------------------------- where a fact is read

@@ -242,7 +242,8 @@ class EditEvaluator:
             encoder = self._encoder([replace(item, prompt=self.rewrite(item.prompt)) for item in self.items])
             check_fits(self.model, encoder.questions(), self.tokenizer)
         answers = self._edited_answers(encoder.questions(self._before))
-        return PairedReplies(self.edits, self.items, encoder.replies(answers), self._before)
+        before = None if self.as_base is None else self._before
+        return PairedReplies(self.edits, self.items, encoder.replies(answers), before)
 
     def _base_answers(self, questions: Sequence[Question], choose: Choice = greedy) -> list[Answer] | None:
         if self.as_base is None:
