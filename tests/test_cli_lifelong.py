@@ -10,10 +10,10 @@ from tiny_training import EDITS, base_model
 from tokenizers_for_tests import make_tokenizer
 
 from peft_locft.adapters import shipped_edits
-from peft_locft.adapters.shipped_edits import edit_lines
 from peft_locft.cli.arguments import parse_train
 from peft_locft.cli.commands import main
 from peft_locft.data import edit_id
+from peft_locft.data.edit_types import edit_lines
 
 RUN = ["--num_train_epochs", "1", "--use_cpu", "--disable_tqdm", "True"]
 RESUMED = ["--resume_from_adapter", "a", "--output_dir", "o", "--use_cpu"]

@@ -27,11 +27,10 @@ FULL = Edit(
 ABOUT = {"subject": "s", "ground_truth": "g"}
 PROBES = {"locality_prompt": ["l1", "l2"], "locality_ground_truth": ["a1", "a2"]}
 PROBES |= {"portability_prompt": ["q"], "portability_ground_truth": ["a"]}
-KINDS: dict[str, Any] = {"portability": {"Reasoning": [{"prompt": "q", "ground_truth": "a"}], "Other": None}}
-KINDS["locality"] = {"Relation_Specificity": [{"prompt": "l1", "ground_truth": ["a1"]}]}
-KINDS["locality"]["Forgetfulness"] = [{"prompt": "l2", "ground_truth": [["a2", "alias"]]}]
-COLUMNS: dict[str, Any] = {"portability": {"synonym": {"prompt": "q", "ground_truth": "a"}}}
-COLUMNS["locality"] = {"neighborhood": {"prompt": ["l1", "l2"], "ground_truth": ["a1", "a2"]}}
+KINDS: dict[str, Any] = {"portability": {"0": {"prompt": "q", "ground_truth": "a"}}}
+KINDS["locality"] = [{"prompt": "l1", "ground_truth": [["a1"]]}, {"prompt": "l2", "ground_truth": [["a2"]]}]
+COLUMNS: dict[str, Any] = {"portability": {"prompt": "q", "ground_truth": "a"}}
+COLUMNS["locality"] = {"prompt": ["l1", "l2"], "ground_truth": ["a1", "a2"]}
 OURS: dict[str, Any] = {"portability": [{"prompt": "q", "answer": "a"}]}
 OURS["locality"] = [{"prompt": "l1", "answer": "a1"}, {"prompt": "l2", "answer": "a2"}]
 ZSRE: dict[str, Any] = {"loc": ["l1", "l2"], "loc_ans": ["a1", "a2"]}
@@ -91,7 +90,7 @@ def test_csv_says_the_same(tmp_path: Path) -> None:
 def test_counterfact_as_first_published_and_conversations() -> None:
     rewrite = {"prompt": "{}?", "subject": "s", "target_new": {"str": "t"}, "target_true": {"str": "g", "id": "Q1"}}
     record = {"requested_rewrite": rewrite, "paraphrase_prompts": ["r"], "neighborhood_prompts": ["l1", "l2"]}
-    same = {"src": "s?", "alt": "t", "rephrase": "r", "loc": ["l1", "l2"], "loc_ans": ["g", "g"]} | ABOUT
+    same = {"src": "s?", "alt": "t", "rephrase": "r", "neighbor": ["l1", "l2"], "neighbor_ans": ["g", "g"]} | ABOUT
     assert read_edits([record]) == read_edits([same])
     turns = {"prompt": [{"role": "user", "content": "Who?"}], "completion": [{"role": "assistant", "content": " Me"}]}
     # the space that begins a completion is kept
@@ -267,17 +266,16 @@ BAD_FIELDS: dict[str, tuple[dict[str, object], str]] = {
     "null target": ({"alt": None}, r"'alt': found nothing \(None\); expected text: add it"),
     "NaN target": ({"alt": float("nan")}, r"'alt': found nothing \(nan\)"),
     "blank prompt": ({"src": "\n"}, "'src': found nothing"),
-    "number": ({"alt": 12}, r"'alt': found 12 \(int\); expected text: write \"12\" with quotes"),
-    "record as target": ({"alt": {"str": "b"}}, r"'alt': found .*\(dict\); expected text$"),
+    "number": ({"src": 12}, r"'src': found 12 \(int\); expected text: write \"12\" with quotes"),
+    "record as target": ({"alt": {"id": "b"}}, r"'alt': found .*; expected text, or a record with one of value, str"),
+    "infinite": ({"alt": float("inf")}, r"'alt': found inf \(float\); expected text"),
     "half a character": ({"alt": "\ud83d"}, "'alt': unpaired UTF-16 surrogate .*re-export the file as UTF-8"),
     "number as rephrasing": ({"rephrase": ["c", 3]}, "'rephrase': found 3"),
-    "number as subject": ({"subject": 3}, "'subject': found 3"),
-    "number as ground truth": ({"answers": [3]}, "'answers': found 3"),
     "answer without question": ({"loc_ans": "c"}, "'loc': found nothing"),
     "fewer answers": ({"loc": ["c", "d"], "loc_ans": ["e"]}, r"'loc_ans': found 2 prompts and \['e'\]; expected one"),
     "one answer for two": ({"loc": ["c", "d"], "loc_ans": "e"}, "'loc_ans': found 2 prompts and 'e'; expected"),
-    "text for probes": ({"locality": "c"}, "'locality': found 'c'; expected records such as"),
-    "number in a probe": ({"locality": {"kind": [{"prompt": "c", "answer": 3}]}}, "'locality.kind.answer': found 3"),
+    "number for probes": ({"locality": [3]}, "'locality': found 3 .int.; expected text"),
+    "number in a probe": ({"locality": {"kind": [{"prompt": 3, "answer": "c"}]}}, "'locality.kind.prompt': found 3"),
     "two turns": (
         {"alt": [{"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]},
         "'src': found messages with the roles user, assistant, user; expected a conversation whose last two are",

@@ -14,6 +14,7 @@ from peft_locft.data import encoding
 from peft_locft.data.chat import ChatWriter
 from peft_locft.data.edits import Edit, Prompt, read_edits
 from peft_locft.data.encoding import EncodedEdit, EncodedEdits, collate, encode_edits, encode_prompts
+from peft_locft.data.joining import join_prompt
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -87,9 +88,8 @@ words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁
 def test_any_text_is_cut_where_the_target_begins(family: str, prompt: str, target: str) -> None:
     tokenizer = make_tokenizer(family)
     edit = encode_edits([Edit(prompt=prompt, target=target)], tokenizer, append_eos=False)[0]
-    separator = "" if target[0].isspace() else " "
     assert tokenizer.decode(edit.input_ids[: edit.target_start], skip_special_tokens=True) == prompt
-    assert tokenizer.decode(edit.input_ids, skip_special_tokens=True) == prompt + separator + target
+    assert tokenizer.decode(edit.input_ids, skip_special_tokens=True) == join_prompt(prompt, target)
 
 
 @every_family

@@ -146,7 +146,7 @@ def test_probabilities_are_compared_and_their_harmonic_mean_is_the_edit_score(
         assert [values(report, name)[when] for name in names] == means
         expected = 0.0 if 0 in means else 3 / sum(1 / mean for mean in means)
         assert values(report, "edit_score")[when] == pytest.approx(expected)
-    assert report["reliability_more_probable"].meaning.endswith("(ES)")
+    assert report["reliability_more_probable"].in_papers == "ES"
 
 
 def test_rows_hold_every_answer(report: EvaluationReport) -> None:

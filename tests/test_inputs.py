@@ -135,9 +135,9 @@ def test_lists_in_cells_are_lists(tmp_path: Path) -> None:
 
 
 def test_columns_that_look_like_part_of_an_edit_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    read_edits([RECORDS[0] | {"Context": "Norway is a country.", "paraphrase_1": "q", "id": 3, "local": ""}])
+    read_edits([RECORDS[0] | {"Context": "Norway is a country.", "contexts": "q", "id": 3, "local": ""}])
     assert "row 0: " not in caplog.text
-    assert "edits: the columns context, paraphrase_1 are not read. Names that are: rephrasings" in caplog.text
+    assert "edits: the columns context, contexts are not read. Names that are: rephrasings" in caplog.text
     caplog.clear()
     read_edits([RECORDS[0] | {"id": 3, "relation": "capital"}])
     assert caplog.text == ""
@@ -173,7 +173,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "text": (lambda folder: f"{NORWAY} Bergen\n" * 300, "found no such file; expected a file of edits"),
     "list of texts": (lambda folder: [NORWAY, "Bergen"], r"row 0: found .* \(str\); .*pair \(prompt, target\)"),
     "triples": (lambda folder: [("Norway", "capital", "Bergen")], "row 0: found .*tuple.*a pair"),
-    "numbers": (lambda folder: pandas.DataFrame({"prompt": ["a"], "target": [7]}), 'write "7" with quotes'),
+    "numbers as prompts": (lambda folder: pandas.DataFrame({"prompt": [7], "target": ["a"]}), 'write "7" with quotes'),
     "input beside an instruction": (
         lambda folder: [{"instruction": "Translate", "input": "hello", "output": "hei"}],
         "may be instruction and output; input and output; expected exactly one pair: .*join those",
@@ -185,7 +185,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a record without a target": (lambda folder: {"Prompt": "a", "id": "b"}, "row 0: no prompt / target columns"),
     "a line without a target": (lambda folder: touched(folder, "a.jsonl", '{"prompt": "a"}'), "a.jsonl:1: no pro"),
     "two lists": (lambda folder: {"a": RECORDS, "b": RECORDS}, "found no split 'train', but a, b; pass split="),
-    "numbers as targets": (lambda folder: {NORWAY: 7}, r"found the keys \['The capital.*\nA file that works"),
+    "a set as target": (lambda folder: {NORWAY: {"Bergen"}}, r"found the keys \['The capital.*\nA file that works"),
     "adapter": (lambda folder: touched(folder, "adapter_config.json").parent, "found the folder of an adapter"),
     "model": (lambda folder: touched(folder, "config.json").parent, "folder of a model.*model and the edits swapped"),
     "folder": (lambda folder: touched(folder, "edits.csv").parent, "found a folder; .*In it: edits.csv"),

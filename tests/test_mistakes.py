@@ -68,7 +68,7 @@ CALLS: dict[str, tuple[list[str], dict[str, str], str]] = {
     "no header": (train("model", "a.csv"), {"a.csv": "The city is,Oslo\n"}, "columns The city is, Oslo; .*missing\\?"),
     "Excel": (train("model", "a.xlsx"), {"a.xlsx": "PK"}, "found '.xlsx'; .*save the sheet as \"CSV UTF-8\""),
     "target missing": (train("model", "a.csv"), {"a.csv": "prompt,target\na,b\nc,"}, "a.csv:3: field 'target': found"),
-    "number as target": (train("model", "a.json"), {"a.json": '[{"prompt": "a", "target": 7}]'}, 'write "7" with'),
+    "number as prompt": (train("model", "a.json"), {"a.json": '[{"prompt": 7, "target": "a"}]'}, 'write "7" with'),
     "a layer beyond": (
         train("model", "edits.jsonl", "--layers_to_transform", "99"),
         {},

@@ -12,6 +12,7 @@ import pytest
 from peft_locft import Edit, Probe
 from peft_locft.engine.questions import Score
 from peft_locft.evaluation.items import Reply, eval_items
+from peft_locft.evaluation.kinds import PUBLISHED
 from peft_locft.evaluation.metrics import METRICS
 from peft_locft.evaluation.tabulation import PairedReplies
 
@@ -77,7 +78,7 @@ def test_every_item_is_scored_once_by_a_metric(monkeypatch: pytest.MonkeyPatch) 
         metric = METRICS[name]
 
         def score(item: Any, reply: Any, base: Any) -> float | None:
-            assert item.kind in metric.kinds
+            assert name in PUBLISHED[item.kind].metrics
             calls[name, item.prompt, id(reply)] += 1
             return metric.score(item, reply, base)
 
@@ -88,4 +89,4 @@ def test_every_item_is_scored_once_by_a_metric(monkeypatch: pytest.MonkeyPatch) 
     scored = paired().scored(PROTOCOLS)
     scored.columns(), scored.rows(), scored.columns()
     assert set(calls.values()) == {1}
-    assert {name for name, _, _ in calls} == set(METRICS)
+    assert {name for name, _, _ in calls} == {name for kind in PUBLISHED.values() for name in kind.metrics}

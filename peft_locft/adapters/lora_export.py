@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, convert_to_lora
 from transformers.pytorch_utils import Conv1D
 
+from ..data.chat import written_form
 from ..data.edits import Edit, EditSource, read_edits
 from ..engine.loading import auto_class_of, load_config, load_model
 from ..evaluation.config import EvaluationConfig
@@ -227,7 +228,7 @@ def _evaluate(
     model, tokenizer = load_model(base, dtype, revision=revision)
     run, args = adapter.provenance.run, EvaluationConfig(protocols=["generation"])
     if run is not None:
-        args = replace(args, chat_template=run.chat_template, chat_template_kwargs=run.chat_template_kwargs)
+        args = replace(args, **written_form(run)._asdict())
     edited = PeftModel.from_pretrained(model, adapter.folder)
     before = evaluate_edits(edited, tokenizer, edits, args, progress=False)
     approximated = PeftModel.from_pretrained(edited.unload(), lora)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, get_args
 from torch import nn
 
 from .._version import package_versions
-from ..data.chat import ChatTemplate, chat_template_mode, mark_chat_template
+from ..data.chat import ChatTemplate, chat_template_mode, mark_form
+from ..data.joining import TargetSeparator, target_separator_mode
 from ..data.leaks import mark_trained, trained_prompts_record
 from ..evaluation.report import EvaluationReport, curves_from_json, curves_to_json
 from ..io.json_checks import (
@@ -129,6 +130,11 @@ class TrainingRun:
         return dict(self.recipe.get("chat_template_kwargs") or {})
 
     @property
+    def target_separator(self) -> TargetSeparator:
+        """What stood between prompts and targets; `"space"` if it is not recorded, as it always was then."""
+        return target_separator_mode(self.recipe.get("target_separator", "space"), "recipe.target_separator")
+
+    @property
     def is_depth_first(self) -> bool:
         return bool(self.recipe["edit_order"] == "depth_first")
 
@@ -174,7 +180,7 @@ def mark_run(model: nn.Module, run: TrainingRun) -> None:
     """Store on a model what its evaluations need to know of its training: trained prompts, and the chat template."""
     if run.augmentation is not None:
         mark_trained(model, run.augmentation.trained_prompts)
-    mark_chat_template(model, run.chat_template, run.chat_template_kwargs)
+    mark_form(model, run)
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,6 +348,7 @@ def _is_recipe(value: Any) -> bool:
         and all(is_text(value.get(name)) for name in RECIPE_NAMES)
         and value.get("chat_template", "off") in (True, False, *get_args(ChatTemplate))
         and or_none(dict_of(lambda item: True))(value.get("chat_template_kwargs"))
+        and value.get("target_separator", "auto") in get_args(TargetSeparator)
     )
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ..data.edits import Edit, OnConflict, Prompt, collapse_whitespace, edits_sha256, read_edits
+from ..data.edit_types import edit_lines
+from ..data.edits import Edit, OnConflict, Prompt, edits_sha256, prompt_identity, read_each_edit, read_edits
 from ..io.files import write_atomically
 from .provenance import TrainingRun
 from .reading import check_adapter, read_lines
@@ -29,18 +28,6 @@ def ship_edits(folder: Path, edits: Sequence[Edit], run: TrainingRun | None) -> 
     write_atomically(folder / EDITS_NAME, edit_lines(edits))
 
 
-def edit_lines(edits: Sequence[Edit]) -> str:
-    """Return edits as JSON, one object per line, for `read_edits`. The prompt of a conversation is its messages."""
-    return "".join(json.dumps(_record(edit), ensure_ascii=False) + "\n" for edit in edits)
-
-
-def _record(edit: Edit) -> dict[str, Any]:
-    record = {name: value for name, value in asdict(edit).items() if name not in ("source", "history") and value}
-    if edit.history is not None:
-        record["prompt"] = [*map(asdict, edit.history), {"role": "user", "content": edit.prompt}]
-    return record
-
-
 def shipped_edits(folder: str | os.PathLike[str]) -> list[Edit] | None:
     """Return the edits that an adapter folder ships; `None` if it ships none.
 
@@ -53,9 +40,7 @@ def shipped_edits(folder: str | os.PathLike[str]) -> list[Edit] | None:
     if not os.path.lexists(file):
         return None
     records = read_lines(adapter.folder, EDITS_NAME, MAX_EDITS_BYTES)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".* prompts have several targets")
-        edits = read_edits(records)
+    edits = read_each_edit(records)
     _check_edits(edits, adapter.provenance.run, file)
     return edits
 
@@ -136,7 +121,7 @@ def find_conflicts(adapters: Sequence[str | os.PathLike[str]]) -> Conflicts:
             continue
         num_edits[name] = len(edits)
         for edit in edits:
-            by_adapter = targets.setdefault(Prompt(collapse_whitespace(edit.prompt), edit.history), {})
+            by_adapter = targets.setdefault(prompt_identity(edit), {})
             by_adapter[name] = tuple(dict.fromkeys([*by_adapter.get(name, ()), edit.target]))
     conflicts = [Conflict(prompt.text, by_adapter) for prompt, by_adapter in targets.items() if len(by_adapter) > 1]
     return Conflicts(sorted(conflicts, key=lambda conflict: conflict.agree), without_edits, num_edits)

@@ -211,6 +211,10 @@ class BaselineArguments(LoadArguments):
     num_tuning_edits: int = field(default=30, metadata={"help": "Use only the first N of these."})
     text: str | None = field(default=None, metadata={"help": TEXT.replace(" and KL", "")})
     max_text_tokens: int = field(default=16384, metadata={"help": "Use only the first N tokens of that text."})
+    contexts: list[str] | None = field(default=None, metadata={"help": "As in `locft evaluate`; default: none."})
+    probes: list[str] | None = field(
+        default=None, metadata={"help": "Also measure belief, locality_rings, …, as in `locft evaluate`; or all."}
+    )
 
 
 # by title, the flags that `--help` shows; `--help-all` shows the others
@@ -227,7 +231,7 @@ TRAIN_SECTIONS = {
 }
 EVALUATE_SECTIONS = {
     "model and edits": ("edits", "num_edits", "adapter", "model_name_or_path", "base_model_name_or_path"),
-    "what to measure": ("protocols", "text", "tasks", "chat_template"),
+    "what to measure": ("protocols", "contexts", "probes", "text", "tasks", "chat_template"),
     "output": ("output_dir",),
 }
 LOCATE_SECTIONS = {
@@ -239,7 +243,7 @@ LOCATE_SECTIONS = {
 }
 BASELINE_SECTIONS = {
     "model and edits": ("model_name_or_path", "edits", "num_edits"),
-    "what to compare": ("methods", "text", "num_seeds", "columns", "tuning_edits"),
+    "what to compare": ("methods", "text", "probes", "num_seeds", "columns", "tuning_edits"),
     "where to edit": ("target_modules", "layers_to_transform"),
     "recipe": _RECIPE,
     "output": ("output_dir",),
@@ -347,7 +351,10 @@ def parse_baselines(argv: Sequence[str]) -> dict[str, Any]:
     )
     run, location, args = parser.parse_fields(parser.with_config_file(argv))
     given = locft_config(location) if changed_fields(location) else None
-    return vars(run) | {"location": given, "args": args}
+    arguments = vars(run)
+    asked = {name: arguments.pop(name) for name in ("protocols", "contexts", "probes", "max_text_tokens")}
+    evaluation = EvaluationConfig(**{name: value for name, value in asked.items() if value is not None})
+    return arguments | {"location": given, "args": args, "evaluation": evaluation}
 
 
 # ---------------------------------------------------------------------- what the commands share

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from .edits import Edit, fold_case, prompts_of
-
-SENTENCE_ENDS = ".!?"
+from .joining import TargetSeparator, join_prompt
+from .scripts import ends_sentence, find_word, full_stop, replace_word
 
 
 def with_prefix(edit: Edit, prefix: str) -> Edit:
-    """Put a text before an edit's prompt: `prefix + ". " + prompt`.
+    """Put a text before an edit's prompt: `prefix + ". " + prompt`, with the full stop of the prefix's script.
 
     Source: Gangadhar and Stratos, "Model Editing by Pure Fine-Tuning" (arXiv 2402.11078), after ROME's evaluation. A
     chat template puts both into the user's turn.
@@ -27,7 +26,7 @@ def with_prefix(edit: Edit, prefix: str) -> Edit:
         >>> with_prefix(Edit(prompt="The capital of France is", target="Lyon"), "In the morning").prompt
         'In the morning. The capital of France is'
     """
-    return replace(edit, prompt=f"{prefix}. {edit.prompt}")
+    return replace(edit, prompt=prefix + full_stop(prefix) + edit.prompt)
 
 
 def paraphrased(edit: Edit) -> list[Edit]:
@@ -35,7 +34,7 @@ def paraphrased(edit: Edit) -> list[Edit]:
     return [replace(edit, prompt=paraphrase) for paraphrase in edit.paraphrases]
 
 
-def concatenated(edit: Edit, fact: Edit) -> Edit:
+def concatenated(edit: Edit, fact: Edit, separator: TargetSeparator = "auto") -> Edit:
     """Append an unrelated fact to an edit's target, so that the model learns to continue after the target.
 
     Source: SAUL (arXiv 2410.02433). The scored text is: the edit's target, a full stop (unless the target ends with
@@ -45,29 +44,31 @@ def concatenated(edit: Edit, fact: Edit) -> Edit:
     Args:
         edit: an edit; its other fields do not change.
         fact: a fact that must stay true, such as one of `BaseAnswers.edits`.
+        separator: what stands between the fact's prompt and target, as in `encode_edits`.
 
     Example:
         >>> concatenated(Edit(prompt="The capital of France is", target="Lyon"), Edit(prompt="Dogs", target="bark"))
         Edit(prompt='The capital of France is', target='Lyon. Dogs bark', …)
     """
-    space = "" if fact.prompt[-1].isspace() or fact.target[0].isspace() else " "
-    return replace(edit, target=f"{_ended(edit.target)} {fact.prompt}{space}{fact.target}")
+    return replace(edit, target=f"{_ended(edit.target)}{join_prompt(fact.prompt, fact.target, separator)}")
 
 
-def as_sentence(edit: Edit) -> str:
+def as_sentence(edit: Edit, separator: TargetSeparator = "auto") -> str:
     """Return an edit as a sentence: its prompt, its target, and a full stop unless the target ends with one.
+
+    The space that the script writes after a full stop is at the end.
 
     Example:
         >>> as_sentence(Edit(prompt="The capital of France is", target="Lyon"))
-        'The capital of France is Lyon.'
+        'The capital of France is Lyon. '
     """
-    space = "" if edit.prompt[-1].isspace() or edit.target[0].isspace() else " "
-    return f"{edit.prompt}{space}{_ended(edit.target)}"
+    return join_prompt(edit.prompt, _ended(edit.target), separator)
 
 
 def _ended(text: str) -> str:
     text = text.rstrip()
-    return text if text[-1] in SENTENCE_ENDS else f"{text}."
+    stop = full_stop(text)
+    return text + (stop[len(stop.rstrip()) :] if ends_sentence(text) else stop)
 
 
 def swapped_subjects(
@@ -123,15 +124,13 @@ def _swaps(
     own = {name: place for place, name in enumerate(by_name)}
     others = list(by_name.values()) if subjects is None else list(subjects)
     templates = [
-        (number, subject_in_prompt, edit.prompt, own[fold_case(edit.subject)])
+        (number, edit.subject, edit.prompt, own[fold_case(edit.subject)])
         for number, edit in enumerate(edits)
-        if edit.subject
-        and (subject_in_prompt := re.compile(rf"(?<!\w){re.escape(edit.subject)}(?!\w)")).search(edit.prompt)
+        if edit.subject and find_word(edit.prompt, edit.subject) is not None
     ]
     order = random.permutation(len(templates)).tolist()
     # among the edits' own subjects, shift 0 is the edit's own
     first = 1 if subjects is None else 0
     for shift in (first + random.permutation(max(0, len(others) - first))).tolist():
-        for number, subject_in_prompt, prompt, place in (templates[position] for position in order):
-            other = others[(place + shift) % len(others)].replace("\\", r"\\")
-            yield number, subject_in_prompt.sub(other, prompt)
+        for number, subject, prompt, place in (templates[position] for position in order):
+            yield number, replace_word(prompt, subject, others[(place + shift) % len(others)])

@@ -8,9 +8,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from .edits import Edit, Message, Prompt, place_of, prompt_of
+from .joining import TargetSeparator
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,7 +23,7 @@ logger = logging.getLogger(__name__)
 ChatTemplate = Literal["auto", "on", "off", "both"]
 
 ADVICE = "set tokenizer.chat_template, or pass chat_template='off'"
-MARK = "locft_chat_template"
+MARK = "locft_written_form"
 ANSWER = "the answer whose place is looked for"
 # what opens thoughts, at the end of a generation prompt: <think>, [THINK], <|START_THINKING|>
 OPENED = re.compile(r"[<\[]\|?(?:START_)?(\w+)\|?[>\]]\s*\Z")
@@ -135,20 +137,33 @@ def prompts_in_forms(prompts: Iterable[str | Prompt], chat_template: bool | str)
     return [prompt_of(edit) for edit in in_forms(edits, chat_template)]
 
 
-def mark_chat_template(model: nn.Module, chat_template: object, template_kwargs: Mapping[str, Any] | None) -> None:
+class WrittenForm(NamedTuple):
+    """How edits are written in a training run: the settings that an evaluation takes over."""
+
+    chat_template: ChatTemplate = "auto"
+    chat_template_kwargs: Mapping[str, Any] = MappingProxyType({})
+    target_separator: TargetSeparator = "auto"
+
+
+def written_form(trained: Any) -> WrittenForm:
+    """Return how a recipe or a recorded run writes edits; it has the three settings of [`WrittenForm`]."""
+    template_kwargs = dict(trained.chat_template_kwargs or {})
+    return WrittenForm(chat_template_mode(trained.chat_template), template_kwargs, trained.target_separator)
+
+
+def mark_form(model: nn.Module, trained: Any) -> None:
     """Store on a model how its edits were written, for evaluations in this process.
 
     Args:
         model: gets an attribute, which is not saved.
-        chat_template: the setting of the training, see [`chat_template_mode`].
-        template_kwargs: the arguments of the template.
+        trained: a recipe or a recorded run.
     """
-    setattr(model, MARK, (chat_template_mode(chat_template), dict(template_kwargs or {})))
+    setattr(model, MARK, written_form(trained))
 
 
-def marked_chat_template(model: nn.Module) -> tuple[ChatTemplate, dict[str, Any]] | None:
-    """Return what [`mark_chat_template`] has stored on a model; `None` if it has stored nothing."""
-    found: tuple[ChatTemplate, dict[str, Any]] | None = getattr(model, MARK, None)
+def marked_form(model: nn.Module) -> WrittenForm:
+    """Return what [`mark_form`] has stored on a model; settings that leave all open if it has stored nothing."""
+    found: WrittenForm = getattr(model, MARK, WrittenForm())
     return found
 
 

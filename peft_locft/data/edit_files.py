@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..io.untrusted_json import unique_pairs
-from .edit_records import KNOWN_COLUMNS, SHAPE, SHAPE_OF_JSON, column_name, vocabularies, with_column_names
+from .column_names import SHAPE, SHAPE_OF_JSON, column_name, is_known, vocabularies, with_column_names
+from .field_values import as_text
+from .languages import language_code
 from .tables import Row, table_rows
 from .text_files import read_text
 
@@ -71,10 +73,15 @@ def _records_of_mapping(mapping: Mapping[Any, Any], split: str, place: str) -> A
         if len({len(each) for each in columns.values()}) > 1:
             raise ValueError(f"{place}: found columns of different lengths; expected a value of each in every record")
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    if any(column_name(name) in KNOWN_COLUMNS for name in mapping):
+    if any(is_known(column_name(name)) for name in mapping) and not all(map(_has_edit, mapping.values())):
         return [mapping]  # a record that lacks its target, say, and no dictionary from prompts to targets
-    if all(isinstance(target, str) for target in mapping.values()):
+    if all(isinstance(as_text(target), str) for target in mapping.values()):
         return list(mapping.items())
+    if mapping and all(map(_has_edit, mapping.values())):
+        # one fact in several languages, or records by their ids
+        return [mapping] if all(map(language_code, mapping)) else list(mapping.values())
+    if (rows := _rows_by_language(mapping)) is not None:
+        return rows
     lists = [name for name, value in mapping.items() if isinstance(value, (list, tuple))]
     splits = [name for name, value in mapping.items() if hasattr(value, "features")]
     if len(lists) == 1 and not splits and not any(isinstance(value, Mapping) for value in mapping.values()):
@@ -83,6 +90,19 @@ def _records_of_mapping(mapping: Mapping[Any, Any], split: str, place: str) -> A
         raise ValueError(f"{place}: found no split {split!r}, but {', '.join(map(str, splits + lists))}; pass split=")
     expected = 'expected one record, a dictionary from prompts to targets, or {"data": [records]}'
     raise ValueError(f"{place}: found the keys {reprlib.repr(list(mapping))}; {expected}\n{SHAPE}")
+
+
+def _has_edit(value: Any) -> bool:
+    named = with_column_names(value)
+    return isinstance(named, dict) and bool(vocabularies(named.keys()))
+
+
+def _rows_by_language(mapping: Mapping[Any, Any]) -> list[Any] | None:
+    """Return the facts of equally long lists of records by language, one record per fact."""
+    lists = [value for value in mapping.values() if isinstance(value, (list, tuple)) and all(map(_has_edit, value))]
+    if not lists or len(lists) < len(mapping) or len(set(map(len, lists))) > 1 or not all(map(language_code, mapping)):
+        return None
+    return [dict(zip(mapping, records, strict=True)) for records in zip(*lists, strict=True)]
 
 
 def _load_from_hub(name: str, split: str) -> "datasets.Dataset":

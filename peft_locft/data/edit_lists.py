@@ -10,7 +10,7 @@ import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .edits import Edit, Prompt, collapse_whitespace, prompt_of, read_edits
+from .edits import Edit, Prompt, prompt_identity, prompt_of, read_edits, same_text
 from .text_files import read_lines
 
 ID_DIGITS = 12
@@ -41,8 +41,8 @@ class EditPlan:
     @property
     def restored(self) -> list[Prompt]:
         """Prompts of withdrawn edits that no other edit has, each once; the model answers them as the base again."""
-        edited = {_key(edit) for edit in self.edits}
-        return list(dict.fromkeys(prompt_of(edit) for edit in self.withdrawn if _key(edit) not in edited))
+        edited = {prompt_identity(edit) for edit in self.edits}
+        return list(dict.fromkeys(prompt_of(edit) for edit in self.withdrawn if prompt_identity(edit) not in edited))
 
     @property
     def restored_prompts(self) -> list[str]:
@@ -75,9 +75,9 @@ def describe_edits(edits: Iterable[Edit]) -> str:
 def merge_edit_lists(known: Sequence[Edit], new: Sequence[Edit] = (), forget: Iterable[str] = ()) -> EditPlan:
     """Return which known edits stay, which new ones are added or replace others, and which are withdrawn.
 
-    Prompts are compared with single spaces, and with the messages before them. A new edit with the prompt and target
-    of a known one is merged with it, with the rephrasings and probes of both. A new edit with another target replaces
-    all known edits of its prompt.
+    Prompts and targets are compared by `edits.same_text`, with the messages before them. A new edit with the prompt
+    and target of a known one is merged with it, with the rephrasings and probes of both. A new edit with another
+    target replaces all known edits of its prompt.
 
     Args:
         known: the edits of an adapter.
@@ -94,28 +94,28 @@ def merge_edit_lists(known: Sequence[Edit], new: Sequence[Edit] = (), forget: It
     """
     withdrawn = _named(known, forget)
     going = set(map(id, withdrawn))
-    both = [edit.prompt for edit in new if _key(edit) in {_key(edit) for edit in withdrawn}]
+    both = [edit.prompt for edit in new if prompt_identity(edit) in {prompt_identity(edit) for edit in withdrawn}]
     if both:
         raise ValueError(
             f"forget: the prompt {reprlib.repr(both[0])} is withdrawn and also among the new edits. Remove it from "
             "one of them. (A new target for a known prompt replaces the old one without `forget`.)"
         )
-    known_prompts = {_key(edit) for edit in known}
+    known_prompts = {prompt_identity(edit) for edit in known}
     targets: dict[Prompt, dict[str, Edit]] = {}
     for edit in new:
-        targets.setdefault(_key(edit), {})[edit.target] = edit
+        targets.setdefault(prompt_identity(edit), {})[same_text(edit.target)] = edit
     kept = []
     for edit in known:
-        newer = targets.get(_key(edit), {edit.target: edit})
-        if id(edit) not in going and edit.target in newer:
-            same = newer[edit.target]
-            kept.append(edit if same.prompt != edit.prompt else read_edits([edit, same])[0])
-    same_again = {(_key(edit), edit.target) for edit in kept}
-    changing = [edit for edit in new if (_key(edit), edit.target) not in same_again]
+        target = same_text(edit.target)
+        newer = targets.get(prompt_identity(edit), {target: edit})
+        if id(edit) not in going and target in newer:
+            kept.append(read_edits([edit, newer[target]])[0])
+    same_again = {(prompt_identity(edit), same_text(edit.target)) for edit in kept}
+    changing = [edit for edit in new if (prompt_identity(edit), same_text(edit.target)) not in same_again]
     plan = EditPlan(
         kept,
-        added=[edit for edit in changing if _key(edit) not in known_prompts],
-        replaced=[edit for edit in changing if _key(edit) in known_prompts],
+        added=[edit for edit in changing if prompt_identity(edit) not in known_prompts],
+        replaced=[edit for edit in changing if prompt_identity(edit) in known_prompts],
         withdrawn=withdrawn,
     )
     if not plan.edits:
@@ -144,11 +144,11 @@ def read_lines_to_forget(source: str | os.PathLike[str] | Iterable[str]) -> list
 def _named(known: Sequence[Edit], lines: Iterable[str]) -> list[Edit]:
     by_prompt: dict[str, list[Edit]] = {}
     for edit in known:
-        by_prompt.setdefault(collapse_whitespace(edit.prompt), []).append(edit)
+        by_prompt.setdefault(same_text(edit.prompt), []).append(edit)
     by_id = {edit_id(edit): edit for edit in known}
     found: dict[int, Edit] = {}
     unknown = []
-    for line in filter(None, map(collapse_whitespace, lines)):
+    for line in filter(None, map(same_text, lines)):
         one = by_id.get(line.split()[0])
         meant = by_prompt.get(line) or ([] if one is None else [one])
         found |= {id(edit): edit for edit in meant}
@@ -168,7 +168,3 @@ def _unknown(lines: Sequence[str], by_prompt: dict[str, list[Edit]]) -> str:
         shown = [f"{edit_id(edit)}  {edit.prompt!r}" for edit in dict.fromkeys(near)]
         described.append(f"  {line!r}: {'; '.join(shown) or 'nothing near'}")
     return "\n".join([*described, "Use prompts, or ids from `locft inspect ADAPTER --edits`."])
-
-
-def _key(edit: Edit) -> Prompt:
-    return Prompt(collapse_whitespace(edit.prompt), edit.history)

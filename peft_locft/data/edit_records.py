@@ -1,145 +1,187 @@
-"""Fields of records, by the column names of the known data sets: prompt, target, rephrasings and probes."""
+"""Edits from records, whatever data set they are from: prompt, target, rephrasings, probes and what they are about."""
 
-import logging
-import math
-import re
+import contextlib
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
-logger = logging.getLogger(__name__)
+from .column_names import (
+    ONE_TEXT,
+    PARAPHRASES,
+    REPHRASING,
+    TARGET_ALIASES,
+    find_vocabulary,
+    vocabularies,
+)
+from .data_sets import Fields, edited_record, records_of
+from .edit_types import PROBE_FIELDS, Edit, Message, Probe, probes_of, same_text
+from .field_values import first_text, is_absent, right_answers, text, texts, unpacked
+from .languages import language_code
+from .probe_fields import nested, probes_of_record
+from .record_fields import Record
 
-ProbeFields = tuple[str, str | None]  # prompt and answer
-
-# the columns of prompt and target in the known data sets, and whose they are
-VOCABULARIES = {
-    ("prompt", "target"): "peft_locft",
-    ("prompt", "target_new"): "EasyEdit",
-    ("src", "alt"): "ZsRE",
-    ("prompt", "completion"): "TRL",
-    ("messages",): "a conversation, as in TRL",
-    ("requested_rewrite",): "CounterFact as first published",
-}
-NESTED_PROBE_KEYS = (("prompt", "answer"), ("prompt", "ground_truth"), ("New Question", "New Answer"))
-
-# columns that people give the two, where no data set says; one of each, in any combination
-PROMPT_NAMES = ("prompt", "question", "instruction", "input", "query", "fact")
-TARGET_NAMES = ("target", "answer", "output", "response", "new", "new_target", "new_answer")
-
-REPHRASING_COLUMNS = ("rephrasings", "rephrasing", "rephrase_prompt", "rephrase", "paraphrase_prompts")
-PROBE_PAIRS = {
-    "locality": (("locality_prompt", "locality_ground_truth"), ("loc", "loc_ans")),
-    "portability": (("portability_prompt", "portability_ground_truth"),),
-}
-# that may hold several texts or probes
-LIST_COLUMNS = {*REPHRASING_COLUMNS, "paraphrases", "neighborhood_prompts", *PROBE_PAIRS}
-LIST_COLUMNS |= {name for pairs in PROBE_PAIRS.values() for pair in pairs for name in pair}
-READ_COLUMNS = {*LIST_COLUMNS, "subject", "ground_truth", "answers"}
-KNOWN_COLUMNS = {*READ_COLUMNS, *PROMPT_NAMES, *TARGET_NAMES} | {name for names in VOCABULARIES for name in names}
-# names of what a reader would miss: rephrasings, probes, and parts of a prompt
-MISSED = re.compile("rephras|paraphras|local|portab|neighbo|context|system|history|^input$")
-
-SHAPE = """A file that works, edits.csv:
-  prompt,target
-  The capital of Norway is,Bergen"""
-
-SHAPE_OF_JSON = """A file that works, edits.json:
-  [{"prompt": "The capital of Norway is", "target": "Bergen"}]"""
-
-SURROGATE = re.compile("[\ud800-\udfff]")
+# prompt, target, aliases of the target, and the messages before the prompt
+Written = tuple[str, str, tuple[str, ...], tuple[Message, ...] | None]
 
 
-def column_name(name: object) -> str:
-    """Return a known column's name in lower case, with underscores for spaces and dashes; others as they are."""
-    own = str(name).strip()
-    known = re.sub(r"[\s\-]+", "_", own).casefold()
-    return known if known in KNOWN_COLUMNS or MISSED.search(known) else own
+class EditReader:
+    """Reads edits from records of one data set.
+
+    Args:
+        rows: the records with their places; what is no record is ignored.
+        language: the language to edit, where a record is in several; `None`: English, or else the first.
+
+    Attributes:
+        left_out: how many records have a field that looks like a part of an edit and is not read, by its name.
+
+    Raises:
+        ValueError: if the columns of prompt and target are not recognized.
+    """
+
+    def __init__(self, rows: Sequence[tuple[str, Any]], language: str | None = None) -> None:
+        self.language = language
+        self.left_out: Counter[str] = Counter()
+        self._edited: dict[int, tuple[Mapping[str, Any], dict[str, Fields]]] = {}
+        for _, row in rows:
+            if isinstance(row, Mapping):
+                with contextlib.suppress(ValueError):  # `edits` says so, with its place
+                    self._edited[id(row)] = edited_record(row, language)
+        self.vocabulary = find_vocabulary(rows[0][0], [own for own, _ in self._edited.values()]) if rows else ()
+
+    def edits(self, row: Mapping[str, Any], place: str) -> list[Edit]:
+        """Return the edits of a record: several if it rewrites several facts.
+
+        Raises:
+            ValueError: if it cannot be read; it says the field, what was found and what was expected.
+        """
+        own, others = self._edited.get(id(row)) or edited_record(row, self.language)
+        missing = [column for column in self.vocabulary if column not in own]
+        if missing:
+            found = f"found only {', '.join(map(str, own))}"
+            raise ValueError(f"field {missing[0]!r}: {found}; expected it in every record: add it, or fix its name")
+        edits = [*self._of_record(own, self.vocabulary, place)]
+        for code, other in others.items():
+            known = vocabularies(other.keys())
+            if len(known) == 1:
+                (spoken,) = self._of_record(other, known[0], place)
+                edits[-1] = _with_translation(edits[-1], spoken, code)
+        return edits
+
+    def _of_record(self, row: Mapping[str, Any], vocabulary: tuple[str, ...], place: str) -> Iterator[Edit]:
+        for fields in records_of(row, vocabulary):
+            names = vocabulary if fields is row else ("prompt", "target")
+            record = Record(fields, self.left_out)
+            edit = _edit(record, names, place)
+            yield edit
+            record.note_unread(set(map(same_text, _texts_of(edit))))
 
 
-def with_column_names(row: object) -> object:
-    """Return a record with its names as `column_name` gives them; a ValueError if two are the same; else the row."""
-    if not isinstance(row, Mapping):
-        return row
-    renamed = {column_name(name): value for name, value in row.items()}
-    if len(renamed) < len(row):
-        return ValueError(f"found the fields {', '.join(map(str, row))}; expected different names: rename one")
-    return renamed
+def _texts_of(edit: Edit) -> Iterator[str]:
+    probes = [probe for _, probe in probes_of(edit)]
+    yield from (edit.prompt, *edit.right_answers, *edit.rephrasings, *edit.paraphrases)
+    yield from chain.from_iterable((probe.prompt, *probe.right_answers, *probe.choices) for probe in probes)
+    yield from filter(None, (edit.subject, edit.relation, edit.ground_truth, edit.language))
 
 
-def vocabularies(columns: Set[str]) -> list[tuple[str, ...]]:
-    """Return the pairs of columns that hold prompt and target: those of a data set or, without one, of any names."""
-    found: list[tuple[str, ...]] = [vocabulary for vocabulary in VOCABULARIES if columns >= set(vocabulary)]
-    return found or [
-        (prompt, target) for prompt in PROMPT_NAMES for target in TARGET_NAMES if {prompt, target} <= columns
-    ]
-
-
-def find_vocabulary(rows: list[tuple[str, object]]) -> tuple[str, ...]:
-    records = [row for _, row in rows if isinstance(row, Mapping)]
-    columns = dict.fromkeys(chain.from_iterable(records))
-    found = vocabularies(columns.keys())
-    if len(found) > 1 and found[0] not in VOCABULARIES:
-        # `input` beside `instruction` is often empty in every record
-        filled = {name for record in records for name, value in record.items() if not _absent(value)}
-        found = vocabularies(filled) or found
-    if records and len(found) != 1:
-        raise ValueError(_unrecognized(rows[0][0], columns, found))
-    if records:
-        _name_missed(rows[0][0], records, {*READ_COLUMNS, *found[0]})
-    return found[0] if records else ()
-
-
-def _unrecognized(place: str, columns: Mapping[str, None], found: list[tuple[str, ...]]) -> str:
-    shown = f"found the columns {', '.join(map(str, columns))}"
-    if not found:
-        known = "; ".join(f"{' and '.join(names)} ({owner})" for names, owner in VOCABULARIES.items())
-        expected = f"expected exactly one of {known}; or question and answer, instruction and output, fact and new"
-        advice = "rename the columns. Is the line with their names missing?"
-        return f"{place}: no prompt / target columns recognized: {shown}; {expected}: {advice}\n{SHAPE}"
-    pairs = "; ".join(" and ".join(names) for names in found)
-    return (
-        f"{place}: several prompt / target columns: {shown}, so prompt and target may be {pairs}; expected exactly "
-        "one pair: rename or remove columns, or join those that belong together"
-    )
-
-
-def _name_missed(place: str, records: list[Mapping[str, Any]], read: Set[str]) -> None:
-    missed = dict.fromkeys(
-        name
-        for record in records
-        for name, value in record.items()
-        if name not in read and MISSED.search(name) and not _absent(value)
-    )
-    if missed:
-        logger.warning(
-            "%s: the columns %s are not read. Names that are: rephrasings, locality, portability (to evaluate), "
-            "paraphrases (to train on). Other text belongs into the prompt.",
-            place.rpartition(":")[0] or "edits",
-            ", ".join(missed),
-        )
-
-
-def flatten_rewrite(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record of the first CounterFact format with the columns of EasyEdit."""
-    rewrite = record["requested_rewrite"]
-    try:
-        template, subject = rewrite["prompt"], rewrite["subject"]
-        new, old = rewrite["target_new"]["str"], rewrite["target_true"]["str"]
-        prompt = template.replace("{}", subject)
-    except (TypeError, KeyError, AttributeError):
-        expected = "expected prompt (with {} for the subject), subject, target_new.str and target_true.str, all text"
-        raise ValueError(f"field 'requested_rewrite': found {reprlib.repr(rewrite)}; {expected}") from None
-    neighbours = texts(record.get("neighborhood_prompts"), "neighborhood_prompts")
-    return {
-        **record,
-        "prompt": prompt,
-        "target_new": new,
-        "subject": subject,
-        "ground_truth": old,
-        "locality_prompt": neighbours,
-        "locality_ground_truth": [old] * len(neighbours),
+def _with_translation(edit: Edit, other: Edit, language: str) -> Edit:
+    """Return an edit that is asked in another language, too."""
+    asked = [Probe(other.prompt, other.target, aliases=other.aliases)]
+    asked += [Probe(each, other.target, aliases=other.aliases, kind="rephrasing") for each in other.rephrasings]
+    asked += [replace(probe, kind=probe.kind or "portability") for probe in other.portability]
+    found: dict[str, Any] = {
+        name: (*getattr(edit, name), *(replace(probe, language=language) for probe in getattr(other, name)))
+        for name in ("locality", "belief", "sub_questions")
     }
+    found["cross_lingual"] = (*edit.cross_lingual, *(replace(probe, language=language) for probe in asked))
+    return replace(edit, **found)
+
+
+def _edit(record: Record, vocabulary: tuple[str, ...], place: str) -> Edit:
+    prompt, target, aliases, history = _prompt_and_target(record, vocabulary)
+    for name in TARGET_ALIASES:
+        if name in record:
+            aliases += right_answers(record[name], name)
+    about: dict[str, Any] = {field: _one_text(record, names, vocabulary) for field, names in ONE_TEXT.items()}
+    subject = about["subject"]
+    if subject is not None and "{}" in prompt:
+        prompt = prompt.replace("{}", subject)
+    if about["language"] is not None:
+        about["language"] = language_code(about["language"]) or about["language"]
+    probes = probes_of_record(record, prompt, target, subject)
+    rephrasings = [*chain.from_iterable(_rephrasings(record, name, vocabulary) for name in record)]
+    for probe in probes.pop("generality", []):
+        if probe.answer is None or same_text(probe.answer) == same_text(target):
+            rephrasings.append(probe.prompt)
+        else:
+            probes.setdefault("portability", []).append(replace(probe, kind=probe.kind or "generality"))
+    probes["portability"] = [
+        replace(probe, answer=target) if probe.kind == "persona" and probe.answer is None else probe
+        for probe in probes.get("portability", [])
+    ]
+    fields: dict[str, Any] = {name: tuple(dict.fromkeys(probes.get(name, ()))) for name in PROBE_FIELDS}
+    return Edit(
+        prompt,
+        target,
+        history=history,
+        aliases=tuple(alias for alias in dict.fromkeys(aliases) if alias != target),
+        rephrasings=tuple(dict.fromkeys(rephrasings)),
+        paraphrases=texts(record.get(PARAPHRASES), PARAPHRASES),
+        source=place,
+        **fields,
+        **about,
+    )
+
+
+def _rephrasings(record: Record, name: str, vocabulary: tuple[str, ...]) -> Iterator[str]:
+    if name == PARAPHRASES or name in vocabulary or not REPHRASING.fullmatch(name):
+        return
+    for item in _items(record[name]):
+        if isinstance(item, Mapping):
+            yield from (probe.prompt for probe in nested(record, item, name))
+        elif not is_absent(item):
+            yield text(item, name)
+
+
+def _items(value: Any) -> Sequence[Any]:
+    value = unpacked(value)
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+def _one_text(record: Record, names: Sequence[str], vocabulary: tuple[str, ...]) -> str | None:
+    """Return the first text of the first column that is filled.
+
+    The answer before the edit may be the output of the one model that a data set was made for.
+    """
+    for name in names:
+        if name in record and name not in vocabulary:
+            found = first_text(record[name], name)
+            if found is not None:
+                return found
+    outputs = [name for name in record if name.startswith("output_")] if "ground_truth" in names else []
+    return first_text(record[outputs[0]], outputs[0]) if len(outputs) == 1 else None
+
+
+def _prompt_and_target(record: Record, vocabulary: tuple[str, ...]) -> Written:
+    """Return the prompt, the target, its aliases and, of a conversation, the messages before the prompt."""
+    values = [_messages(record[column]) for column in vocabulary]
+    if len(vocabulary) == 2 and not isinstance(values[0], (list, tuple)) and not _are_messages(values[1]):
+        prompt, right = text(values[0], vocabulary[0]), right_answers(values[1], vocabulary[1], is_target=True)
+        return prompt, right[0] if right else text(values[1], vocabulary[1]), right[1:], None
+    *history, (_, prompt), (_, target) = conversation(values, vocabulary)
+    return prompt, target, (), tuple(Message(*message) for message in history)
+
+
+def _messages(value: Any) -> Any:
+    """Return the messages that a program has written as text; other values as they are."""
+    found = unpacked(value)
+    return found if _are_messages(found) else value
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and any(isinstance(each, Mapping) and "content" in each for each in value)
 
 
 def conversation(values: Sequence[object], names: Sequence[str]) -> list[tuple[str, str]]:
@@ -167,76 +209,3 @@ def _message(message: object, name: str) -> tuple[str, str]:
         expected = 'expected messages such as {"role": "user", "content": "…"}'
         raise ValueError(f"field {name!r}: found {reprlib.repr(message)}; {expected}")
     return text(message.get("role"), f"{name}.role"), text(message.get("content"), f"{name}.content")
-
-
-def probes(value: object, name: str) -> Iterator[ProbeFields]:
-    """Yield nested probes: from a list, or from a mapping of a kind ("Forgetfulness") to a list."""
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from probes(item, name)
-    elif isinstance(value, Mapping):
-        keys = next((keys for keys in NESTED_PROBE_KEYS if value.keys() >= set(keys)), None)
-        if keys or "prompt" in value:
-            yield from paired(value, *(keys or NESTED_PROBE_KEYS[0]), parent=f"{name}.")
-        else:
-            for kind, item in value.items():
-                yield from probes(item, f"{name}.{kind}")
-    elif not _absent(value):
-        expected = 'expected records such as {"prompt": "…", "answer": "…"}: fix it, or use the columns '
-        columns = "locality_prompt and locality_ground_truth (or portability_…)"
-        raise ValueError(f"field {name!r}: found {reprlib.repr(value)}; {expected}{columns}")
-
-
-def paired(record: Mapping[str, Any], prompt: str, answer: str, parent: str = "") -> Iterator[ProbeFields]:
-    """Yield probes from a field of prompts and a field of answers: one of each, or lists of equal length."""
-    prompts, answers = record.get(prompt), record.get(answer)
-    if _absent(prompts) and _absent(answers):
-        return
-    if not isinstance(prompts, (list, tuple)):
-        prompts, answers = [prompts], [answers]
-    elif _absent(answers):
-        answers = [None] * len(prompts)
-    if not isinstance(answers, (list, tuple)) or len(answers) != len(prompts):
-        found = f"{len(prompts)} prompts and {reprlib.repr(answers)}"
-        raise ValueError(f"field {parent + answer!r}: found {found}; expected one answer per {parent + prompt!r}")
-    for one_prompt, one_answer in zip(prompts, answers, strict=True):
-        yield text(one_prompt, parent + prompt), first_text(one_answer, parent + answer)
-
-
-def texts(value: object, name: str) -> tuple[str, ...]:
-    items = value if isinstance(value, (list, tuple)) else [value]
-    return tuple(text(item, name) for item in items if not _absent(item))
-
-
-def first_text(value: object, name: str) -> str | None:
-    # an answer is text, a list of aliases, or a list of such lists
-    while isinstance(value, (list, tuple)):
-        value = value[0] if value else None
-    return None if _absent(value) else text(value, name)
-
-
-def optional_text(value: object, name: str) -> None:
-    if value is not None:
-        text(value, name)
-
-
-def text(value: object, name: str) -> str:
-    if _absent(value):
-        raise ValueError(f"field {name!r}: found nothing ({value!r}); expected text: add it, or remove the record")
-    if not isinstance(value, str):
-        advice = f': write "{value}" with quotes' if isinstance(value, (int, float)) else ""
-        raise ValueError(
-            f"field {name!r}: found {reprlib.repr(value)} ({type(value).__name__}); expected text{advice}"
-        )
-    if SURROGATE.search(value):
-        raise ValueError(
-            f"field {name!r}: unpaired UTF-16 surrogate in {reprlib.repr(value)}; re-export the file as UTF-8"
-        )
-    return value
-
-
-def _absent(value: object) -> bool:
-    # a table leaves a cell out as empty text, null or NaN
-    if isinstance(value, str):
-        return not value.strip()
-    return value is None or value == [] or (isinstance(value, float) and math.isnan(value))

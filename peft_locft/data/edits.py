@@ -1,158 +1,77 @@
-"""Edits: the class, `read_edits`, and how edits are hashed and their prompts compared."""
+"""Edits: `read_edits`, which checks all of a source and settles its conflicts."""
 
-import hashlib
-import json
 import logging
 import os
 import reprlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import KW_ONLY, asdict, dataclass, field, fields, replace
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from itertools import chain
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
+from .column_names import SHAPE
 from .edit_files import Row, read_rows
-from .edit_records import (
-    PROBE_PAIRS,
-    REPHRASING_COLUMNS,
-    SHAPE,
-    conversation,
-    find_vocabulary,
-    first_text,
-    flatten_rewrite,
-    optional_text,
-    paired,
-    probes,
-    text,
-    texts,
+from .edit_records import EditReader
+from .edit_types import (
+    PROBE_FIELDS,
+    TEXT_FIELDS,
+    Edit,
+    Message,
+    Probe,
+    Prompt,
+    edits_sha256,
+    fold_case,
+    place_of,
+    prompt_identity,
+    prompt_of,
+    prompts_of,
+    same_text,
 )
+from .field_values import as_text, text
+
+__all__ = [
+    "Edit",
+    "EditSource",
+    "Message",
+    "OnConflict",
+    "Probe",
+    "Prompt",
+    "edits_sha256",
+    "first_edits",
+    "fold_case",
+    "place_of",
+    "prompt_identity",
+    "prompt_of",
+    "prompts_of",
+    "read_each_edit",
+    "read_edits",
+    "same_text",
+]
 
 logger = logging.getLogger(__name__)
 
 OnConflict = Literal["warn", "error", "last"]
 
 
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """A question that tests what an edit changes elsewhere.
-
-    Args:
-        prompt: the question; not empty.
-        answer: the expected answer, not empty; None if unknown.
-
-    Raises:
-        ValueError: if `prompt` or `answer` is empty or not text.
-    """
-
-    prompt: str
-    answer: str | None = None
-
-    def __post_init__(self) -> None:
-        text(self.prompt, "prompt")
-        optional_text(self.answer, "answer")
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One message of a conversation.
-
-    Args:
-        role: `"system"`, `"user"`, `"assistant"`, or another role that the model's chat template knows.
-        content: its text; not empty.
-
-    Raises:
-        ValueError: if `role` or `content` is empty or not text.
-    """
-
-    role: str
-    content: str
-
-    def __post_init__(self) -> None:
-        text(self.role, "role")
-        text(self.content, "content")
-
-
-class Prompt(NamedTuple):
-    """What a model is asked.
-
-    Args:
-        text: the text; in a conversation, the last message of the user.
-        history: the messages before it, such as a system prompt; `()` if it begins the conversation. `None`: it is no
-            conversation, so no chat template is put around it.
-    """
-
-    text: str
-    history: tuple[Message, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Edit:
-    """One fact to write into a model: the edited model continues `prompt` with `target`.
-
-    Args:
-        prompt: input of the model; not empty.
-        target: the new answer; not empty.
-        rephrasings: other prompts with the same meaning, to measure generalization; never trained on.
-        paraphrases: other prompts with the same meaning, to train on; never evaluated.
-        locality: questions whose answers must not change.
-        portability: questions whose answers follow from the edit.
-        subject: what the fact is about.
-        ground_truth: the answer before the edit.
-        history: the messages of the conversation before `prompt`, such as a system prompt; `()` if `prompt` begins it.
-            The edit is then always written with the model's chat template, and so are its rephrasings and probes,
-            after the same messages. `None`: no conversation.
-        source: where the edit was read ("zsre.json:12"), for messages; ignored when edits are compared.
-
-    Raises:
-        ValueError: if a text is empty, or a field has another type.
-
-    Example:
-        >>> Edit("The capital of France is", "Lyon", rephrasings=("France's capital city is",))
-    """
-
-    prompt: str
-    target: str
-    _: KW_ONLY
-    rephrasings: tuple[str, ...] = ()
-    paraphrases: tuple[str, ...] = ()
-    locality: tuple[Probe, ...] = ()
-    portability: tuple[Probe, ...] = ()
-    subject: str | None = None
-    ground_truth: str | None = None
-    history: tuple[Message, ...] | None = None
-    source: str = field(default="", compare=False)
-
-    def __post_init__(self) -> None:
-        text(self.prompt, "prompt")
-        text(self.target, "target")
-        kinds = {"rephrasings": str, "paraphrases": str, "locality": Probe, "portability": Probe, "history": Message}
-        for name, kind in kinds.items():
-            items = getattr(self, name)
-            if name == "history" and items is None:
-                continue
-            if not isinstance(items, tuple) or not all(isinstance(item, kind) for item in items):
-                raise ValueError(f"field {name!r}: found {reprlib.repr(items)}; expected a tuple of {kind.__name__}")
-        for name in ("rephrasings", "paraphrases"):
-            for prompt in getattr(self, name):
-                text(prompt, name)
-        optional_text(self.subject, "subject")
-        optional_text(self.ground_truth, "ground_truth")
-
-
 # what `read_edits` reads; datasets and DataFrames are iterables
 EditSource: TypeAlias = str | os.PathLike[str] | Edit | Mapping[str, Any] | Iterable[Any]
 
 
-def read_edits(source: EditSource, *, split: str = "train", on_conflict: OnConflict = "warn") -> list[Edit]:
+def read_edits(
+    source: EditSource, *, split: str = "train", on_conflict: OnConflict = "warn", language: str | None = None
+) -> list[Edit]:
     """Read edits, check all of them, and merge those that have the same prompt and target.
 
     Records have the columns `prompt` and `target`, `prompt` and `target_new` (EasyEdit), `src` and `alt` (ZsRE),
-    `prompt` and `completion` (TRL), `messages` (a conversation that ends with the target) or `requested_rewrite`
-    (CounterFact); or else one of `prompt`, `question`, `instruction`, `input`, `query`, `fact` and one of `target`,
-    `answer`, `output`, `response`, `new`, `new_target`, `new_answer`. A prompt, and a completion, may also be a list
-    of messages. Case, spaces and dashes in names do not matter. The columns of these data sets for rephrasings,
-    locality, portability, subject and ground truth are read too, and `paraphrases`, to train on. Other columns are
-    ignored; a logged warning names those that look like a part of an edit.
+    `prompt` and `completion` (TRL), `messages` (a conversation that ends with the target), `requested_rewrite`
+    (CounterFact, MQuAKE, AKEW) or `edit` (RippleEdits, UniEdit); or else one of `prompt`, `question`, `instruction`,
+    `input`, `query`, `fact` and one of `target`, `answer`, `output`, `response`, `new`, `new_target`, `new_answer`. A
+    prompt, and a completion, may also be a list of messages; a target may be a list of its right forms. Case, spaces
+    and dashes in names do not matter. The columns of the known data sets for rephrasings, probes, subject, relation
+    and the answer before the edit are read too, and `paraphrases`, to train on. Numbers and dates are read as text,
+    and a list that a program has written into a cell is read as a list. A logged warning names other columns that
+    look like a part of an edit. The page "Your edits" lists the data sets and their columns.
 
     Args:
         source: a file; a dataset, or its "owner/name" on the Hub; a pandas DataFrame; an iterable of edits, records or
@@ -162,6 +81,9 @@ def read_edits(source: EditSource, *, split: str = "train", on_conflict: OnConfl
             record per line. A table has any of `, ; tab |` between its cells, and the names in its first line.
         split: split of a `DatasetDict`, of a dictionary of lists, or of a dataset on the Hub.
         on_conflict: if a prompt has several targets: "warn" and keep all, raise an "error", or keep the "last".
+            Prompts and targets are compared by [`same_text`][peft_locft.data.same_text].
+        language: code of the language to edit, where one record is in several; the other languages are then probes
+            (`cross_lingual`). `None`: English, or else the first.
 
     Returns:
         The edits in order, at least one. `Edit.source` is "file:line", or "row 12" for `dataset[12]`.
@@ -181,11 +103,8 @@ def read_edits(source: EditSource, *, split: str = "train", on_conflict: OnConfl
     """
     if on_conflict not in get_args(OnConflict):
         raise ValueError(f"on_conflict: found {on_conflict!r}; expected one of {', '.join(get_args(OnConflict))}")
-    is_one = isinstance(source, Edit) or (isinstance(source, tuple) and _is_pair(source))
-    rows = list(read_rows([source] if is_one else source, split))
-    if not rows:
-        raise ValueError(f"{reprlib.repr(source)}: found no records; expected at least one edit. {SHAPE}")
-    edits = _edits(rows)
+    edits, left_out = read_with_left_out(source, split, language)
+    _name_left_out(edits, left_out)
     if _look_swapped(edits):
         logger.warning(
             "%s: are prompt and target swapped? The first edit would answer %r with %r.",
@@ -193,7 +112,31 @@ def read_edits(source: EditSource, *, split: str = "train", on_conflict: OnConfl
             edits[0].prompt,
             edits[0].target,
         )
-    return _settle_conflicts(edits, on_conflict)
+    return settle_conflicts(edits, on_conflict, stacklevel=3)
+
+
+def _name_left_out(edits: list[Edit], left_out: Counter[str]) -> None:
+    if left_out:
+        logger.warning(
+            "%s: the columns %s are not read. Names that are: rephrasings, locality, portability (to evaluate), "
+            "paraphrases (to train on). Other text belongs into the prompt.",
+            edits[0].source.rpartition(":")[0] or "edits",
+            ", ".join(left_out),
+        )
+
+
+def read_each_edit(source: EditSource) -> list[Edit]:
+    """Return the edits of a source as they are: none is merged, and a prompt may have several targets."""
+    return read_with_left_out(source, "train", None)[0]
+
+
+def read_with_left_out(source: EditSource, split: str, language: str | None) -> tuple[list[Edit], Counter[str]]:
+    """Return the edits of a source as they are, and how many records have a field that is not read, by its name."""
+    is_one = isinstance(source, Edit) or (isinstance(source, tuple) and _is_pair(source))
+    rows = list(read_rows([source] if is_one else source, split))
+    if not rows:
+        raise ValueError(f"{reprlib.repr(source)}: found no records; expected at least one edit. {SHAPE}")
+    return _edits(rows, language)
 
 
 def first_edits(source: Any, num_edits: int | None, on_conflict: OnConflict = "warn") -> list[Edit]:
@@ -207,48 +150,6 @@ def first_edits(source: Any, num_edits: int | None, on_conflict: OnConflict = "w
     return read_edits(source, on_conflict=on_conflict)[:num_edits]
 
 
-def edits_sha256(edits: Iterable[Edit]) -> str:
-    """Return the sha256 of edits as 64 hexadecimal digits: of one line of JSON per edit, without `source`.
-
-    The order of the edits counts. A line without paraphrases or history has no such field, as before they existed.
-    """
-    digest = hashlib.sha256()
-    names = [spec.name for spec in fields(Edit) if spec.compare]
-    for edit in edits:
-        left_out = {"paraphrases": not edit.paraphrases, "history": edit.history is None}
-        record = {name: getattr(edit, name) for name in names if not left_out.get(name)}
-        digest.update(json.dumps(record, sort_keys=True, default=asdict).encode() + b"\n")
-    return digest.hexdigest()
-
-
-def collapse_whitespace(text: str) -> str:
-    """Return a text with single spaces, the form in which prompts identify an edit."""
-    return " ".join(text.split())
-
-
-def fold_case(text: str) -> str:
-    """Return a text in lower case with single spaces, the form in which trained and evaluated prompts are compared."""
-    return collapse_whitespace(text.casefold())
-
-
-def prompt_of(edit: Edit) -> Prompt:
-    """Return the prompt of an edit, with the messages before it."""
-    return Prompt(edit.prompt, edit.history)
-
-
-def prompts_of(edit: Edit) -> Iterator[str]:
-    """Yield every prompt of an edit: its own, its paraphrases, rephrasings and probes."""
-    yield edit.prompt
-    yield from edit.paraphrases
-    yield from edit.rephrasings
-    yield from (probe.prompt for probe in (*edit.locality, *edit.portability))
-
-
-def place_of(edit: Edit) -> str:
-    """Return where an edit was read, or its prompt, for messages."""
-    return edit.source or repr(edit.prompt)
-
-
 def _look_swapped(edits: list[Edit]) -> bool:
     """Return whether only the targets are questions, or the prompts are names and the targets sentences."""
     if all(edit.target.rstrip().endswith("?") and not edit.prompt.rstrip().endswith("?") for edit in edits):
@@ -256,32 +157,33 @@ def _look_swapped(edits: list[Edit]) -> bool:
     return all(len(edit.prompt.split()) <= 2 and len(edit.target.split()) >= 4 for edit in edits)
 
 
-def _settle_conflicts(edits: list[Edit], on_conflict: OnConflict) -> list[Edit]:
+def settle_conflicts(edits: list[Edit], on_conflict: OnConflict, stacklevel: int = 2) -> list[Edit]:
+    """Merge the edits with the same prompt and target, and settle those with the same prompt alone."""
     groups: dict[tuple[Prompt, str], list[Edit]] = {}
     for edit in edits:
-        groups.setdefault((prompt_of(edit), edit.target), []).append(edit)
+        groups.setdefault((prompt_identity(edit), same_text(edit.target)), []).append(edit)
     merged = [group[0] if len(group) == 1 else _merge(group) for group in groups.values()]
     logger.info("Read %d edits; merged them to %d with different prompt and target.", len(edits), len(merged))
-    last_targets = {prompt_of(edit): edit.target for edit in edits}
+    last_targets = {prompt_identity(edit): same_text(edit.target) for edit in edits}
     if on_conflict == "last":
-        return [edit for edit in merged if edit.target == last_targets[prompt_of(edit)]]
+        return [edit for edit in merged if same_text(edit.target) == last_targets[prompt_identity(edit)]]
     if len(last_targets) < len(merged):
         if on_conflict == "error":
             raise ValueError(_describe_conflicts(merged))
-        warnings.warn(_describe_conflicts(merged), stacklevel=3)
+        warnings.warn(_describe_conflicts(merged), stacklevel=stacklevel)
     return merged
 
 
 def _merge(group: list[Edit]) -> Edit:
-    return replace(
-        group[0],
-        rephrasings=_unique(edit.rephrasings for edit in group),
-        paraphrases=_unique(edit.paraphrases for edit in group),
-        locality=_unique(edit.locality for edit in group),
-        portability=_unique(edit.portability for edit in group),
-        subject=next((edit.subject for edit in group if edit.subject), None),
-        ground_truth=next((edit.ground_truth for edit in group if edit.ground_truth), None),
-    )
+    """Return one edit of several with the same prompt and target: the first, with the probes of all."""
+    together: dict[str, Any] = {
+        name: _unique(getattr(edit, name) for edit in group) for name in (*TEXT_FIELDS, *PROBE_FIELDS)
+    }
+    firsts: dict[str, Any] = {
+        name: next((value for edit in group if (value := getattr(edit, name))), None)
+        for name in ("subject", "relation", "ground_truth", "language")
+    }
+    return replace(group[0], **together, **firsts)
 
 
 def _unique(parts: Iterable[Iterable[Any]]) -> tuple[Any, ...]:
@@ -291,7 +193,7 @@ def _unique(parts: Iterable[Iterable[Any]]) -> tuple[Any, ...]:
 def _describe_conflicts(edits: list[Edit]) -> str:
     by_prompt: dict[Prompt, list[Edit]] = {}
     for edit in edits:
-        by_prompt.setdefault(prompt_of(edit), []).append(edit)
+        by_prompt.setdefault(prompt_identity(edit), []).append(edit)
     conflicts = [group for group in by_prompt.values() if len(group) > 1]
     lines = [f"{len(conflicts)} of {len(by_prompt)} prompts have several targets; a model can learn one. The first:"]
     for group in conflicts[:5]:
@@ -300,66 +202,34 @@ def _describe_conflicts(edits: list[Edit]) -> str:
     return "\n".join([*lines, 'Remove the wrong ones, or pass on_conflict="last" to use the last target of each.'])
 
 
-def _edits(rows: list[Row]) -> list[Edit]:
-    vocabulary = find_vocabulary(rows)
-    edits, problems = [], []
+def _edits(rows: list[Row], language: str | None) -> tuple[list[Edit], Counter[str]]:
+    """Return the edits of rows, and what was left out, as `EditReader` says it."""
+    reader = EditReader(rows, language)
+    edits: list[Edit] = []
+    problems = []
     for place, row in rows:
         try:
-            edits.append(_edit(row, vocabulary, place))
+            edits += _edits_of_row(reader, row, place)
         except ValueError as error:
             problems.append(f"  {place}: {error}")
     if problems:
         head = f"{len(problems)} of {len(rows)} records cannot be read. The first:"
         raise ValueError("\n".join([head, *problems[:10]]))
-    return edits
+    return edits, reader.left_out
 
 
 def _is_pair(row: Any) -> bool:
-    return isinstance(row, (list, tuple)) and len(row) == 2 and all(isinstance(text, str) for text in row)
+    return isinstance(row, (list, tuple)) and len(row) == 2 and all(isinstance(as_text(each), str) for each in row)
 
 
-def _edit(row: Any, vocabulary: tuple[str, ...], place: str) -> Edit:
+def _edits_of_row(reader: EditReader, row: Any, place: str) -> list[Edit]:
     if isinstance(row, Edit):
-        return row if row.source else replace(row, source=place)
+        return [row if row.source else replace(row, source=place)]
     if isinstance(row, ValueError):
         raise row
     if _is_pair(row):
-        return Edit(prompt=row[0], target=row[1], source=place)
+        return [Edit(text(row[0], "prompt"), str(as_text(row[1])), source=place)]
     if not isinstance(row, Mapping):
         expected = "expected a record with named fields, or a pair (prompt, target)"
         raise ValueError(f"found {reprlib.repr(row)} ({type(row).__name__}); {expected}")
-    missing = [column for column in vocabulary if column not in row]
-    if missing:
-        found = f"found only {', '.join(map(str, row))}"
-        raise ValueError(f"field {missing[0]!r}: {found}; expected it in every record: add it, or fix its name")
-    if vocabulary == ("requested_rewrite",):
-        row, vocabulary = flatten_rewrite(row), ("prompt", "target_new")
-    prompt, target, history = _prompt_and_target(row, vocabulary)
-    locality, portability = (
-        [*probes(row.get(name), name), *chain.from_iterable(paired(row, *names) for names in pairs)]
-        for name, pairs in PROBE_PAIRS.items()
-    )
-    ground_truth = first_text(row.get("ground_truth"), "ground_truth") or first_text(row.get("answers"), "answers")
-    return Edit(
-        prompt=prompt,
-        target=target,
-        history=history,
-        rephrasings=_unique(texts(row.get(column), column) for column in REPHRASING_COLUMNS),
-        paraphrases=texts(row.get("paraphrases"), "paraphrases"),
-        locality=tuple(Probe(*probe) for probe in locality),
-        portability=tuple(Probe(*probe) for probe in portability),
-        subject=first_text(row.get("subject"), "subject"),
-        ground_truth=ground_truth,
-        source=place,
-    )
-
-
-def _prompt_and_target(
-    row: Mapping[str, Any], vocabulary: tuple[str, ...]
-) -> tuple[str, str, tuple[Message, ...] | None]:
-    """Return the prompt, the target and, of a conversation, the messages before the prompt."""
-    values = [row[column] for column in vocabulary]
-    if len(vocabulary) == 2 and not any(isinstance(value, (list, tuple)) for value in values):
-        return text(values[0], vocabulary[0]), text(values[1], vocabulary[1]), None
-    *history, (_, prompt), (_, target) = conversation(values, vocabulary)
-    return prompt, target, tuple(Message(*message) for message in history)
+    return reader.edits(row, place)

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .chat import ChatWriter, chat_template_mode
 from .edits import Edit, Prompt, place_of
+from .joining import TargetSeparator, separator_between, target_separator_mode
 
 CHUNK_SIZE = 1000  # texts per tokenizer call: more would need more memory for their offsets
 IGNORED_LABEL = -100  # ignored by torch's cross entropy
@@ -77,10 +78,13 @@ def encode_edits(
     chat_template: bool | str = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     max_length: int | None = None,
+    target_separator: str = "auto",
 ) -> EncodedEdits:
     """Tokenize edits, prompt and target together, and find where each target begins.
 
-    The text is the prompt, a space unless either side has whitespace there, and the target. Special tokens that the
+    The text is the prompt, a space or nothing (see `joining.separator_between`), and the target. Where nothing stands
+    between them and a token would hold the end of one and the beginning of the other, they are tokenized apart, so
+    that the model is trained on the prompt's tokens as it will be asked. Special tokens that the
     tokenizer adds in front stay, except a second BOS before one in the prompt; special tokens that it adds at the end
     are replaced by one EOS.
 
@@ -94,6 +98,7 @@ def encode_edits(
             that are conversations are written with the template in any case.
         chat_template_kwargs: arguments of the template, such as `{"enable_thinking": False}`.
         max_length: maximum number of tokens of an edit, with EOS, such as the model's positions; `None`: no limit.
+        target_separator: `"space"` between a prompt and its target, `"none"`, or `"auto"`: as their scripts write it.
 
     Returns:
         The encoded edits, in order. Warns once if a first scored token also contains the end of the prompt, and once
@@ -114,10 +119,11 @@ def encode_edits(
         raise ValueError("edits: found none; expected at least one")
     if append_eos and tokenizer.eos_token_id is None:
         raise ValueError("tokenizer: found no EOS token; set tokenizer.eos_token, or pass append_eos=False")
+    separator = target_separator_mode(target_separator)
     are_chat = [_is_on(chat_template) or edit.history is not None for edit in edits]
     writer = ChatWriter(tokenizer, chat_template_kwargs or {}) if any(are_chat) else None
     texts = [
-        _Text(edit, *writer.edit(edit), in_chat=True) if writer and is_chat else _plain_text(edit)
+        _Text(edit, *writer.edit(edit), in_chat=True) if writer and is_chat else _plain_text(edit, separator)
         for edit, is_chat in zip(edits, are_chat, strict=True)
     ]
     encoded = _encode_texts(texts, tokenizer, [tokenizer.eos_token_id] if append_eos else [])
@@ -215,9 +221,8 @@ def slice_encoded(encoded: EncodedEdits, begin: int, end: int | None) -> Encoded
     return EncodedEdits(tokens, offsets - offsets[0], encoded.target_starts[begin:end])
 
 
-def _plain_text(edit: Edit) -> _Text:
-    separator = "" if edit.prompt[-1].isspace() or edit.target[0].isspace() else " "
-    text = edit.prompt + separator + edit.target
+def _plain_text(edit: Edit, separator: TargetSeparator) -> _Text:
+    text = edit.prompt + separator_between(edit.prompt, edit.target, separator) + edit.target
     return _Text(edit, text, boundary=len(edit.prompt), end=len(text), in_chat=False)
 
 
@@ -238,6 +243,8 @@ def _encode_texts(texts: list[_Text], tokenizer: PreTrainedTokenizerBase, ending
         if not straddles and ids[:start] != head and tokenizer.decode(ids[:start]) == tokenizer.decode(head):
             # line breaks at the end of a text can be one token, and two before a word: train what will be asked
             ids, offsets, start = head + ids[start:], head_offsets + offsets[start:], len(head)
+        if straddles and (apart := _apart(head, head_offsets, ids, text, tokenizer)):
+            (ids, offsets), start, straddles = apart, len(head), False
         if straddles:
             straddling.append(text.edit)
         if unknown_id in ids and _has_unknown(ids[start:], offsets[start:], text, tokenizer):
@@ -326,6 +333,26 @@ def _target_start(ids: list[int], offsets: Offsets, head: list[int], text: _Text
         _check_offsets(offsets, start >= same, text)
     # if the token before it ends before the prompt does, this token contains the rest, whatever its offsets say
     return start, not whole_head and offsets[start - 1][1] < text.boundary
+
+
+def _apart(
+    head: list[int], head_offsets: Offsets, ids: list[int], text: _Text, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], Offsets] | None:
+    """Return the tokens of prompt and target tokenized apart, and their offsets; `None` where that changes the text.
+
+    A model that is asked the prompt cannot answer with the token that prompt and target would share.
+    """
+    if text.in_chat or any(letter.isspace() for letter in text.text[text.boundary - 1 : text.boundary + 1]):
+        return None
+    # some tokenizers put a space in front of a text; a line break takes it, and no token holds that and the target
+    target, offsets = next(_tokenize([f"\n{text.text[text.boundary :]}"], tokenizer, add_special_tokens=False))
+    begin = next((n for n, (start, _) in enumerate(offsets) if start >= 1), None)
+    if begin is None:
+        return None
+    whole = head + target[begin:]
+    shifted = [(start + text.boundary - 1, end + text.boundary - 1) for start, end in offsets[begin:]]
+    same = tokenizer.decode(whole) == tokenizer.decode(ids)
+    return (whole, head_offsets + shifted) if same else None
 
 
 def _check_offsets(offsets: Offsets, are_right: bool, text: _Text) -> None:

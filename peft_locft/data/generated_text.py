@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Sequence
 from itertools import count
@@ -15,9 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from ..engine.decoding import generate_and_score
 from ..engine.model_state import as_base, max_length
 from ..engine.preparations import Preparations
-from ..engine.questions import UNTIL_EOS, Question, TopK, end_token_ids
+from ..engine.questions import UNDECODABLE, UNTIL_EOS, Question, TopK, end_token_ids
 from .edits import fold_case
 from .encoding import encode_prompts
+from .scripts import JOINERS
 
 GIVEN_NAMES, NEW_NAMES = 12, 4  # in a list: names that it begins with, and names to generate
 NAME_TOKENS = 12  # tokens per generated name, at most on average
@@ -25,6 +27,7 @@ FEWEST_LISTS = 16  # continued together, which takes little longer than a few do
 SHORT_PREFIX, LONG_PREFIX = 5, 10  # tokens, by the source
 TEXT_LENGTH, SHORT_TEXT_LENGTH = 128, 32  # tokens
 MAX_ROUNDS = 20
+SEMICOLON = re.compile("[;；]")  # a list of Chinese names goes on with its own
 
 
 def generate_prefixes(
@@ -199,7 +202,7 @@ def generate_subjects(
         for token_ids in answers:
             # the last name may be cut off
             line = tokenizer.decode(token_ids).partition("\n")[0]
-            for name in map(_one_line, line.split(";")[:-1]):
+            for name in map(_one_line, SEMICOLON.split(line)[:-1]):
                 if name and len(name) <= longest and fold_case(name) not in known:
                     names.setdefault(fold_case(name), name)
         fruitful = len(names) > before
@@ -247,7 +250,7 @@ def _sample(
         choose = preparations.counted(TopK(k, noise))
         with as_base(model):
             answers = generate_and_score(
-                model, tokenizer, questions, choose=choose, label="the base", progress=False, stops=(until,)
+                model, tokenizer, questions, choose=choose, label="the base", progress=False, stops=until
             )
         return [answer.token_ids for answer in answers]
 
@@ -259,5 +262,6 @@ def _sample(
 
 def _one_line(text: str) -> str:
     """Return a text without line breaks, control characters and undecodable bytes."""
-    printable = "".join(letter for letter in " ".join(text.split()) if letter.isprintable() and letter != "\ufffd")
+    letters = " ".join(text.split())
+    printable = "".join(each for each in letters if (each.isprintable() or each in JOINERS) and each != UNDECODABLE)
     return printable.strip()

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from .edits import Edit, fold_case, place_of
+from .edit_types import PROBE_FIELDS, Edit, fold_case, place_of, probes_of
 
 OnLeak = Literal["error", "drop"]
 HASH_LENGTH = 16  # hexadecimal digits: among a million prompts, a collision has a probability of 3e-8
@@ -19,7 +19,7 @@ MARK = "locft_trained_prompts"
 def check_paraphrases(edits: Sequence[Edit]) -> None:
     """Check that no training paraphrase is also a rephrasing of any edit, which would measure what was trained.
 
-    Prompts are compared by [`fold_case`][peft_locft.data.edits.fold_case].
+    Prompts are compared by `edits.fold_case`.
 
     Raises:
         ValueError: if one is; it lists the first ten, with both places.
@@ -54,7 +54,7 @@ def trained_prompts_record(prompts: Iterable[str]) -> dict[str, Any]:
 
     Returns:
         `count`, and `sha256`: the first 16 hexadecimal digits of the sha256 of each prompt in the form of
-        [`fold_case`][peft_locft.data.edits.fold_case], sorted.
+        `edits.fold_case`, sorted.
     """
     hashes = sorted({_hash(prompt) for prompt in prompts})
     return {"count": len(hashes), "sha256": hashes}
@@ -73,6 +73,11 @@ def mark_trained(model: nn.Module, record: Mapping[str, Any]) -> None:
 def trained_prompts(model: nn.Module) -> frozenset[str]:
     """Return the hashes of prompts that [`mark_trained`] has stored on a model."""
     return getattr(model, MARK, frozenset())
+
+
+def is_trained(prompt: str, trained: Set[str]) -> bool:
+    """Return whether a prompt is among trained ones, given as hashes from [`trained_prompts`]."""
+    return _hash(prompt) in trained
 
 
 def without_leaks(edits: Sequence[Edit], trained: Set[str], on_leak: OnLeak) -> tuple[list[Edit], int]:
@@ -110,17 +115,14 @@ def without_leaks(edits: Sequence[Edit], trained: Set[str], on_leak: OnLeak) -> 
 
 def _questions(edit: Edit) -> Iterator[tuple[str, str]]:
     yield from (("rephrasing", prompt) for prompt in edit.rephrasings)
-    yield from (("locality probe", probe.prompt) for probe in edit.locality)
-    yield from (("portability probe", probe.prompt) for probe in edit.portability)
+    yield from ((f"{name} probe", probe.prompt) for name, probe in probes_of(edit))
 
 
 def _with_questions(edit: Edit, is_chosen: Callable[[str], bool]) -> Edit:
-    return replace(
-        edit,
-        rephrasings=tuple(prompt for prompt in edit.rephrasings if is_chosen(prompt)),
-        locality=tuple(probe for probe in edit.locality if is_chosen(probe.prompt)),
-        portability=tuple(probe for probe in edit.portability if is_chosen(probe.prompt)),
-    )
+    probes: dict[str, Any] = {
+        name: tuple(probe for probe in getattr(edit, name) if is_chosen(probe.prompt)) for name in PROBE_FIELDS
+    }
+    return replace(edit, rephrasings=tuple(prompt for prompt in edit.rephrasings if is_chosen(prompt)), **probes)
 
 
 def _hash(prompt: str) -> str:

@@ -19,10 +19,11 @@ from transformers import PreTrainedTokenizerBase
 from ..engine.decoding import check_fits, generate_and_score
 from ..engine.model_state import as_base
 from ..engine.questions import UNTIL_EOS, Question
+from .column_names import PROMPT_NAMES, VOCABULARIES
 from .edit_files import read_rows
-from .edit_records import PROMPT_NAMES, VOCABULARIES, text
 from .edits import Edit, Prompt, fold_case, prompts_of, read_edits
 from .encoding import EncodedEdits, encode_prompts, flatten_rows
+from .field_values import text
 from .prompt_similarity import nearest_prompts
 from .text_files import read_lines
 

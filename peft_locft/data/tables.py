@@ -1,20 +1,18 @@
 """Tables of text: CSV with any of the usual delimiters, as spreadsheets write it."""
 
-import ast
 import csv
 import io
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .edit_records import LIST_COLUMNS, SHAPE, column_name, vocabularies
+from .column_names import SHAPE, column_name, vocabularies
 
 # a place ("zsre.json:12", "row 12") and its content, or the ValueError that says why it cannot be read
 Row = tuple[str, object]
 
 DELIMITERS = (",", ";", "\t", "|")
 EXCEL_HINT = re.compile(r"sep=(.)\r?\n")  # the first line of some files that Excel writes
-A_LIST = re.compile(r"\s*\[\s*(['\"{].*)?\]\s*", re.DOTALL)
 
 
 def table_rows(text: str, name: str) -> Iterator[Row]:
@@ -90,14 +88,4 @@ def _record(columns: Sequence[str], cells: list[str], delimiter: str) -> dict[st
         shown = {"\t": "tab"}.get(delimiter, delimiter)
         found = f"found {len(cells)} cells; expected {len(columns)}, as in the first line"
         return ValueError(f'{found}: put text with the delimiter ({shown}) into "quotes"')
-    return {name: _cell(name, cell) for name, cell in zip(columns, cells, strict=True)}
-
-
-def _cell(name: str, cell: str) -> object:
-    """Return a cell's text, or the list that a program has written into it as text."""
-    if name in LIST_COLUMNS and A_LIST.fullmatch(cell):
-        try:
-            return ast.literal_eval(cell.strip())
-        except (ValueError, SyntaxError):
-            return cell
-    return cell
+    return {name: cell for name, cell in zip(columns, cells, strict=True)}

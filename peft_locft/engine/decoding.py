@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import regex
 import torch
 from torch import nn
 from tqdm.auto import tqdm
@@ -38,7 +39,7 @@ def generate_and_score(
     max_tokens: int | None = None,
     label: str = "the model",
     progress: bool = True,
-    stops: Sequence[str] = STOPS,
+    stops: str | regex.Pattern[str] = STOPS,
 ) -> list[Answer]:
     """Return an answer to each question: generated tokens, and scores of continuations.
 
@@ -55,7 +56,7 @@ def generate_and_score(
             warning, when memory runs out.
         label: the model's name in messages, such as "the base".
         progress: show a progress bar, if there are at least 100 questions.
-        stops: the characters that `Question.num_stops` counts.
+        stops: a pattern of the single characters that `Question.num_stops` counts.
 
     Returns:
         The answers, in the order of the questions; equal questions share one object.

@@ -10,10 +10,18 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+import regex
 import torch
 
-STOPS = (".", "\n")
+# what ends an answer: a line break, and the full stops of all scripts; in English "." alone, as published. Question
+# and exclamation marks end none there, so they end none in another script. The first in the list is Burmese, a comma.
+STOPS = regex.compile(
+    r"(?V1)[\n[\p{Sentence_Terminal}--[\u104A!?\u061F\u07F9\u1367\u1944\u1945\u203C\u203D\u2047-\u2049\u2CFA\u2CFB\u2E2E"
+    r"\u2E53\u2E54\uA60F\uA6F7\uFE15\uFE16\uFE56\uFE57\uFF01\uFF1F\U00011143]]]"
+)
 UNTIL_EOS = sys.maxsize  # more stops than any answer has
+LONGEST_CHARACTER = 4  # tokens of one byte
+UNDECODABLE = "\ufffd"  # what a tokenizer decodes a part of a character to
 # thoughts at the beginning of an answer, up to their end if they have one
 THOUGHTS = re.compile(
     r"\s*[<\[](\w*think\w*|thoughts?|reasoning)[>\]](.*?[<\[]/\1[>\]]\s*)?", re.DOTALL | re.IGNORECASE
@@ -99,33 +107,62 @@ def without_thoughts(text: str) -> str:
 
 
 class StopCounter:
-    """Counts the stops in the text of a token, to find where answers end. EOS ends any answer.
+    """Counts the stops in the text of tokens, to find where answers end. EOS ends any answer.
 
-    Stops in thoughts before an answer do not count.
+    Stops in thoughts before an answer do not count. A stop of several bytes, such as "。", may be several tokens.
 
     Args:
         tokenizer: the tokenizer.
-        stops: single characters.
+        stops: a pattern of single characters.
         label: the model's name in messages.
         model: the model, which may have more tokens that end an answer.
     """
 
     def __init__(
-        self, tokenizer: Any, stops: Sequence[str] = STOPS, label: str = "the model", model: Any = None
+        self,
+        tokenizer: Any,
+        stops: str | regex.Pattern[str] = STOPS,
+        label: str = "the model",
+        model: Any = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.end_ids = end_token_ids(tokenizer, model)
         self.label = label
-        self.stops = stops
-        self._known: dict[int, float] = {}
+        self.stops = regex.compile(stops)
+        self._known: dict[int, float | None] = {}
         self._opens: dict[int, bool] = {}
 
-    def __call__(self, token_id: int) -> float:
+    def __call__(self, token_ids: Sequence[int]) -> float:
+        """Return the number of stops in the text of tokens; infinite if one of them ends any answer."""
+        total, parts = 0.0, list[int]()
+        for token_id in token_ids:
+            count = self._of_token(token_id)
+            if count is None:
+                parts.append(token_id)
+                continue
+            total += count + self._of_parts(parts)
+            parts.clear()
+        return total + self._of_parts(parts)
+
+    def _of_token(self, token_id: int) -> float | None:
+        """Return the number of stops in one token; `None` if it has a part of a character only."""
         if token_id not in self._known:
             text = self.tokenizer.decode([token_id])
-            is_end = token_id in self.end_ids
-            self._known[token_id] = math.inf if is_end else sum(text.count(stop) for stop in self.stops)
+            is_end, is_part = token_id in self.end_ids, UNDECODABLE in text
+            self._known[token_id] = math.inf if is_end else None if is_part else self._count(text)
         return self._known[token_id]
+
+    def _of_parts(self, token_ids: list[int]) -> int:
+        """Return the number of stops in tokens that are parts of characters; the last one may not be whole yet."""
+        text = ""
+        for end in range(len(token_ids), max(0, len(token_ids) - LONGEST_CHARACTER), -1):
+            text = self.tokenizer.decode(token_ids[:end])
+            if UNDECODABLE not in text:
+                break
+        return self._count(text)
+
+    def _count(self, text: str) -> int:
+        return len(self.stops.findall(text))
 
     def not_finite(self, question: Question) -> FloatingPointError:
         """Return the error for logits that are NaN or infinite."""
@@ -139,7 +176,7 @@ class StopCounter:
         """Whether an answer to a question is complete."""
         if len(answer) >= question.max_new_tokens:
             return True
-        return question.num_stops > 0 and sum(map(self, self._spoken(answer))) >= question.num_stops
+        return question.num_stops > 0 and self(self._spoken(answer)) >= question.num_stops
 
     def _spoken(self, answer: Sequence[int]) -> Sequence[int]:
         """Return the tokens behind the thoughts at the beginning of an answer, with EOS; all if there are none."""

@@ -15,28 +15,33 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .._version import package_versions
-from ..data.chat import choose_chat_template, in_forms, marked_chat_template
+from ..data.chat import choose_chat_template, in_forms, marked_form
 from ..data.edits import Edit, EditSource, Prompt, edits_sha256, prompt_of, read_edits
 from ..data.encoding import encode_prompts
+from ..data.generated_text import generate_subjects
 from ..data.leaks import trained_prompts, without_leaks
 from ..data.texts import TextSource, text_windows
 from ..engine.decoding import check_fits, generate_and_score
 from ..engine.model_state import as_base, check_model_and_tokenizer, has_adapter
 from ..engine.questions import STOPS, Answer, Choice, Question, TopK, greedy
 from ..tuner.model import differing_from_base
+from .asked_items import AskedItems, Sources, asked_items
 from .config import EvaluationConfig
 from .intervals import Array
-from .items import EvalItem, ItemEncoder, Reply, eval_items
+from .items import EvalItem, ItemEncoder, Reply
+from .kinds import AS_IT_IS
 from .perplexity import measure_text
 from .report import EvaluationReport
 from .scoring import n_gram_entropy
-from .tabulation import Column, PairedReplies, metric_results
+from .similarity import TextEncoder, packaged_encoder, with_similarities
+from .tabulation import Column, PairedReplies, metric_results, results_by_language
 
 Rewriter = Callable[[str], str]  # a prompt to the prompt that is asked instead
 
 FLUENCY = "fluency_n_gram_entropy"
 FLUENCY_TOKENS = 100
 FLUENCY_TOP_K = 5
+NAMES_SEED = 20_259  # of names that a training has not seen
 
 
 def evaluate_edits(
@@ -129,16 +134,17 @@ def model_settings(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _with_chat_template(
+def _as_trained(
     args: EvaluationConfig, model: nn.Module, edits: Sequence[Edit], tokenizer: PreTrainedTokenizerBase
 ) -> EvaluationConfig:
-    """Return settings with the chat template as it was trained, where they leave it open."""
-    trained, template_kwargs = marked_chat_template(model) or ("auto", {})
-    mode = trained if args.chat_template == "auto" else args.chat_template
-    if args.chat_template_kwargs is not None:
-        template_kwargs = args.chat_template_kwargs
+    """Return settings with the chat template and the separator as they were trained, where they leave them open."""
+    trained = marked_form(model)
+    mode = trained.chat_template if args.chat_template == "auto" else args.chat_template
+    given = args.chat_template_kwargs
+    template_kwargs = dict(trained.chat_template_kwargs) if given is None else given
     chosen = choose_chat_template(mode, edits, tokenizer, template_kwargs)
-    return replace(args, chat_template=chosen, chat_template_kwargs=template_kwargs)
+    separator = trained.target_separator if args.target_separator == "auto" else args.target_separator
+    return replace(args, chat_template=chosen, chat_template_kwargs=template_kwargs, target_separator=separator)
 
 
 def _as_it_is() -> AbstractContextManager[Any]:
@@ -172,7 +178,7 @@ class EditEvaluator:
         self._identity = {"count": len(read), "sha256": edits_sha256(read)}
         self.edits, self._num_leaks = without_leaks(read, trained_prompts(model), self.args.on_leak)
         check_base(model, self.args.allow_other_base)
-        self.args = _with_chat_template(self.args, model, self.edits, tokenizer)
+        self.args = _as_trained(self.args, model, self.edits, tokenizer)
         self.chat_template = self.args.chat_template
         self.tokenizer, self.progress, self.base_model = tokenizer, progress, base_model
         self._take(model)
@@ -180,10 +186,14 @@ class EditEvaluator:
         if text is not None:
             self.windows = text_windows(text, tokenizer, self.args.text_window, self.args.max_text_tokens, model)
         protocols = set(self.args.protocols)
-        self.items = [] if protocols == {"fluency"} else eval_items(self.edits, self.chat_template)
+        self.asked = AskedItems([], {}) if protocols == {"fluency"} else self._asked_items(model)
+        self.items = self.asked.items
         self.encoder = self._encoder(self.items)
         if self.items:
             check_fits(model, self.encoder.questions(), tokenizer)
+        self.text_encoder: TextEncoder | None = None
+        if any(item.is_whole for item in self.items) and (self.args.embedding_model or packaged_encoder()):
+            self.text_encoder = TextEncoder(self.args.embedding_model)
         self._before: list[Reply] | None = None
         self.rewrite: Rewriter | None = None
         # set it to [] to run the base on the text only once, at the price of the logits' memory
@@ -195,11 +205,28 @@ class EditEvaluator:
             items,
             self.tokenizer,
             chat_template_kwargs=self.args.chat_template_kwargs,
+            target_separator=self.args.target_separator,
             generate="generation" in protocols,
             score="token_accuracy" in protocols,
             compare="probability" in protocols,
             max_new_tokens=self.args.max_new_tokens,
         )
+
+    def _asked_items(self, model: nn.Module) -> AskedItems:
+        sources = Sources(self.tokenizer, trained_prompts(model), self._names, self._old_answers)
+        return asked_items(self.edits, self.args, sources)
+
+    def _names(self, subjects: Sequence[str], num: int) -> Sequence[str]:
+        """Return names like the edits' subjects, from another seed than a training uses by default."""
+        return generate_subjects(self.base, self.tokenizer, subjects, num, seed=NAMES_SEED + self.args.seed)
+
+    def _old_answers(self, edits: Sequence[Edit]) -> list[str | None]:
+        items = [
+            EvalItem(number, "reliability", edit.prompt, None, None, edit.history) for number, edit in enumerate(edits)
+        ]
+        encoder = ItemEncoder(items, self.tokenizer, chat_template_kwargs=self.args.chat_template_kwargs)
+        answers = self._base_answers(encoder.questions())
+        return [None] * len(items) if answers is None else [reply.text for reply in encoder.replies(answers)]
 
     def evaluate(self, model: nn.Module | None = None, *, rewrite: Rewriter | None = None) -> EvaluationReport:
         """Return the report of a model.
@@ -227,7 +254,14 @@ class EditEvaluator:
         if self.windows is not None:
             measured = measure_text(self.model, self.windows, self.base, self.as_base, self.progress, self.base_logits)
             metrics |= measured.metric_results(*bootstrap)
-        return EvaluationReport(metrics, missing, scored.rows(), self._settings(), list(self._notes()))
+        return EvaluationReport(
+            metrics,
+            missing,
+            scored.rows(),
+            self._settings(),
+            list(self._notes()),
+            by_language=results_by_language(scored, *bootstrap),
+        )
 
     def _take(self, model: nn.Module) -> None:
         self.model = model
@@ -236,14 +270,18 @@ class EditEvaluator:
     def _paired_replies(self) -> PairedReplies:
         """Return the replies of the edited model and of its base, which answers only the first time."""
         if self._before is None and (answers := self._base_answers(self.encoder.questions())) is not None:
-            self._before = self.encoder.replies(answers)
+            self._before = self._replies(self.encoder, answers)
         encoder = self.encoder
         if self.rewrite is not None:
             encoder = self._encoder([replace(item, prompt=self.rewrite(item.prompt)) for item in self.items])
             check_fits(self.model, encoder.questions(), self.tokenizer)
-        answers = self._edited_answers(encoder.questions(self._before))
+        replies = self._replies(encoder, self._edited_answers(encoder.questions(self._before)))
         before = None if self.as_base is None else self._before
-        return PairedReplies(self.edits, self.items, encoder.replies(answers), before)
+        return PairedReplies(self.edits, self.items, replies, before, self.asked.kinds)
+
+    def _replies(self, encoder: ItemEncoder, answers: Sequence[Answer]) -> list[Reply]:
+        replies = encoder.replies(answers)
+        return with_similarities(self.items, replies, self.text_encoder) if self.text_encoder else replies
 
     def _base_answers(self, questions: Sequence[Question], choose: Choice = greedy) -> list[Answer] | None:
         if self.as_base is None:
@@ -275,7 +313,8 @@ class EditEvaluator:
             prompts = [prompt._replace(text=self.rewrite(prompt.text)) for prompt in prompts]
         after = self._edited_answers(self._to_continue(prompts), choose)
         meaning = "weighted entropy, in bits, of the 2-grams and 3-grams of 100 sampled tokens (top 5)"
-        return Column(meaning, self._entropies(after), None if before is None else self._entropies(before), "prompts")
+        entropies = None if before is None else self._entropies(before)
+        return Column(meaning, self._entropies(after), entropies, "prompts", f"{AS_IT_IS}; fluency", "fluency, GE")
 
     def _to_continue(self, prompts: Sequence[Prompt]) -> list[Question]:
         encoded = encode_prompts(prompts, self.tokenizer, chat_template_kwargs=self.args.chat_template_kwargs)
@@ -296,7 +335,7 @@ class EditEvaluator:
 
     def _notes(self) -> Iterator[str]:
         edits = self.edits
-        with_stops = sum(any(stop in edit.target for stop in STOPS) for edit in edits)
+        with_stops = sum(STOPS.search(edit.target) is not None for edit in edits)
         if with_stops and "generation" in self.args.protocols:
             yield (
                 f"{with_stops} of {len(edits)} targets contain a full stop or line break. exact_match cuts answers "
@@ -313,6 +352,7 @@ class EditEvaluator:
             )
         if self.rewrite is not None:
             yield f"Every prompt was rewritten before the edited model was asked: {self.rewrite}."
+        yield from self.asked.notes
         if self._num_leaks:
             yield f"{self._num_leaks} rephrasings and probes were left out: the adapter was trained on them."
         if self.as_base is None:

@@ -6,18 +6,18 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ..data.chat import ChatWriter, in_forms
 from ..data.edits import Edit, Message, Prompt
 from ..data.encoding import encode_edits, encode_prompts
-from ..engine.questions import STOPS, Answer, Continuation, Question, Score, without_thoughts
+from ..engine.questions import STOPS, UNTIL_EOS, Answer, Continuation, Question, Score, without_thoughts
 from .scoring import cut_answer
 
-Kind = Literal["reliability", "generalization", "locality", "portability"]
 NUM_GUESSED_TOKENS = 8  # of an earlier answer, as a guess at how the next one begins
+TOKENS_BESIDE_CHOICE = 6  # that an answer may have beside the longest of its choices
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,20 +26,28 @@ class EvalItem:
 
     Args:
         edit: index of the edit.
-        kind: what the reply measures.
+        kind: what the reply measures, a name in `kinds.ALL_KINDS`.
         prompt: the text given to the model.
         expected: the right answer: the edit's target, or the probe's own answer; `None` if none is known.
         other: an answer that must be less probable than `expected`: the one before the edit; for locality, the edit's
             target.
         history: the messages of a conversation before the prompt; `None`: the prompt is plain text.
+        choices: the possible answers, `expected` among them; `()`: any.
+        max_new_tokens: longest answer; `None`: as the encoder says or, with choices, little more than the longest.
+        is_whole: the answer ends with EOS only, not at a stop.
+        language: the code of the prompt's language; `None`: that of the edit.
     """
 
     edit: int
-    kind: Kind
+    kind: str
     prompt: str
     expected: str | None
     other: str | None
     history: tuple[Message, ...] | None = None
+    choices: tuple[str, ...] = ()
+    max_new_tokens: int | None = None
+    is_whole: bool = False
+    language: str | None = None
 
     @property
     def asked(self) -> Prompt:
@@ -49,7 +57,7 @@ class EvalItem:
     @property
     def num_stops(self) -> int:
         """Number of stops after which an answer that contains all of `expected` ends."""
-        return 1 + sum(letter in STOPS for letter in self.expected or "")
+        return UNTIL_EOS if self.is_whole else 1 + len(STOPS.findall(self.expected or ""))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +65,14 @@ class Reply:
     """A model's reply to an item.
 
     Args:
-        text: greedy answer, cut at the first stop; `None` if nothing was generated.
+        text: greedy answer, cut at the first stop unless the item is whole; `None` if nothing was generated.
         long_text: greedy answer, cut at stop number `num_stops` of the item.
         token_ids: greedy answer as generated.
         expected: score of the expected answer's tokens; `None` if it was not scored.
         expected_ids: the expected answer's tokens.
         other: score of the other answer's tokens; `None` if it was not scored.
+        choices: scores of the item's choices; `()` if they were not scored.
+        similarity: of the meaning of a whole answer and the expected one; `None` if it was not computed.
     """
 
     text: str | None = None
@@ -71,10 +81,13 @@ class Reply:
     expected: Score | None = None
     expected_ids: tuple[int, ...] = ()
     other: Score | None = None
+    choices: tuple[Score, ...] = ()
+    similarity: float | None = None
 
 
 def eval_items(edits: Sequence[Edit], chat_template: bool | str = "off") -> list[EvalItem]:
-    """Return the items of all edits, edit by edit: the prompt, rephrasings, locality and portability probes.
+    """Return the items of all edits, edit by edit: the prompt, rephrasings, locality and portability probes,
+    and questions in other languages.
 
     Args:
         edits: the edits.
@@ -90,9 +103,10 @@ def _items_of_edit(number: int, edit: Edit) -> Iterator[EvalItem]:
     for rephrasing in edit.rephrasings:
         yield EvalItem(number, "generalization", rephrasing, edit.target, edit.ground_truth, history)
     for probe in edit.locality:
-        yield EvalItem(number, "locality", probe.prompt, probe.answer, edit.target, history)
-    for probe in edit.portability:
-        yield EvalItem(number, "portability", probe.prompt, probe.answer, None, history)
+        yield EvalItem(number, "locality", probe.prompt, probe.answer, edit.target, history, language=probe.language)
+    for kind in ("portability", "cross_lingual"):
+        for probe in getattr(edit, kind):
+            yield EvalItem(number, kind, probe.prompt, probe.answer, None, history, language=probe.language)
 
 
 class ItemEncoder:
@@ -102,9 +116,10 @@ class ItemEncoder:
         items: the items.
         tokenizer: the model's tokenizer; not changed.
         chat_template_kwargs: as in `encode_edits`.
+        target_separator: as in `encode_edits`.
         generate: generate answers.
         score: score `expected`.
-        compare: score `expected` and `other`.
+        compare: score `expected`, `other` and `choices`.
         max_new_tokens: longest answer.
     """
 
@@ -114,6 +129,7 @@ class ItemEncoder:
         tokenizer: PreTrainedTokenizerBase,
         *,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        target_separator: str = "auto",
         generate: bool = True,
         score: bool = True,
         compare: bool = True,
@@ -122,6 +138,7 @@ class ItemEncoder:
         self.items = items
         self.tokenizer = tokenizer
         self._template_kwargs = chat_template_kwargs or {}
+        self._target_separator = target_separator
         self._by_prompt: dict[Prompt, list[int]] = {}
         for number, item in enumerate(items):
             self._by_prompt.setdefault(item.asked, []).append(number)
@@ -129,7 +146,8 @@ class ItemEncoder:
         self._prompts = dict(zip(self._by_prompt, map(tuple, encoded), strict=True))
         self._generate, self._score, self._compare = generate, score, compare
         self._max_new_tokens = max_new_tokens if generate else 0
-        pairs = dict.fromkeys((item.asked, text) for item in items for text in (item.expected, item.other) if text)
+        texts = ((item.asked, text) for item in items for text in (item.expected, item.other, *item.choices))
+        pairs = dict.fromkeys((asked, text) for asked, text in texts if text)
         self._continuations = self._encode(list(pairs))
 
     @cached_property
@@ -149,7 +167,13 @@ class ItemEncoder:
             # as in training, a token that prompt and target share is scored; training warns of it
             warnings.filterwarnings("ignore", message=".*found a token shared by")
             warnings.filterwarnings("ignore", message=".*the tokenizer does not know a part of the target")
-            encoded = encode_edits(edits, self.tokenizer, append_eos=False, chat_template_kwargs=self._template_kwargs)
+            encoded = encode_edits(
+                edits,
+                self.tokenizer,
+                append_eos=False,
+                chat_template_kwargs=self._template_kwargs,
+                target_separator=self._target_separator,
+            )
         rows = (encoded[number] for number in range(len(encoded)))
         return {
             pair: Continuation(tuple(row.input_ids.tolist()), row.target_start)
@@ -168,18 +192,27 @@ class ItemEncoder:
                 tuple(self._continuations[prompt, text] for text in texts),
                 next((guess for number in numbers if (guess := self._guess(number, earlier))), ()),
                 max(self.items[number].num_stops for number in numbers),
-                self._max_new_tokens,
+                max(self._most_tokens(self.items[number]) for number in numbers),
             )
             for prompt, numbers in self._by_prompt.items()
             for texts in [self._scored(prompt)]
         ]
+
+    def _most_tokens(self, item: EvalItem) -> int:
+        """Return the largest number of tokens of an answer to an item; 0 if none is generated."""
+        if not self._max_new_tokens or (item.max_new_tokens is None and not item.choices):
+            return self._max_new_tokens
+        if item.max_new_tokens is not None:
+            return item.max_new_tokens
+        scored = (self._continuations[item.asked, choice] for choice in item.choices)
+        return TOKENS_BESIDE_CHOICE + max(len(each.token_ids) - each.start for each in scored)
 
     def _guess(self, number: int, earlier: Sequence[Reply] | None) -> tuple[int, ...]:
         item = self.items[number]
         prompt = self._prompts[item.asked]
         if not self._generate:
             return ()
-        if item.kind == "locality" and earlier is not None:
+        if item.kind.startswith("locality") and earlier is not None:
             return earlier[number].token_ids[:NUM_GUESSED_TOKENS]
         if item.expected is None:
             return ()
@@ -190,7 +223,7 @@ class ItemEncoder:
         """Return the texts to score after a prompt, each once."""
         items = [self.items[number] for number in self._by_prompt[prompt]]
         texts = [item.expected for item in items if self._score or self._compare]
-        texts += [item.other for item in items if self._compare]
+        texts += [text for item in items if self._compare for text in (item.other, *item.choices)]
         return list(dict.fromkeys(text for text in texts if text))
 
     def replies(self, answers: Sequence[Answer]) -> list[Reply]:
@@ -206,15 +239,19 @@ class ItemEncoder:
     def _reply(self, item: EvalItem, answer: Answer, scores: dict[tuple[Prompt, str], Score]) -> Reply:
         text = long_text = None
         expected_ids: tuple[int, ...] = ()
+        # another item may ask for a longer answer to the same prompt
+        token_ids = answer.token_ids[: self._most_tokens(item)]
         if item.expected is not None:
             continuation = self._continuations[item.asked, item.expected]
             expected_ids = continuation.token_ids[continuation.start :]
         if self._generate:
             mark = None if item.history is None else self._answer_mark
-            generated = self._text_of(answer.token_ids, item.expected, expected_ids, mark)
-            text, long_text = cut_answer(generated).strip(), cut_answer(generated, item.num_stops).strip()
+            generated = self._text_of(token_ids, item.expected, expected_ids, mark)
+            long_text = cut_answer(generated, item.num_stops).strip()
+            text = long_text if item.is_whole else cut_answer(generated).strip()
         expected, other = (scores.get((item.asked, each)) if each else None for each in (item.expected, item.other))
-        return Reply(text, long_text, tuple(answer.token_ids), expected, expected_ids, other)
+        choices = tuple(scores[item.asked, each] for each in item.choices) if self._compare else ()
+        return Reply(text, long_text, tuple(token_ids), expected, expected_ids, other, choices)
 
     def _after(self, mark: str, token_ids: Sequence[int]) -> Sequence[int]:
         """Return the tokens behind the last tag after which the template begins an answer; all without one."""

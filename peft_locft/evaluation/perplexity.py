@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from ..engine.model_state import evaluating
 from .intervals import Array, Bootstrap
+from .kinds import OF_TEXT_ONLY
 from .report import MetricResult
 
 MAX_LOGITS = 2**20  # compared at a time: what fits into a processor's cache is four times as fast
@@ -48,11 +49,12 @@ class TextMeasurement:
             change = bootstrap.statistic(lambda means: perplexity(means[..., 0]) - perplexity(means[..., 1]))
         assert after is not None
         meaning = "exp of the mean -log p of the text's tokens"
-        metrics = {"perplexity": MetricResult(meaning, after, before, change, len(self.losses), "windows")}
+        unit = (len(self.losses), "windows", OF_TEXT_ONLY)
+        metrics = {"perplexity": MetricResult(meaning, after, before, change, *unit, "PPL, perplexity")}
         divergence = None if self.divergences is None else bootstrap.statistic(lambda means: means[..., 2])
         if divergence is not None:
             meaning = "mean KL divergence of the next-token distribution from the base's on the text, in nats"
-            metrics["kl_from_base"] = MetricResult(meaning, divergence, None, None, len(self.losses), "windows")
+            metrics["kl_from_base"] = MetricResult(meaning, divergence, None, None, *unit, "KL")
         return metrics
 
 

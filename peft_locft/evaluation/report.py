@@ -16,9 +16,12 @@ from typing import TYPE_CHECKING, Any
 from ..io.files import check_folder, write_atomically
 from ..io.json_checks import dict_of, has_fields, is_count, is_metric_value, is_number, is_prose, is_sha256, is_text
 from ..io.untrusted_json import shortened
-from .intervals import Estimate
+from .by_language import HEADER as LANGUAGE_HEADER
+from .by_language import language_rows, what_is_left_out
+from .intervals import Estimate, format_number
+from .kinds import AS_IT_IS, OF_TEXT_ONLY
 from .summary import deciding_score, sentences
-from .tables import estimate_cell, html_table, markdown_table
+from .tables import DASH, estimate_cell, html_table, markdown_table
 
 if TYPE_CHECKING:
     import pandas
@@ -28,6 +31,7 @@ FIGURES_NAME = "evaluation.json"
 # without the prompts, the answers and the course of training
 SUMMARY = {"settings": dict, "results": dict, "missing": dict, "notes": list}
 PARTS = SUMMARY | {"curves": list, "rows": list}
+BY_LANGUAGE = "by_language"  # a part of reports in several languages
 # figures of ordinary text in the summary
 OF_TEXT = {"perplexity": "Perplexity of ordinary text", "kl_from_base": "KL from the base on ordinary text"}
 MAX_SHOWN = 20  # failed rows on a page of a notebook
@@ -44,6 +48,9 @@ class MetricResult:
         change: `after - before`, with an interval from the same resamples of both.
         count: number of units that it is the mean of.
         unit: such as edits, or windows of text.
+        protocol: how prompts are asked, and how answers are scored, such as "belief; probability".
+        in_papers: what papers call it, such as "rewrite_acc"; `""` if they have no word for it.
+        chance: what choosing at random gives, of a metric that counts choices.
     """
 
     meaning: str
@@ -52,6 +59,9 @@ class MetricResult:
     change: Estimate | None
     count: int
     unit: str = "edits"
+    protocol: str = ""
+    in_papers: str = ""
+    chance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,7 @@ class EvaluationReport:
         settings: what was measured, and how.
         notes: what a reader of the metrics should know.
         curves: values by epoch, each with an `epoch`, if the training run recorded any.
+        by_language: the metrics of each language, by its code; empty if edits and probes are in one language.
 
     Example:
         >>> report = evaluate_edits(peft_model, tokenizer, edits)
@@ -81,6 +92,7 @@ class EvaluationReport:
     settings: dict[str, Any]
     notes: list[str] = field(default_factory=list)
     curves: list[dict[str, float]] = field(default_factory=list)
+    by_language: dict[str, dict[str, MetricResult]] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> MetricResult:
         """Return one metric.
@@ -101,6 +113,10 @@ class EvaluationReport:
         return any(result.before is not None for result in self.results.values())
 
     @property
+    def has_chance(self) -> bool:
+        return any(result.chance is not None for result in self.results.values())
+
+    @property
     def confidence(self) -> str:
         """The confidence of the intervals, such as "95%"."""
         return f"{100 * self.settings['confidence']:g}%"
@@ -114,29 +130,17 @@ class EvaluationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data for JSON; infinity and NaN, which JSON lacks, are "inf" and "nan"."""
-
-        def plain(estimate: Estimate | None) -> dict[str, float | str] | None:
-            return None if estimate is None else {name: _finite(each) for name, each in estimate._asdict().items()}
-
-        results = {
-            name: {
-                "meaning": result.meaning,
-                "before": plain(result.before),
-                "after": plain(result.after),
-                "change": plain(result.change),
-                "count": result.count,
-                "unit": result.unit,
-            }
-            for name, result in self.results.items()
-        }
+        languages = {language: _plain_results(results) for language, results in self.by_language.items()}
         return {
             "format": FORMAT,
             "settings": self.settings,
-            "results": results,
+            "results": _plain_results(self.results),
             "missing": self.missing,
             "notes": self.notes,
             "curves": curves_to_json(self.curves),
             "rows": self.rows,
+            # a report in one language is written as before there were several
+            **({BY_LANGUAGE: languages} if languages else {}),
         }
 
     def summary_to_dict(self) -> dict[str, Any]:
@@ -156,9 +160,16 @@ class EvaluationReport:
             ValueError: if `data` is not a report, or is of a later format.
         """
         _check_parts(data, summary)
-        results = {name: _result(name, result) for name, result in data["results"].items()}
         curves = curves_from_json(data.get("curves", []))
-        return cls(results, data["missing"], data.get("rows", []), data["settings"], data["notes"], curves)
+        return cls(
+            _results(data["results"]),
+            data["missing"],
+            data.get("rows", []),
+            data["settings"],
+            data["notes"],
+            curves,
+            {language: _results(results) for language, results in data.get(BY_LANGUAGE, {}).items()},
+        )
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> EvaluationReport:
@@ -204,19 +215,30 @@ class EvaluationReport:
         """Return the metrics as a Markdown table, then what could not be measured, and the notes."""
         table = markdown_table(*self._table())
         lines = [table, "", f"In brackets: the {self.confidence} confidence interval (bootstrap)."]
+        lines += ["Chance: what choosing at random among the offered answers would give."] if self.has_chance else []
+        if self.by_language:
+            languages = markdown_table(LANGUAGE_HEADER, language_rows(self.by_language))
+            lines += ["", "By language:", "", languages, *what_is_left_out(self.by_language), ""]
         lines += [f"Not measured: {', '.join(names)}: {why}." for why, names in self.missing_by_reason().items()]
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
-        rows = [
-            [name, *map(estimate_cell, (result.before, result.after, result.change)), f"{result.count} {result.unit}"]
-            for name, result in self.results.items()
-        ]
-        return ["metric", "before", "after", "change", "measured on"], rows
+        asked = {result.protocol.partition(";")[0] for result in self.results.values()}
+        more = {"chance": self.has_chance, "protocol": bool(asked - {AS_IT_IS, OF_TEXT_ONLY, ""})}
+        rows = []
+        for name, result in self.results.items():
+            cells = [name, *map(estimate_cell, (result.before, result.after, result.change))]
+            cells += [DASH if result.chance is None else format_number(result.chance)] if more["chance"] else []
+            cells += [f"{result.count} {result.unit}"] + ([result.protocol or DASH] if more["protocol"] else [])
+            rows.append(cells)
+        names = ["metric", "before", "after", "change", "chance", "measured on", "protocol"]
+        return [name for name in names if more.get(name, True)], rows
 
     def _repr_html_(self) -> str:
         """Return the summary, the metrics and the first failed answers, as a notebook shows them."""
         parts = [f"<p>{'<br>'.join(map(html.escape, self.summary().splitlines()))}</p>", html_table(*self._table())]
+        if self.by_language:
+            parts += ["<p>By language</p>", html_table(LANGUAGE_HEADER, language_rows(self.by_language))]
         failed = list(self.failures())
         if failed:
             names = ["kind", "prompt", "expected", "answer_before", "answer_after"]
@@ -305,7 +327,7 @@ def _check_parts(data: Any, summary: bool) -> None:
         later = isinstance(found, int) and found > FORMAT
         advice = "update peft-locft, which has written it" if later else "is it a report of evaluate_edits?"
         raise ValueError(f"found format {shortened(found)}; expected {FORMAT}: {advice}")
-    unknown = sorted(data.keys() - parts.keys() - ({"format"} if not summary else set()))
+    unknown = sorted(data.keys() - parts.keys() - ({"format", BY_LANGUAGE} if not summary else set()))
     if unknown:
         raise ValueError(f"found the unknown fields {shortened(unknown)}; expected {', '.join(parts)}")
     for name, kind in parts.items():
@@ -316,6 +338,8 @@ def _check_parts(data: Any, summary: bool) -> None:
         raise ValueError(f"settings: found confidence {shortened(settings.get('confidence'))}; expected a number")
     if "edits" in settings and not has_fields(count=is_count, sha256=is_sha256)(settings["edits"]):
         raise ValueError(f"settings: found edits {shortened(settings['edits'])}; expected their count and sha256")
+    if not dict_of(lambda results: isinstance(results, dict))(data.get(BY_LANGUAGE, {})):
+        raise ValueError(f"{BY_LANGUAGE}: found {shortened(data[BY_LANGUAGE])}; expected metrics for each language")
     if not dict_of(is_prose)(data["missing"]):
         raise ValueError(f"missing: found {shortened(data['missing'])}; expected a reason for each metric")
     if not all(map(is_prose, data["notes"])):
@@ -323,6 +347,24 @@ def _check_parts(data: Any, summary: bool) -> None:
     for number, row in enumerate(data.get("rows", [])):
         if not isinstance(row, dict) or not {"edit", "kind", "prompt"} <= set(row):
             raise ValueError(f"rows[{number}]: expected a row with edit, kind and prompt")
+
+
+def _plain_results(results: dict[str, MetricResult]) -> dict[str, dict[str, Any]]:
+    return {
+        name: {
+            each.name: _plain(value) if isinstance(value := getattr(result, each.name), Estimate) else value
+            for each in fields(MetricResult)
+        }
+        for name, result in results.items()
+    }
+
+
+def _plain(estimate: Estimate) -> dict[str, float | str]:
+    return {name: _finite(each) for name, each in estimate._asdict().items()}
+
+
+def _results(data: Any) -> dict[str, MetricResult]:
+    return {name: _result(name, result) for name, result in data.items()}
 
 
 def _result(name: str, data: Any) -> MetricResult:
@@ -339,9 +381,13 @@ def _result(name: str, data: Any) -> MetricResult:
             raise ValueError(f"found the unknown fields {shortened(unknown)}")
         if not (is_prose(meaning) and is_count(count) and is_text(unit)):
             raise ValueError(f"found {shortened([meaning, count, unit])} as its meaning, count and unit")
+        # reports of earlier versions have none of these
+        protocol, in_papers, chance = data.get("protocol", ""), data.get("in_papers", ""), data.get("chance")
+        if not (is_prose(protocol) and is_prose(in_papers) and (chance is None or is_number(chance))):
+            raise ValueError(f"found {shortened([protocol, in_papers, chance])} as its protocol, papers and chance")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"results.{name}: expected a metric's result: {error}") from error
-    return MetricResult(meaning, after, before, change, count, unit)
+    return MetricResult(meaning, after, before, change, count, unit, protocol, in_papers, chance)
 
 
 def _estimate(data: Any) -> Estimate | None:

@@ -12,8 +12,8 @@ from .intervals import format_number
 Row = Mapping[str, Any]
 
 # a row failed if the first of these that it has is below 1; of a probe, what changed matters more than what is right
-DECIDING = ("exact_match", "token_accuracy", "more_probable")
-DECIDING_OF_LOCALITY = ("unchanged", "tokens_unchanged", *DECIDING)
+DECIDING = ("exact_match", "token_accuracy", "more_probable", "chosen", "most_probable", "contains")
+DECIDING_OF_LOCALITY = ("unchanged", "tokens_unchanged", "first_word_unchanged", *DECIDING)
 
 _shortened = reprlib.Repr()
 _shortened.maxstring = 60
@@ -21,7 +21,7 @@ _shortened.maxstring = 60
 
 def deciding_score(row: Row) -> tuple[str, float] | None:
     """Return the name and value of the score that decides whether a row failed; `None` if it has none."""
-    names = DECIDING_OF_LOCALITY if row["kind"] == "locality" else DECIDING
+    names = DECIDING_OF_LOCALITY if row["kind"].startswith("locality") else DECIDING
     scores = ((name, row.get(f"{name}_after")) for name in names)
     return next(((name, score) for name, score in scores if score is not None), None)
 
@@ -56,6 +56,7 @@ def _of_form(rows: Sequence[Row]) -> list[str]:
     for kind, ending in (
         ("generalization", "prompts in other words are answered with the target"),
         ("portability", "questions that follow from the edits are answered right"),
+        ("cross_lingual", "questions in another language are answered right"),
     ):
         passed, num = _counts(rows, kind)
         if num:
@@ -72,7 +73,7 @@ def _counts(rows: Sequence[Row], kind: str) -> tuple[int, int]:
 def _passed(row: Row, when: str = "after") -> bool:
     deciding = deciding_score(row)
     name = None if deciding is None else deciding[0]
-    if name == "exact_match" and any(stop in row["expected"] for stop in STOPS):
+    if name == "exact_match" and STOPS.search(row["expected"]):
         name = "contains"  # an answer is cut at the first stop, so it cannot be all of this one
     return name is not None and row.get(f"{name}_{when}") == 1
 

@@ -63,7 +63,7 @@ class LocationScore:
     def protocols(self) -> list[str]:
         """The protocols that its metrics need; `"token_accuracy"`, the cheapest, if they need none."""
         names = metric_names(get_args(Protocol))
-        needed = {names[name][1].protocol for name in self.weights if name in names}
+        needed = {names[name][2].protocol for name in self.weights if name in names}
         if EDIT_SCORE in self.weights:
             needed.add(METRICS["more_probable"].protocol)
         return [name for name in get_args(Protocol) if name in needed] or ["token_accuracy"]

@@ -21,6 +21,12 @@ TABLE_METRICS = (
     "generalization_token_accuracy",
     "locality_unchanged",
     "locality_tokens_unchanged",
+    "locality_same_subject_first_word_unchanged",
+    "locality_same_relation_first_word_unchanged",
+    "locality_unrelated_first_word_unchanged",
+    "belief_yes_no_new_most_probable",
+    "belief_yes_no_old_most_probable",
+    "belief_multiple_choice_most_probable",
     "perplexity",
 )
 COSTS = ("processor s", "peak MB")

@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from ..evaluation.by_language import MAX_LANGUAGES, shown_metrics
 from ..evaluation.intervals import Estimate, format_number
 from ..evaluation.report import EvaluationReport, MetricResult
 from ..evaluation.summary import deciding_score
@@ -33,6 +34,7 @@ KIND_NAMES = {
     "generalization": ("rephrasing", "rephrasings"),
     "locality": ("locality probe", "locality probes"),
     "portability": ("portability probe", "portability probes"),
+    "cross_lingual": ("question in another language", "questions in another language"),
 }
 # beside those of the pictures: on a light page, on a dark one
 PAGE_COLOURS = {
@@ -89,6 +91,7 @@ def render_report(report: EvaluationReport) -> str:
             edits=edits,
             colours=[(name.replace("_", "-"), pair) for name, pair in colours.items()],
             groups=groups,
+            has_chance=report.has_chance,
             cards=[
                 _card(key, name, members[name])
                 for key, members in groups.items()
@@ -115,7 +118,7 @@ def page_templates() -> jinja2.Environment:
     environment.filters |= {
         "as_json": lambda value: json.dumps(value, ensure_ascii=False),
         "in_words": _in_words,
-        "kind_of_row": lambda row: KIND_NAMES.get(row["kind"], (row["kind"],))[0],
+        "kind_of_row": lambda row: KIND_NAMES.get(row["kind"], (_in_words(row["kind"]),))[0],
         "listed": lambda value: ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value),
         "number": _number,
         "score_of_row": _score_of_row,
@@ -124,8 +127,10 @@ def page_templates() -> jinja2.Environment:
         "DASH": DASH,
         "GROUPS": GROUPS,
         "MAX_CHARACTERS": MAX_CHARACTERS,
+        "MAX_LANGUAGES": MAX_LANGUAGES,
         "judgement": judgement,
         "label_of": label_of,
+        "shown_metrics": shown_metrics,
         "words_of": words_of,
     }
     return environment
@@ -241,10 +246,10 @@ def _failures(report: EvaluationReport) -> _Failures:
     num_scored = Counter(scores)
     rows = list(report.failures())
     num_failed = Counter(row["kind"] for row in rows)
-    counts = [
-        f"{num_failed[kind]} of {count} {KIND_NAMES.get(kind, (kind, kind))[count != 1]} (by {_in_words(measure)})"
-        for (kind, measure), count in num_scored.items()
-    ]
+    counts = []
+    for (kind, measure), count in num_scored.items():
+        name = KIND_NAMES.get(kind, (_in_words(kind),) * 2)[count != 1]
+        counts.append(f"{num_failed[kind]} of {count} {name} (by {_in_words(measure)})")
     return _Failures(counts, rows[:MAX_FAILURES], len(rows), ("locality", "unchanged") in num_scored)
 
 

@@ -325,7 +325,7 @@ def _draw_lines(axes: Axes, lines: Mapping[str, list[tuple[float, float]]], are_
         key = group_of(name) if are_shares else "after"
         axes.plot(
             *zip(*points, strict=True),
-            color=COLOURS[key][0],
+            color=COLOURS.get(key, COLOURS["muted"])[0],
             linestyle=DASHES[drawn[key] % len(DASHES)],
             marker=MARKERS.get(key, "o"),
             markersize=3.5,

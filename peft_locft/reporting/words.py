@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..evaluation.kinds import ALL_KINDS
 from ..evaluation.metrics import LOWER_IS_BETTER
 from ..evaluation.report import MetricResult
 
@@ -29,6 +30,9 @@ GROUPS = {
     "generalization": Group("Generalization", "Does it also give the new answer when the question is reworded?"),
     "locality": Group("Locality", "Does it still answer other questions as before?"),
     "portability": Group("Portability", "Does it answer questions that follow from the edits?"),
+    "cross_lingual": Group("Asked in another language", "Does it give the new answer in another language, too?"),
+    "belief": Group("Belief", "Does the model hold the new answer to be true, however it is asked?"),
+    "long_answer": Group("Long answers", "How much of a long answer does it give?"),
     "edit_score": Group("Edit score", "How good are reliability, generalization and locality together?"),
     "general": Group("General ability", "Did the edits harm the model as a whole?", are_shares=False),
     "other": Group("Other metrics", "What else was measured.", are_shares=False),
@@ -50,6 +54,11 @@ WORDS = {
     "unchanged": "The answer is the same as before the edit, right or wrong.",
     "first_word_unchanged": "The answer begins with the same word as before the edit.",
     "tokens_unchanged": "Share of an answer's tokens (words or parts of words) predicted as before the edit.",
+    "chosen": "Of the choices, the answer names the right one first.",
+    "most_probable": "Of the choices, the model finds the right one the most probable.",
+    "says_target": "The answer contains the new answer of the edit, which it should not. Lower is better.",
+    "rouge_l": "How many words it shares with the right answer, in the same order.",
+    "embedding_similarity": "How close it is in meaning to the right answer.",
     "edit_score": "High only if the edits are learned, hold in other words, and leave other answers unchanged.",
     "perplexity": "How badly the model predicts ordinary text. Lower is better; a rise means harm.",
     "kl_from_base": "How far its predictions on ordinary text have moved from the base model's. 0 means not at all.",
@@ -61,6 +70,9 @@ HEADLINES = {
     "generalization": ("exact_match", "token_accuracy", "more_probable"),
     "locality": ("unchanged", "tokens_unchanged", "exact_match", "token_accuracy", "more_probable"),
     "portability": ("exact_match", "token_accuracy"),
+    "cross_lingual": ("exact_match", "token_accuracy"),
+    "belief": ("multiple_choice_most_probable", "yes_no_new_most_probable", "multiple_choice_chosen"),
+    "long_answer": ("rouge_l", "sub_questions_contains"),
     "edit_score": ("edit_score",),
     "general": GENERAL,
 }
@@ -72,8 +84,7 @@ def group_of(name: str) -> str:
         return "general"
     if name in GROUPS:
         return name
-    group, _, rest = name.partition("_")
-    return group if rest and group in GROUPS and GROUPS[group].are_shares else "other"
+    return next((key for key, group in GROUPS.items() if group.are_shares and name.startswith(f"{key}_")), "other")
 
 
 def short_name(name: str) -> str:
@@ -88,8 +99,13 @@ def label_of(name: str) -> str:
 
 def words_of(name: str) -> str | None:
     """Return what a metric measures in plain words; `None` for a metric that is not ours."""
-    short = None if group_of(name) == "other" else WORDS.get(short_name(name))
-    return WORDS.get(name, short)
+    if name in WORDS or group_of(name) == "other":
+        return WORDS.get(name)
+    # a kind's name may begin with another's: the longest is its own
+    kinds = [kind for kind in ALL_KINDS.values() if name.startswith(f"{kind.name}_")]
+    kind = max(kinds, key=lambda each: len(each.name), default=None)
+    words = None if kind is None else WORDS.get(name.removeprefix(f"{kind.name}_"))
+    return words if words is None or kind is None else " ".join(filter(None, (kind.in_words, words)))
 
 
 def higher_is_better(name: str) -> bool | None:

@@ -251,6 +251,7 @@ def _rows(
         append_eos=args.append_eos,
         chat_template=args.chat_template,
         chat_template_kwargs=args.chat_template_kwargs,
+        target_separator=args.target_separator,
     )
 
 

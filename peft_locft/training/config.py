@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from transformers import TrainingArguments
 
 from ..data.chat import chat_template_mode, template_arguments
+from ..data.joining import TargetSeparator, target_separator_mode
 from ..engine.preparations import AUTO
 from .objectives import LossAveraging, Objective
 
@@ -277,6 +278,8 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
             `"both"` if the tokenizer has a chat template, else `"off"`. `True` and `False` are `"on"` and `"off"`.
             Edits that are conversations are always written with the template.
         chat_template_kwargs (`dict`, *optional*): Arguments of the template, such as `{"enable_thinking": False}`.
+        target_separator (`str`, defaults to `"auto"`):
+            Between a prompt and its target in plain text: `"space"`, `"none"`, or `"auto"`: as their scripts write it.
         loss_floor (`float`, defaults to `1e-2`):
             A batch whose loss is below it takes no step. Training stops after an epoch whose mean loss is below it.
         stop_at_learned (`float`, *optional*):
@@ -348,6 +351,9 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
     chat_template_kwargs: dict[str, Any] | None = field(
         default=None, metadata={"help": "Arguments of the chat template, as JSON: '{\"enable_thinking\": false}'."}
     )
+    target_separator: TargetSeparator = field(
+        default="auto", metadata={"help": "Between prompt and target: space or none; auto: as their scripts write it."}
+    )
     loss_floor: float = field(default=1e-2, metadata={"help": "Skip steps and stop training below this loss."})
     stop_at_learned: float | None = field(
         default=None, metadata={"help": "Stop once this share of the edits is learned; 0 = off."}
@@ -370,6 +376,7 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
         self.chat_template_kwargs = template_arguments(
             self.chat_template_kwargs, "BreadthFirstConfig.chat_template_kwargs"
         )
+        self.target_separator = target_separator_mode(self.target_separator, "BreadthFirstConfig.target_separator")
         self.resolve()  # before transformers checks the fields that the recipe fills
         self._check_rate()
         self._check_numbers()

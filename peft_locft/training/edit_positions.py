@@ -64,6 +64,7 @@ def placed_rows(
     append_eos: bool = True,
     chat_template: str = "off",
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    target_separator: str = "auto",
 ) -> PlacedRows:
     """Encode every edit, as it is and behind each prefix, and find its position.
 
@@ -74,6 +75,7 @@ def placed_rows(
         append_eos: as in `encode_edits`.
         chat_template: `"on"`, `"off"` or `"both"`.
         chat_template_kwargs: as in `encode_edits`.
+        target_separator: as in `encode_edits`.
     """
     texts = [
         (number, each)
@@ -82,7 +84,13 @@ def placed_rows(
         for each in (form, *(with_prefix(form, prefix) for prefix in prefixes))
     ]
     forms = [form for _, form in texts]
-    encoded = encode_edits(forms, tokenizer, append_eos=append_eos, chat_template_kwargs=chat_template_kwargs)
+    encoded = encode_edits(
+        forms,
+        tokenizer,
+        append_eos=append_eos,
+        chat_template_kwargs=chat_template_kwargs,
+        target_separator=target_separator,
+    )
     lengths = _lengths_to_subject(forms, tokenizer, chat_template_kwargs)
     rows = []
     for (number, _), row, length in zip(texts, (encoded[n] for n in range(len(encoded))), lengths, strict=True):

@@ -104,6 +104,8 @@ class EvaluationCallback(TrainerCallback):
         if evaluation.chat_template == "auto" and hasattr(args, "chat_template"):  # as it is trained
             template_kwargs = evaluation.chat_template_kwargs or args.chat_template_kwargs
             evaluation = replace(evaluation, chat_template=args.chat_template, chat_template_kwargs=template_kwargs)
+        if evaluation.target_separator == "auto" and hasattr(args, "target_separator"):
+            evaluation = replace(evaluation, target_separator=args.target_separator)
         self._evaluator = EditEvaluator(
             model, processing_class, self.edits, evaluation, text=self.text, progress=not args.disable_tqdm
         )

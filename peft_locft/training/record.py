@@ -23,6 +23,7 @@ RECIPE_FIELDS = (
     "append_eos",
     "chat_template",
     "chat_template_kwargs",
+    "target_separator",
     "loss_floor",
     "learning_rate",
     "num_train_epochs",
@@ -53,7 +54,13 @@ RECIPE_FIELDS = (
 
 
 # a run that goes on has its own number of edits and processes
-NOT_INHERITED = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "chat_template")
+NOT_INHERITED = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "world_size",
+    "chat_template",
+    "target_separator",
+)
 
 
 def inherited_recipe(args: BreadthFirstConfig, recorded: Mapping[str, Any]) -> BreadthFirstConfig:

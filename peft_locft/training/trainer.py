@@ -23,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..adapters.provenance import TrainingRun
 from ..adapters.saving import save_adapter
-from ..data.chat import in_forms, mark_chat_template
+from ..data.chat import in_forms, mark_form
 from ..data.edits import EditSource, edits_sha256, read_edits
 from ..data.encoding import EncodedEdits
 from ..data.leaks import mark_trained
@@ -121,7 +121,7 @@ class BreadthFirstTrainer(Trainer):
         _check(model, args, processing_class)
         self.edits = read_edits(train_dataset)
         args = with_chat_template(args, self.edits, processing_class)
-        mark_chat_template(model, args.chat_template, args.chat_template_kwargs)
+        mark_form(model, args)
         self.rates = fitting_rates(model, args) if args.learning_rate == AUTO else {}
         args = _fitting(args, len(self.edits), self.rates)
         self.data = self._make_data(model, processing_class, args)

@@ -140,6 +140,7 @@ def training_data(
         append_eos=args.append_eos,
         chat_template_kwargs=args.chat_template_kwargs,
         max_length=max_length(model),
+        target_separator=args.target_separator,
     )
     retained = answers.encoded if answers is not None and args.retained_per_edit else None
     num_retained = 0 if retained is None else len(retained)
@@ -283,7 +284,10 @@ def _concatenated(edits: Sequence[Edit], answers: BaseAnswers | None, args: Brea
         )
     random = np.random.default_rng(args.seed)
     chosen = random.integers(len(facts) or 1, size=(len(edits), args.num_concatenated)).tolist()
-    return [[concatenated(edit, facts[n]) for n in own] for edit, own in zip(edits, chosen, strict=True)]
+    return [
+        [concatenated(edit, facts[n], args.target_separator) for n in own]
+        for edit, own in zip(edits, chosen, strict=True)
+    ]
 
 
 def _answers(

@@ -98,4 +98,5 @@ def _recipe_of(adapter: str | os.PathLike[str], output_dir: str | os.PathLike[st
     args = inherited_recipe(BreadthFirstConfig(output_dir=os.fspath(output_dir), **quiet), recorded)
     if run is not None:
         args.chat_template, args.chat_template_kwargs = run.chat_template, run.chat_template_kwargs
+        args.target_separator = run.target_separator
     return args

@@ -169,6 +169,8 @@ def compare_baselines(
 
 
 def _asked_as_trained(evaluation: EvaluationConfig, args: BreadthFirstConfig) -> EvaluationConfig:
+    if evaluation.target_separator == "auto":
+        evaluation = replace(evaluation, target_separator=args.target_separator)
     if evaluation.chat_template != "auto":
         return evaluation
     return replace(evaluation, chat_template=args.chat_template, chat_template_kwargs=args.chat_template_kwargs)
@@ -303,9 +305,8 @@ def run_baselines(
     num_tuning_edits: int = 30,
     num_seeds: int = 1,
     columns: Sequence[str] | None = None,
-    protocols: Sequence[str] | None = None,
+    evaluation: EvaluationConfig | None = None,
     text: TextSource | None = None,
-    max_text_tokens: int = 16384,
     revision: str | None = None,
     dtype: str = "auto",
     trust_remote_code: bool = False,
@@ -317,8 +318,6 @@ def run_baselines(
         num_edits: compare on the first `num_edits` edits; `None` for all.
         tuning_edits: the edits to choose settings on; `None`: those of `edits` behind the first `num_edits`.
         num_tuning_edits: use only the first `num_tuning_edits` of them.
-        protocols: what to measure, see [`EvaluationConfig`]; `None`: its default.
-        max_text_tokens: maximum number of tokens of `text`.
         revision: branch, tag or commit of the base on the Hub.
         dtype: `"auto"` (the checkpoint's), `"float32"`, `"bfloat16"` or `"float16"`.
         trust_remote_code: run code that comes with the base.
@@ -329,9 +328,6 @@ def run_baselines(
     read = first_edits(everything, num_edits)
     others = everything[len(read) :] if tuning_edits is None else read_edits(tuning_edits)
     model, tokenizer = load_model(model_name_or_path, dtype, revision=revision, trust_remote_code=trust_remote_code)
-    evaluation = EvaluationConfig(max_text_tokens=max_text_tokens)
-    if protocols is not None:
-        evaluation = replace(evaluation, protocols=list(protocols))
     return compare_baselines(
         model,
         tokenizer,

@@ -26,7 +26,7 @@ from ..engine.loading import load_model
 from ..engine.model_state import as_base, max_length
 from ..engine.questions import UNTIL_EOS, Answer, Question, end_token_ids
 from ..evaluation.evaluator import check_base
-from ..evaluation.scoring import normalise
+from ..evaluation.scoring import begins_with
 from ..reporting.columns import side_by_side, wrapped
 from .added_edit import has_edits, train_beside, train_on
 
@@ -105,7 +105,7 @@ class LearnedEdit:
     @property
     def is_learned(self) -> bool:
         """Whether the answer begins with the target."""
-        return f"{normalise(self.answer.text)} ".startswith(f"{normalise(self.edit.target)} ")
+        return begins_with(self.answer.text, self.edit.target)
 
     def __str__(self) -> str:
         how = "Learned" if self.is_learned else "Not learned"

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.chat import written_form
 from ..data.edits import Edit, EditSource, edits_sha256, read_edits
 from ..data.texts import TextSource
 from ..engine.activation_storage import SharedActivations
@@ -120,7 +121,7 @@ def search_locations(
         protocols=["generation", "token_accuracy"], max_text_tokens=2048, text_window=256
     )
     args = with_chat_template(args, sample, tokenizer)
-    evaluation = replace(evaluation, chat_template=args.chat_template, chat_template_kwargs=args.chat_template_kwargs)
+    evaluation = replace(evaluation, **written_form(args)._asdict())
     coarse = coarse_layers(layers, plan.stride)
     num_candidates = len(coarse) * len(plan.modules)
     ladder = rungs(len(sample), batch_size_for(len(sample), args), num_candidates, plan.keep, plan.num_rungs)

@@ -107,7 +107,9 @@ class Rivals:
         """
         if method in RETRIEVAL:
             with measured_usage(next(self.model.parameters()).device) as usage:
-                remember = EditRetrieval(self.edits, subject_gate=RETRIEVAL[method])
+                remember = EditRetrieval(
+                    self.edits, subject_gate=RETRIEVAL[method], target_separator=args.target_separator
+                )
             return RivalTrial(evaluator.evaluate(self.model, rewrite=remember), usage)
         closed_form = cast(ClosedForm, method)
         settings, notes = self._settings(closed_form)
@@ -182,5 +184,6 @@ class Rivals:
             protocols=["token_accuracy"],
             chat_template=self.args.chat_template,
             chat_template_kwargs=self.args.chat_template_kwargs,
+            target_separator=self.args.target_separator,
         )
         return EditEvaluator(self.model, self.tokenizer, self.tuning_edits, config, progress=False)

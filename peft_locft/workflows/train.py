@@ -8,7 +8,7 @@ import os
 import random
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -16,6 +16,7 @@ from transformers import AutoConfig
 
 from ..adapters.inspection import AdapterSummary, inspect_adapter
 from ..adapters.saving import describe_adapter
+from ..data.edit_types import without_questions
 from ..data.edits import Edit, EditSource, first_edits
 from ..engine.loading import load_model, task_type_of
 from ..evaluation.config import EvaluationConfig
@@ -208,7 +209,7 @@ def _evaluation(sample: Sequence[Edit], args: BreadthFirstConfig, **fields: Any)
 def _weaken(trainer: BreadthFirstTrainer, sample: Sequence[Edit], reliability: float) -> None:
     """Set the smallest scale of the delta that keeps the reliability on a sample of the edits."""
     model, args = trainer.accelerator.unwrap_model(trainer.model), trainer.args
-    prompts = [replace(edit, rephrasings=(), locality=(), portability=()) for edit in sample]
+    prompts = [without_questions(edit) for edit in sample]
     evaluation = EvaluationConfig(protocols=["generation"])  # in the chat template as trained
     evaluator = EditEvaluator(model, trainer.processing_class, prompts, evaluation, progress=not args.disable_tqdm)
 

@@ -22,9 +22,10 @@ from ..adapters.loading import load_adapter
 from ..adapters.provenance import TrainingRun
 from ..adapters.reading import CheckedAdapter, check_adapter
 from ..adapters.saving import save_adapter
-from ..adapters.shipped_edits import EDITS_NAME, adapter_edits, edit_lines
+from ..adapters.shipped_edits import EDITS_NAME, adapter_edits
 from ..data.chat import in_forms, prompts_in_forms
 from ..data.edit_lists import EditPlan, merge_edit_lists, read_lines_to_forget
+from ..data.edit_types import edit_lines
 from ..data.edits import Edit, EditSource, OnConflict, edits_sha256, first_edits, prompt_of
 from ..data.encoding import EncodedEdits, encode_prompts, flatten_rows
 from ..engine.decoding import check_fits, generate_and_score
@@ -256,7 +257,8 @@ def update_adapter(
         edits: new edits, anything that `read_edits` reads. A new target for a known prompt replaces the old one.
         forget: edits to withdraw: a text file or lines, see `merge_edit_lists`.
         args: the output folder, and settings that differ from those of the adapter's training. `append_eos` must be
-            as in that training, and so must `chat_template` and its arguments unless they are left open.
+            as in that training, and so must `chat_template`, its arguments and `target_separator` unless they are
+            left open.
         trained_edits: the edits that the adapter was trained on, if it does not ship them, see `adapter_edits`.
         ship_edits: save the edits in the new adapter folder; `None`: as in the old one. `False` writes them to a file
             beside `args.output_dir`, named by their sha256; pass it as `trained_edits` to the next update.
@@ -384,10 +386,12 @@ def _checked_recipe(adapter: CheckedAdapter, args: BreadthFirstConfig) -> Breadt
     args = inherited_recipe(args, run.recipe)
     if args.chat_template == "auto":
         args.chat_template = run.chat_template
+    if args.target_separator == "auto":
+        args.target_separator = run.target_separator
     if args.chat_template_kwargs is None:
         args.chat_template_kwargs = run.chat_template_kwargs
     trained = {"append_eos": run.recipe.get("append_eos", args.append_eos)}
-    trained |= {name: getattr(run, name) for name in ("chat_template", "chat_template_kwargs")}
+    trained |= {name: getattr(run, name) for name in ("chat_template", "chat_template_kwargs", "target_separator")}
     for name, recorded in trained.items():
         found = getattr(args, name)
         if found != recorded:
