@@ -50,7 +50,7 @@ def test_all_start_from_the_same_base_and_leave_it_as_it_was(tmp_path: Path, mon
         return made
 
     monkeypatch.setattr(trials, "BreadthFirstTrainer", recorded)
-    rows = compare_baselines(model, tokenizer, PROBED, recipe(tmp_path), evaluation=QUICK)
+    rows = compare_baselines(model, tokenizer, PROBED, recipe(tmp_path), methods=list(METHODS), evaluation=QUICK)
     assert_same_tensors(base_state(model), before)
     assert recipes[:4] == [
         ("prompt_last", False, "depth_first", 1, "edit", "locft_delta"),
@@ -67,16 +67,16 @@ def test_all_start_from_the_same_base_and_leave_it_as_it_was(tmp_path: Path, mon
 
 def test_results_that_are_there_are_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = base_model(), make_tokenizer("llama2")
-    measure = module._measure
+    measure = module._Comparison._measured
     measured: list[str] = []
 
-    def counted(*arguments: Any) -> dict[str, Any]:
+    def counted(comparison: Any, baseline: Any, args: Any) -> dict[str, Any]:
         if len(measured) == allowed:
             raise KeyboardInterrupt
-        measured.append(str(arguments[3]))
-        return measure(*arguments)
+        measured.append(str(baseline))
+        return measure(comparison, baseline, args)
 
-    monkeypatch.setattr(module, "_measure", counted)
+    monkeypatch.setattr(module._Comparison, "_measured", counted)
     allowed = 2
     arguments: dict[str, Any] = {"methods": ["LocFT"], "evaluation": QUICK}
     with pytest.raises(KeyboardInterrupt):
@@ -100,12 +100,14 @@ def test_the_table_begins_with_the_base() -> None:
         "metrics": {"reliability_exact_match": estimate, "locality_unchanged": estimate},
         "final_loss": 0.25,
         "training_seconds": 12.3,
+        "processor_seconds": 10.4,
+        "peak_bytes": 1_500_000_000,
     }
     assert baselines_to_markdown([BaselineResult.from_dict(row)]).splitlines() == [
-        "| method | order | batch | averaging | reliability_exact_match | locality_unchanged | training, s |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        "| base | | | | 0.500 [0.250, 0.750] | - | |",
-        "| FT-M | breadth-first | 20 | token | 0.500 [0.250, 0.750] | 0.500 [0.250, 0.750] | 12 |",
+        "| method | setting | reliability_exact_match | locality_unchanged | processor s | peak MB |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| base | | 0.500 [0.250, 0.750] | - | | |",
+        "| FT-M | breadth-first, batches of 20, by token | 0.500 [0.250, 0.750] | 0.500 [0.250, 0.750] | 10 | 1500 |",
     ]
 
 
@@ -113,7 +115,7 @@ def test_the_table_begins_with_the_base() -> None:
     ("arguments", "message"),
     [
         ((1,), "batch_size=1: expected 2 or more"),
-        ((20, ["ROME"]), "methods: found ROME; expected some of FT-L, FT-M, LocFT, LoRA"),
+        ((20, ["ROME"]), "methods: found ROME; expected some of FT-L, FT-M, LocFT, LoRA, LocFT-published"),
     ],
 )
 def test_what_is_no_baseline_is_refused(arguments: Any, message: str) -> None:

@@ -337,7 +337,7 @@ def test_baselines_prints_the_table(
     assert main(["baselines", *words, "--output_dir", str(tmp_path / "table"), *TINY_RUN]) == 0
     printed = capsys.readouterr().out
     assert (tmp_path / "table" / "baselines.md").read_text() in printed
-    assert printed.count("| LocFT | breadth-first |") == 3
+    assert printed.count("| LocFT | breadth-first, batches of ") == 3
 
 
 def test_train_evaluates_on_the_way(call: Words, tmp_path: Path) -> None:

@@ -183,12 +183,6 @@ class LocateArguments(LoadArguments):
     text_window: int = field(default=256, metadata={"help": "Number of tokens in a window of that text."})
 
 
-def _methods() -> list[str]:
-    from ..workflows.baselines import METHODS
-
-    return list(METHODS)
-
-
 @dataclass(kw_only=True)
 class BaselineArguments(LoadArguments):
     """What the baselines are compared on."""
@@ -196,9 +190,31 @@ class BaselineArguments(LoadArguments):
     model_name_or_path: str = field(metadata={"help": BASE})
     edits: str = field(metadata={"help": EDITS})
     num_edits: int | None = field(default=None, metadata={"help": FIRST})
-    methods: list[str] = field(default_factory=_methods, metadata={"help": "Methods to compare."})
+    methods: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Methods to compare: FT-L, FT-M, LocFT, LoRA (each in four ways), LocFT-published, "
+            "LocFT-balanced, MEMIT, AlphaEdit, UltraEdit, retrieval, retrieval-gated. Default: all that fit."
+        },
+    )
+    num_seeds: int = field(default=1, metadata={"help": "Seeds for each baseline; the table has mean and deviation."})
+    columns: list[str] | None = field(
+        default=None, metadata={"help": "Metrics to show, by their names in a report. Default: the main ones."}
+    )
+    protocols: list[str] | None = field(
+        default=None, metadata={"help": "What to measure, as in `locft evaluate`; default: as there."}
+    )
+    tuning_edits: str | None = field(
+        default=None,
+        metadata={"help": "Edits to choose the settings of closed forms on. Default: those that follow."},
+    )
+    num_tuning_edits: int = field(default=30, metadata={"help": "Use only the first N of these."})
     text: str | None = field(default=None, metadata={"help": TEXT.replace(" and KL", "")})
     max_text_tokens: int = field(default=16384, metadata={"help": "Use only the first N tokens of that text."})
+    contexts: list[str] | None = field(default=None, metadata={"help": "As in `locft evaluate`; default: none."})
+    probes: list[str] | None = field(
+        default=None, metadata={"help": "Also measure belief, locality_rings, …, as in `locft evaluate`; or all."}
+    )
 
 
 # by title, the flags that `--help` shows; `--help-all` shows the others
@@ -227,7 +243,7 @@ LOCATE_SECTIONS = {
 }
 BASELINE_SECTIONS = {
     "model and edits": ("model_name_or_path", "edits", "num_edits"),
-    "what to compare": ("methods", "text"),
+    "what to compare": ("methods", "text", "probes", "num_seeds", "columns", "tuning_edits"),
     "where to edit": ("target_modules", "layers_to_transform"),
     "recipe": _RECIPE,
     "output": ("output_dir",),
@@ -328,13 +344,17 @@ def parse_baselines(argv: Sequence[str]) -> dict[str, Any]:
     parser = FieldsParser(
         "baselines",
         "--model_name_or_path MODEL --edits FILE --output_dir FOLDER [flags]",
-        "Train and evaluate fine-tuning baselines on the same edits, depth-first and breadth-first.",
+        "Compare ways to edit on the same edits: fine-tuning in either order, closed forms, retrieval.",
         BASELINE_SECTIONS,
         {"output_dir": "Folder for the results; run again with the same folder to continue a comparison."},
         (BaselineArguments, LocationArguments, BreadthFirstConfig),
     )
     run, location, args = parser.parse_fields(parser.with_config_file(argv))
-    return vars(run) | {"location": locft_config(location), "args": args}
+    given = locft_config(location) if changed_fields(location) else None
+    arguments = vars(run)
+    asked = {name: arguments.pop(name) for name in ("protocols", "contexts", "probes", "max_text_tokens")}
+    evaluation = EvaluationConfig(**{name: value for name, value in asked.items() if value is not None})
+    return arguments | {"location": given, "args": args, "evaluation": evaluation}
 
 
 # ---------------------------------------------------------------------- what the commands share

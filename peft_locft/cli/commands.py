@@ -23,7 +23,7 @@ commands:
   evaluate   measure what the edits changed in a model
   try        show answers of base and adapters side by side, in the terminal or on a page
   locate     search for the best location to edit
-  baselines  compare fine-tuning baselines on the same edits
+  baselines  compare ways to edit on the same edits
   merge      merge adapters into a checkpoint on disk
   detach     undo a merge in place
   inspect    verify an adapter and print what it holds
@@ -185,14 +185,14 @@ def locate(argv: list[str]) -> None:
 
 
 def baselines(argv: list[str]) -> None:
-    """Compare fine-tuning baselines on the same edits."""
+    """Compare ways to edit on the same edits."""
     from .arguments import parse_baselines
 
     arguments = parse_baselines(argv)
     from ..reporting.baselines import baselines_to_markdown
     from ..workflows.baselines import run_baselines
 
-    print(baselines_to_markdown(run_baselines(**arguments)))
+    print(baselines_to_markdown(run_baselines(**arguments), arguments["columns"]))
 
 
 def merge(argv: list[str]) -> None:

@@ -1,3 +1,4 @@
+from .augmentation import as_sentence as as_sentence
 from .augmentation import concatenated as concatenated
 from .augmentation import paraphrased as paraphrased
 from .augmentation import swapped_subjects as swapped_subjects
@@ -10,6 +11,7 @@ from .edit_lists import EditPlan as EditPlan
 from .edit_lists import describe_edits as describe_edits
 from .edit_lists import edit_id as edit_id
 from .edit_lists import merge_edit_lists as merge_edit_lists
+from .edit_retrieval import EditRetrieval as EditRetrieval
 from .edit_split import split_edits as split_edits
 from .edit_summary import EditSummary as EditSummary
 from .edit_summary import summarize_edits as summarize_edits

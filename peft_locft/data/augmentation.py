@@ -50,11 +50,25 @@ def concatenated(edit: Edit, fact: Edit, separator: TargetSeparator = "auto") ->
         >>> concatenated(Edit(prompt="The capital of France is", target="Lyon"), Edit(prompt="Dogs", target="bark"))
         Edit(prompt='The capital of France is', target='Lyon. Dogs bark', …)
     """
-    target = edit.target.rstrip()
-    stop = full_stop(target)
-    if ends_sentence(target):
-        stop = stop[len(stop.rstrip()) :]  # the space alone
-    return replace(edit, target=f"{target}{stop}{join_prompt(fact.prompt, fact.target, separator)}")
+    return replace(edit, target=f"{_ended(edit.target)}{join_prompt(fact.prompt, fact.target, separator)}")
+
+
+def as_sentence(edit: Edit, separator: TargetSeparator = "auto") -> str:
+    """Return an edit as a sentence: its prompt, its target, and a full stop unless the target ends with one.
+
+    The space that the script writes after a full stop is at the end.
+
+    Example:
+        >>> as_sentence(Edit(prompt="The capital of France is", target="Lyon"))
+        'The capital of France is Lyon. '
+    """
+    return join_prompt(edit.prompt, _ended(edit.target), separator)
+
+
+def _ended(text: str) -> str:
+    text = text.rstrip()
+    stop = full_stop(text)
+    return text + (stop[len(stop.rstrip()) :] if ends_sentence(text) else stop)
 
 
 def swapped_subjects(

@@ -1,9 +1,13 @@
-"""How many tokens a micro-batch should have, given the free memory."""
+"""How many tokens a micro-batch should have, given the free memory; and how much a job used."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 import psutil
@@ -30,6 +34,52 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return torch.accelerator.get_memory_info(device)[0]
+
+
+@dataclass
+class Usage:
+    """What a job used; filled when it ends.
+
+    Attributes:
+        seconds: duration.
+        processor_seconds: of all threads of this process.
+        peak_bytes: largest memory at one time: of this process on a CPU, the model included; else what torch
+            allocated on the device.
+    """
+
+    seconds: float = 0.0
+    processor_seconds: float = 0.0
+    peak_bytes: int = 0
+
+
+@contextmanager
+def measured_usage(device: torch.device) -> Iterator[Usage]:
+    """Measure what the work inside uses; on a CPU, memory is looked at every 50 ms."""
+    usage, ended = Usage(), threading.Event()
+    process, on_cuda = psutil.Process(), device.type == "cuda"
+
+    def watch() -> None:
+        while True:
+            usage.peak_bytes = max(usage.peak_bytes, int(process.memory_info().rss))
+            if ended.wait(0.05):
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        watcher.start()
+    begun, begun_processor = time.perf_counter(), time.process_time()
+    try:
+        yield usage
+    finally:
+        usage.seconds = time.perf_counter() - begun
+        usage.processor_seconds = time.process_time() - begun_processor
+        ended.set()
+        if on_cuda:
+            usage.peak_bytes = torch.cuda.max_memory_allocated(device)
+        else:
+            watcher.join()
 
 
 def bytes_per_token(tail: Tail, head: nn.Module | None, share_scored: float) -> int:

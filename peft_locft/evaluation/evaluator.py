@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .._version import package_versions
 from ..data.chat import choose_chat_template, in_forms, marked_form
-from ..data.edits import Edit, EditSource, edits_sha256, prompt_identity, prompt_of, read_edits
+from ..data.edits import Edit, EditSource, Prompt, edits_sha256, prompt_identity, prompt_of, read_edits
 from ..data.encoding import encode_prompts
 from ..data.generated_text import generate_subjects
 from ..data.leaks import trained_prompts, without_leaks
@@ -35,6 +35,8 @@ from .report import EvaluationReport
 from .scoring import n_gram_entropy
 from .similarity import TextEncoder, packaged_encoder, with_similarities
 from .tabulation import Column, PairedReplies, metric_results, results_by_language
+
+Rewriter = Callable[[str], str]  # a prompt to the prompt that is asked instead
 
 FLUENCY = "fluency_n_gram_entropy"
 FLUENCY_TOKENS = 100
@@ -145,6 +147,11 @@ def _as_trained(
     return replace(args, chat_template=chosen, chat_template_kwargs=template_kwargs, target_separator=separator)
 
 
+def _as_it_is() -> AbstractContextManager[Any]:
+    """Return a context that changes nothing: a model without the rewriting of its prompts is the base."""
+    return nullcontext()
+
+
 class EditEvaluator:
     """Evaluates the same edits several times; the base answers only once. Arguments as in `evaluate_edits`.
 
@@ -181,9 +188,22 @@ class EditEvaluator:
         protocols = set(self.args.protocols)
         self.asked = AskedItems([], {}) if protocols == {"fluency"} else self._asked_items(model)
         self.items = self.asked.items
-        self.encoder = ItemEncoder(
-            self.items,
-            tokenizer,
+        self.encoder = self._encoder(self.items)
+        if self.items:
+            check_fits(model, self.encoder.questions(), tokenizer)
+        self.text_encoder: TextEncoder | None = None
+        if any(item.is_whole for item in self.items) and (self.args.embedding_model or packaged_encoder()):
+            self.text_encoder = TextEncoder(self.args.embedding_model)
+        self._before: list[Reply] | None = None
+        self.rewrite: Rewriter | None = None
+        # set it to [] to run the base on the text only once, at the price of the logits' memory
+        self.base_logits: list[torch.Tensor] | None = None
+
+    def _encoder(self, items: Sequence[EvalItem]) -> ItemEncoder:
+        protocols = set(self.args.protocols)
+        return ItemEncoder(
+            items,
+            self.tokenizer,
             chat_template_kwargs=self.args.chat_template_kwargs,
             target_separator=self.args.target_separator,
             generate="generation" in protocols,
@@ -191,14 +211,6 @@ class EditEvaluator:
             compare="probability" in protocols,
             max_new_tokens=self.args.max_new_tokens,
         )
-        if self.items:
-            check_fits(model, self.encoder.questions(), tokenizer)
-        self.text_encoder: TextEncoder | None = None
-        if any(item.is_whole for item in self.items) and (self.args.embedding_model or packaged_encoder()):
-            self.text_encoder = TextEncoder(self.args.embedding_model)
-        self._before: list[Reply] | None = None
-        # set it to [] to run the base on the text only once, at the price of the logits' memory
-        self.base_logits: list[torch.Tensor] | None = None
 
     def _asked_items(self, model: nn.Module) -> AskedItems:
         sources = Sources(self.tokenizer, trained_prompts(model), self._names, self._old_answers)
@@ -216,17 +228,22 @@ class EditEvaluator:
         answers = self._base_answers(encoder.questions())
         return [None] * len(items) if answers is None else [reply.text for reply in encoder.replies(answers)]
 
-    def evaluate(self, model: nn.Module | None = None) -> EvaluationReport:
+    def evaluate(self, model: nn.Module | None = None, *, rewrite: Rewriter | None = None) -> EvaluationReport:
         """Return the report of a model.
 
         Args:
             model: another model with the same base; `None` for the one given to the constructor.
+            rewrite: changes every prompt before the edited model is asked, such as `EditRetrieval`, which edits
+                without a change of weights. The base gets the prompts as they are; without an adapter or `base_model`,
+                the base is the model itself. Text for perplexity is not rewritten.
 
         Raises:
             FloatingPointError: the logits of the model or of its base are NaN or infinite.
         """
-        if model is not None:
-            self._take(model)
+        self._take(self.model if model is None else model)
+        self.rewrite = rewrite
+        if rewrite is not None and self.as_base is None:
+            self.base, self.as_base = self.model, _as_it_is
         args = self.args
         bootstrap = (args.num_resamples, args.confidence, args.seed)
         scored = self._paired_replies().scored(args.protocols)
@@ -253,12 +270,17 @@ class EditEvaluator:
     def _paired_replies(self) -> PairedReplies:
         """Return the replies of the edited model and of its base, which answers only the first time."""
         if self._before is None and (answers := self._base_answers(self.encoder.questions())) is not None:
-            self._before = self._replies(answers)
-        answers = self._edited_answers(self.encoder.questions(self._before))
-        return PairedReplies(self.edits, self.items, self._replies(answers), self._before, self.asked.kinds)
+            self._before = self._replies(self.encoder, answers)
+        encoder = self.encoder
+        if self.rewrite is not None:
+            encoder = self._encoder([replace(item, prompt=self.rewrite(item.prompt)) for item in self.items])
+            check_fits(self.model, encoder.questions(), self.tokenizer)
+        replies = self._replies(encoder, self._edited_answers(encoder.questions(self._before)))
+        before = None if self.as_base is None else self._before
+        return PairedReplies(self.edits, self.items, replies, before, self.asked.kinds)
 
-    def _replies(self, answers: Sequence[Answer]) -> list[Reply]:
-        replies = self.encoder.replies(answers)
+    def _replies(self, encoder: ItemEncoder, answers: Sequence[Answer]) -> list[Reply]:
+        replies = encoder.replies(answers)
         return with_similarities(self.items, replies, self.text_encoder) if self.text_encoder else replies
 
     def _base_answers(self, questions: Sequence[Question], choose: Choice = greedy) -> list[Answer] | None:
@@ -285,13 +307,18 @@ class EditEvaluator:
         """Return the entropy of long continuations of the edits' prompts, past any EOS, as in ROME's evaluation."""
         forms = in_forms(self.edits[: self.args.max_fluency_edits], self.chat_template)
         prompts = list(dict.fromkeys(map(prompt_of, forms)))
-        encoded = encode_prompts(prompts, self.tokenizer, chat_template_kwargs=self.args.chat_template_kwargs)
-        questions = [Question(tuple(ids), num_stops=0, max_new_tokens=FLUENCY_TOKENS) for ids in encoded]
         choose = TopK(FLUENCY_TOP_K, self.args.seed)
-        before, after = self._base_answers(questions, choose), self._edited_answers(questions, choose)
+        before = self._base_answers(self._to_continue(prompts), choose)
+        if self.rewrite is not None:
+            prompts = [prompt._replace(text=self.rewrite(prompt.text)) for prompt in prompts]
+        after = self._edited_answers(self._to_continue(prompts), choose)
         meaning = "weighted entropy, in bits, of the 2-grams and 3-grams of 100 sampled tokens (top 5)"
         entropies = None if before is None else self._entropies(before)
         return Column(meaning, self._entropies(after), entropies, "prompts", f"{AS_IT_IS}; fluency", "fluency, GE")
+
+    def _to_continue(self, prompts: Sequence[Prompt]) -> list[Question]:
+        encoded = encode_prompts(prompts, self.tokenizer, chat_template_kwargs=self.args.chat_template_kwargs)
+        return [Question(tuple(ids), num_stops=0, max_new_tokens=FLUENCY_TOKENS) for ids in encoded]
 
     def _entropies(self, answers: Sequence[Answer]) -> Array:
         texts = [self.tokenizer.decode(answer.token_ids, skip_special_tokens=True) for answer in answers]
@@ -323,6 +350,8 @@ class EditEvaluator:
                 "Every prompt was asked twice, as plain text and in the chat template, as the edits were trained; a "
                 "metric is the mean of both. Set chat_template to 'on' or 'off' to ask in one form only."
             )
+        if self.rewrite is not None:
+            yield f"Every prompt was rewritten before the edited model was asked: {self.rewrite}."
         yield from self.asked.notes
         if self._num_leaks:
             yield f"{self._num_leaks} rephrasings and probes were left out: the adapter was trained on them."

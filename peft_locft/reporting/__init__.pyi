@@ -1,5 +1,7 @@
 from .baselines import Baseline as Baseline
 from .baselines import BaselineResult as BaselineResult
+from .baselines import baselines_to_csv as baselines_to_csv
+from .baselines import baselines_to_latex as baselines_to_latex
 from .baselines import baselines_to_markdown as baselines_to_markdown
 from .page import render_report as render_report
 from .page import save_report as save_report
@@ -7,3 +9,4 @@ from .plots import draw_baselines as draw_baselines
 from .plots import draw_curves as draw_curves
 from .plots import draw_locations as draw_locations
 from .plots import draw_metrics as draw_metrics
+from .references import bibtex as bibtex

@@ -23,7 +23,7 @@ from ..evaluation.report import EvaluationReport, MetricResult
 from ..evaluation.tables import DASH
 from ..io.files import write_atomically
 from ..locating.results import TABLE_METRICS, LocationSearchResult, LocationTrial
-from .baselines import BaselineResult
+from .baselines import BaselineResult, by_baseline, columns_of, over_seeds
 from .words import GROUPS, group_of, grouped, higher_is_better, label_of, short_name
 
 if TYPE_CHECKING:
@@ -49,7 +49,9 @@ BASELINE_METRICS = (
     "reliability_contains",
     "generalization_exact_match",
     "locality_unchanged",
+    "perplexity",
 )
+COLOUR_OF_ORDER = {"depth_first": "generalization", "breadth_first": "after", None: "locality"}
 DASHES = ("-", "--", ":", "-.")
 
 # inches, of the bars
@@ -131,19 +133,25 @@ def draw_curves(curves: Sequence[Mapping[str, float]], path: str | os.PathLike[s
         _save(curves_figure(curves), Path(path))
 
 
-def draw_baselines(results: Sequence[BaselineResult], path: str | os.PathLike[str]) -> None:
-    """Draw the baselines' metrics with their intervals: depth-first in another colour, the base as a dashed line.
+def draw_baselines(
+    results: Sequence[BaselineResult], path: str | os.PathLike[str], columns: Sequence[str] | None = None
+) -> None:
+    """Draw the baselines' metrics with their intervals, and the base as a dashed line.
+
+    Depth-first and methods that do not train have other colours. With several seeds, a bar is the standard deviation
+    over seeds.
 
     Args:
         results: what `compare_baselines` returned, at least one.
         path: as in [`draw_metrics`].
+        columns: metrics to draw; `None`: exact answers, generalization, unchanged answers, and perplexity.
 
     Raises:
         ImportError: if matplotlib is not installed.
         ValueError: if matplotlib does not know the file's ending.
     """
     with _drawing():
-        _save(baselines_figure(results), Path(path))
+        _save(baselines_figure(results, columns), Path(path))
 
 
 def draw_locations(search: LocationSearchResult, path: str | os.PathLike[str]) -> None:
@@ -342,35 +350,32 @@ def _draw_lines(axes: Axes, lines: Mapping[str, list[tuple[float, float]]], are_
 # ---------------------------------------------------------------------- baselines
 
 
-def baselines_figure(results: Sequence[BaselineResult]) -> Figure:
-    """Return the baselines' metrics with their intervals: a row for each baseline, a panel for each metric.
-
-    Args:
-        results: what `compare_baselines` returned.
-    """
+def baselines_figure(results: Sequence[BaselineResult], columns: Sequence[str] | None = None) -> Figure:
+    """Return the figure of `draw_baselines`: a row for each baseline, a panel for each metric."""
     from matplotlib.figure import Figure
 
-    names = [name for name in BASELINE_METRICS if any(name in result.metrics for result in results)]
-    labels = [str(result.baseline) for result in results]
-    figure = Figure(figsize=(2.4 + 1.8 * len(names), 0.7 + 0.24 * len(results)), layout="constrained")
+    shown = [name for name in BASELINE_METRICS if any(name in result.metrics for result in results)]
+    names = columns_of(results, columns or shown or None)
+    groups = by_baseline(results)
+    figure = Figure(figsize=(2.4 + 1.8 * len(names), 0.7 + 0.24 * len(groups)), layout="constrained")
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
-        for place, result in enumerate(results):
-            estimate = result.metrics.get(name)
-            if estimate is None:
-                continue
-            colour = COLOURS["generalization" if result.baseline.edit_order == "depth_first" else "after"][0]
-            reach = [[estimate.value - estimate.low], [estimate.high - estimate.value]]
-            axes.errorbar(estimate.value, place, xerr=reach, fmt="o", markersize=4, capsize=2, color=colour)
+        for place, group in enumerate(groups):
+            estimate = over_seeds([result.metrics.get(name) for result in group])
+            if estimate is not None:
+                colour = COLOURS[COLOUR_OF_ORDER[group[0].baseline.edit_order]][0]
+                reach = [[estimate.value - estimate.low], [estimate.high - estimate.value]]
+                axes.errorbar(estimate.value, place, xerr=reach, fmt="o", markersize=4, capsize=2, color=colour)
         before = results[0].before.get(name)
         if before is not None:
             axes.axvline(before.value, color=COLOURS["before"][0], linestyle="--", linewidth=1)
         axes.set(
-            xlim=(-0.03, 1.03),
             title=name.replace("_", ":\n", 1).replace("_", " "),
-            yticks=range(len(results)),
-            yticklabels=labels,
+            yticks=range(len(groups)),
+            yticklabels=[str(group[0].baseline) for group in groups],
         )
+        if group_of(name) not in ("general", "other"):  # a share
+            axes.set_xlim(-0.03, 1.03)
         axes.grid(axis="x")
     panels[0].invert_yaxis()  # the first on top
     return figure

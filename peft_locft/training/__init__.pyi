@@ -1,6 +1,9 @@
+from .alphaedit import alphaedit_delta as alphaedit_delta
+from .alphaedit import null_space as null_space
 from .config import BreadthFirstConfig as BreadthFirstConfig
 from .evaluation_callback import EvaluationCallback as EvaluationCallback
 from .learned import LearnedEdits as LearnedEdits
+from .memit import memit_delta as memit_delta
 from .preservation import NullSpaceProjector as NullSpaceProjector
 from .preservation import SoftProjector as SoftProjector
 from .preserver import PreservationCallback as PreservationCallback
@@ -10,3 +13,5 @@ from .scale_choice import ScaleTrial as ScaleTrial
 from .scale_choice import TradeOff as TradeOff
 from .scale_choice import choose_scale as choose_scale
 from .trainer import BreadthFirstTrainer as BreadthFirstTrainer
+from .ultraedit import LifelongNormalizer as LifelongNormalizer
+from .ultraedit import ultraedit_delta as ultraedit_delta

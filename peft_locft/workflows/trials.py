@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.edits import Edit
 from ..engine.activation_storage import SharedActivations
+from ..engine.memory import Usage, measured_usage
 from ..evaluation.evaluator import EditEvaluator
 from ..evaluation.report import EvaluationReport
 from ..training.callbacks import EpochLines
@@ -29,14 +30,18 @@ class TrialResult:
     Attributes:
         report: the evaluation of the adapter.
         epoch_losses: mean loss of each epoch.
-        training_seconds: duration of the training, with its preparation.
+        usage: of the training, with its preparation.
         evaluation_seconds: duration of the evaluation; the first trial also evaluates the base.
     """
 
     report: EvaluationReport
     epoch_losses: list[float]
-    training_seconds: float
+    usage: Usage
     evaluation_seconds: float
+
+    @property
+    def training_seconds(self) -> float:
+        return self.usage.seconds
 
 
 def try_adapter(
@@ -64,17 +69,17 @@ def try_adapter(
         FloatingPointError: if the logits of the edited model are NaN or infinite.
     """
     edited = get_peft_model(model, config)
-    begun = time.perf_counter()
     try:
-        trainer = BreadthFirstTrainer(
-            model=edited,
-            args=args,
-            train_dataset=edits,
-            processing_class=tokenizer,
-            shared_activations=shared_activations,
-        )
-        trainer.remove_callback(EpochLines)
-        trainer.train()
+        with measured_usage(next(model.parameters()).device) as usage:
+            trainer = BreadthFirstTrainer(
+                model=edited,
+                args=args,
+                train_dataset=edits,
+                processing_class=tokenizer,
+                shared_activations=shared_activations,
+            )
+            trainer.remove_callback(EpochLines)
+            trainer.train()
         trained = time.perf_counter()
         report = evaluator.evaluate(edited)
         losses = list(trainer.epoch_losses)
@@ -82,7 +87,7 @@ def try_adapter(
         edited.unload()
         trainer = None  # type: ignore[assignment]
         gc.collect()  # trainer and model refer to each other
-    return TrialResult(report, losses, trained - begun, time.perf_counter() - trained)
+    return TrialResult(report, losses, usage, time.perf_counter() - trained)
 
 
 def known_result(path: Path, cell: dict[str, Any]) -> dict[str, Any] | None:
