@@ -1,8 +1,15 @@
+from .agreement import Agreement as Agreement
+from .agreement import agreement_of as agreement_of
 from .config import EvaluationConfig as EvaluationConfig
 from .evaluator import EditEvaluator as EditEvaluator
 from .evaluator import evaluate_edits as evaluate_edits
+from .groups import EditGroup as EditGroup
+from .groups import edit_groups as edit_groups
 from .harness import evaluate_on_tasks as evaluate_on_tasks
 from .intervals import Estimate as Estimate
+from .judge_prompt import JudgeQuestion as JudgeQuestion
+from .judges import JudgeConfig as JudgeConfig
+from .judging import judge_report as judge_report
 from .perplexity import TextMeasurement as TextMeasurement
 from .perplexity import measure_text as measure_text
 from .report import EvaluationReport as EvaluationReport

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..io.files import check_folder, write_atomically
 from ..io.json_checks import dict_of, has_fields, is_count, is_metric_value, is_number, is_prose, is_sha256, is_text
 from ..io.untrusted_json import shortened
+from .agreement import judge_to_markdown
 from .intervals import Estimate
 from .summary import deciding_score, sentences
 from .tables import estimate_cell, html_table, markdown_table
@@ -205,7 +206,8 @@ class EvaluationReport:
         table = markdown_table(*self._table())
         lines = [table, "", f"In brackets: the {self.confidence} confidence interval (bootstrap)."]
         lines += [f"Not measured: {', '.join(names)}: {why}." for why, names in self.missing_by_reason().items()]
-        return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
+        lines += [f"Note: {note}" for note in self.notes]
+        return "\n".join([*lines, *judge_to_markdown(self.rows, self.settings)])
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
         rows = [

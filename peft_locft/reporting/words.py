@@ -45,6 +45,7 @@ WORDS = {
     "exact_match": "The answer is exactly the right one.",
     "contains": "The answer contains the right one, perhaps among other words.",
     "token_accuracy": "Share of the right answer's tokens (words or parts of words) that the model predicts.",
+    "judged": "A language model that compares it with the right answers says that the answer is right.",
     "more_probable": "The model finds the new answer more probable than the old one.",
     "locality_more_probable": "The model finds the right answer more probable than the answer of the edit.",
     "unchanged": "The answer is the same as before the edit, right or wrong.",
