@@ -101,8 +101,8 @@ def test_it_has_every_metric_with_its_meaning_and_intervals() -> None:
     ) in text
     assert "unchanged locality_unchanged The answer is the same as before the edit, right or wrong." in text
     assert "- 0.375 0.275 to 0.475 - 2 edits" in text
-    assert "Reliability 87.5% Does the model answer" in text
-    assert "Locality 37.5%" in text
+    assert "Reliability 0.875 Does the model answer" in text
+    assert "Locality 0.375 Does it" in text
     assert (
         "General ability 31.5 Did the edits harm the model as a whole? perplexity (lower is better): before 20.25"
         in text

@@ -18,7 +18,15 @@ from peft_locft.evaluation.report import EvaluationReport, MetricResult
 from peft_locft.evaluation.summary import deciding_score
 from peft_locft.reporting import page as report_page
 
-FILES = ["answers.csv", "evaluation.html", "evaluation.json", "evaluation.md"]
+FILES = [
+    "answers.csv",
+    "citations.bib",
+    "evaluation.html",
+    "evaluation.json",
+    "evaluation.md",
+    "evaluation.tex",
+    "metrics.csv",
+]
 
 
 def test_a_metric_is_had_by_its_name() -> None:

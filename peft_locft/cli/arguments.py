@@ -22,6 +22,7 @@ from ..training.config import BreadthFirstConfig
 from ..tuner import LocFTConfig
 from ..tuner.config import ALL_LINEAR, ENTIRE_LAYER
 from .fields_parser import FieldsParser, value_of
+from .judge_arguments import JudgeArguments, with_judge
 
 if TYPE_CHECKING:
     from ..locating.preset import LocationPreset
@@ -128,7 +129,7 @@ class PresetArguments:
 
 
 @dataclass(kw_only=True)
-class EvaluateArguments(ConditionArguments, LoadArguments):
+class EvaluateArguments(JudgeArguments, ConditionArguments, LoadArguments):
     """What is evaluated."""
 
     edits: str = field(metadata={"help": EDITS})
@@ -151,19 +152,6 @@ class EvaluateArguments(ConditionArguments, LoadArguments):
     output_dir: str | None = None
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Save the report even to a folder that holds an adapter or a model."}
-    )
-    judge: str | None = field(
-        default=None,
-        metadata={"help": "Send the answers to a language model that judges them: http(s)://ADDRESS/v1, or a folder."},
-    )
-    judge_model: str | None = field(default=None, metadata={"help": "Name of the judge's model at that address."})
-    judge_key_variable: str = field(
-        default="LOCFT_JUDGE_API_KEY", metadata={"help": "Environment variable that holds the judge's API key."}
-    )
-    judge_concurrency: int = field(default=8, metadata={"help": "Requests to the judge at the same time."})
-    judge_tokens: int = field(default=256, metadata={"help": "Maximum number of tokens in a reply of the judge."})
-    judge_request: str | None = field(
-        default=None, metadata={"help": "Fields of the judge's request that replace ours, as JSON."}
     )
 
 
@@ -371,47 +359,6 @@ def named_numbers(flag: str, words: Sequence[str], default: float | None = None)
             raise ValueError(f"--{flag}: found {word!r}; expected NAME=NUMBER.")
         numbers[name] = value
     return numbers
-
-
-def with_judge(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return arguments with the flags of the judge as one `JudgeConfig`, or as `None`.
-
-    Raises:
-        ValueError: if they contradict each other, or there are some without `--judge`.
-    """
-    defaults = {each.name: each.default for each in dataclasses.fields(EvaluateArguments)}
-    given = {name: arguments.pop(name) for name in list(arguments) if name.partition("_")[0] == "judge"}
-    judge = given.pop("judge")
-    if judge is None:
-        beside = [name for name, value in given.items() if value != defaults[name]]
-        if beside:
-            raise ValueError(f"--{beside[0]} has no effect without --judge.")
-        return arguments | {"judge": None}
-    from ..evaluation.judges import JudgeConfig
-
-    fields = {
-        "model": given["judge_model"],
-        "api_key_variable": given["judge_key_variable"],
-        "concurrency": given["judge_concurrency"],
-        "max_new_tokens": given["judge_tokens"],
-        "request": json_fields("judge_request", given["judge_request"]),
-    }
-    return arguments | {"judge": JudgeConfig(judge, **fields)}
-
-
-def json_fields(flag: str, text: str | None) -> dict[str, Any]:
-    """Return the JSON object that a flag holds; empty without one.
-
-    Raises:
-        ValueError: if it is something else.
-    """
-    try:
-        fields = json.loads(text or "{}")
-    except ValueError:
-        fields = None
-    if not isinstance(fields, dict):
-        raise ValueError(f"--{flag}: found {text!r}; expected a JSON object, such as '{{\"max_tokens\": null}}'.")
-    return fields
 
 
 def update_arguments(arguments: dict[str, Any], location: LocationArguments) -> dict[str, Any]:

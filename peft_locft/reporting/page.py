@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import math
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -15,17 +15,25 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from ..evaluation.agreement import MAX_DISAGREEMENTS, agreement_of, disagreements
+from ..evaluation.groups import EditGroup, edit_groups
 from ..evaluation.intervals import Estimate, format_number
 from ..evaluation.report import EvaluationReport, MetricResult
 from ..evaluation.summary import deciding_score
 from ..evaluation.tables import DASH
+from ..evaluation.worst import LEAST_LEARNED, MOST_DAMAGED, least_learned, most_damaged
 from ..io.files import write_atomically
-from .plots import COLOURS, curve_lines, curves_picture, metric_pictures
+from .drawing import COLOURS
+from .plots import curve_lines, curves_picture, metric_pictures
 from .words import GROUPS, grouped, headline, higher_is_better, label_of, words_of
 
 logger = logging.getLogger(__name__)
 
 MAX_FAILURES = 200
+MAX_WORST = 20
+MAX_GROUPS = 40
+# titles, and the columns of the rows that tell the groups apart
+GROUPED_BY = {"Relation": "relation", "Language": "language"}
 MAX_CHARACTERS = 300  # of a text in the table of failures
 # one, many
 KIND_NAMES = {
@@ -96,6 +104,9 @@ def render_report(report: EvaluationReport) -> str:
             ],
             pictures=_metric_pictures(report),
             curves=_curves(report),
+            judge=_judge(report),
+            by_group=_by_group(report),
+            worst=_worst(report),
             failures=_failures(report),
         )
     )
@@ -152,15 +163,12 @@ def _card(key: str, name: str, result: MetricResult) -> dict[str, str]:
     """Return the texts of the card that shows the headline metric of a group."""
     group = GROUPS[key]
 
-    def text(value: float) -> str:
-        return f"{value:.1%}" if group.are_shares and math.isfinite(value) else format_number(value)
-
     lower = " (lower is better)" if higher_is_better(name) is False else ""
-    before = f"before {text(result.before.value)}, " if result.before else ""
-    interval = f"interval {text(result.after.low)} to {text(result.after.high)}"
+    before = f"before {format_number(result.before.value)}, " if result.before else ""
+    interval = f"interval {format_number(result.after.low)} to {format_number(result.after.high)}"
     return {
         "title": group.title,
-        "value": text(result.after.value),
+        "value": format_number(result.after.value),
         "question": group.question,
         "details": f"{label_of(name)}{lower}: {before}{interval}",
     }
@@ -214,6 +222,64 @@ def _curves(report: EvaluationReport) -> _Curves | None:
     epochs = sorted({epoch for points in lines.values() for epoch in points})
     rows = [(epoch, [points.get(epoch) for points in lines.values()]) for epoch in epochs]
     return _Curves(list(lines), rows, picture)
+
+
+# ---------------------------------------------------------------------- groups of edits, and the judge
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Groups of edits: the largest, and the metrics that they have."""
+
+    metrics: list[str]
+    rows: list[EditGroup]
+
+
+def _by_group(report: EvaluationReport) -> dict[str, _Groups]:
+    """Return the groups of edits by what distinguishes them; without what has none or one."""
+    found = {title: edit_groups(report.rows, report.settings, by) for title, by in GROUPED_BY.items()}
+    return {title: _groups(groups) for title, groups in found.items() if groups}
+
+
+def _groups(groups: list[EditGroup]) -> _Groups:
+    names = dict.fromkeys(name for group in groups for name in group.results)
+    return _Groups(list(names), groups[:MAX_GROUPS])
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """Who judged, what it was asked, and where it and exact match differ."""
+
+    label: Any
+    counts: Any
+    prompt: Any
+    prompt_sha256: Any
+    agreement: str | None
+    rows: list[dict[str, Any]]
+    num_rows: int
+
+
+def _judge(report: EvaluationReport) -> _Judge | None:
+    judge = report.settings.get("judge")
+    if not isinstance(judge, dict):
+        return None
+    agreement, differing = agreement_of(report.rows), disagreements(report.rows)
+    return _Judge(
+        *(judge.get(name) for name in ("label", "counts", "prompt", "prompt_sha256")),
+        agreement=None if agreement is None else str(agreement),
+        rows=differing[:MAX_DISAGREEMENTS],
+        num_rows=len(differing),
+    )
+
+
+def _worst(report: EvaluationReport) -> list[tuple[str, str, list[Mapping[str, Any]]]]:
+    """Return titles, rules and rows of what to look at first; empty if the table of failures shows no more."""
+    lists = [
+        ("Least learned", LEAST_LEARNED, least_learned(report.rows, MAX_WORST)),
+        ("Most damaged", MOST_DAMAGED, most_damaged(report.rows, MAX_WORST)),
+    ]
+    is_short = sum(1 for _ in report.failures()) <= MAX_WORST
+    return [] if is_short else [each for each in lists if each[2]]
 
 
 # ---------------------------------------------------------------------- failures

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from ..evaluation.metrics import LOWER_IS_BETTER
@@ -106,7 +106,7 @@ def grouped(results: Mapping[str, MetricResult]) -> dict[str, dict[str, MetricRe
     return {key: members for key, members in groups.items() if members}
 
 
-def headline(key: str, members: Mapping[str, MetricResult]) -> str | None:
+def headline(key: str, members: Collection[str]) -> str | None:
     """Return the name of the metric that represents a group; `None` if no candidate was measured."""
     names = [f"{key}_{short}" for short in HEADLINES.get(key, ())] + list(HEADLINES.get(key, ()))
     return next((name for name in names if name in members), None)

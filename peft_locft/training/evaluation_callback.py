@@ -100,10 +100,7 @@ class EvaluationCallback(TrainerCallback):
                 "EvaluationCallback needs the whole model on its device, but offload_trunk=True keeps a part of it "
                 "off the device. Set offload_trunk=False, or evaluate after training."
             )
-        evaluation = self.args
-        if evaluation.chat_template == "auto" and hasattr(args, "chat_template"):  # as it is trained
-            template_kwargs = evaluation.chat_template_kwargs or args.chat_template_kwargs
-            evaluation = replace(evaluation, chat_template=args.chat_template, chat_template_kwargs=template_kwargs)
+        evaluation = as_trained(self.args, args)
         self._evaluator = EditEvaluator(
             model, processing_class, self.edits, evaluation, text=self.text, progress=not args.disable_tqdm
         )
@@ -167,6 +164,14 @@ class EvaluationCallback(TrainerCallback):
             write_atomically(Path(args.output_dir, f"{CURVES_NAME}.json"), json.dumps(self.curves, indent=1) + "\n")
             if self.draw is not None and len(self.curves) > 1:
                 self.draw(self.curves, Path(args.output_dir, f"{CURVES_NAME}.png"))
+
+
+def as_trained(evaluation: EvaluationConfig, args: Any) -> EvaluationConfig:
+    """Return settings with the chat template of a training, where they leave it open."""
+    if evaluation.chat_template != "auto" or not hasattr(args, "chat_template"):
+        return evaluation
+    template_kwargs = evaluation.chat_template_kwargs or args.chat_template_kwargs
+    return replace(evaluation, chat_template=args.chat_template, chat_template_kwargs=template_kwargs)
 
 
 def _point(report: EvaluationReport, state: TrainerState) -> dict[str, float]:

@@ -22,7 +22,8 @@ from ..evaluation.evaluator import EditEvaluator
 from ..io.files import write_atomically
 from ..io.interruption import explained_interruption
 from ..reporting.baselines import TABLE_METRICS, Baseline, BaselineResult, baselines_to_markdown
-from ..reporting.plots import can_draw, draw_baselines
+from ..reporting.drawing import can_draw
+from ..reporting.plots import draw_baselines
 from ..training.callbacks import logging_beside_bars
 from ..training.config import BreadthFirstConfig, batch_size_for
 from ..training.training_data import with_chat_template
