@@ -64,9 +64,9 @@ class Reader(HTMLParser):
 
 @pytest.fixture(autouse=True)
 def _not_warned() -> Iterator[None]:
-    report_page._warn_once.cache_clear()
+    report_page.warn_without_pictures.cache_clear()
     yield
-    report_page._warn_once.cache_clear()
+    report_page.warn_without_pictures.cache_clear()
 
 
 @pytest.fixture

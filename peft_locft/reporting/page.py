@@ -86,7 +86,6 @@ def render_report(report: EvaluationReport) -> str:
     groups = grouped(report.results)
     edits = report.settings.get("edits")
     edits = edits if isinstance(edits, dict) else {}
-    colours = {**PAGE_COLOURS, **COLOURS}
     return (
         page_templates()
         .get_template("report.html.jinja")
@@ -95,7 +94,7 @@ def render_report(report: EvaluationReport) -> str:
             title=_title(edits.get("count"), _setting(report, "model")),
             setting=functools.partial(_setting, report),
             edits=edits,
-            colours=[(name.replace("_", "-"), pair) for name, pair in colours.items()],
+            colours=page_colours(),
             groups=groups,
             cards=[
                 _card(key, name, members[name])
@@ -110,6 +109,11 @@ def render_report(report: EvaluationReport) -> str:
             failures=_failures(report),
         )
     )
+
+
+def page_colours() -> list[tuple[str, tuple[str, str]]]:
+    """Return the names of the CSS variables of a page, each with its colour on a light and on a dark page."""
+    return [(name.replace("_", "-"), pair) for name, pair in {**PAGE_COLOURS, **COLOURS}.items()]
 
 
 @functools.cache
@@ -192,12 +196,13 @@ def _metric_pictures(report: EvaluationReport) -> dict[str, Markup] | None:
     try:
         return {key: Markup(picture) for key, picture in metric_pictures(report).items()}
     except ImportError as error:
-        _warn_once(str(error))
+        warn_without_pictures(str(error))
         return None
 
 
 @functools.cache
-def _warn_once(why: str) -> None:
+def warn_without_pictures(why: str) -> None:
+    """Warn once that a page has no pictures."""
     logger.warning("The evaluation page has no pictures. %s", why)
 
 
@@ -217,7 +222,7 @@ def _curves(report: EvaluationReport) -> _Curves | None:
     try:
         picture = Markup(curves_picture(report.curves))
     except ImportError as error:
-        _warn_once(str(error))
+        warn_without_pictures(str(error))
         picture = None
     epochs = sorted({epoch for points in lines.values() for epoch in points})
     rows = [(epoch, [points.get(epoch) for points in lines.values()]) for epoch in epochs]
