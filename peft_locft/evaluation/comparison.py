@@ -283,7 +283,8 @@ def _by_edit(report: EvaluationReport, metric: str) -> Array | None:
 
 
 def _shown(value: Any) -> Any:
-    return value.get("label") if isinstance(value, Mapping) and "label" in value else value
+    """Return a setting as a reader needs it: the name of a judge, and "none" for what was not set."""
+    return (value.get("label") if isinstance(value, Mapping) and "label" in value else value) or "none"
 
 
 def _rows_by_question(rows: Sequence[Row]) -> Iterator[tuple[QuestionKey, Row]]:

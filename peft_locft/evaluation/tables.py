@@ -79,7 +79,10 @@ LATEX_LETTERS = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
+    '"': '{"}',  # alone, some languages of babel read it as a command
+    # at the beginning of a row, it would be an argument of the command before
+    "[": "{[}",
+    "]": "{]}",
     "`": r"\textasciigrave{}",
 }
 
