@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from judge_server import Reply, completion, data_of, judge_server, slow
 from tiny_comparison import save_base
-from tiny_training import EDITS, base_model
+from tiny_training import base_model, make_trainer, peft_model
 from tokenizers_for_tests import make_tokenizer
 
 from peft_locft import Edit, EvaluationReport, Message, Probe, evaluate_edits
@@ -390,22 +390,40 @@ def test_what_was_said_before_the_question_is_sent() -> None:
 # ---------------------------------------------------------------------- a model on this machine
 
 
-def test_a_model_on_this_machine_judges_and_sends_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = save_base(tmp_path / "judge", max_position_embeddings=8192)
-    report = evaluate_edits(base_model(), make_tokenizer("llama2"), EDITS[:2])
+def learned_judge(folder: Path, texts: list[str], replies: list[str]) -> Path:
+    """Save a tiny model that was trained to reply to some texts."""
+    tokenizer = make_tokenizer("llama2", chat_template="llama2")
+    model = peft_model(sharp=True, max_position_embeddings=8192)
+    edits = [Edit(text, reply, history=()) for text, reply in zip(texts, replies, strict=True)]
+    trainer = make_trainer(
+        folder / "training", model, edits, tokenizer=tokenizer, num_train_epochs=40, learning_rate=0.02
+    )
+    trainer.train()
+    model.merge_and_unload().save_pretrained(folder / "judge")
+    tokenizer.save_pretrained(folder / "judge")
+    return folder / "judge"
+
+
+def test_a_model_on_this_machine_judges_and_sends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [ROWS[5] | {"edit": 0, "answer_before": None, "exact_match_before": None}]
+    report = report_of(rows, FACTS[1:])
+    question = JudgeQuestion("The capital of Peru is", ("Lima",), "Cusco", "Lima")
+    judge = learned_judge(tmp_path, [question.text()], ["RIGHT"])
     with caplog.at_level(logging.WARNING, logger="peft_locft"):
-        args = JudgeConfig(str(folder), max_new_tokens=4, cache=tmp_path / "cache.jsonl")
-        judged = judge_report(report, EDITS[:2], args, progress=False)
-    assert not [record for record in caplog.records if "Sending" in record.getMessage()]
-    # it was never trained: what it says is no verdict
-    assert judged.settings["judge"]["num_unreadable"] == judged.settings["judge"]["num_answers"] > 0
-    assert "reliability_judged" in judged.missing
-    # as if it were trained to judge
-    monkeypatch.setattr("peft_locft.evaluation.judges.without_special", lambda *_: "WRONG")
-    assert judge_report(report, EDITS[:2], args, progress=False)["reliability_judged"].after.value == 0.0
-    assert len((tmp_path / "cache.jsonl").read_text().splitlines()) > 0
+        args = JudgeConfig(str(judge), max_new_tokens=8, cache=tmp_path / "cache.jsonl")
+        judged = judge_report(report, FACTS[1:], args, progress=False)
+    assert not [message for message in caplog.messages if "Sending" in message]
+    assert judged["reliability_judged"].after.value == 1.0
+    assert judged["reliability_judged"].before is None
+    assert judged.settings["judge"]["label"] == str(judge)
+    assert len((tmp_path / "cache.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_model_that_never_learned_to_judge_says_nothing_readable(tmp_path: Path) -> None:
+    folder = save_base(tmp_path / "judge", max_position_embeddings=8192)
+    judged = judge_report(report_of(), FACTS, JudgeConfig(str(folder), max_new_tokens=4), progress=False)
+    assert judged.settings["judge"]["num_unreadable"] == 9  # all but the empty answer
+    assert judged.missing["reliability_judged"] == "no reply of the judge was a verdict"
 
 
 # ---------------------------------------------------------------------- agreement

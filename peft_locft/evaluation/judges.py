@@ -287,12 +287,7 @@ class ModelJudge:
             some = questions[begin : begin + ANSWERS_AT_A_TIME]
             answers = generate_and_score(self._model, self._tokenizer, some, label="the judge", progress=False)
             for number, answer in enumerate(answers, start=begin):
-                yield number, without_special(self._tokenizer, answer.token_ids)
-
-
-def without_special(tokenizer: Any, token_ids: Sequence[int]) -> str:
-    """Return the text of a reply."""
-    return str(tokenizer.decode(token_ids, skip_special_tokens=True))
+                yield number, str(self._tokenizer.decode(answer.token_ids, skip_special_tokens=True))
 
 
 # ---------------------------------------------------------------------- what is known already
