@@ -94,9 +94,9 @@ def latex_text(text: object) -> str:
         >>> print(latex_text("50 % of A_1 & B"))
         50 \\% of A\\_1 \\& B
     """
-    shown = " ".join(str(text).split())
+    shown = " ".join("".join(each if each.isprintable() else " " for each in str(text)).split())
     # a minus before a digit is a sign, and a hyphen anywhere else
-    signed = re.sub(r"(?<![\w-])-(?=\d)", "\0", "".join(each for each in shown if each.isprintable()))
+    signed = re.sub(r"(?<![\w-])-(?=\d)", "\0", shown)
     return "".join(LATEX_LETTERS.get(letter, letter) for letter in signed).replace("\0", "$-$")
 
 
