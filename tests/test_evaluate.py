@@ -138,7 +138,7 @@ def test_a_judge_that_fails_costs_no_report(base: Path, tmp_path: Path) -> None:
 
 
 def test_a_judge_that_is_not_there_is_named_before_the_model_is_loaded(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="no_judge"):
+    with pytest.raises(ValueError, match="no_judge: found no such folder"):
         evaluate_model("nobody/nothing", PROBED, judge=JudgeConfig(str(tmp_path / "no_judge")))
 
 

@@ -396,7 +396,7 @@ def learned_judge(folder: Path, texts: list[str], replies: list[str]) -> Path:
     model = peft_model(sharp=True, max_position_embeddings=8192)
     edits = [Edit(text, reply, history=()) for text, reply in zip(texts, replies, strict=True)]
     trainer = make_trainer(
-        folder / "training", model, edits, tokenizer=tokenizer, num_train_epochs=40, learning_rate=0.02
+        folder / "training", model, edits, tokenizer=tokenizer, num_train_epochs=60, learning_rate=0.02
     )
     trainer.train()
     model.merge_and_unload().save_pretrained(folder / "judge")
@@ -404,11 +404,15 @@ def learned_judge(folder: Path, texts: list[str], replies: list[str]) -> Path:
     return folder / "judge"
 
 
-def test_a_model_on_this_machine_judges_and_sends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_on_this_machine_judges_and_sends_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a tiny model learns a short text in a second, and not the whole prompt
+    monkeypatch.setattr("peft_locft.evaluation.judge_prompt.PROMPT", "{data}")
     rows = [ROWS[5] | {"edit": 0, "answer_before": None, "exact_match_before": None}]
     report = report_of(rows, FACTS[1:])
     question = JudgeQuestion("The capital of Peru is", ("Lima",), "Cusco", "Lima")
-    judge = learned_judge(tmp_path, [question.text()], ["RIGHT"])
+    judge = learned_judge(tmp_path, [question.text()], ["right"])
     with caplog.at_level(logging.WARNING, logger="peft_locft"):
         args = JudgeConfig(str(judge), max_new_tokens=8, cache=tmp_path / "cache.jsonl")
         judged = judge_report(report, FACTS[1:], args, progress=False)

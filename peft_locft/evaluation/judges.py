@@ -149,7 +149,8 @@ def check_judge(args: JudgeConfig) -> None:
 
     Raises:
         ImportError: if it is at an address, and httpx is not installed.
-        OSError: if it is neither an address, nor a folder, nor a name on the Hub.
+        ValueError: if it is neither an address, nor the folder of a model, nor a name on the Hub.
+        OSError: if the model's configuration cannot be loaded.
     """
     if args.is_address:
         _httpx()
