@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ def test_a_relation_is_that_of_the_data_set_or_the_prompt_without_its_subject() 
     assert relation_of(Edit(prompt, "Lyon")) is None
 
 
-def rows_of(relations: list[str | None]) -> list[dict[str, Any]]:
+def rows_of(relations: Sequence[str | None]) -> list[dict[str, Any]]:
     """Return an own prompt and a probe for each edit; the edits of "capital" are learned."""
     return [
         each | {"relation": relation}
@@ -36,7 +37,7 @@ def rows_of(relations: list[str | None]) -> list[dict[str, Any]]:
 
 
 def test_groups_have_counts_and_intervals_and_small_ones_stand_together() -> None:
-    rows = rows_of(["mayor"] * 5 + ["capital"] * 8 + ["a", "b", "c", None])
+    rows = rows_of([*["mayor"] * 5, *["capital"] * 8, "a", "b", "c", None])
     large, smaller, others = edit_groups(rows, SETTINGS)
     assert [(each.name, each.num_edits, each.num_groups) for each in (large, smaller, others)] == [
         ("capital", 8, 1),

@@ -30,7 +30,7 @@ def test_letters_that_latex_reads_as_commands_are_escaped(text: str, written: st
 
 
 def test_a_table_of_booktabs_has_values_with_their_intervals() -> None:
-    rows = [["reliability", Estimate(0.5, -0.25, 1.0), None], ["[b]", Estimate(math.inf, 1, 2), 3]]
+    rows: list[list[object]] = [["reliability", Estimate(0.5, -0.25, 1.0), None], ["[b]", Estimate(math.inf, 1, 2), 3]]
     assert latex_table(["metric", "after", "n"], rows, comment="model_1, 95%\nsecond") == (
         "% model_1, 95%\n"
         "% second\n"

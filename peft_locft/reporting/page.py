@@ -270,10 +270,13 @@ def _judge(report: EvaluationReport) -> _Judge | None:
         return None
     agreement, differing = agreement_of(report.rows), disagreements(report.rows)
     return _Judge(
-        *(judge.get(name) for name in ("label", "counts", "prompt", "prompt_sha256")),
-        agreement=None if agreement is None else str(agreement),
-        rows=differing[:MAX_DISAGREEMENTS],
-        num_rows=len(differing),
+        judge.get("label"),
+        judge.get("counts"),
+        judge.get("prompt"),
+        judge.get("prompt_sha256"),
+        None if agreement is None else str(agreement),
+        differing[:MAX_DISAGREEMENTS],
+        len(differing),
     )
 
 
