@@ -10,7 +10,7 @@ from example_reports import row
 
 from peft_locft import Edit
 from peft_locft.evaluation.groups import edit_groups
-from peft_locft.evaluation.relations import relation_of
+from peft_locft.evaluation.relation_labels import relation_label
 from peft_locft.evaluation.worst import least_learned, most_damaged
 
 SETTINGS = {"confidence": 0.95, "num_resamples": 100, "edits": {"count": 20}}
@@ -18,10 +18,10 @@ SETTINGS = {"confidence": 0.95, "num_resamples": 100, "edits": {"count": 20}}
 
 def test_a_relation_is_that_of_the_data_set_or_the_prompt_without_its_subject() -> None:
     prompt = "The capital of France, in France, is"
-    assert relation_of(Edit(prompt, "Lyon", subject="France", relation="P36")) == "P36"
-    assert relation_of(Edit(prompt, "Lyon", subject="France")) == "The capital of {}, in {}, is"
-    assert relation_of(Edit(prompt, "Lyon", subject="Spain")) is None
-    assert relation_of(Edit(prompt, "Lyon")) is None
+    assert relation_label(Edit(prompt, "Lyon", subject="France", relation="P36")) == "P36"
+    assert relation_label(Edit(prompt, "Lyon", subject="France")) == "The capital of {}, in {}, is"
+    assert relation_label(Edit(prompt, "Lyon", subject="Spain")) is None
+    assert relation_label(Edit(prompt, "Lyon")) is None
 
 
 def rows_of(relations: Sequence[str | None]) -> list[dict[str, Any]]:

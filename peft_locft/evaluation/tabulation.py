@@ -12,7 +12,7 @@ from ..data.edits import Edit
 from .intervals import Array, Bootstrap, Estimate
 from .items import EvalItem, Reply
 from .metrics import EDIT_SCORE, EDIT_SCORE_PARTS, KINDS, METRICS, Metric, meaning_of, why_missing
-from .relations import relation_of
+from .relation_labels import relation_label
 from .report import MetricResult
 from .row_values import mean_by_unit
 from .scoring import harmonic_mean
@@ -109,7 +109,7 @@ class ScoredReplies:
             row = {
                 "edit": item.edit,
                 "source": self.replies.edits[item.edit].source,
-                "relation": relation_of(self.replies.edits[item.edit]),
+                "relation": relation_label(self.replies.edits[item.edit]),
                 "kind": item.kind,
                 "prompt": item.prompt,
                 "in_chat": item.history is not None,

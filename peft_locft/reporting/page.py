@@ -33,7 +33,7 @@ MAX_FAILURES = 200
 MAX_WORST = 20
 MAX_GROUPS = 40
 # titles, and the columns of the rows that tell the groups apart
-GROUPED_BY = {"Relation": "relation", "Language": "language"}
+GROUPED_BY = {"Relation": "relation"}
 MAX_CHARACTERS = 300  # of a text in the table of failures
 # one, many
 KIND_NAMES = {

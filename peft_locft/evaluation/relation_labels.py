@@ -1,4 +1,4 @@
-"""What an edit says of its subject."""
+"""What a report calls the relation of an edit."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from ..data.edits import Edit
 PLACE = "{}"  # of the subject in a template
 
 
-def relation_of(edit: Edit) -> str | None:
+def relation_label(edit: Edit) -> str | None:
     """Return the relation of an edit or, if it has none, its prompt with `{}` in the place of the subject.
 
     Example:
-        >>> relation_of(Edit("The capital of France is", "Lyon", subject="France"))
+        >>> relation_label(Edit("The capital of France is", "Lyon", subject="France"))
         'The capital of {} is'
     """
     if edit.relation is not None:
