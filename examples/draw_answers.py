@@ -80,7 +80,7 @@ def figures(report: EvaluationReport) -> Iterator[str]:
     count = report.settings["edits"]["count"]
     yield f"Of all {count} edits of the demo (SmolLM2-135M, published recipe):"
     for name, meaning in FIGURES.items():
-        yield f"{report.results[name].after.value:.0%} {meaning}"
+        yield f"{report.results[name].after.value:.2f} {meaning}"
     yield "Green: the answer is as it should be. Orange: it is not."
 
 

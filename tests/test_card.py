@@ -284,7 +284,7 @@ def test_exports_say_what_they_are(tmp_path: Path) -> None:
         assert "## Load\n\nWith PEFT:\n" in card and "| Licence of the base | `mit`, as the base" in card
     assert "It holds the whole edited weights, so it needs only PEFT" in stock
     assert "## Measured\n\nNo evaluation is recorded." in stock
-    assert f"by matrices of rank 4, which keep {export.share_kept:.1%} of the change (of its squared" in lora
+    assert f"by matrices of rank 4, which keep {export.share_kept:.3f} of the change (of its squared" in lora
     assert export.after is not None and export.after.to_markdown() in lora
     for name in ("peft", "lora"):
         export_details = inspect_adapter(tmp_path / name).provenance.export

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from judge_server import completion, judge_server
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from tiny_models import build
 from tiny_training import EDITS, TOKENIZER_SIZE, base_model, make_trainer, peft_model
 from tokenizers_for_tests import make_tokenizer
 
-from peft_locft import EvaluationConfig, Probe, evaluate_edits, evaluate_model
+from peft_locft import EvaluationConfig, EvaluationReport, Probe, evaluate_edits, evaluate_model
+from peft_locft.evaluation import JudgeConfig
 
 PROBED = [replace(edit, locality=(Probe("Dave is"),)) for edit in EDITS]
 
@@ -46,9 +48,12 @@ def test_an_adapter_is_evaluated_beside_its_base(base: Path, adapter: Path, tmp_
     assert [point["epoch"] for point in report.curves] == [1, 2, 3]
     assert sorted(path.name for path in (tmp_path / "report").iterdir()) == [
         "answers.csv",
+        "citations.bib",
         "evaluation.html",
         "evaluation.json",
         "evaluation.md",
+        "evaluation.tex",
+        "metrics.csv",
     ]
     assert json.loads((tmp_path / "report" / "evaluation.json").read_text())["rows"] == report.rows
 
@@ -112,6 +117,29 @@ def test_a_report_that_cannot_be_written_is_found_before_the_model_is_loaded(bas
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError):
         evaluate_model("nobody/nothing", PROBED, output_dir=tmp_path / "file")
+
+
+def test_a_judge_reads_the_answers_and_its_replies_are_in_the_folder(base: Path, tmp_path: Path) -> None:
+    with judge_server(lambda request, number: completion("RIGHT")) as server:
+        judge = JudgeConfig(server.address, model="judge")
+        report = evaluate_model(base, PROBED, num_edits=2, output_dir=tmp_path, judge=judge)
+        num_asked = len(server.requests)
+        evaluate_model(base, PROBED, num_edits=2, output_dir=tmp_path, judge=judge)
+        assert len(server.requests) == num_asked == 2
+    assert report["reliability_judged"].after.value == 1.0
+    assert EvaluationReport.load(tmp_path) == report
+    assert len((tmp_path / "judge_replies.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_judge_that_fails_costs_no_report(base: Path, tmp_path: Path) -> None:
+    with judge_server(lambda request, number: (404, {}, b"")) as server, pytest.raises(ValueError, match="status 404"):
+        evaluate_model(base, PROBED, num_edits=2, output_dir=tmp_path, judge=JudgeConfig(server.address, model="x"))
+    assert "reliability_exact_match" in EvaluationReport.load(tmp_path).results
+
+
+def test_a_judge_that_is_not_there_is_named_before_the_model_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no_judge: found no such folder"):
+        evaluate_model("nobody/nothing", PROBED, judge=JudgeConfig(str(tmp_path / "no_judge")))
 
 
 def test_it_agrees_with_evaluate_edits(base: Path) -> None:

@@ -64,9 +64,9 @@ class Reader(HTMLParser):
 
 @pytest.fixture(autouse=True)
 def _not_warned() -> Iterator[None]:
-    report_page._warn_once.cache_clear()
+    report_page.warn_without_pictures.cache_clear()
     yield
-    report_page._warn_once.cache_clear()
+    report_page.warn_without_pictures.cache_clear()
 
 
 @pytest.fixture
@@ -101,8 +101,8 @@ def test_it_has_every_metric_with_its_meaning_and_intervals() -> None:
     ) in text
     assert "unchanged locality_unchanged The answer is the same as before the edit, right or wrong." in text
     assert "- 0.375 0.275 to 0.475 - 2 edits" in text
-    assert "Reliability 87.5% Does the model answer" in text
-    assert "Locality 37.5%" in text
+    assert "Reliability 0.875 Does the model answer" in text
+    assert "Locality 0.375 Does it" in text
     assert (
         "General ability 31.5 Did the edits harm the model as a whole? perplexity (lower is better): before 20.25"
         in text
@@ -312,3 +312,55 @@ def test_on_a_phone_every_text_of_a_failure_has_its_name() -> None:
     names = re.findall(r'<th scope="col">(\w+)</th>', table)
     assert re.findall(r'data-label="(\w+)"', table) == names * 4
     assert table.count("<td") == len(names) * 4
+
+
+# ---------------------------------------------------------------------- groups, the worst, and a judge
+
+
+def many_rows(count: int = 30) -> list[dict[str, Any]]:
+    """Return rows of two relations, of which only the first is learned and nothing is unchanged."""
+    return [
+        each | {"relation": "capital" if number < 20 else "mayor"}
+        for number in range(count)
+        for each in (
+            row(number, "reliability", f"prompt {number}.", exact_match_after=float(number < 20)),
+            row(number, "locality", f"probe {number}.", unchanged_after=0.0),
+        )
+    ]
+
+
+def test_relations_stand_below_each_other_with_counts_and_intervals() -> None:
+    text = seen(example_report(rows=many_rows()))
+    assert "Relation Edits reliability exact match locality unchanged" in text
+    assert "capital 20 1.000 0.832 to 1.000 0.000 0.000 to 0.168" in text
+    assert "mayor 10 0.000 0.000 to 0.308 0.000 0.000 to 0.308" in text
+    assert "By relation" not in seen(example_report())
+
+
+def test_the_worst_stand_before_all_failures_with_their_rule() -> None:
+    text = seen(example_report(rows=many_rows()))
+    worst = text.partition("The worst")[2].partition("Failures")[0]
+    assert "an edit's own prompt before rephrasings" in worst and "right before and are wrong now" in worst
+    assert worst.count(" edit prompt ") == 10 and worst.count(" locality probe probe ") == 20
+    # a few failures are all shown anyway
+    assert "The worst" not in seen(example_report())
+
+
+def test_a_judge_is_named_with_its_prompt_and_where_it_differs() -> None:
+    attack = "<script>alert(1)</script>"
+    judge = {"label": attack, "counts": "2 of 2 answers judged, 0 replies unreadable.", "prompt": f"Say {attack}"}
+    rows = [
+        row(0, "reliability", "first.", judged_before=0.0, judged_after=1.0),
+        row(1, "reliability", "second.", answer_after=attack, judged_before=0.0, judged_after=0.0),
+    ]
+    settings = example_report().settings | {"judge": judge | {"prompt_sha256": "12" * 32}}
+    reader = Reader(render_report(example_report(rows=rows, settings=settings)))
+    text = reader.text()
+    assert (
+        f"Judge {attack}. 2 of 2 answers judged, 0 replies unreadable. The judge agrees with exact match on 0.750"
+        in text
+    )
+    assert f"1 after edit second. Lyon {attack} wrong exact match: right" in text
+    assert "The judge's prompt, sha256 1212121212121212…" in text and f"Say {attack}" in text
+    assert "script" not in reader.tags
+    assert "Judge" not in seen(example_report())

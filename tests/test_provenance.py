@@ -125,10 +125,10 @@ def test_the_rows_are_the_same_for_the_card_and_for_the_terminal() -> None:
         ("augmentation", "1 prefixes, 3 retained facts"),
         (
             "shrunk",
-            "deltas in bfloat16, the largest 20% of values relative to their weight; kept 75.0000% of the squared "
-            "Frobenius norm",
+            "deltas in bfloat16, a share of 0.2 of the values, the largest relative to their weight; kept 0.750000 of "
+            "the squared Frobenius norm",
         ),
-        ("export", "from a LocFT adapter to lora of rank 4, keeps 50.00% of the delta"),
+        ("export", "from a LocFT adapter to lora of rank 4, keeps 0.5000 of the delta"),
         ("made with", "peft-locft 0.1"),
     ]
     assert [row for row in detailed if row in short] == short

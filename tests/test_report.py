@@ -18,7 +18,15 @@ from peft_locft.evaluation.report import EvaluationReport, MetricResult
 from peft_locft.evaluation.summary import deciding_score
 from peft_locft.reporting import page as report_page
 
-FILES = ["answers.csv", "evaluation.html", "evaluation.json", "evaluation.md"]
+FILES = [
+    "answers.csv",
+    "citations.bib",
+    "evaluation.html",
+    "evaluation.json",
+    "evaluation.md",
+    "evaluation.tex",
+    "metrics.csv",
+]
 
 
 def test_a_metric_is_had_by_its_name() -> None:
@@ -241,3 +249,52 @@ def test_a_notebook_shows_summary_metrics_and_failures_without_markup_from_answe
     assert "<p>21 failed answers, the first 20</p>" in html and html.count("&lt;script&gt;") == 21
     assert "<script>" not in html and "<b>" not in html
     assert "failed answers" not in example_report(rows=[row(0, "reliability")])._repr_html_()
+
+
+# ---------------------------------------------------------------------- for a paper
+
+
+def test_the_metrics_as_latex_and_csv() -> None:
+    latex = example_report().to_latex(["locality_unchanged", "perplexity"])
+    assert latex.splitlines() == [
+        "% tiny, 2 edits, protocols generation, 95% intervals (bootstrap)",
+        "\\begin{tabular}{lrrrr}",
+        "\\toprule",
+        "metric & before & after & change & measured on \\\\",
+        "\\midrule",
+        "locality unchanged & -- & 0.375 {\\scriptsize [0.275, 0.475]} & -- & 2 edits \\\\",
+        "perplexity & 20.25 {\\scriptsize [20.15, 20.35]} & 31.5 {\\scriptsize [31.4, 31.6]} & 11.25 {\\scriptsize "
+        "[11.15, 11.35]} & 2 windows \\\\",
+        "\\bottomrule",
+        "\\end{tabular}",
+    ]
+    with pytest.raises(KeyError, match="portability_exact_match was not measured: no edit has portability probes"):
+        example_report().to_latex(["portability_exact_match"])
+    read = list(csv.DictReader(io.StringIO(example_report().metrics_to_csv(), newline="")))
+    assert [each["metric"] for each in read] == list(example_report().results)
+    assert (read[2]["before"], read[2]["after"], read[2]["after_low"], read[2]["unit"]) == (
+        "",
+        "0.375",
+        "0.275",
+        "edits",
+    )
+
+
+def test_it_cites_the_method_the_data_and_the_protocols() -> None:
+    usual = example_report()
+    assert usual.papers() == ["yang2025finetuning"]  # of the protocol
+    rows = [row(0, "reliability", source="data/MzsRE_zh.json:1"), row(1, "reliability", source="zsre_3k.json:2")]
+    settings = usual.settings | {"methods": ["LORA", "OTHER"], "protocols": ["probability", "fluency", "generation"]}
+    report = example_report(rows=rows, settings=settings)
+    assert report.papers() == [
+        "hu2022lora",
+        "wang2023retrieval",
+        "levy2017zeroshot",
+        "mitchell2022fast",
+        "meng2022locating",
+        "yang2025finetuning",
+    ]
+    entries = report.citations().split("\n\n")
+    assert [entry.partition("{")[2].partition(",")[0] for entry in entries] == report.papers()
+    assert all(entry.count("{") == entry.count("}") and "eprint" in entry for entry in entries)
+    assert example_report(rows=[], settings={"confidence": 0.95}).citations() == ""

@@ -99,7 +99,8 @@ def test_what_was_done_and_what_is_kept_is_recorded(tmp_path: Path) -> None:
         "density": 0.2,
         "share_kept": pytest.approx(kept, abs=1e-9),
     }
-    said = f"deltas in bfloat16, the largest 20% of values relative to their weight; kept {kept:.4%} of the squared"
+    of_values = "a share of 0.2 of the values, the largest relative to their weight"
+    said = f"deltas in bfloat16, {of_values}; kept {kept:.6f} of the squared"
     assert f"| Shrunk | {said}" in (tmp_path / "small" / "README.md").read_text()
     assert f"shrunk         {said}" in str(inspect_adapter(tmp_path / "small"))
     assert "shrunk" not in json.loads((tmp_path / "adapter" / FACTS).read_text())
@@ -144,7 +145,7 @@ def test_a_copy_of_a_folder_is_made_smaller_alike(tmp_path: Path) -> None:
     assert small.num_bytes_before == (tmp_path / "adapter" / WEIGHTS).stat().st_size
     facts = json.loads((tmp_path / "out" / FACTS).read_text())
     assert facts["shrunk"]["share_kept"] == small.share_kept
-    assert str(small) == f"{tmp_path / 'out'}, 16.1 kB instead of 19.2 kB\nkept {small.share_kept:.4%} of the delta"
+    assert str(small) == f"{tmp_path / 'out'}, 16.1 kB instead of 19.2 kB\nkept {small.share_kept:.6f} of the delta"
 
 
 def test_a_copy_keeps_what_is_known_of_the_run_and_not_the_figures(tmp_path: Path) -> None:

@@ -562,7 +562,7 @@ def test_the_progress_bar_shows_loss_and_speed(tmp_path: Path, capfd: pytest.Cap
     trainer.train()
     printed = capfd.readouterr()
     assert f"loss {trainer.loss_history.step_loss:.4f}" in printed.err
-    assert ", 0% learned, " in printed.err and "edits/s" in printed.err
+    assert ", 0.00 learned, " in printed.err and "edits/s" in printed.err
     assert printed.out == "", "the bar is there in place of a line for every log"
 
 

@@ -41,7 +41,7 @@ def export_adapter(
     Example:
         >>> print(export_adapter("locft-demo", "demo-lora", to="lora", rank=64))
         demo-lora, rank 64, 0.5 MB
-        kept 79.52% of the delta
+        kept 0.7952 of the delta
     """
     if to not in EXPORTS:
         raise ValueError(f"to={to!r}: expected one of {', '.join(get_args(AdapterForm))}.")

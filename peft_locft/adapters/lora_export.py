@@ -54,10 +54,10 @@ class LoraExport:
     def __str__(self) -> str:
         rows = [
             f"{self.path}, rank {self.rank}, {size(self.num_bytes)}",
-            f"kept {self.share_kept:.2%} of the delta",
+            f"kept {self.share_kept:.4f} of the delta",
         ]
         if len(self.share_kept_by_module) > 1:
-            rows += [f"  {share:.2%} of {name}" for name, share in self.share_kept_by_module.items()]
+            rows += [f"  {share:.4f} of {name}" for name, share in self.share_kept_by_module.items()]
         if self.before is not None and self.after is not None:
             for name, result in self.after.results.items():
                 if name in self.before.results:
@@ -100,7 +100,7 @@ def export_lora(
     Example:
         >>> print(export_lora("locft-demo", "demo-lora", rank=64))  # of examples/demo.py
         demo-lora, rank 64, 0.5 MB
-        kept 79.52% of the delta
+        kept 0.7952 of the delta
     """
     _check_numbers(rank, energy)
     dtype_of(dtype)

@@ -202,8 +202,8 @@ class Shrinking:
     def __str__(self) -> str:
         parts = [f"deltas in {printable(self.delta_dtype)}"] if self.delta_dtype else []
         if self.density:
-            parts.append(f"the largest {self.density:.0%} of values relative to their weight")
-        return f"{', '.join(parts)}; kept {self.share_kept:.4%} of the squared Frobenius norm"
+            parts.append(f"a share of {self.density:g} of the values, the largest relative to their weight")
+        return f"{', '.join(parts)}; kept {self.share_kept:.6f} of the squared Frobenius norm"
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +223,7 @@ class ExportDetails:
     others: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lora = f" of rank {self.rank}, keeps {self.share_kept:.2%} of the delta" if self.to == "lora" else ""
+        lora = f" of rank {self.rank}, keeps {self.share_kept:.4f} of the delta" if self.to == "lora" else ""
         return f"from a LocFT adapter to {self.to}{lora}"
 
 

@@ -36,7 +36,7 @@ class SmallAdapter:
 
     def __str__(self) -> str:
         sizes = f"{size(self.num_bytes)} instead of {size(self.num_bytes_before)}"
-        return f"{self.path}, {sizes}\nkept {self.share_kept:.4%} of the delta"
+        return f"{self.path}, {sizes}\nkept {self.share_kept:.6f} of the delta"
 
 
 def export_small(
@@ -74,7 +74,7 @@ def export_small(
     Example:
         >>> print(export_small("locft-demo", "demo-small", delta_dtype="bfloat16"))  # of examples/demo.py
         demo-small, 1.8 MB instead of 3.5 MB
-        kept 99.9997% of the delta
+        kept 0.999997 of the delta
     """
     check_shrinking(delta_dtype, density)
     if delta_dtype is None and density is None:

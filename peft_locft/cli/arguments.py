@@ -22,6 +22,7 @@ from ..training.config import BreadthFirstConfig
 from ..tuner import LocFTConfig
 from ..tuner.config import ALL_LINEAR, ENTIRE_LAYER
 from .fields_parser import FieldsParser, value_of
+from .judge_arguments import JudgeArguments, with_judge
 
 if TYPE_CHECKING:
     from ..locating.preset import LocationPreset
@@ -128,7 +129,7 @@ class PresetArguments:
 
 
 @dataclass(kw_only=True)
-class EvaluateArguments(ConditionArguments, LoadArguments):
+class EvaluateArguments(JudgeArguments, ConditionArguments, LoadArguments):
     """What is evaluated."""
 
     edits: str = field(metadata={"help": EDITS})
@@ -232,6 +233,7 @@ TRAIN_SECTIONS = {
 EVALUATE_SECTIONS = {
     "model and edits": ("edits", "num_edits", "adapter", "model_name_or_path", "base_model_name_or_path"),
     "what to measure": ("protocols", "contexts", "probes", "text", "tasks", "chat_template"),
+    "a judge": ("judge", "judge_model"),
     "output": ("output_dir",),
 }
 LOCATE_SECTIONS = {
@@ -309,7 +311,7 @@ def parse_evaluate(argv: Sequence[str]) -> dict[str, Any]:
     for name in ("limit", "num_fewshot"):
         if getattr(run, name) is not None and not run.tasks:
             parser.error(f"--{name} has no effect without --tasks")
-    return vars(run) | {"args": args}
+    return with_judge(vars(run)) | {"args": args}
 
 
 def parse_locate(argv: Sequence[str]) -> dict[str, Any]:

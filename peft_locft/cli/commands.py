@@ -21,6 +21,7 @@ USAGE = """usage: locft COMMAND ...
 commands:
   train      train edits into a model and save the adapter, or update a saved adapter
   evaluate   measure what the edits changed in a model
+  compare    put the reports of several evaluations side by side
   try        show answers of base and adapters side by side, in the terminal or on a page
   locate     search for the best location to edit
   baselines  compare ways to edit on the same edits
@@ -118,6 +119,26 @@ def evaluate(argv: list[str]) -> int:
     if arguments["output_dir"]:
         print(f"\nSaved to {arguments['output_dir']}: open evaluation.html in a browser.")
     return exit_code("evaluate", fail_if, {name: result.after.value for name, result in report.results.items()})
+
+
+def compare(argv: list[str]) -> None:
+    """Put the reports of several evaluations side by side: metrics, paired differences, and differing questions."""
+    parser = CommandParser("compare", "REPORT... [--output_dir FOLDER]", str(compare.__doc__), epilog=DASHES)
+    parser.add_argument(
+        "reports",
+        nargs="+",
+        metavar="REPORT",
+        help="Folders that `locft evaluate --output_dir` wrote; the others are compared with the first.",
+    )
+    parser.add_argument("--output_dir", metavar="FOLDER", help="Folder for the comparison: HTML, CSV and LaTeX.")
+    options = parser.parse_args(argv)
+    from ..reporting.comparison_page import load_comparison, save_comparison
+
+    comparison = load_comparison(options.reports)
+    print(comparison)
+    if options.output_dir is not None:
+        save_comparison(comparison, options.output_dir)
+        print(f"\nSaved to {options.output_dir}: open comparison.html in a browser.")
 
 
 def exit_code(command: str, fail_if: list[str], metrics: dict[str, float]) -> int:
@@ -324,6 +345,7 @@ def export(argv: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "train": train,
     "evaluate": evaluate,
+    "compare": compare,
     "try": try_adapters,
     "locate": locate,
     "baselines": baselines,

@@ -18,6 +18,7 @@ PLACEHOLDERS = {
     "base_model_name_or_path": "MODEL",
     "edits": "FILE",
     "forget": "FILE",
+    "judge": "URL|MODEL",
     "location": "FILE",
     "model_name_or_path": "MODEL",
     "output_dir": "FOLDER",

@@ -1,8 +1,19 @@
+from .agreement import Agreement as Agreement
+from .agreement import agreement_of as agreement_of
+from .citations import bibtex as bibtex
+from .comparison import DifferingQuestion as DifferingQuestion
+from .comparison import ReportComparison as ReportComparison
+from .comparison import compare_reports as compare_reports
 from .config import EvaluationConfig as EvaluationConfig
 from .evaluator import EditEvaluator as EditEvaluator
 from .evaluator import evaluate_edits as evaluate_edits
+from .groups import EditGroup as EditGroup
+from .groups import edit_groups as edit_groups
 from .harness import evaluate_on_tasks as evaluate_on_tasks
 from .intervals import Estimate as Estimate
+from .judge_prompt import JudgeQuestion as JudgeQuestion
+from .judges import JudgeConfig as JudgeConfig
+from .judging import judge_report as judge_report
 from .perplexity import TextMeasurement as TextMeasurement
 from .perplexity import measure_text as measure_text
 from .report import EvaluationReport as EvaluationReport
@@ -10,5 +21,6 @@ from .report import MetricResult as MetricResult
 from .scoring import contains as contains
 from .scoring import cut_answer as cut_answer
 from .scoring import exact_match as exact_match
+from .tables import latex_table as latex_table
 from .task_results import TaskResults as TaskResults
 from .task_results import TaskRow as TaskRow

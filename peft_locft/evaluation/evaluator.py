@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -127,10 +127,13 @@ def find_base(
 def model_settings(model: nn.Module) -> dict[str, Any]:
     """Return what a report records of a model: its name, dtype and active adapters."""
     adapters = getattr(model, "active_adapters", None)
+    configs = getattr(model, "peft_config", None)
+    configs = configs if isinstance(configs, Mapping) else {}
     return {
         "model": getattr(getattr(model, "config", None), "name_or_path", None) or type(model).__name__,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "adapters": list(adapters) if isinstance(adapters, list) else None,
+        "methods": sorted({str(getattr(each.peft_type, "value", each.peft_type)) for each in configs.values()}),
     }
 
 

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import csv
 import html
-import io
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from ..io.files import check_folder, write_atomically
 from ..io.json_checks import dict_of, has_fields, is_count, is_metric_value, is_number, is_prose, is_sha256, is_text
 from ..io.untrusted_json import shortened
+from .agreement import judge_to_markdown
 from .by_language import HEADER as LANGUAGE_HEADER
 from .by_language import language_rows, what_is_left_out
+from .citations import METHODS, PROTOCOLS, bibtex, papers_of_data
 from .intervals import Estimate, format_number
 from .kinds import AS_IT_IS, OF_TEXT_ONLY
 from .summary import deciding_score, sentences
-from .tables import DASH, estimate_cell, html_table, markdown_table
+from .tables import DASH, csv_table, estimate_cell, html_table, latex_table, markdown_table
 
 if TYPE_CHECKING:
     import pandas
@@ -220,7 +220,8 @@ class EvaluationReport:
             languages = markdown_table(LANGUAGE_HEADER, language_rows(self.by_language))
             lines += ["", "By language:", "", languages, *what_is_left_out(self.by_language), ""]
         lines += [f"Not measured: {', '.join(names)}: {why}." for why, names in self.missing_by_reason().items()]
-        return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
+        lines += [f"Note: {note}" for note in self.notes]
+        return "\n".join([*lines, *judge_to_markdown(self.rows, self.settings)])
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
         asked = {result.protocol.partition(";")[0] for result in self.results.values()}
@@ -266,17 +267,78 @@ class EvaluationReport:
 
     def to_csv(self) -> str:
         """Return the rows as CSV; an unknown value is empty."""
-        text = io.StringIO()
-        if self.rows:
-            # with "\n" as line end, csv does not quote a "\r" in an answer, and readers end the row there
-            names = dict.fromkeys(name for row in self.rows for name in row)
-            writer = csv.DictWriter(text, list(names), lineterminator="\r\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
-        return text.getvalue()
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        return csv_table(names, ([row.get(name) for name in names] for row in self.rows)) if names else ""
+
+    def metrics_to_csv(self) -> str:
+        """Return the metrics as CSV: their values before and after, the change, and the ends of each interval."""
+        whens = ("before", "after", "change")
+        names = [name for when in whens for name in (when, f"{when}_low", f"{when}_high")]
+        rows = [
+            [
+                name,
+                *(each for when in whens for each in getattr(result, when) or (None,) * 3),
+                result.count,
+                result.unit,
+            ]
+            for name, result in self.results.items()
+        ]
+        return csv_table(["metric", *names, "count", "unit"], rows)
+
+    def to_latex(self, metrics: Sequence[str] | None = None) -> str:
+        r"""Return the metrics as a LaTeX table in the style of booktabs, for a paper.
+
+        Args:
+            metrics: their names, in order; `None`: all.
+
+        Raises:
+            KeyError: if one was not measured; the message says why.
+
+        Example:
+            >>> print(report.to_latex(["reliability_exact_match", "perplexity"]))
+            % SmolLM2-135M, 200 edits, protocols generation, 95% intervals (bootstrap)
+            \begin{tabular}{lrrrr}
+        """
+        chosen = {name: self[name] for name in (self.results if metrics is None else metrics)}
+        rows = [
+            [name.replace("_", " "), each.before, each.after, each.change, f"{each.count} {each.unit}"]
+            for name, each in chosen.items()
+        ]
+        return latex_table(["metric", "before", "after", "change", "measured on"], rows, comment=self.description)
+
+    @property
+    def description(self) -> str:
+        """What was measured, in one line: model, edits, protocols, intervals."""
+        edits, protocols = self.settings.get("edits") or {}, self.settings.get("protocols") or []
+        parts = [
+            PurePath(str(self.settings.get("model"))).name,
+            f"{edits.get('count')} edits",
+            f"protocols {' '.join(map(str, protocols))}",
+            f"{self.confidence} intervals (bootstrap)",
+        ]
+        return " ".join(", ".join(parts).split())
+
+    def papers(self) -> list[str]:
+        """Return the keys of the papers in [`EvaluationReport.citations`]."""
+        methods = [str(each).lower() for each in self.settings.get("methods") or []]
+        protocols = self.settings.get("protocols") or []
+        keys = [METHODS[name] for name in methods if name in METHODS]
+        keys += papers_of_data(str(row.get("source") or "") for row in self.rows)
+        return list(dict.fromkeys([*keys, *(PROTOCOLS[name] for name in protocols if name in PROTOCOLS)]))
+
+    def citations(self) -> str:
+        """Return BibTeX of what the report names: the editing method, the data set (by its file's name), protocols.
+
+        Example:
+            >>> Path("citations.bib").write_text(report.citations())
+        """
+        return bibtex(self.papers())
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write `evaluation.json`, `evaluation.md` and `answers.csv`, each atomically.
+        """Write the data, the answers, and the tables for a paper, each file atomically.
+
+        `evaluation.json` holds everything, `evaluation.md`, `evaluation.tex` and `metrics.csv` the metrics,
+        `answers.csv` a row for each answer, `citations.bib` what to cite.
 
         `peft_locft.save_report` also writes a page with pictures.
 
@@ -289,7 +351,14 @@ class EvaluationReport:
         folder = Path(folder)
         check_folder(folder, "an evaluation")
         data = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
-        texts = {FIGURES_NAME: data, "evaluation.md": self.to_markdown() + "\n", "answers.csv": self.to_csv()}
+        texts = {
+            FIGURES_NAME: data,
+            "evaluation.md": self.to_markdown() + "\n",
+            "evaluation.tex": self.to_latex() + "\n",
+            "metrics.csv": self.metrics_to_csv(),
+            "answers.csv": self.to_csv(),
+            "citations.bib": self.citations() + "\n",
+        }
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in texts.items():
             write_atomically(folder / name, content)

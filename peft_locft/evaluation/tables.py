@@ -1,8 +1,11 @@
-"""Tables as Markdown and HTML, and how their cells show a number."""
+"""Tables as Markdown, HTML, CSV and LaTeX, and how their cells show a number."""
 
 from __future__ import annotations
 
+import csv
 import html
+import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from .intervals import Estimate, format_number
@@ -52,3 +55,82 @@ def error_cell(value: float | None, stderr: float | None) -> str:
     if value is None:
         return DASH
     return format_number(value) if stderr is None else f"{format_number(value)} ± {format_number(stderr)}"
+
+
+def csv_table(names: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table as CSV; an unknown value (`None`) is empty. Arguments as in [`markdown_table`]."""
+    text = io.StringIO()
+    # with "\n" as line end, csv does not quote a "\r" in a text, and readers end the row there
+    csv.writer(text, lineterminator="\r\n").writerows([names, *rows])
+    return text.getvalue()
+
+
+LATEX_LETTERS = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': '{"}',  # alone, some languages of babel read it as a command
+    # at the beginning of a row, it would be an argument of the command before
+    "[": "{[}",
+    "]": "{]}",
+    "`": r"\textasciigrave{}",
+}
+
+
+def latex_text(text: object) -> str:
+    """Return a text for LaTeX, with its special letters escaped and its white space as single blanks.
+
+    Example:
+        >>> print(latex_text("50 % of A_1 & B"))
+        50 \\% of A\\_1 \\& B
+    """
+    shown = " ".join("".join(each if each.isprintable() else " " for each in str(text)).split())
+    # a minus before a digit is a sign, and a hyphen anywhere else
+    signed = re.sub(r"(?<![\w-])-(?=\d)", "\0", shown)
+    return "".join(LATEX_LETTERS.get(letter, letter) for letter in signed).replace("\0", "$-$")
+
+
+def latex_table(names: Sequence[str], rows: Iterable[Sequence[object]], *, comment: str = "") -> str:
+    r"""Return a LaTeX `tabular` in the style of the package booktabs: `\usepackage{booktabs}`.
+
+    Args:
+        names: of the columns. The first is aligned left, the others right.
+        rows: their cells, which are escaped; an [`Estimate`] is its value, and its interval in small digits.
+        comment: lines that LaTeX does not print, before the table.
+    """
+
+    def line(cells: Sequence[object]) -> str:
+        return " & ".join(map(_latex_cell, cells)) + r" \\"
+
+    return "\n".join(
+        [
+            *(f"% {each}" for each in comment.splitlines()),
+            rf"\begin{{tabular}}{{l{'r' * (len(names) - 1)}}}",
+            r"\toprule",
+            line(names),
+            r"\midrule",
+            *map(line, rows),
+            r"\bottomrule",
+            r"\end{tabular}",
+        ]
+    )
+
+
+def _latex_cell(content: object) -> str:
+    if content is None:
+        return "--"
+    if not isinstance(content, Estimate):
+        return latex_text(content)
+    value, low, high = (latex_text(format_number(each)) for each in content)
+    # in braces: a cell that begins with [ would be an argument of the line's end before it
+    return rf"{value} {{\scriptsize [{low}, {high}]}}"

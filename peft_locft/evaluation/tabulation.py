@@ -14,7 +14,9 @@ from .intervals import Array, Bootstrap, Estimate
 from .items import EvalItem, Reply
 from .kinds import AS_IT_IS, PUBLISHED, Kind
 from .metrics import EDIT_SCORE, EDIT_SCORE_PARTS, METRICS, Metric, metric_names, why_missing
+from .relation_labels import relation_label
 from .report import MetricResult
+from .row_values import mean_by_unit
 from .scoring import harmonic_mean
 
 Scores = list[float | None]
@@ -144,15 +146,10 @@ class ScoredReplies:
 
     def _by_edit(self, numbers: Sequence[int], scores: Scores) -> Array:
         """Return the mean score of each edit's items, (edits,); NaN for an edit without one."""
-        num_edits = len(self.replies.edits)
         pairs = [
             (self.replies.items[number].edit, score) for number in numbers if (score := scores[number]) is not None
         ]
-        edits = np.array([edit for edit, _ in pairs], dtype=np.int64)
-        sums = np.bincount(edits, [score for _, score in pairs], num_edits)
-        with np.errstate(invalid="ignore"):
-            means: Array = sums / np.bincount(edits, minlength=num_edits)
-        return means
+        return mean_by_unit(pairs, len(self.replies.edits))
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a dictionary for each item: its source, the expected answer, and each model's answer and scores."""
@@ -162,6 +159,7 @@ class ScoredReplies:
             row: dict[str, Any] = {
                 "edit": item.edit,
                 "source": self.replies.edits[item.edit].source,
+                "relation": relation_label(self.replies.edits[item.edit]),
                 "kind": item.kind,
                 "prompt": item.prompt,
                 "in_chat": item.history is not None,
@@ -175,8 +173,16 @@ class ScoredReplies:
                 if name in self.before:
                     row[f"{name}_before"] = self.before[name][number]
                 row[f"{name}_after"] = self.after[name][number]
-            rows.append(row)
+            rows.append(row | self._long_answers(number))
         return rows
+
+    def _long_answers(self, number: int) -> dict[str, str | None]:
+        """Return the answers that were read on beyond their first stop, because the expected answer has one."""
+        both = {"before": self.replies.before, "after": self.replies.after}
+        replies = {when: found[number] for when, found in both.items() if found is not None}
+        return {
+            f"long_answer_{when}": reply.long_text for when, reply in replies.items() if reply.long_text != reply.text
+        }
 
 
 def results_by_language(

@@ -3,6 +3,10 @@ from .baselines import BaselineResult as BaselineResult
 from .baselines import baselines_to_csv as baselines_to_csv
 from .baselines import baselines_to_latex as baselines_to_latex
 from .baselines import baselines_to_markdown as baselines_to_markdown
+from .comparison_page import load_comparison as load_comparison
+from .comparison_page import render_comparison as render_comparison
+from .comparison_page import save_comparison as save_comparison
+from .comparison_plots import draw_comparison as draw_comparison
 from .page import render_report as render_report
 from .page import save_report as save_report
 from .plots import draw_baselines as draw_baselines

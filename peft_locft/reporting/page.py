@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import math
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -15,18 +15,26 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from ..evaluation.agreement import MAX_DISAGREEMENTS, agreement_of, disagreements
 from ..evaluation.by_language import MAX_LANGUAGES, shown_metrics
+from ..evaluation.groups import EditGroup, edit_groups
 from ..evaluation.intervals import Estimate, format_number
 from ..evaluation.report import EvaluationReport, MetricResult
 from ..evaluation.summary import deciding_score
 from ..evaluation.tables import DASH
+from ..evaluation.worst import LEAST_LEARNED, MOST_DAMAGED, least_learned, most_damaged
 from ..io.files import write_atomically
-from .plots import COLOURS, curve_lines, curves_picture, metric_pictures
+from .drawing import COLOURS
+from .plots import curve_lines, curves_picture, metric_pictures
 from .words import GROUPS, grouped, headline, higher_is_better, label_of, words_of
 
 logger = logging.getLogger(__name__)
 
 MAX_FAILURES = 200
+MAX_WORST = 20
+MAX_GROUPS = 40
+# titles, and the columns of the rows that tell the groups apart
+GROUPED_BY = {"Relation": "relation"}
 MAX_CHARACTERS = 300  # of a text in the table of failures
 # one, many
 KIND_NAMES = {
@@ -80,7 +88,6 @@ def render_report(report: EvaluationReport) -> str:
     groups = grouped(report.results)
     edits = report.settings.get("edits")
     edits = edits if isinstance(edits, dict) else {}
-    colours = {**PAGE_COLOURS, **COLOURS}
     return (
         page_templates()
         .get_template("report.html.jinja")
@@ -89,7 +96,7 @@ def render_report(report: EvaluationReport) -> str:
             title=_title(edits.get("count"), _setting(report, "model")),
             setting=functools.partial(_setting, report),
             edits=edits,
-            colours=[(name.replace("_", "-"), pair) for name, pair in colours.items()],
+            colours=page_colours(),
             groups=groups,
             has_chance=report.has_chance,
             cards=[
@@ -99,9 +106,17 @@ def render_report(report: EvaluationReport) -> str:
             ],
             pictures=_metric_pictures(report),
             curves=_curves(report),
+            judge=_judge(report),
+            by_group=_by_group(report),
+            worst=_worst(report),
             failures=_failures(report),
         )
     )
+
+
+def page_colours() -> list[tuple[str, tuple[str, str]]]:
+    """Return the names of the CSS variables of a page, each with its colour on a light and on a dark page."""
+    return [(name.replace("_", "-"), pair) for name, pair in {**PAGE_COLOURS, **COLOURS}.items()]
 
 
 @functools.cache
@@ -157,15 +172,12 @@ def _card(key: str, name: str, result: MetricResult) -> dict[str, str]:
     """Return the texts of the card that shows the headline metric of a group."""
     group = GROUPS[key]
 
-    def text(value: float) -> str:
-        return f"{value:.1%}" if group.are_shares and math.isfinite(value) else format_number(value)
-
     lower = " (lower is better)" if higher_is_better(name) is False else ""
-    before = f"before {text(result.before.value)}, " if result.before else ""
-    interval = f"interval {text(result.after.low)} to {text(result.after.high)}"
+    before = f"before {format_number(result.before.value)}, " if result.before else ""
+    interval = f"interval {format_number(result.after.low)} to {format_number(result.after.high)}"
     return {
         "title": group.title,
-        "value": text(result.after.value),
+        "value": format_number(result.after.value),
         "question": group.question,
         "details": f"{label_of(name)}{lower}: {before}{interval}",
     }
@@ -189,12 +201,13 @@ def _metric_pictures(report: EvaluationReport) -> dict[str, Markup] | None:
     try:
         return {key: Markup(picture) for key, picture in metric_pictures(report).items()}
     except ImportError as error:
-        _warn_once(str(error))
+        warn_without_pictures(str(error))
         return None
 
 
 @functools.cache
-def _warn_once(why: str) -> None:
+def warn_without_pictures(why: str) -> None:
+    """Warn once that a page has no pictures."""
     logger.warning("The evaluation page has no pictures. %s", why)
 
 
@@ -214,11 +227,72 @@ def _curves(report: EvaluationReport) -> _Curves | None:
     try:
         picture = Markup(curves_picture(report.curves))
     except ImportError as error:
-        _warn_once(str(error))
+        warn_without_pictures(str(error))
         picture = None
     epochs = sorted({epoch for points in lines.values() for epoch in points})
     rows = [(epoch, [points.get(epoch) for points in lines.values()]) for epoch in epochs]
     return _Curves(list(lines), rows, picture)
+
+
+# ---------------------------------------------------------------------- groups of edits, and the judge
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Groups of edits: the largest, and the metrics that they have."""
+
+    metrics: list[str]
+    rows: list[EditGroup]
+
+
+def _by_group(report: EvaluationReport) -> dict[str, _Groups]:
+    """Return the groups of edits by what distinguishes them; without what has none or one."""
+    found = {title: edit_groups(report.rows, report.settings, by) for title, by in GROUPED_BY.items()}
+    return {title: _groups(groups) for title, groups in found.items() if groups}
+
+
+def _groups(groups: list[EditGroup]) -> _Groups:
+    names = dict.fromkeys(name for group in groups for name in group.results)
+    return _Groups(list(names), groups[:MAX_GROUPS])
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """Who judged, what it was asked, and where it and exact match differ."""
+
+    label: Any
+    counts: Any
+    prompt: Any
+    prompt_sha256: Any
+    agreement: str | None
+    rows: list[dict[str, Any]]
+    num_rows: int
+
+
+def _judge(report: EvaluationReport) -> _Judge | None:
+    judge = report.settings.get("judge")
+    if not isinstance(judge, dict):
+        return None
+    agreement, differing = agreement_of(report.rows), disagreements(report.rows)
+    return _Judge(
+        judge.get("label"),
+        judge.get("counts"),
+        judge.get("prompt"),
+        judge.get("prompt_sha256"),
+        None if agreement is None else str(agreement),
+        differing[:MAX_DISAGREEMENTS],
+        len(differing),
+    )
+
+
+def _worst(report: EvaluationReport) -> list[tuple[str, str, list[Mapping[str, Any]]]]:
+    """Return titles, rules and rows of what to look at first; empty if the table of failures shows no more."""
+    lists = [
+        ("Least learned", LEAST_LEARNED, least_learned(report.rows, MAX_WORST)),
+        ("Most damaged", MOST_DAMAGED, most_damaged(report.rows, MAX_WORST)),
+    ]
+    is_short = sum(1 for _ in report.failures()) <= MAX_WORST
+    return [] if is_short else [each for each in lists if each[2]]
 
 
 # ---------------------------------------------------------------------- failures

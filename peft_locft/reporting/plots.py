@@ -1,48 +1,30 @@
 """Pictures: metrics before and after, curves by epoch, baselines side by side, heatmaps of a location search.
 
-matplotlib is the optional extra `plot`. Pictures look the same whatever the user's matplotlib settings are, and leave
-those settings, the backend and pyplot's figures unchanged.
+matplotlib is the optional extra `plot`.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import io
 import math
 import os
-import re
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..evaluation.intervals import Estimate, format_number
 from ..evaluation.report import EvaluationReport, MetricResult
 from ..evaluation.tables import DASH
-from ..io.files import write_atomically
 from ..locating.results import TABLE_METRICS, LocationSearchResult, LocationTrial
 from .baselines import BaselineResult, by_baseline, columns_of, over_seeds
+from .drawing import COLOURS, TEXT_POINTS, drawing, save_figure, svg_element
 from .words import GROUPS, group_of, grouped, higher_is_better, label_of, short_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# on a light page, on a dark one; all differ, since `_svg` replaces each by a CSS variable
-COLOURS = {
-    "ink": ("#1f2933", "#e4e7eb"),
-    "muted": ("#616e7c", "#9aa5b1"),
-    "grid": ("#e1e5ea", "#36414d"),
-    "before": ("#b4bec9", "#66727f"),
-    "after": ("#2f6fb3", "#4b8acb"),
-    "reliability": ("#2f6fb4", "#6ea8e1"),
-    "generalization": ("#b35c00", "#eb9b45"),
-    "locality": ("#1c8a5f", "#55c797"),
-    "portability": ("#8e4f9e", "#c88fd6"),
-    "edit_score": ("#52606e", "#b8c2cd"),
-}
 MARKERS = {"reliability": "o", "generalization": "s", "locality": "^", "portability": "D", "edit_score": "v"}
 BASELINE_METRICS = (
     "reliability_exact_match",
@@ -53,6 +35,7 @@ BASELINE_METRICS = (
 )
 COLOUR_OF_ORDER = {"depth_first": "generalization", "breadth_first": "after", None: "locality"}
 DASHES = ("-", "--", ":", "-.")
+X_LABELS = {"num_edits": "edits so far"}
 
 # inches, of the bars
 WIDTH, LEFT, RIGHT = 4.7, 1.45, 0.1
@@ -64,36 +47,6 @@ CELL_WIDTH, CELL_HEIGHT, MAP_LEFT, MAP_TITLE, MAP_GAP = 0.4, 0.26, 0.95, 0.32, 0
 MIN_MAP_WIDTH = 3.2
 MAX_COLUMNS_BESIDE = 12  # columns of a heatmap that has another one beside it
 MAX_COLUMNS_WITH_NUMBERS = 16
-
-TEXT_POINTS = 9
-STYLE: dict[str, Any] = {
-    "font.size": TEXT_POINTS,
-    "text.color": COLOURS["ink"][0],
-    "axes.edgecolor": COLOURS["grid"][0],
-    "axes.labelcolor": COLOURS["muted"][0],
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.titlesize": TEXT_POINTS,
-    "grid.color": COLOURS["grid"][0],
-    "grid.linewidth": 0.8,
-    "xtick.color": COLOURS["muted"][0],
-    "ytick.color": COLOURS["muted"][0],
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.frameon": False,
-    "savefig.dpi": 200,
-    # text stays text in a page, and the same report gives the same file
-    "svg.fonttype": "none",
-    "svg.hashsalt": "peft-locft",
-}
-
-
-def can_draw() -> bool:
-    """Return whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def draw_metrics(report: EvaluationReport, path: str | os.PathLike[str]) -> None:
@@ -109,18 +62,20 @@ def draw_metrics(report: EvaluationReport, path: str | os.PathLike[str]) -> None
     """
     if not report.results:
         raise ValueError(f"{path}: found no metric to draw; expected a report with at least one metric")
-    with _drawing():
-        _save(metrics_figure(grouped(report.results), report.has_before, titled=True), Path(path))
+    with drawing():
+        save_figure(metrics_figure(grouped(report.results), report.has_before, titled=True), Path(path))
 
 
-def draw_curves(curves: Sequence[Mapping[str, float]], path: str | os.PathLike[str]) -> None:
-    """Draw metrics and losses as lines over the epochs.
+def draw_curves(curves: Sequence[Mapping[str, float]], path: str | os.PathLike[str], by: str = "epoch") -> None:
+    """Draw metrics and losses as lines over the epochs, or over the number of edits.
 
     Args:
         curves: a dictionary for each point in time: `epoch`, and values by name, such as `reliability_exact_match`,
             `locality_unchanged` or `loss`. Any value may be missing. Shares have one panel together, every other
             metric has its own.
         path: as in [`draw_metrics`].
+        by: the name of what is on the x-axis: `"epoch"`, or `"num_edits"` for the curve of a
+            `SequentialEvaluationCallback` or of a `ReportComparison`.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -129,8 +84,8 @@ def draw_curves(curves: Sequence[Mapping[str, float]], path: str | os.PathLike[s
     Example:
         >>> draw_curves([{"epoch": 1, "loss": 2.1}, {"epoch": 2, "loss": 0.7}], "curves.png")
     """
-    with _drawing():
-        _save(curves_figure(curves), Path(path))
+    with drawing():
+        save_figure(curves_figure(curves, by), Path(path))
 
 
 def draw_baselines(
@@ -150,8 +105,8 @@ def draw_baselines(
         ImportError: if matplotlib is not installed.
         ValueError: if matplotlib does not know the file's ending.
     """
-    with _drawing():
-        _save(baselines_figure(results, columns), Path(path))
+    with drawing():
+        save_figure(baselines_figure(results, columns), Path(path))
 
 
 def draw_locations(search: LocationSearchResult, path: str | os.PathLike[str]) -> None:
@@ -165,8 +120,8 @@ def draw_locations(search: LocationSearchResult, path: str | os.PathLike[str]) -
         ImportError: if matplotlib is not installed.
         ValueError: if matplotlib does not know the file's ending.
     """
-    with _drawing():
-        _save(locations_figure(search), Path(path))
+    with drawing():
+        save_figure(locations_figure(search), Path(path))
 
 
 def metric_pictures(report: EvaluationReport) -> dict[str, str]:
@@ -177,21 +132,21 @@ def metric_pictures(report: EvaluationReport) -> dict[str, str]:
     Raises:
         ImportError: if matplotlib is not installed.
     """
-    with _drawing():
+    with drawing():
         groups = grouped(report.results).items()
         figures = {key: metrics_figure({key: members}, report.has_before, titled=False) for key, members in groups}
-        return {key: _svg(figure, key) for key, figure in figures.items()}
+        return {key: svg_element(figure, key) for key, figure in figures.items()}
 
 
-def curves_picture(curves: Sequence[Mapping[str, float]]) -> str:
+def curves_picture(curves: Sequence[Mapping[str, float]], by: str = "epoch") -> str:
     """Return the picture of [`draw_curves`] as an SVG element, with the colours of [`metric_pictures`].
 
     Raises:
         ImportError: if matplotlib is not installed.
         ValueError: as [`draw_curves`].
     """
-    with _drawing():
-        return _svg(curves_figure(curves), "curves")
+    with drawing():
+        return svg_element(curves_figure(curves, by), "curves")
 
 
 # ---------------------------------------------------------------------- metrics
@@ -277,17 +232,17 @@ def _draw_bar(axes: Axes, place: float, estimate: Estimate, when: str) -> None:
 # ---------------------------------------------------------------------- curves
 
 
-def curves_figure(curves: Sequence[Mapping[str, float]]) -> Figure:
-    """Return lines over the epochs: shares in one panel, every other metric in its own.
+def curves_figure(curves: Sequence[Mapping[str, float]], by: str = "epoch") -> Figure:
+    """Return lines over the epochs, or over what else `by` names: shares in one panel, other metrics in their own.
 
     Raises:
         ValueError: if there are no values, or a point has no epoch.
     """
     from matplotlib.figure import Figure
 
-    lines = curve_lines(curves)
+    lines = curve_lines(curves, by)
     if not lines:
-        raise ValueError("curves: found no values; expected values by epoch, such as loss or reliability_exact_match")
+        raise ValueError(f"curves: found no values; expected values by {by}, such as loss or reliability_exact_match")
     shares = [name for name in lines if GROUPS[group_of(name)].are_shares]
     panels = ([shares] if shares else []) + [[name] for name in lines if name not in shares]
     heights = [2.6 if names is shares else 1.2 for names in panels]
@@ -295,27 +250,39 @@ def curves_figure(curves: Sequence[Mapping[str, float]]) -> Figure:
     rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for axes, names in zip(rows, panels, strict=True):
         _draw_lines(axes, {name: lines[name] for name in names}, are_shares=names is shares)
-    rows[-1].set_xlabel("epoch")
-    rows[-1].locator_params(axis="x", integer=True)
+    rows[-1].set_xlabel(X_LABELS.get(by, by))
+    if by == "epoch":
+        rows[-1].locator_params(axis="x", integer=True)
+    else:
+        _scale_counts(rows[-1], [count for points in lines.values() for count, _ in points])
     return figure
 
 
-def curve_lines(curves: Sequence[Mapping[str, float]]) -> dict[str, list[tuple[float, float]]]:
-    """Return each metric's (epoch, value) pairs in the order of the epochs.
+def _scale_counts(axes: Axes, counts: Sequence[float]) -> None:
+    """Show 10, 100 and 1,000 at equal distances, and name every count."""
+    ticks = sorted(set(counts))
+    if ticks[0] > 0 and len(ticks) > 1:
+        axes.set_xscale("log")
+        axes.minorticks_off()
+    axes.set_xticks(ticks, [f"{count:,g}" for count in ticks])
+
+
+def curve_lines(curves: Sequence[Mapping[str, float]], by: str = "epoch") -> dict[str, list[tuple[float, float]]]:
+    """Return each metric's (epoch, value) pairs in the order of the epochs, or of what else `by` names.
 
     Raises:
         ValueError: if a point has no epoch.
     """
-    without = next((number for number, point in enumerate(curves) if "epoch" not in point), None)
+    without = next((number for number, point in enumerate(curves) if by not in point), None)
     if without is not None:
         raise ValueError(
-            f"curves[{without}]: found {', '.join(curves[without]) or 'nothing'}; expected `epoch` as well"
+            f"curves[{without}]: found {', '.join(curves[without]) or 'nothing'}; expected `{by}` as well"
         )
     lines: dict[str, list[tuple[float, float]]] = {}
-    for point in sorted(curves, key=lambda point: point["epoch"]):
+    for point in sorted(curves, key=lambda point: point[by]):
         for name, value in point.items():
-            if name != "epoch":
-                lines.setdefault(name, []).append((point["epoch"], value))
+            if name != by:
+                lines.setdefault(name, []).append((point[by], value))
     return lines
 
 
@@ -458,43 +425,3 @@ def _map_value(name: str, trial: LocationTrial) -> float:
         return trial.score
     estimate = trial.metrics.get(name)
     return math.nan if estimate is None else estimate["value"]
-
-
-# ---------------------------------------------------------------------- style and files
-
-
-@contextmanager
-def _drawing() -> Iterator[None]:
-    """Use our style instead of the user's for a while."""
-    try:
-        import matplotlib.style
-    except ImportError as error:
-        raise ImportError("Pictures need matplotlib: pip install 'peft-locft[plot]'") from error
-    with matplotlib.style.context(["default", STYLE]):
-        yield
-
-
-def _save(figure: Figure, path: Path) -> None:
-    kind = path.suffix.lower().removeprefix(".")
-    known = figure.canvas.get_supported_filetypes()
-    if kind not in known:
-        raise ValueError(f"{path}: found the ending {path.suffix or 'none'!r}; expected one of .{', .'.join(known)}")
-    content = io.BytesIO()
-    figure.savefig(content, format=kind)
-    write_atomically(path, content.getvalue())
-
-
-def _svg(figure: Figure, prefix: str) -> str:
-    content = io.StringIO()
-    figure.savefig(
-        content, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    )
-    text = content.getvalue()
-    text = text[text.index("<svg") :]
-    # its style sheet would apply to the whole page, whose own style sheet has the same rules
-    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
-    # an id must be unique in the page
-    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
-    for name, (light, _) in COLOURS.items():
-        text = text.replace(light, f"var(--{name.replace('_', '-')})")
-    return text

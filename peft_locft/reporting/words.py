@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from ..evaluation.kinds import ALL_KINDS
@@ -49,6 +49,7 @@ WORDS = {
     "exact_match": "The answer is exactly the right one.",
     "contains": "The answer contains the right one, perhaps among other words.",
     "token_accuracy": "Share of the right answer's tokens (words or parts of words) that the model predicts.",
+    "judged": "A language model that compares it with the right answers says that the answer is right.",
     "more_probable": "The model finds the new answer more probable than the old one.",
     "locality_more_probable": "The model finds the right answer more probable than the answer of the edit.",
     "unchanged": "The answer is the same as before the edit, right or wrong.",
@@ -121,7 +122,7 @@ def grouped(results: Mapping[str, MetricResult]) -> dict[str, dict[str, MetricRe
     return {key: members for key, members in groups.items() if members}
 
 
-def headline(key: str, members: Mapping[str, MetricResult]) -> str | None:
+def headline(key: str, members: Collection[str]) -> str | None:
     """Return the name of the metric that represents a group; `None` if no candidate was measured."""
     names = [f"{key}_{short}" for short in HEADLINES.get(key, ())] + list(HEADLINES.get(key, ()))
     return next((name for name in names if name in members), None)

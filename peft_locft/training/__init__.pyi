@@ -12,6 +12,7 @@ from .scale_choice import ScaleChoice as ScaleChoice
 from .scale_choice import ScaleTrial as ScaleTrial
 from .scale_choice import TradeOff as TradeOff
 from .scale_choice import choose_scale as choose_scale
+from .sequential_callback import SequentialEvaluationCallback as SequentialEvaluationCallback
 from .trainer import BreadthFirstTrainer as BreadthFirstTrainer
 from .ultraedit import LifelongNormalizer as LifelongNormalizer
 from .ultraedit import ultraedit_delta as ultraedit_delta

@@ -96,7 +96,7 @@ class EditProgressBar(ProgressCallback):
         super().on_step_end(args, state, control, **kwargs)
         if self.training_bar is not None:
             speed = (self.history.edits_seen - self.seen_before) / (time.perf_counter() - self.begun)
-            learned = [f"{1 - number / self.num_edits:.0%} learned" for number in self.history.unlearned[-1:]]
+            learned = [f"{1 - number / self.num_edits:.2f} learned" for number in self.history.unlearned[-1:]]
             parts = [f"loss {self.history.step_loss:.4f}", *learned, f"{speed:.0f} edits/s"]
             self.training_bar.set_postfix_str(", ".join(parts))
 
@@ -147,7 +147,7 @@ class EpochLines(PrinterCallback):
             return  # the totals at the end of training
         epochs, losses = state.epoch or 0.0, self.history.epoch_losses
         if epochs.is_integer() and losses:
-            shares = [f", {1 - number / max(self.num_new, 1):.0%} learned" for number in self.history.unlearned[-1:]]
+            shares = [f", {1 - number / max(self.num_new, 1):.2f} learned" for number in self.history.unlearned[-1:]]
             tqdm.write(f"epoch {epochs:.0f}: loss {losses[-1]:.4f}{''.join(shares)}")
         else:
             tqdm.write(f"step {state.global_step}: loss {float(logs['loss']):.4f}")

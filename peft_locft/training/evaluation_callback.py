@@ -100,12 +100,7 @@ class EvaluationCallback(TrainerCallback):
                 "EvaluationCallback needs the whole model on its device, but offload_trunk=True keeps a part of it "
                 "off the device. Set offload_trunk=False, or evaluate after training."
             )
-        evaluation = self.args
-        if evaluation.chat_template == "auto" and hasattr(args, "chat_template"):  # as it is trained
-            template_kwargs = evaluation.chat_template_kwargs or args.chat_template_kwargs
-            evaluation = replace(evaluation, chat_template=args.chat_template, chat_template_kwargs=template_kwargs)
-        if evaluation.target_separator == "auto" and hasattr(args, "target_separator"):
-            evaluation = replace(evaluation, target_separator=args.target_separator)
+        evaluation = as_trained(self.args, args)
         self._evaluator = EditEvaluator(
             model, processing_class, self.edits, evaluation, text=self.text, progress=not args.disable_tqdm
         )
@@ -169,6 +164,16 @@ class EvaluationCallback(TrainerCallback):
             write_atomically(Path(args.output_dir, f"{CURVES_NAME}.json"), json.dumps(self.curves, indent=1) + "\n")
             if self.draw is not None and len(self.curves) > 1:
                 self.draw(self.curves, Path(args.output_dir, f"{CURVES_NAME}.png"))
+
+
+def as_trained(evaluation: EvaluationConfig, args: Any) -> EvaluationConfig:
+    """Return settings with the chat template and the separator of a training, where they leave them open."""
+    if evaluation.chat_template == "auto" and hasattr(args, "chat_template"):
+        template_kwargs = evaluation.chat_template_kwargs or args.chat_template_kwargs
+        evaluation = replace(evaluation, chat_template=args.chat_template, chat_template_kwargs=template_kwargs)
+    if evaluation.target_separator == "auto" and hasattr(args, "target_separator"):
+        evaluation = replace(evaluation, target_separator=args.target_separator)
+    return evaluation
 
 
 def _point(report: EvaluationReport, state: TrainerState) -> dict[str, float]:

@@ -31,10 +31,12 @@ from ..reporting.baselines import (
     baselines_to_latex,
     baselines_to_markdown,
 )
-from ..reporting.plots import can_draw, draw_baselines
+from ..reporting.drawing import can_draw
+from ..reporting.plots import draw_baselines
 from ..reporting.references import bibtex
 from ..training.callbacks import logging_beside_bars
-from ..training.config import RECIPES, BreadthFirstConfig, batch_size_for
+from ..training.config import BreadthFirstConfig, batch_size_for
+from ..training.recipes import RECIPES
 from ..training.training_data import with_chat_template
 from ..tuner import LocFTConfig
 from ..tuner.presets import balanced_config, resolve_location

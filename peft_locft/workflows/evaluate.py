@@ -13,16 +13,20 @@ from peft.utils import CONFIG_NAME
 from ..adapters.loading import base_of, load_adapter
 from ..adapters.provenance import TrainingRun, mark_run
 from ..adapters.reading import read_provenance
-from ..data.edits import EditSource, first_edits
+from ..data.edits import Edit, EditSource, first_edits
 from ..data.texts import TextSource
 from ..engine.loading import load_model
 from ..evaluation.config import EvaluationConfig
 from ..evaluation.evaluator import EditEvaluator
 from ..evaluation.harness import evaluate_on_tasks
+from ..evaluation.judges import JudgeConfig, check_judge
+from ..evaluation.judging import judge_report
 from ..evaluation.report import EvaluationReport
 from ..io.disk_space import explained_disk_full
 from ..reporting.page import save_report
 from .output_folder import check_output_folder
+
+REPLIES_NAME = "judge_replies.jsonl"  # in the folder of a report
 
 
 def evaluate_model(
@@ -42,6 +46,7 @@ def evaluate_model(
     revision: str | None = None,
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    judge: JudgeConfig | None = None,
 ) -> EvaluationReport:
     """Load a model, with or without an adapter, and evaluate it, as `locft evaluate` does.
 
@@ -62,6 +67,9 @@ def evaluate_model(
         revision: branch, tag or commit of the model on the Hub.
         dtype: `"auto"` (the checkpoint's), `"float32"`, `"bfloat16"` or `"float16"`.
         trust_remote_code: run the code that comes with the model. Read that code first.
+        judge: a language model that judges the answers, see `judge_report`; `None`: nothing is sent anywhere. The
+            report is saved before it judges, and its replies to `judge_replies.jsonl` in `output_dir`, if it has no
+            `cache` of its own.
 
     Returns:
         See `evaluate_edits`. `curves` holds the metrics by epoch from the adapter's provenance.
@@ -73,6 +81,7 @@ def evaluate_model(
         OSError: model, tokenizer or adapter cannot be loaded.
         ImportError: there are tasks, and lm-evaluation-harness is not installed.
         FloatingPointError: a model's logits are NaN or infinite.
+        ConnectionError: the judge's address gives no reply.
 
     Example:
         >>> report = evaluate_model(None, "edits.jsonl", adapter="out", output_dir="evaluation")
@@ -83,6 +92,8 @@ def evaluate_model(
         check_output_folder(output_dir, overwrite=overwrite_output_dir, what="a report").mkdir(
             parents=True, exist_ok=True
         )
+    if judge is not None:
+        check_judge(judge)
     name = _checked_name(model_name_or_path, adapter)
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     model, tokenizer = load_model(name, dtype, **source)
@@ -106,6 +117,17 @@ def evaluate_model(
     report = replace(report, results=report.results | task_metrics, curves=_curves(run), settings=settings)
     if output_dir is not None:
         _save(report, output_dir)
+    return report if judge is None else _judged(report, read, judge, output_dir)
+
+
+def _judged(
+    report: EvaluationReport, edits: Sequence[Edit], judge: JudgeConfig, folder: str | os.PathLike[str] | None
+) -> EvaluationReport:
+    if folder is not None and judge.cache is None:
+        judge = replace(judge, cache=Path(folder) / REPLIES_NAME)
+    report = judge_report(report, edits, judge)
+    if folder is not None:
+        _save(report, folder)
     return report
 
 

@@ -24,7 +24,8 @@ from ..locating.plan import Rung, coarse_layers, rungs
 from ..locating.preset import model_shape
 from ..locating.results import LocationSearchResult
 from ..locating.score import LocationScore
-from ..reporting.plots import can_draw, draw_locations
+from ..reporting.drawing import can_draw
+from ..reporting.plots import draw_locations
 from ..training.callbacks import logging_beside_bars
 from ..training.config import BreadthFirstConfig, batch_size_for
 from ..training.record import RECIPE_FIELDS

@@ -23,7 +23,8 @@ from ..evaluation.config import EvaluationConfig
 from ..evaluation.evaluator import EditEvaluator
 from ..io.interruption import explained_interruption
 from ..locating.preset import LocationPreset
-from ..reporting.plots import can_draw, draw_curves
+from ..reporting.drawing import can_draw
+from ..reporting.plots import draw_curves
 from ..training.config import AUTO, BreadthFirstConfig
 from ..training.evaluation_callback import EvaluationCallback
 from ..training.learned import LearnedEdits

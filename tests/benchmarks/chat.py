@@ -169,7 +169,7 @@ def world(model: Any, tokenizer: Any) -> dict[str, str]:
 
 
 def share(count: int, total: int) -> str:
-    return f"{100 * count / total:.0f} %" if total else "-"
+    return f"{count / total:.2f}" if total else "-"
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def main() -> None:
         model = train(model, tokenizer, edits, trained, arguments.epochs).unload()
     forms = {"as trained": (trained, 1.0)}
     for form in SMALLER:
-        name = ", ".join([form["delta_dtype"], *(["top {density:.0%}".format(**form)] if len(form) > 1 else [])])
+        name = ", ".join([form["delta_dtype"], *(["top {density:g}".format(**form)] if len(form) > 1 else [])])
         small = export_small(trained, arguments.output / name.replace(" ", "-"), **form)
         forms[name] = (small.path, small.share_kept)
     for rank in arguments.ranks:
@@ -62,7 +62,7 @@ def main() -> None:
         print(f"{rows[-1]}", flush=True)
     (delta,) = read_adapter(trained).values()
     energies = kept_by_rank(delta)
-    needed = {f"{energy:.0%}": int((energies < energy).sum()) + 1 for energy in (0.5, 0.9, 0.95, 0.99)}
+    needed = {f"{energy:g}": int((energies < energy).sum()) + 1 for energy in (0.5, 0.9, 0.95, 0.99)}
     print(f"\n{markdown_table(rows)}\n\nrank that keeps so much of the delta, {tuple(delta.shape)}: {needed}")
     write_json(arguments.output / "lora_export.json", {"machine": machine(), "table": rows, "ranks": needed})
 
