@@ -265,7 +265,8 @@ def test_an_edit_is_learned_and_answered_as_its_language_is_written(
     assert report.by_language[code]["reliability_exact_match"].after.value == 1.0
     assert report.by_language[code]["reliability_exact_match"].count == 1
     prompt = tokenizer(text.prompt, return_tensors="pt")
-    output = model.generate(**prompt, max_new_tokens=48, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    output = model.generate(**prompt, max_new_tokens=48, do_sample=False, **ends)
     answer = tokenizer.decode(output[0, prompt.input_ids.shape[1] :], skip_special_tokens=True)
     assert answer == text.separator + text.target
 
