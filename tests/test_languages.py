@@ -26,6 +26,7 @@ from peft_locft.evaluation.scoring import (
     normalise,
     same_first_word,
 )
+from peft_locft.reporting.page import render_report
 
 
 class Language(NamedTuple):
@@ -282,6 +283,8 @@ def test_a_report_tells_languages_apart(report: EvaluationReport) -> None:
     assert "reliability_exact_match" not in report.by_language["en"]
     assert "| ru | cross_lingual_exact_match | 0.000" in str(report)
     assert "1 of 2 questions in another language are answered right." in report.summary()
+    page = render_report(report)
+    assert "<h2>By language</h2>" in page and "<code>cross_lingual_exact_match</code>" in page
     again = EvaluationReport.from_dict(report.to_dict())
     assert again.by_language == report.by_language
     assert "by_language" not in report.summary_to_dict()
