@@ -16,6 +16,7 @@ from jinja2 import UndefinedError
 from markupsafe import Markup
 
 from peft_locft.evaluation.intervals import Estimate
+from peft_locft.evaluation.kinds import ALL_KINDS
 from peft_locft.evaluation.metrics import EDIT_SCORE, Protocol, metric_names
 from peft_locft.evaluation.perplexity import TextMeasurement
 from peft_locft.evaluation.report import EvaluationReport, MetricResult
@@ -277,7 +278,7 @@ def test_little_is_recorded_of_a_report_that_came_from_elsewhere() -> None:
 def test_every_metric_of_ours_has_plain_words() -> None:
     every: tuple[Protocol, ...] = ("generation", "token_accuracy", "probability", "fluency")
     of_text = TextMeasurement(losses=np.ones((3, 2)), divergences=np.ones(3)).metric_results(10, 0.9, 0)
-    names = [*metric_names(every), EDIT_SCORE, "fluency_n_gram_entropy", *of_text]
+    names = [*metric_names(every, ALL_KINDS), EDIT_SCORE, "fluency_n_gram_entropy", *of_text]
     assert [name for name in names if words_of(name) is None] == []
     assert [name for name in names if group_of(name) == "other"] == []
     assert {group_of(name) for name in names} == set(GROUPS) - {"other"}

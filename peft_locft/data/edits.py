@@ -29,6 +29,7 @@ from .edit_types import (
     same_text,
 )
 from .field_values import as_text, text
+from .scripts import is_spaceless
 
 __all__ = [
     "Edit",
@@ -51,6 +52,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 OnConflict = Literal["warn", "error", "last"]
+QUESTION_MARKS = ("?", "\uff1f", "\u061f", "\u055e", "\u1367")  # of Latin, Chinese, Arabic, Armenian, Ethiopic
 
 
 # what `read_edits` reads; datasets and DataFrames are iterables
@@ -146,9 +148,15 @@ def first_edits(source: Any, num_edits: int | None, on_conflict: OnConflict = "w
 
 def _look_swapped(edits: list[Edit]) -> bool:
     """Return whether only the targets are questions, or the prompts are names and the targets sentences."""
-    if all(edit.target.rstrip().endswith("?") and not edit.prompt.rstrip().endswith("?") for edit in edits):
+    if all(_asks(edit.target) and not _asks(edit.prompt) for edit in edits):
         return True
-    return all(len(edit.prompt.split()) <= 2 and len(edit.target.split()) >= 4 for edit in edits)
+    # a Chinese question has no space either
+    has_words = not any(is_spaceless(edit.prompt) for edit in edits)
+    return has_words and all(len(edit.prompt.split()) <= 2 and len(edit.target.split()) >= 4 for edit in edits)
+
+
+def _asks(text: str) -> bool:
+    return text.rstrip().endswith(QUESTION_MARKS)
 
 
 def settle_conflicts(edits: list[Edit], on_conflict: OnConflict | Literal["keep"], stacklevel: int = 2) -> list[Edit]:
