@@ -120,7 +120,7 @@ def _add_contexts(
                         f"{kind}_{context}",
                         prompt.text,
                         edit.target,
-                        edit.ground_truth,
+                        None,
                         prompt.history,
                         edit.aliases,
                     )

@@ -224,9 +224,9 @@ class EditEvaluator:
         return generate_subjects(self.base, self.tokenizer, subjects, num, seed=NAMES_SEED + self.args.seed)
 
     def _old_answers(self, edits: Sequence[Edit]) -> list[str | None]:
-        items = [
-            EvalItem(number, "reliability", edit.prompt, None, None, edit.history) for number, edit in enumerate(edits)
-        ]
+        """Return the base's greedy answers to the edits' prompts; `None` for all without a base."""
+        forms = in_forms(edits, "on" if self.chat_template == "on" else "off")
+        items = [EvalItem(n, "reliability", form.prompt, None, None, form.history) for n, form in enumerate(forms)]
         encoder = ItemEncoder(items, self.tokenizer, chat_template_kwargs=self.args.chat_template_kwargs)
         answers = self._base_answers(encoder.questions())
         return [None] * len(items) if answers is None else [reply.text for reply in encoder.replies(answers)]

@@ -63,8 +63,8 @@ def table(reports: dict[str, EvaluationReport]) -> str:
     rows = []
     for name, result in first.results.items():
         before = None if result.before is None else result.before.value
-        after = {recipe: report.results[name].after.value for recipe, report in reports.items()}
-        rows.append({"metric": name, "chance": result.chance, "before": before} | after)
+        after: dict[str, Any] = {recipe: report.results[name].after.value for recipe, report in reports.items()}
+        rows.append({"metric": name, "chance": result.chance, "before": before, **after})
     return markdown_table(rows)
 
 
