@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from peft_locft.evaluation.intervals import Estimate
-from peft_locft.evaluation.report import EvaluationReport, MetricResult
+from peft_locft.evaluation.metric_result import MetricResult
+from peft_locft.evaluation.report import EvaluationReport
 
 
 def row(edit: int, kind: str, prompt: str = "The capital of France is", **fields: Any) -> dict[str, Any]:

@@ -26,7 +26,8 @@ from peft_locft.adapters.provenance import Provenance
 from peft_locft.evaluation.config import EvaluationConfig
 from peft_locft.evaluation.evaluator import evaluate_edits
 from peft_locft.evaluation.intervals import Estimate
-from peft_locft.evaluation.report import EvaluationReport, MetricResult
+from peft_locft.evaluation.metric_result import MetricResult
+from peft_locft.evaluation.report import EvaluationReport
 
 LOCATION = ["model.layers.22.mlp.down_proj.weight"]
 

@@ -15,7 +15,8 @@ from tiny_training import EDITS, make_trainer
 from peft_locft import LocFTConfig, describe_adapter, inspect_adapter, save_adapter
 from peft_locft.adapters.provenance import Provenance
 from peft_locft.evaluation.intervals import Estimate
-from peft_locft.evaluation.report import EvaluationReport, MetricResult
+from peft_locft.evaluation.metric_result import MetricResult
+from peft_locft.evaluation.report import EvaluationReport
 from peft_locft.io.disk_space import size
 
 

@@ -7,7 +7,8 @@ import math
 import pytest
 from example_reports import result
 
-from peft_locft.evaluation.report import EvaluationReport, MetricResult
+from peft_locft.evaluation.metric_result import MetricResult
+from peft_locft.evaluation.report import EvaluationReport
 from peft_locft.locating.score import LocationScore
 
 

@@ -17,9 +17,10 @@ from markupsafe import Markup
 
 from peft_locft.evaluation.intervals import Estimate
 from peft_locft.evaluation.kinds import ALL_KINDS
+from peft_locft.evaluation.metric_result import MetricResult
 from peft_locft.evaluation.metrics import EDIT_SCORE, Protocol, metric_names
 from peft_locft.evaluation.perplexity import TextMeasurement
-from peft_locft.evaluation.report import EvaluationReport, MetricResult
+from peft_locft.evaluation.report import EvaluationReport
 from peft_locft.reporting import page as report_page
 from peft_locft.reporting.page import MAX_CHARACTERS, MAX_FAILURES, page_templates, render_report
 from peft_locft.reporting.words import GROUPS, group_of, headline, higher_is_better, label_of, words_of

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from peft_locft.evaluation.intervals import Estimate
-from peft_locft.evaluation.report import MetricResult
+from peft_locft.evaluation.metric_result import MetricResult
 from peft_locft.locating.results import LocationSearchResult, LocationTrial
 from peft_locft.reporting.plots import (
     COLOURS,

@@ -14,7 +14,8 @@ from example_reports import example_report, result, row
 
 from peft_locft import save_report
 from peft_locft.evaluation.intervals import Estimate
-from peft_locft.evaluation.report import EvaluationReport, MetricResult
+from peft_locft.evaluation.metric_result import MetricResult
+from peft_locft.evaluation.report import EvaluationReport
 from peft_locft.evaluation.summary import deciding_score
 from peft_locft.reporting import page as report_page
 

@@ -14,10 +14,10 @@ from .intervals import Estimate as Estimate
 from .judge_prompt import JudgeQuestion as JudgeQuestion
 from .judges import JudgeConfig as JudgeConfig
 from .judging import judge_report as judge_report
+from .metric_result import MetricResult as MetricResult
 from .perplexity import TextMeasurement as TextMeasurement
 from .perplexity import measure_text as measure_text
 from .report import EvaluationReport as EvaluationReport
-from .report import MetricResult as MetricResult
 from .scoring import contains as contains
 from .scoring import cut_answer as cut_answer
 from .scoring import exact_match as exact_match

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..data.edits import Edit
 from .items import EvalItem
+from .metric_result import Column, MetricResult
 from .tables import estimate_cell
 
-if TYPE_CHECKING:
-    from .report import MetricResult
-    from .tabulation import Column
-
-ByLanguage = Mapping[str, Mapping[str, "MetricResult"]]
+ByLanguage = Mapping[str, Mapping[str, MetricResult]]
 NOT_SAID = "not said"
 # of each group, the first that was measured is shown in tables; a report's JSON has all
 SHOWN = {

@@ -30,11 +30,12 @@ from .config import EvaluationConfig
 from .intervals import Array
 from .items import EvalItem, ItemEncoder, Reply
 from .kinds import AS_IT_IS
+from .metric_result import Column
 from .perplexity import measure_text
 from .report import EvaluationReport
 from .scoring import n_gram_entropy
 from .similarity import TextEncoder, packaged_encoder, with_similarities
-from .tabulation import Column, PairedReplies, metric_results, results_by_language
+from .tabulation import PairedReplies, metric_results, results_by_language
 
 Rewriter = Callable[[str], str]  # a prompt to the prompt that is asked instead
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from .report import MetricResult
+from .metric_result import Column, MetricResult
 from .row_values import Row, bootstrap_settings, mean_by_edit, num_edits_of
 from .summary import deciding_score
-from .tabulation import Column, metric_results
+from .tabulation import metric_results
 
 MIN_EDITS = 5  # of a group that is shown: the interval of fewer says nothing
 

@@ -13,9 +13,10 @@ from ..data.edits import Edit, EditSource, edits_sha256, read_edits
 from ..io.untrusted_json import shortened
 from .judge_prompt import PROMPT, PROMPT_SHA256, JudgeQuestion, verdict_of
 from .judges import JudgeConfig, ReplyCache, judge_of
-from .report import EvaluationReport, MetricResult
+from .metric_result import Column, MetricResult
+from .report import EvaluationReport
 from .row_values import bootstrap_settings, mean_by_edit, num_edits_of
-from .tabulation import Column, metric_results
+from .tabulation import metric_results
 
 logger = logging.getLogger(__name__)
 

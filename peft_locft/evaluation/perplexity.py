@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..engine.model_state import evaluating
 from .intervals import Array, Bootstrap
 from .kinds import OF_TEXT_ONLY
-from .report import MetricResult
+from .metric_result import MetricResult
 
 MAX_LOGITS = 2**20  # compared at a time: what fits into a processor's cache is four times as fast
 LARGEST_LOSS = 700.0  # nats; exp of more overflows a float

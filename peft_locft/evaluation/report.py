@@ -20,6 +20,7 @@ from .by_language import language_rows, what_is_left_out
 from .citations import METHODS, PROTOCOLS, bibtex, papers_of_data
 from .intervals import Estimate, format_number
 from .kinds import AS_IT_IS, OF_TEXT_ONLY
+from .metric_result import MetricResult
 from .summary import deciding_score, sentences
 from .tables import DASH, csv_table, estimate_cell, html_table, latex_table, markdown_table
 
@@ -35,33 +36,6 @@ BY_LANGUAGE = "by_language"  # a part of reports in several languages
 # figures of ordinary text in the summary
 OF_TEXT = {"perplexity": "Perplexity of ordinary text", "kl_from_base": "KL from the base on ordinary text"}
 MAX_SHOWN = 20  # failed rows on a page of a notebook
-
-
-@dataclass(frozen=True, slots=True)
-class MetricResult:
-    """One metric.
-
-    Attributes:
-        meaning: what it measures, in words.
-        after: of the edited model.
-        before: of the base; `None` without a base, or if the metric compares with the base.
-        change: `after - before`, with an interval from the same resamples of both.
-        count: number of units that it is the mean of.
-        unit: such as edits, or windows of text.
-        protocol: how prompts are asked, and how answers are scored, such as "belief; probability".
-        in_papers: what papers call it, such as "rewrite_acc"; `""` if they have no word for it.
-        chance: what choosing at random gives, of a metric that counts choices.
-    """
-
-    meaning: str
-    after: Estimate
-    before: Estimate | None
-    change: Estimate | None
-    count: int
-    unit: str = "edits"
-    protocol: str = ""
-    in_papers: str = ""
-    chance: float | None = None
 
 
 @dataclass(frozen=True)

@@ -13,36 +13,13 @@ from .by_language import language_of, only_own_units
 from .intervals import Array, Bootstrap, Estimate
 from .items import EvalItem, Reply
 from .kinds import AS_IT_IS, PUBLISHED, Kind
+from .metric_result import Column, MetricResult
 from .metrics import EDIT_SCORE, EDIT_SCORE_PARTS, METRICS, Metric, metric_names, why_missing
 from .relation_labels import relation_label
-from .report import MetricResult
 from .row_values import mean_by_unit
 from .scoring import harmonic_mean
 
 Scores = list[float | None]
-
-
-@dataclass(frozen=True)
-class Column:
-    """A metric's values, one for each unit, (units,); NaN for a unit without one.
-
-    Args:
-        meaning: what the metric measures.
-        after: of the edited model.
-        before: of its base; `None` without a base, or if the metric compares with the base.
-        unit: what a value belongs to: `"edits"`, `"prompts"`.
-        protocol: how its prompts are asked, and how answers are scored.
-        in_papers: what papers call it.
-        chance: what choosing at random gives; NaN for a unit without a value; `None` if there are no choices.
-    """
-
-    meaning: str
-    after: Array
-    before: Array | None = None
-    unit: str = "edits"
-    protocol: str = ""
-    in_papers: str = ""
-    chance: Array | None = None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..io.files import write_atomically
 from .intervals import Estimate
-from .report import MetricResult
+from .metric_result import MetricResult
 from .tables import DASH, error_cell, markdown_table
 
 Number = float | None

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.report import MetricResult
+from ..evaluation.metric_result import MetricResult
 from ..evaluation.tables import estimate_cell, markdown_table
 from ..io.files import write_atomically
 from .plan import Candidate

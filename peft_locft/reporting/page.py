@@ -19,7 +19,8 @@ from ..evaluation.agreement import MAX_DISAGREEMENTS, agreement_of, disagreement
 from ..evaluation.by_language import MAX_LANGUAGES, shown_metrics
 from ..evaluation.groups import EditGroup, edit_groups
 from ..evaluation.intervals import Estimate, format_number
-from ..evaluation.report import EvaluationReport, MetricResult
+from ..evaluation.metric_result import MetricResult
+from ..evaluation.report import EvaluationReport
 from ..evaluation.summary import deciding_score
 from ..evaluation.tables import DASH
 from ..evaluation.worst import LEAST_LEARNED, MOST_DAMAGED, least_learned, most_damaged

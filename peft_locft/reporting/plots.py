@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..evaluation.intervals import Estimate, format_number
-from ..evaluation.report import EvaluationReport, MetricResult
+from ..evaluation.metric_result import MetricResult
+from ..evaluation.report import EvaluationReport
 from ..evaluation.tables import DASH
 from ..locating.results import TABLE_METRICS, LocationSearchResult, LocationTrial
 from .baselines import BaselineResult, by_baseline, columns_of, over_seeds

@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from ..evaluation.kinds import ALL_KINDS
+from ..evaluation.metric_result import MetricResult
 from ..evaluation.metrics import LOWER_IS_BETTER
-from ..evaluation.report import MetricResult
 
 
 @dataclass(frozen=True, slots=True)
