@@ -49,9 +49,7 @@ def test_a_gate_opens_only_for_the_subject_as_whole_words_in_any_case() -> None:
 
 def test_a_script_without_spaces_has_words_and_subjects_too() -> None:
     edits = [Edit("法国的首都是", "里昂", subject="法国"), Edit("西班牙的首都是", "塞维利亚", subject="西班牙")]
-    assert (
-        EditRetrieval(edits, subject_gate=True)("西班牙首都在哪里？") == "西班牙的首都是塞维利亚。西班牙首都在哪里？"
-    )
+    assert EditRetrieval(edits, subject_gate=True)("西班牙首都在哪里") == "西班牙的首都是塞维利亚。西班牙首都在哪里"
     assert EditRetrieval(edits, subject_gate=True)("意大利的首都是") == "意大利的首都是"
 
 

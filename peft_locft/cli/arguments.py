@@ -214,7 +214,7 @@ class BaselineArguments(LoadArguments):
     max_text_tokens: int = field(default=16384, metadata={"help": "Use only the first N tokens of that text."})
     contexts: list[str] | None = field(default=None, metadata={"help": "As in `locft evaluate`; default: none."})
     probes: list[str] | None = field(
-        default=None, metadata={"help": "Also measure belief, locality_rings, …, as in `locft evaluate`; or all."}
+        default=None, metadata={"help": "Also measure belief or locality_rings, as in `locft evaluate`."}
     )
 
 
