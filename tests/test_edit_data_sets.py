@@ -121,11 +121,11 @@ IN_TWO = Edit(
 
 PORTABILITY = {"Logical_Generalization": [{"prompt": "Ann's father is", "ground_truth": [["Bo", "B."], ["Robert"]]}]}
 PORTABILITY |= {"Reasoning": [{"prompt": "Ann's land is", "ground_truth": [["Eire"]]}], "Subject_Aliasing": []}
-KNOWEDIT = {"subject": "Ann", "prompt": "Ann's town is", "target_new": ["Cork", "Corcaigh"], "ground_truth": ["Ely"]}
-KNOWEDIT |= {"rephrase": "Ann is from", "portability": PORTABILITY, "locality": {}}  # type: ignore[dict-item]
-KNOWEDIT["locality"] = {"Relation_Specificity": [{"prompt": "Ann's job is", "ground_truth": [["cook"]]}]}  # type: ignore
-WIKIBIO = {"concept": "Ann", "text": "This is a text about Ann.", "labels": "Ann cooks.", "locality": {}}
-WIKIBIO["locality"] = {"Forgetfulness": {"prompt": ["Bo is"], "ground_truth": ["a smith"]}}  # type: ignore[assignment]
+KNOWEDIT: dict[str, Any] = {"subject": "Ann", "prompt": "Ann's town is", "target_new": ["Cork", "Corcaigh"]}
+KNOWEDIT |= {"ground_truth": ["Ely"], "rephrase": "Ann is from", "portability": PORTABILITY, "locality": {}}
+KNOWEDIT["locality"] = {"Relation_Specificity": [{"prompt": "Ann's job is", "ground_truth": [["cook"]]}]}
+WIKIBIO: dict[str, Any] = {"concept": "Ann", "text": "This is a text about Ann.", "labels": "Ann cooks."}
+WIKIBIO["locality"] = {"Forgetfulness": {"prompt": ["Bo is"], "ground_truth": ["a smith"]}}
 
 WIKIBIGEDIT = {
     "tag": "new",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import regex
@@ -304,7 +304,7 @@ def test_an_evaluation_joins_texts_as_they_were_trained(tmp_path: Path) -> None:
     tokenizer, model = make_tokenizer("gpt2"), peft_model(max_position_embeddings=256)
     edit = EDITS[0]
     make_trainer(tmp_path, model, [edit], tokenizer=tokenizer, target_separator=" ")
-    quiet = {"protocols": ["token_accuracy"]}
+    quiet: dict[str, Any] = {"protocols": ["token_accuracy"]}
     report = evaluate_edits(model, tokenizer, [edit], EvaluationConfig(**quiet), progress=False)
     assert report.settings["target_separator"] == "space"
     given = EvaluationConfig(**quiet, target_separator="none")

@@ -127,7 +127,7 @@ def test_the_layers_behind_alone_give_the_logits_of_the_whole_model() -> None:
         torch.testing.assert_close(parts.logits(inputs, states, *place), model(ids).logits[:, 3])
     assert parts._cuts
     # a model whose last layer takes the first one's output too cannot be cut, and is not
-    seen = {}
+    seen: dict[str, torch.Tensor] = {}
     layers[0].register_forward_hook(lambda module, args, output: seen.update(first=output))
     layers[2].register_forward_hook(lambda module, args, output: output + 9 * seen["first"])
     parts = LayersBehind(model, layers, 1)
@@ -269,7 +269,7 @@ def test_settings_are_restored_from_their_description(method: Any) -> None:
 
 
 def test_early_layers_end_at_a_quarter_of_the_depth() -> None:
-    sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
+    sizes: dict[str, Any] = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
     assert early_layers(base_model(num_hidden_layers=32, **sizes)) == [4, 5, 6, 7, 8]
     assert early_layers(base_model()) == [0]
 
@@ -279,8 +279,9 @@ def test_early_layers_end_at_a_quarter_of_the_depth() -> None:
 
 def few_options(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rivals_module, "SMALLEST_TUNING", 2)
+    options: dict[Any, Any] = OPTIONS
     for method, name, values in (("MEMIT", "damping", (1.0,)), ("UltraEdit", "rate", (1e-3,))):
-        monkeypatch.setitem(OPTIONS, method, ((name, values),))  # type: ignore[call-overload]
+        monkeypatch.setitem(options, method, ((name, values),))
 
 
 def test_rivals_are_compared_on_the_same_base_and_chosen_on_other_edits(

@@ -165,6 +165,9 @@ class EditEvaluator:
         Estimate(value=0.995, low=0.985, high=1.0)
     """
 
+    base: nn.Module
+    as_base: Callable[[], AbstractContextManager[Any]] | None
+
     def __init__(
         self,
         model: nn.Module,
@@ -247,7 +250,8 @@ class EditEvaluator:
         self._take(self.model if model is None else model)
         self.rewrite = rewrite
         if rewrite is not None and self.as_base is None:
-            self.base, self.as_base = self.model, _as_it_is
+            self.base = self.model
+            self.as_base = _as_it_is
         args = self.args
         bootstrap = (args.num_resamples, args.confidence, args.seed)
         scored = self._paired_replies().scored(args.protocols)

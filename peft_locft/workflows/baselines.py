@@ -235,7 +235,7 @@ class _Comparison:
         path = self.rivals.folder / f"{name}{'' if seed == self.args.seed else f'_seed-{seed}'}.json"
         row = known_result(path, cell)
         if row is None:
-            row = cell | self._measured(baseline, replace(self.args, **{"seed": seed}))
+            row = cell | self._measured(baseline, _with_seed(self.args, seed))
             write_atomically(path, json.dumps(row, indent=1) + "\n")
         return BaselineResult.from_dict(row)
 
@@ -343,3 +343,9 @@ def run_baselines(
         evaluation=evaluation,
         text=text,
     )
+
+
+def _with_seed(args: BreadthFirstConfig, seed: int) -> BreadthFirstConfig:
+    seeded = copy.copy(args)
+    seeded.seed = seed
+    return seeded
