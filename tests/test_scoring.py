@@ -53,7 +53,6 @@ def test_an_answer_is_cut_behind_the_stops_that_the_target_has() -> None:
         ("U.S.A.", "usa"),
         ("Theory of Anything", "theory of anything"),  # articles are words, not beginnings of words
         ("rock-'n'-roll", "rocknroll"),
-        ("Ærø – Ü", "ærø – ü"),  # punctuation is ASCII's alone
         ("The", "the"),  # nothing would be left, and an empty answer would be right
         ("A.", "a."),
         ("", ""),

@@ -80,7 +80,6 @@ FLAGS_OF: dict[str, tuple[str, ...]] = {
 }
 OTHER_COMMANDS = {
     "benchmark": "baselines",
-    "compare": "baselines",
     "convert": "export",
     "edit": "train",
     "eval": "evaluate",

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..data.edits import Edit
-from .items import EvalItem
 from .metric_result import Column, MetricResult
 from .tables import estimate_cell
+
+if TYPE_CHECKING:
+    from .items import EvalItem  # which needs transformers, and inspecting an adapter does not
 
 ByLanguage = Mapping[str, Mapping[str, MetricResult]]
 NOT_SAID = "not said"
