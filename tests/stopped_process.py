@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import operator
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from peft_locft.cli.commands import main
 
 
 def run(place: Path, number: int, left: int, module: str, name: str, words: list[str]) -> None:
+    # a shell starts what runs in its background with Ctrl-C ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with (place.with_suffix(".err")).open("wb") as file:
         os.dup2(file.fileno(), 2)
     owner, _, last = name.rpartition(".")
