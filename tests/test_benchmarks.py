@@ -86,13 +86,24 @@ def test_the_benchmark_of_lora_exports_runs(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_benchmark_of_chat_models_runs(tmp_path: Path) -> None:
-    few = ["--edits", "examples/facts.jsonl", "--num_edits", "2", "--epochs", "1", "--threads", "1", "--thinking"]
+    few = ["--edits", "examples/facts.jsonl", "--num_edits", "1", "--threads", "1", "--thinking"]
     command = [sys.executable, "-m", "tests.benchmarks.chat", *few, "--output", str(tmp_path)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "chat.json").read_text())["rows"]
     assert [row["trained"] for row in rows] == ["off", "on", "both"]
-    assert all(0 <= row[way] <= 2 for row in rows for way in ("raw", "chat", "system prompt", "chat, no block"))
+    assert all(0 <= row[way] <= 1 for row in rows for way in ("raw", "chat", "system prompt", "chat, no block"))
+    assert [row["raw"] for row in rows] == [1, 0, 1]
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_first_contact_runs(tmp_path: Path) -> None:
+    few = ["--edits", "examples/facts.jsonl", "--num_edits", "1", "--recipes", "published", "--threads", "1"]
+    command = [sys.executable, "-m", "tests.benchmarks.first_contact", *few, "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "first_contact.json").read_text())["rows"]
+    assert row["learned"] == row["edits"] == 1
 
 
 @pytest.mark.slow
