@@ -59,6 +59,19 @@ PAPERS = {
         2022,
         "{LoRA}: Low-Rank Adaptation of Large Language Models",
     ),
+    "zhu2020modifying": (
+        "2012.00363",
+        "Zhu, Chen and Rawat, Ankit Singh and Zaheer, Manzil and Bhojanapalli, Srinadh and Li, Daliang and "
+        "Yu, Felix and Kumar, Sanjiv",
+        2020,
+        "Modifying Memories in Transformer Models",
+    ),
+    "zheng2023ike": (
+        "2305.12740",
+        "Zheng, Ce and Li, Lei and Dong, Qingxiu and Fan, Yuxuan and Wu, Zhiyong and Xu, Jingjing and Chang, Baobao",
+        2023,
+        "Can We Edit Factual Knowledge by In-Context Learning?",
+    ),
     "levy2017zeroshot": (
         "1706.04115",
         "Levy, Omer and Seo, Minjoon and Choi, Eunsol and Zettlemoyer, Luke",
@@ -158,6 +171,20 @@ METHODS = {
     "ultraedit": "gu2025ultraedit",
     "mend": "mitchell2022fast",
 }
+# a method of `workflows.compare_baselines`
+BASELINES = {
+    "FT-L": ("zhu2020modifying", METHODS["locft"]),
+    "FT-M": ("zhang2024comprehensive", METHODS["locft"]),
+    "LocFT": (METHODS["locft"],),
+    "LocFT-published": (METHODS["locft"],),
+    "LocFT-balanced": (METHODS["locft"],),
+    "LoRA": (METHODS["lora"],),
+    "MEMIT": (METHODS["memit"],),
+    "AlphaEdit": (METHODS["alphaedit"],),
+    "UltraEdit": (METHODS["ultraedit"],),
+    "retrieval": ("zheng2023ike",),
+    "retrieval-gated": ("zheng2023ike",),
+}
 PROTOCOLS = {
     "generation": "yang2025finetuning",
     "token_accuracy": "wang2023easyedit",
@@ -173,6 +200,11 @@ def papers_of_data(sources: Iterable[str]) -> list[str]:
         name = re.sub(r"[^a-z]", "", file.lower())
         found |= dict.fromkeys(next((keys for part, keys in DATA_SETS.items() if part in name), ()))
     return list(found)
+
+
+def papers_of_baselines(methods: Iterable[str]) -> list[str]:
+    """Return the keys in `PAPERS` of the methods of a comparison, such as "MEMIT"."""
+    return list(dict.fromkeys(key for method in methods for key in BASELINES.get(method, ())))
 
 
 def bibtex(keys: Iterable[str]) -> str:

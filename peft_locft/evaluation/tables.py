@@ -84,6 +84,7 @@ LATEX_LETTERS = {
     "[": "{[}",
     "]": "{]}",
     "`": r"\textasciigrave{}",
+    "±": r"$\pm$",
 }
 
 
@@ -100,13 +101,16 @@ def latex_text(text: object) -> str:
     return "".join(LATEX_LETTERS.get(letter, letter) for letter in signed).replace("\0", "$-$")
 
 
-def latex_table(names: Sequence[str], rows: Iterable[Sequence[object]], *, comment: str = "") -> str:
+def latex_table(
+    names: Sequence[str], rows: Iterable[Sequence[object]], *, comment: str = "", num_left: int = 1
+) -> str:
     r"""Return a LaTeX `tabular` in the style of the package booktabs: `\usepackage{booktabs}`.
 
     Args:
-        names: of the columns. The first is aligned left, the others right.
+        names: of the columns.
         rows: their cells, which are escaped; an [`Estimate`] is its value, and its interval in small digits.
         comment: lines that LaTeX does not print, before the table.
+        num_left: number of first columns that are aligned left; the others are aligned right.
     """
 
     def line(cells: Sequence[object]) -> str:
@@ -115,7 +119,7 @@ def latex_table(names: Sequence[str], rows: Iterable[Sequence[object]], *, comme
     return "\n".join(
         [
             *(f"% {each}" for each in comment.splitlines()),
-            rf"\begin{{tabular}}{{l{'r' * (len(names) - 1)}}}",
+            rf"\begin{{tabular}}{{{'l' * num_left}{'r' * (len(names) - num_left)}}}",
             r"\toprule",
             line(names),
             r"\midrule",

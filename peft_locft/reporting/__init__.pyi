@@ -13,4 +13,3 @@ from .plots import draw_baselines as draw_baselines
 from .plots import draw_curves as draw_curves
 from .plots import draw_locations as draw_locations
 from .plots import draw_metrics as draw_metrics
-from .references import bibtex as bibtex

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
 
 from ..evaluation.intervals import Estimate, format_number
-from ..evaluation.tables import DASH, estimate_cell, markdown_table
+from ..evaluation.tables import DASH, estimate_cell, latex_table, markdown_table
 
 TABLE_METRICS = (
     "reliability_exact_match",
@@ -30,7 +29,6 @@ TABLE_METRICS = (
     "perplexity",
 )
 COSTS = ("processor s", "peak MB")
-LATEX_SPECIAL = {"\\": r"\textbackslash{}", "±": r"$\pm$"} | {each: f"\\{each}" for each in "&%$#_{}"}
 
 
 @dataclass(frozen=True)
@@ -218,21 +216,6 @@ def baselines_to_csv(results: Sequence[BaselineResult]) -> str:
 def baselines_to_latex(results: Sequence[BaselineResult], columns: Sequence[str] | None = None) -> str:
     """Return the table of `baselines_to_markdown` for LaTeX with the package booktabs; wide: use `table*`."""
     names, rows = baselines_table(results, columns)
-    head = [_latex(name.replace("_", " ")) for name in names]
-    lines = [" & ".join(_latex(cell) if cell != DASH else "--" for cell in row) for row in rows]
-    return "\n".join(
-        [
-            r"% \usepackage{booktabs}",
-            rf"\begin{{tabular}}{{ll{'r' * (len(names) - 2)}}}",
-            r"\toprule",
-            rf"{' & '.join(head)} \\",
-            r"\midrule",
-            *(rf"{line} \\" for line in lines),
-            r"\bottomrule",
-            r"\end{tabular}",
-        ]
-    )
-
-
-def _latex(text: str) -> str:
-    return re.sub(r"[\\±&%$#_{}]", lambda found: LATEX_SPECIAL[found[0]], text)
+    cells = [[None if cell == DASH else cell for cell in row] for row in rows]
+    head = [name.replace("_", " ") for name in names]
+    return latex_table(head, cells, comment=r"\usepackage{booktabs}", num_left=2)

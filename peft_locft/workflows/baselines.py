@@ -19,6 +19,7 @@ from ..data.edits import Edit, EditSource, edits_sha256, first_edits, fold_case,
 from ..data.texts import TextSource
 from ..engine.loading import load_model
 from ..engine.memory import Usage
+from ..evaluation.citations import bibtex, papers_of_baselines
 from ..evaluation.config import EvaluationConfig
 from ..evaluation.evaluator import EditEvaluator
 from ..evaluation.report import EvaluationReport
@@ -33,7 +34,6 @@ from ..reporting.baselines import (
 )
 from ..reporting.drawing import can_draw
 from ..reporting.plots import draw_baselines
-from ..reporting.references import bibtex
 from ..training.callbacks import logging_beside_bars
 from ..training.config import BreadthFirstConfig, batch_size_for
 from ..training.recipes import RECIPES
@@ -203,7 +203,8 @@ def _suited(rivals: Rivals, methods: Sequence[str] | None) -> list[str]:
 
 def _write(folder: Path, results: Sequence[BaselineResult], columns: Sequence[str] | None) -> None:
     write_atomically(folder / "baselines.csv", baselines_to_csv(results))
-    write_atomically(folder / "baselines.bib", bibtex(result.baseline.method for result in results))
+    cited = papers_of_baselines(result.baseline.method for result in results)
+    write_atomically(folder / "baselines.bib", bibtex(cited) + "\n")
     write_atomically(folder / "baselines.md", baselines_to_markdown(results, columns) + "\n")
     write_atomically(folder / "baselines.tex", baselines_to_latex(results, columns) + "\n")
     if can_draw():
