@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..data.edits import Edit
+from .relations import template_of
 
 PLACE = "{}"  # of the subject in a template
 
@@ -14,8 +15,4 @@ def relation_label(edit: Edit) -> str | None:
         >>> relation_label(Edit("The capital of France is", "Lyon", subject="France"))
         'The capital of {} is'
     """
-    if edit.relation is not None:
-        return edit.relation
-    if not edit.subject or edit.subject not in edit.prompt:
-        return None
-    return edit.prompt.replace(edit.subject, PLACE)
+    return template_of(edit, PLACE) if edit.relation is None else edit.relation

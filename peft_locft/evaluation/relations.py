@@ -12,7 +12,7 @@ ENGLISH = ("en", "eng", "english")
 LATIN_SHARE = 0.8  # of the letters of an edit in English, at least
 
 
-def template_of(edit: Edit) -> str | None:
+def template_of(edit: Edit, blank: str = BLANK) -> str | None:
     """Return an edit's prompt with a blank for its subject; `None` if the subject is not a whole word in it.
 
     Example:
@@ -21,7 +21,7 @@ def template_of(edit: Edit) -> str | None:
     """
     if not edit.subject:
         return None
-    template = replace_word(edit.prompt, edit.subject, BLANK)
+    template = replace_word(edit.prompt, edit.subject, blank)
     return None if template == edit.prompt else template
 
 
