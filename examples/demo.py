@@ -1,6 +1,6 @@
 """Edit a real model with plain defaults, by both recipes, and say in sentences what was learned and what it cost.
 
-Run it with `python examples/demo.py`; it takes under three minutes on two CPU cores.
+Run it with `python examples/demo.py`; it takes several minutes on two CPU cores.
 """
 
 from __future__ import annotations
