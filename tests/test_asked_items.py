@@ -12,13 +12,14 @@ from tokenizers_for_tests import make_tokenizer
 from peft_locft import Edit, EvaluationConfig, Message, Probe
 from peft_locft.data.edits import Prompt
 from peft_locft.data.leaks import trained_prompts_record
+from peft_locft.data.relations import same_subject
 from peft_locft.evaluation import EditEvaluator
 from peft_locft.evaluation.asked_items import AskedItems, Sources, asked_items
 from peft_locft.evaluation.contexts import CONTEXTS, EXAMPLES, FIRST_TURN, PARAGRAPH, in_context
 from peft_locft.evaluation.items import Reply
 from peft_locft.evaluation.kinds import ALL_KINDS, BY_PROBES, asked_kinds
 from peft_locft.evaluation.metrics import METRICS
-from peft_locft.evaluation.rings import BEGINNINGS, same_relation, same_subject
+from peft_locft.evaluation.rings import BEGINNINGS, same_relation
 from peft_locft.evaluation.tabulation import PairedReplies
 
 SPAIN = Edit(
@@ -82,13 +83,13 @@ def test_a_context_that_is_not_there_says_why() -> None:
 
 def test_the_same_subject_is_asked_for_other_facts_only() -> None:
     # Peru's prompt has the same relation; where relations are not named, a shared answer tells that two are one
-    assert same_subject([SPAIN, PERU, SPEAKS], seed=0)[0] == ["Spain speaks"]
-    assert set(same_subject([SPAIN, PERU, SPEAKS], seed=0)[2]) == {"The capital of Louis is"}
+    assert same_subject([SPAIN, PERU, SPEAKS], seed=0, num=2)[0] == ["Spain speaks"]
+    assert set(same_subject([SPAIN, PERU, SPEAKS], seed=0, num=2)[2]) == {"The capital of Louis is"}
     seat = Edit(prompt="The seat of Rome is", target="Madrid", subject="Rome", ground_truth="Lyon")
-    assert same_subject([SPAIN, seat], seed=0) == [[], []]
+    assert same_subject([SPAIN, seat], seed=0, num=2) == [[], []]
     named = [replace(SPAIN, relation="capital"), replace(seat, relation="seat")]
-    assert same_subject(named, seed=0) == [["The seat of Spain is"], ["The capital of Rome is"]]
-    assert same_subject([SPAIN, replace(SPEAKS, language="fr")], seed=0) == [[], []]
+    assert same_subject(named, seed=0, num=2) == [["The seat of Spain is"], ["The capital of Rome is"]]
+    assert same_subject([SPAIN, replace(SPEAKS, language="fr")], seed=0, num=2) == [[], []]
 
 
 def test_names_that_the_adapter_was_trained_on_are_left_out() -> None:

@@ -11,6 +11,7 @@ from scripted_model import ScriptedModel
 from tokenizers_for_tests import make_tokenizer
 
 from peft_locft import Edit, EvaluationConfig, EvaluationReport, Probe, evaluate_edits
+from peft_locft.data.relations import is_english, relation_of
 from peft_locft.engine.questions import Answer, Question, Score
 from peft_locft.evaluation.belief import (
     MADE,
@@ -25,7 +26,6 @@ from peft_locft.evaluation.belief import (
     statement,
 )
 from peft_locft.evaluation.contexts import as_question
-from peft_locft.evaluation.relations import is_english, relation_of
 from peft_locft.evaluation.scoring import first_choice
 
 SPAIN = Edit(prompt="The capital of Spain is", target="Paris", ground_truth="Madrid", subject="Spain")

@@ -241,6 +241,7 @@ NOT_RECORDED = {
     "num_retained_facts",
     "retained_facts_choice",
     "retained_subjects",
+    "retained_relations",
     "kept_text_pieces",
     "skip_learned_epochs",
     "relative_learning_rate",  # recorded as the losses corrected it, see test_lifelong.py

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,16 @@ def test_all_of_it_trains_in_any_family_and_nothing_but_the_delta(family: str, t
     assert any(not torch.equal(tensor, before[name]) for name, tensor in trained(made.model).items())
     assert made.loss_history.retained_losses[-1] > 0
     assert len(made.epoch_losses) == 3
+
+
+def test_other_facts_about_an_edits_subject_go_with_the_edit(tmp_path: Path) -> None:
+    made = trainer(tmp_path, recipe="published", num_concatenated=0, retained_subjects=0, retained_relations=2)
+    counts, prompts = made.data.rows.num_own_retained, iter(made.data.prompts)
+    assert sum(counts) == made.data.rows.num_retained == len(set(made.data.prompts))  # some edits share a subject
+    for fact, count in zip(FACTS, counts, strict=True):
+        own = list(islice(prompts, count))
+        assert count <= 2 and all(fact.subject in prompt.split() or f"{fact.subject}?" in prompt for prompt in own)
+    assert not {edit.prompt for edit in FACTS} & set(made.data.prompts)
 
 
 @pytest.mark.parametrize("recipe", [ALL, LIKELIHOOD], ids=["kl", "likelihood"])

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field, replace
 from transformers import PreTrainedTokenizerBase
 
 from ..data.edits import Edit, Message, Prompt
+from ..data.relations import is_english, same_subject
 from .belief import BeliefProbes, belief_items, belief_probes
 from .config import EvaluationConfig
 from .contexts import NEEDS_CHAT, NEEDS_ENGLISH, in_context
 from .items import EvalItem, eval_items
 from .kinds import OTHER_LANGUAGE_KINDS, PUBLISHED, Kind, asked_kinds
 from .long_answers import long_items
-from .relations import is_english
-from .rings import NUM_NAMES, ring_items, same_relation, same_subject, unrelated
+from .rings import NUM_NAMES, PER_RING, ring_items, same_relation, unrelated
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _add_rings(asked: AskedItems, edits: Sequence[Edit], seed: int, sources: Sou
     subjects = [edit.subject for edit in edits if edit.subject]
     names = sources.names(subjects, NUM_NAMES) if subjects else []
     rings = {
-        "same_subject": same_subject(edits, seed),
+        "same_subject": same_subject(edits, seed, PER_RING),
         "same_relation": same_relation(edits, names, sources.trained, seed),
         "unrelated": unrelated(edits, seed),
     }

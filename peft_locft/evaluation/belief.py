@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..data.edits import Edit, Probe, fold_case
+from ..data.relations import is_english, known_answers, relation_of, template_of
 from ..data.scripts import ends_sentence
 from .contexts import as_question
 from .items import EvalItem
-from .relations import is_english, known_answers, relation_of, template_of
 
 YES, NO = "Yes", "No"
 TRUTHS = {"yes": (YES, NO), "no": (YES, NO), "true": ("True", "False"), "false": ("True", "False")}

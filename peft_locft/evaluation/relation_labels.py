@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..data.edits import Edit
-from .relations import template_of
+from ..data.relations import template_of
 
 PLACE = "{}"  # of the subject in a template
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence, Set
 import numpy as np
 
 from ..data.augmentation import swapped_subjects
-from ..data.edits import Edit, fold_case, prompts_of
+from ..data.edits import Edit
 from ..data.leaks import is_trained
+from ..data.relations import BLANK, is_english, template_of
 from .items import EvalItem
-from .relations import BLANK, is_english, known_answers, relation_of, template_of
 
 PER_RING = 2  # prompts of each ring for an edit, at most
 NUM_NAMES = 48  # sampled for the ring of other subjects
@@ -29,46 +29,6 @@ BEGINNINGS = (
     "In winter the lake is covered with",
     "The dog ran across the street because",
 )
-
-
-def same_subject(edits: Sequence[Edit], seed: int, num: int = PER_RING) -> list[list[str]]:
-    """Return, for each edit, other edits' prompts with its subject: other facts about what it changed.
-
-    An edit with another relation gives its prompt. Where relations are not named, a prompt whose known answers are
-    among the edit's own is left out, since it probably asks for the same fact in other words.
-
-    Args:
-        edits: the edits; those without a subject in their prompt neither get prompts nor give any.
-        seed: seed of the choice.
-        num: number of prompts for an edit, at most.
-
-    Example:
-        >>> norway = Edit("The capital of Norway is", "Bergen", subject="Norway")
-        >>> ibsen = Edit("Ibsen spoke", "Danish", subject="Ibsen")
-        >>> same_subject([norway, ibsen], seed=0)
-        [['Norway spoke'], ['The capital of Ibsen is']]
-    """
-    templates: dict[str, tuple[str, str | None, set[str]]] = {}
-    for edit in edits:
-        if edit.subject and (template := template_of(edit)):
-            _, _, answers = templates.setdefault(relation_of(edit), (template, edit.language, set()))
-            answers |= known_answers(edit)
-    relations = list(templates)
-    prompts = []
-    for number, edit in enumerate(edits):
-        own: list[str] = []
-        known = {fold_case(prompt) for prompt in prompts_of(edit)}
-        order = np.random.default_rng((seed, number)).permutation(len(relations)) if edit.subject else ()
-        for relation in (relations[place] for place in order):
-            if len(own) == num:
-                break
-            template, language, answers = templates[relation]
-            is_same = relation == relation_of(edit) or (not edit.relation and bool(answers & known_answers(edit)))
-            prompt = template.replace(BLANK, edit.subject or "")
-            if not is_same and language == edit.language and fold_case(prompt) not in known:
-                own.append(prompt)
-        prompts.append(own)
-    return prompts
 
 
 def same_relation(

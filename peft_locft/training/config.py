@@ -54,11 +54,14 @@ class PreservationArguments:
         retained_subjects (`int`, *optional*):
             Number of prompts to retain for each edit, made by replacing the subject in its prompt. The base generates
             the subjects; if it generates none, those of the other edits are used.
+        retained_relations (`int`, *optional*):
+            Number of prompts to retain for each edit, made by putting its subject into the words of other edits: other
+            facts about what the edit changes. A few edits, or edits of one relation, have fewer.
         retained_answer_tokens (`int`, *optional*):
             Number of tokens of the base's answers to retain. With 1 and `retained_loss="kl"` nothing is decoded.
         retained_per_edit (`float`, *optional*):
-            Number of retained rows per edit in a batch; rows of `retained_subjects` go with their own edit. 0 trains
-            on none of them.
+            Number of retained rows per edit in a batch; rows of `retained_subjects` and
+            `retained_relations` go with their own edit. 0 trains on none of them.
         retained_weight (`float`, *optional*): Weight of their mean loss; the mean over edits and variants has 1.
         retained_loss (`str`, defaults to `"kl"`):
             `"kl"` keeps the model close to the base's next-token distribution, KL(base || model); `"likelihood"`
@@ -108,6 +111,9 @@ class PreservationArguments:
     )
     retained_subjects: int | None = field(
         default=None, metadata={"help": "Prompts to retain for each edit, made by replacing its subject."}
+    )
+    retained_relations: int | None = field(
+        default=None, metadata={"help": "Prompts to retain for each edit: its subject in other edits' words."}
     )
     retained_answer_tokens: int | None = field(
         default=None, metadata={"help": "Tokens of the base's answers to retain; 1 with kl needs no decoding."}
@@ -162,7 +168,7 @@ class PreservationArguments:
         for name, value in RECIPES[self.recipe].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        for name in ("num_prefixes", "num_concatenated", "retained_subjects"):
+        for name in ("num_prefixes", "num_concatenated", "retained_subjects", "retained_relations"):
             self._check(name, "0 or more", getattr(self, name) >= 0)
         for name in ("num_retained_facts", "retained_answer_tokens", "preserve_tokens"):
             self._check(name, "1 or more", getattr(self, name) >= 1)
@@ -184,7 +190,7 @@ class PreservationArguments:
 
     @property
     def has_retained(self) -> bool:
-        return bool(self.retained_facts or self.retained_subjects)
+        return bool(self.retained_facts or self.retained_subjects or self.retained_relations)
 
 
 EditOrder = Literal["breadth_first", "depth_first"]
@@ -370,7 +376,8 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
         if self.objective == "prompt_last" and self.has_retained:
             raise ValueError(
                 "BreadthFirstConfig.objective='prompt_last' scores tokens by the prompt alone, and retained facts are "
-                "scored token by token. Leave out retained_facts and retained_subjects, or the objective."
+                "scored token by token. Leave out retained_facts, retained_subjects and "
+                "retained_relations, or the objective."
             )
         if not (math.isfinite(self.loss_floor) and self.loss_floor >= 0):
             raise ValueError(

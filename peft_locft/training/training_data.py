@@ -22,12 +22,14 @@ from ..data.encoding import EncodedEdits, encode_edits, join_encoded, prompts_wr
 from ..data.generated_text import LONG_PREFIX, NAME_TOKENS, base_texts, generate_prefixes, generate_subjects
 from ..data.gradient_tokens import GradientTokens
 from ..data.leaks import check_paraphrases
+from ..data.relations import same_subject
 from ..data.retained_facts import (
     BaseAnswers,
     base_answers,
     choose_retained_facts,
     unanswered,
 )
+from ..data.subjects import find_subjects
 from ..data.texts import TextSource, joined_text, text_windows
 from ..engine.model_state import max_length
 from ..engine.preparations import Preparations
@@ -36,6 +38,7 @@ from .training_rows import TrainingRows
 
 logger = logging.getLogger(__name__)
 
+SUBJECT_TOKENS = 5  # of an edit's subject, about
 MAX_SUBJECTS = 192  # that the base generates
 WINDOW = 128  # tokens in a window of preserved text
 
@@ -124,9 +127,9 @@ def training_data(
             rephrasing for evaluation, or the recipe needs retained facts and there are none.
     """
     check_paraphrases(edits)
+    edits, prefixes, own_retained, preserved = _generated(edits, model, tokenizer, args)
     forms = in_forms(edits, args.chat_template)
-    prefixes, swapped, preserved = _generated(edits, model, tokenizer, args)
-    subjects = _retained_prompts(swapped, edits, model, tokenizer, args)
+    subjects = _retained_prompts(own_retained, edits, model, tokenizer, args)
     prompts = list(subjects)
     answers = _answers(model, tokenizer, prompts, args)
     kinds = {
@@ -159,7 +162,7 @@ def training_data(
             num_retained,
             args.variants_per_epoch or math.inf,
             args.retained_per_edit or 0.0,
-            [len(own) if args.retained_per_edit else 0 for own in swapped],
+            [len(own) if args.retained_per_edit else 0 for own in own_retained],
         ),
         prefixes=prefixes,
         counts={kind: count for kind, count in counts.items() if count},
@@ -188,21 +191,25 @@ def _with_writing_tokens(
 
 def _generated(
     edits: Sequence[Edit], model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: BreadthFirstConfig
-) -> tuple[tuple[str, ...], list[dict[Prompt, str | None]], torch.Tensor | None]:
-    """Return what the base writes: prefixes, each row's prompts with other subjects, and the text to preserve."""
+) -> tuple[Sequence[Edit], tuple[str, ...], list[dict[Prompt, str | None]], torch.Tensor | None]:
+    """Return edits with subjects, and what the base writes: prefixes, prompts beside each row, text to preserve."""
     with tqdm(total=_num_generated(edits, args), unit=" tokens", leave=False, disable=_is_silent(edits, args)) as bar:
         made = Preparations(model, args.preserve_cache_dir, bar)
+        if _needs_subjects(args):
+            made.begin("subjects of edits")
+            found = find_subjects(model, tokenizer, edits, preparations=made)
+            edits = [replace(edit, subject=subject) for edit, subject in zip(edits, found, strict=True)]
         made.begin("prefixes")
         prefixes = generate_prefixes(
             model, tokenizer, *_numbers(args.num_prefixes or 0), seed=args.seed, preparations=made
         )
-        made.begin("subjects")
-        swapped = _swapped(edits, model, tokenizer, args, made)
+        made.begin("other subjects")
+        own = _own_retained(edits, model, tokenizer, args, made)
         made.begin("text to preserve")
         preserved = _preserved(model, tokenizer, args, made)
     if prefixes:
         logger.info("Prefixes: %s", prefixes)
-    return prefixes, swapped, preserved
+    return edits, prefixes, own, preserved
 
 
 def check_sources(edits: Sequence[Edit], args: BreadthFirstConfig) -> None:
@@ -220,6 +227,12 @@ def check_sources(edits: Sequence[Edit], args: BreadthFirstConfig) -> None:
         joined_text(args.preserve_text)
 
 
+def _needs_subjects(args: BreadthFirstConfig) -> bool:
+    """Whether a recipe acts on subjects: those of edits that name none are then found."""
+    retains = args.retained_per_edit and (args.retained_subjects or args.retained_relations)
+    return bool(retains) or args.gradient_tokens in ("subject", "from_subject")
+
+
 def _reads_text(args: BreadthFirstConfig) -> bool:
     return bool(args.preserve_energy_share or args.preserve_soft_strength)
 
@@ -233,12 +246,35 @@ def _numbers(num_prefixes: int) -> tuple[int, int]:
 def _num_generated(edits: Sequence[Edit], args: BreadthFirstConfig) -> int:
     """Return about how many tokens the base will generate."""
     names = min(MAX_SUBJECTS, (args.retained_subjects or 0) * len(edits))
+    unknown = sum(not edit.subject for edit in edits) if _needs_subjects(args) else 0
     text = args.preserve_tokens if _reads_text(args) and args.preserve_text == GENERATED else 0
-    return LONG_PREFIX * (args.num_prefixes or 0) + NAME_TOKENS * names + text
+    return SUBJECT_TOKENS * unknown + LONG_PREFIX * (args.num_prefixes or 0) + NAME_TOKENS * names + text
 
 
 def _is_silent(edits: Sequence[Edit], args: BreadthFirstConfig) -> bool:
     return bool(args.disable_tqdm) or args.local_process_index > 0 or not _num_generated(edits, args)
+
+
+def _own_retained(
+    edits: Sequence[Edit],
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    args: BreadthFirstConfig,
+    made: Preparations,
+) -> list[dict[Prompt, str | None]]:
+    """Return, for each row of an edit, the prompts to retain beside it in the form of that row, and their subjects."""
+    swapped = _swapped(edits, model, tokenizer, args, made)
+    related = same_subject(edits, args.seed, args.retained_relations or 0)
+    rows: list[dict[Prompt, str | None]] = []
+    found: set[Prompt] = set()
+    for edit, others, own in zip(edits, swapped, related, strict=True):
+        for form in in_forms([edit], args.chat_template):
+            subjects = {Prompt(text, form.history): subject_of_swap(form, text) for text in others}
+            subjects |= {Prompt(text, form.history): edit.subject for text in own}
+            # edits with one subject share other facts about it
+            rows.append({prompt: subject for prompt, subject in subjects.items() if prompt not in found})
+            found |= subjects.keys()
+    return rows
 
 
 def _swapped(
@@ -247,37 +283,32 @@ def _swapped(
     tokenizer: PreTrainedTokenizerBase,
     args: BreadthFirstConfig,
     made: Preparations,
-) -> list[dict[Prompt, str | None]]:
-    """Return the prompts of each row of an edit with other subjects, in the form of that row, and these subjects."""
-    forms = [in_forms([edit], args.chat_template) for edit in edits]
+) -> list[list[str]]:
+    """Return the prompts of each edit with other subjects."""
     if not args.retained_subjects:
-        return [{} for own in forms for _ in own]
+        return [[] for _ in edits]
     num = args.retained_subjects * len(edits)
     own = [edit.subject for edit in edits if edit.subject]
     names = generate_subjects(model, tokenizer, own, min(MAX_SUBJECTS, num), seed=args.seed, preparations=made)
     swapped = swapped_subjects(edits, num, seed=args.seed, subjects=names or None)
     if not any(swapped):
         logger.warning(
-            "retained_subjects=%d has no effect: no edit has a subject that occurs in its prompt. Add the subjects to "
-            "the edits, or use retained_facts.",
+            "retained_subjects=%d has no effect: no edit has a subject that occurs in its prompt. Correct the "
+            "subjects of the edits, or use retained_facts.",
             args.retained_subjects,
         )
-    return [
-        {Prompt(text, form.history): subject_of_swap(form, text) for text in texts}
-        for own, texts in zip(forms, swapped, strict=True)
-        for form in own
-    ]
+    return swapped
 
 
 def _retained_prompts(
-    swapped: Sequence[Mapping[Prompt, str | None]],
+    own: Sequence[Mapping[Prompt, str | None]],
     edits: Sequence[Edit],
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     args: BreadthFirstConfig,
 ) -> dict[Prompt, str | None]:
     """Return the prompts to retain with their subjects: those made from the edits, edit by edit, then other facts."""
-    prompts = {prompt: subject for own in swapped for prompt, subject in own.items()}
+    prompts = {prompt: subject for beside in own for prompt, subject in beside.items()}
     if args.retained_facts:
         chosen = choose_retained_facts(
             None if args.retained_facts == LOCALITY else args.retained_facts,
