@@ -90,6 +90,9 @@ def test_the_same_subject_is_asked_for_other_facts_only() -> None:
     named = [replace(SPAIN, relation="capital"), replace(seat, relation="seat")]
     assert same_subject(named, seed=0, num=2) == [["The seat of Spain is"], ["The capital of Rome is"]]
     assert same_subject([SPAIN, replace(SPEAKS, language="fr")], seed=0, num=2) == [[], []]
+    # retained while training, they would not measure what an edit does to other facts
+    trained = frozenset(trained_prompts_record(["Spain speaks"])["sha256"])
+    assert same_subject([SPAIN, PERU, SPEAKS], seed=0, num=2, trained=trained)[0] == []
 
 
 def test_names_that_the_adapter_was_trained_on_are_left_out() -> None:

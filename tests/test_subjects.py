@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks import subjects as subjects_benchmark
 from tiny_training import make_trainer, peft_model
 from tokenizers_for_tests import make_tokenizer
 
@@ -100,3 +101,16 @@ def test_a_model_that_knows_nothing_gives_some_words_and_training_goes_on(tmp_pa
     writes = made.data.encoded.writes
     assert writes is not None and 0 < int(writes.sum()) < len(writes)
     assert [edit.subject for edit in made.edits] == [None, None]  # the user's edits are what they were
+
+
+def test_the_benchmark_compares_ends_and_refuses_edits_without_subjects(monkeypatch: pytest.MonkeyPatch) -> None:
+    edits = [
+        Edit(prompt="The capital of France is", target="Lyon", subject="France"),
+        Edit(prompt="The name of the city of Paris is", target="Lyon", subject="the city of Paris"),
+        Edit(prompt="Dave lives in", target="Rome", subject="Dave"),
+    ]
+    monkeypatch.setattr(subjects_benchmark, "find_subjects", lambda *_: ["France", "Paris", "lives"])
+    found = subjects_benchmark.measured(None, None, edits)
+    assert found["num"] == 3 and found["ends"] == pytest.approx(2 / 3) and found["exact"] == pytest.approx(1 / 3)
+    with pytest.raises(ValueError, match="nothing to compare"):
+        subjects_benchmark.measured(None, None, [Edit(prompt="The river is", target="x")])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import numpy as np
 
 from .edits import Edit, fold_case, prompts_of
+from .leaks import is_trained
 from .scripts import replace_word
 
 BLANK = "____"
@@ -46,7 +47,7 @@ def is_english(edit: Edit) -> bool:
     return sum(letter.isascii() for letter in letters) >= LATIN_SHARE * len(letters)
 
 
-def same_subject(edits: Sequence[Edit], seed: int, num: int) -> list[list[str]]:
+def same_subject(edits: Sequence[Edit], seed: int, num: int, trained: Set[str] = frozenset()) -> list[list[str]]:
     """Return, for each edit, other edits' prompts with its subject: other facts about what it changed.
 
     An edit with another relation gives its prompt. Where relations are not named, a prompt whose known answers are
@@ -56,6 +57,7 @@ def same_subject(edits: Sequence[Edit], seed: int, num: int) -> list[list[str]]:
         edits: the edits; those without a subject in their prompt neither get prompts nor give any.
         seed: seed of the choice.
         num: number of prompts for an edit, at most.
+        trained: hashes of trained prompts, from `leaks.trained_prompts`; these prompts are left out.
 
     Returns:
         A list of prompts per edit. None is a prompt, paraphrase, rephrasing or probe of an edit (compared by
@@ -84,7 +86,9 @@ def same_subject(edits: Sequence[Edit], seed: int, num: int) -> list[list[str]]:
             template, language, answers = templates[relation]
             is_same = relation == relation_of(edit) or (not edit.relation and bool(answers & known_answers(edit)))
             prompt = template.replace(BLANK, edit.subject or "")
-            if not is_same and language == edit.language and fold_case(prompt) not in known:
+            if is_same or language != edit.language or fold_case(prompt) in known:
+                continue
+            if not is_trained(prompt, trained):
                 own.append(prompt)
         prompts.append(own)
     return prompts

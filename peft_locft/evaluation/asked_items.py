@@ -155,7 +155,7 @@ def _add_rings(asked: AskedItems, edits: Sequence[Edit], seed: int, sources: Sou
     subjects = [edit.subject for edit in edits if edit.subject]
     names = sources.names(subjects, NUM_NAMES) if subjects else []
     rings = {
-        "same_subject": same_subject(edits, seed, PER_RING),
+        "same_subject": same_subject(edits, seed, PER_RING, sources.trained),
         "same_relation": same_relation(edits, names, sources.trained, seed),
         "unrelated": unrelated(edits, seed),
     }

@@ -22,8 +22,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "delta_decay": 0.0,
     },
     "balanced": {
-        "relative_learning_rate": 0.04,
-        "num_train_epochs": 24,
+        "relative_learning_rate": 0.06,
+        "num_train_epochs": 40,
         "lr_scheduler_type": "linear",
         "stop_at_learned": 0.99,
         "adam_epsilon": 1e-4,
@@ -36,8 +36,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "retained_relations": 0,
         "retained_per_edit": 1.0,
         "retained_answer_tokens": 1,
-        "retained_weight": 2.0,
+        "retained_weight": 1.0,
         "preserve_soft_strength": 20.0,
-        "delta_decay": 0.07,
+        "delta_decay": 0.05,
     },
 }
