@@ -32,8 +32,10 @@ from .generated_text import generate_prefixes as generate_prefixes
 from .generated_text import generate_subjects as generate_subjects
 from .joining import join_prompt as join_prompt
 from .joining import separator_between as separator_between
+from .relations import same_subject as same_subject
 from .retained_facts import BaseAnswers as BaseAnswers
 from .retained_facts import base_answers as base_answers
 from .retained_facts import choose_retained_facts as choose_retained_facts
 from .scripts import words as words
+from .subjects import find_subjects as find_subjects
 from .texts import text_windows as text_windows
