@@ -152,7 +152,7 @@ def test_a_recipe_is_open_to_what_is_given(tmp_path: Path) -> None:
     published = BreadthFirstConfig(output_dir=str(tmp_path))
     assert (published.delta_decay, published.adam_epsilon, published.weight_decay) == (0.0, 1e-8, 0.0)
     assert (published.learning_rate, args.learning_rate) == ("auto", "auto")
-    assert (published.relative_learning_rate, args.relative_learning_rate) == (0.025, 0.04)
+    assert (published.relative_learning_rate, args.relative_learning_rate) == (0.025, 0.06)
     assert (published.num_train_epochs, published.lr_scheduler_type) == (50, "constant")
     seeded: dict[str, Any] = {"seed": 1}
     assert replace(args, **seeded).delta_decay == 0.25
@@ -161,7 +161,7 @@ def test_a_recipe_is_open_to_what_is_given(tmp_path: Path) -> None:
 def test_a_weight_of_the_model_itself_is_not_drawn_to_zero(tmp_path: Path) -> None:
     plain = base_model().requires_grad_(False)
     plain.model.layers[1].mlp.down_proj.weight.requires_grad_()
-    with pytest.raises(ValueError, match=r"delta_decay=0\.07 .*, and model\.layers\.1\.\S*weight is a weight of the"):
+    with pytest.raises(ValueError, match=r"delta_decay=0\.05 .*, and model\.layers\.1\.\S*weight is a weight of the"):
         make_trainer(tmp_path, plain, **BALANCED).train()
     make_trainer(tmp_path, plain, **BALANCED, delta_decay=0.0).train()
     saved_too = LocFTConfig(layers_to_transform=[1], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
