@@ -1,6 +1,6 @@
 """Edit a real model with plain defaults, by both recipes, and say in sentences what was learned and what it cost.
 
-Run it with `python examples/demo.py`; it takes about three minutes on two CPU cores.
+Run it with `python examples/demo.py`; it takes a few minutes on two CPU cores.
 """
 
 from __future__ import annotations
