@@ -264,7 +264,7 @@ def _own_retained(
 ) -> list[dict[Prompt, str | None]]:
     """Return, for each row of an edit, the prompts to retain beside it in the form of that row, and their subjects."""
     swapped = _swapped(edits, model, tokenizer, args, made)
-    related = same_subject(edits, args.seed, args.retained_relations or 0)
+    related = same_subject(edits, args.seed, args.retained_relations) if args.retained_relations else [[]] * len(edits)
     rows: list[dict[Prompt, str | None]] = []
     found: set[Prompt] = set()
     for edit, others, own in zip(edits, swapped, related, strict=True):
