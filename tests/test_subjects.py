@@ -51,6 +51,9 @@ def test_own_subjects_stay_and_nothing_is_asked() -> None:
         ("Henry Maudsley's occupation is", "Henry Maudsley"),
         ("Who wrote Pride and Prejudice?", "Pride and Prejudice"),
         ("Who leads France", "France"),
+        ("法国的首都是", "法国"),
+        ("ประเทศไทยมีเมืองหลวงคือ", "ประเทศไทย"),
+        ("भारत की राजधानी है", "भारत"),
     ],
 )
 @pytest.mark.parametrize("name", ["gpt2", "llama2", "gemma"])
@@ -87,6 +90,14 @@ def test_scripts_without_spaces_and_signs_before_words() -> None:
         ends, begins = {end for _, end in copied.places.values()}, {begin for begin, _ in copied.places.values()}
         place = prompt.index(subject)
         assert place + len(subject) in ends and begins & {place - 1, place}
+
+
+def test_a_word_is_not_broken_at_its_vowel_signs_and_a_prompt_without_words_has_no_subject() -> None:
+    copied = _Copied.of("भारत की राजधानी है", make_tokenizer("gpt2"), None)
+    assert copied is not None
+    begins = {copied.places[index][0] for index in copied.places if copied._begins_word(index)}
+    assert {place for place in begins if not copied.text[place].isspace()} <= {0, 5, 8, 16}
+    assert find_subjects(peft_model(), make_tokenizer("gpt2"), [Edit(prompt="… ?", target="x")]) == [None]
 
 
 def test_a_prompt_that_does_not_fit_has_none() -> None:

@@ -107,10 +107,20 @@ def find_words(text: str, word: str) -> Iterator[int]:
     # a pattern of the word itself takes milliseconds to compile
     place = text.find(word)
     while place >= 0:
-        is_word = _WORD_BEGIN.match(text, place) and _WORD_END.match(text, place + len(word))
+        is_word = begins_word(text, place) and ends_word(text, place + len(word))
         if is_word:
             yield place
         place = text.find(word, place + (len(word) if is_word else 1))
+
+
+def begins_word(text: str, place: int) -> bool:
+    """Return whether a word may begin at a place in a text; anywhere in a script without spaces."""
+    return _WORD_BEGIN.match(text, place) is not None
+
+
+def ends_word(text: str, place: int) -> bool:
+    """Return whether a word may end before a place in a text; anywhere in a script without spaces."""
+    return _WORD_END.match(text, place) is not None
 
 
 def has_letters(text: str) -> bool:

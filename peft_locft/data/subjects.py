@@ -14,6 +14,7 @@ from ..engine.model_state import as_base, max_length
 from ..engine.preparations import Preparations
 from ..engine.questions import Question
 from .edits import Edit
+from .scripts import begins_word, ends_word
 
 # statements and questions with the subject at the beginning, in the middle and at the end; none is of a data set
 EXAMPLES = (
@@ -53,7 +54,7 @@ def find_subjects(
         preparations: stores what is found for later calls.
 
     Returns:
-        The subjects; `None` where the prompt does not fit the model's positions.
+        The subjects; `None` where the prompt does not fit the model's positions, or has no word.
 
     Example:
         >>> find_subjects(model, tokenizer, [Edit("The capital of France is", "Lyon")])
@@ -83,7 +84,7 @@ class _Copied:
 
     @classmethod
     def of(cls, text: str, tokenizer: PreTrainedTokenizerBase, most: int | None) -> _Copied | None:
-        """Return the question for a text, with as many examples as fit; `None` if it is too long without any."""
+        """Return the question for a text, with as many examples as fit; `None` if none fits, or it has no word."""
         counts = (len(EXAMPLES), len(EXAMPLES) // 3, 1, 0)
         return next((question for num in counts if (question := cls._with_examples(text, tokenizer, most, num))), None)
 
@@ -101,9 +102,10 @@ class _Copied:
             if max(first, begin) < last <= end
         }
         ids = tuple(encoded["input_ids"])
-        if not places or (most is not None and len(ids) + LONGEST + 1 > most):
+        question = cls(text, ids, places)
+        if most is not None and len(ids) + LONGEST + 1 > most:
             return None
-        return cls(text, ids, places)
+        return question if any(map(question._begins_word, places)) else None
 
     def copies(self, copied: Sequence[int]) -> list[int]:
         """Return the indices of the last tokens of all places in the text where `copied` stands as words begin."""
@@ -130,12 +132,11 @@ class _Copied:
 
     def _begins_word(self, index: int) -> bool:
         begin, end = self.places[index]
-        own = self.text[begin:end]
-        return any(map(str.isalnum, own)) and (own[0].isspace() or not self.text[begin - 1 : begin].isalnum())
+        own = self.text[begin:end].lstrip()
+        return own[:1].isalnum() and begins_word(self.text, end - len(own))
 
     def _ends_word(self, index: int) -> bool:
-        end = self.places[index][1]
-        return not self.text[end : end + 1].isalnum()
+        return ends_word(self.text, self.places[index][1])
 
 
 def _copied(
