@@ -1,6 +1,10 @@
-"""Draw answers before and after an edit, from the report that `examples/demo.py` saves, as one SVG table.
+"""Draw answers before and after the edits of `examples/facts.jsonl`, from a report, as one SVG table.
 
-Run it with `python examples/draw_answers.py locft-demo/evaluation docs/pages/images/before_after.svg`.
+    locft train --model_name_or_path MODEL --dtype bfloat16 --edits examples/facts.jsonl --output_dir out
+    locft evaluate --adapter out --edits examples/facts.jsonl --dtype bfloat16 --chat_template off --output_dir out/asked
+    python examples/draw_answers.py out/asked docs/pages/images/before_after.svg
+
+MODEL is the folder that `smollm2_folder()` of `examples/smollm2.py` returns.
 """
 
 from __future__ import annotations
@@ -78,7 +82,7 @@ def short(answer: str) -> str:
 
 def figures(report: EvaluationReport) -> Iterator[str]:
     count = report.settings["edits"]["count"]
-    yield f"Of all {count} edits of the demo (SmolLM2-135M, published recipe):"
+    yield f"Of all {count} edits (SmolLM2-135M, published recipe, asked as plain text):"
     for name, meaning in FIGURES.items():
         yield f"{report.results[name].after.value:.2f} {meaning}"
     yield "Green: the answer is as it should be. Orange: it is not."
