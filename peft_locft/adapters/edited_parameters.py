@@ -77,7 +77,7 @@ class EditedParameter:
             base = span.tensor.read(start, count)
             if self.dtype is not None:
                 base = base.to(self.dtype)
-            edited = compose_weight(base, self._deltas(span.start + start, count))
+            edited = compose_weight(base, deltas_of(self.terms, span.start + start, count))
             # aminmax returns NaN if there is one; checking every value would take longer than composing them
             finite = torch.stack(torch.aminmax(edited)).isfinite().all()
             if not finite and not (edited.isfinite() | ~base.isfinite()).all():
@@ -101,15 +101,41 @@ class EditedParameter:
         values = self.base.read()
         return values if self.dtype is None else values.to(self.dtype)
 
-    def _deltas(self, start: int, count: int) -> list[tuple[torch.Tensor, float]]:
-        if self.terms[0].weight is None:
-            return [(term.delta.read(start, count), term.scale) for term in self.terms]
-        from ..tuner.delta import combine_deltas
 
-        # same arithmetic as LocFTModel.scaled_deltas and add_weighted_adapter, for equal bits
-        scaled = [(term.delta.read(start, count).float() * term.scale, term.weight or 0.0) for term in self.terms]
-        combined = combine_deltas(scaled, "linear", None, "total")
-        return [(combined.to(self.terms[0].combined_dtype), 1.0)]
+def deltas_of(terms: Sequence[Term], start: int, count: int) -> list[tuple[torch.Tensor, float]]:
+    """Return what is added to some values of a parameter: flat tensors, and their scales for `compose_weight`.
+
+    Args:
+        terms: the deltas of one parameter.
+        start: flat index of the first value.
+        count: number of values.
+    """
+    if terms[0].weight is None:
+        return [(term.delta.read(start, count), term.scale) for term in terms]
+    from ..tuner.delta import combine_deltas
+
+    # same arithmetic as LocFTModel.scaled_deltas and add_weighted_adapter, for equal bits
+    scaled = [(term.delta.read(start, count).float() * term.scale, term.weight or 0.0) for term in terms]
+    combined = combine_deltas(scaled, "linear", None, "total")
+    return [(combined.to(terms[0].combined_dtype), 1.0)]
+
+
+def terms_of(
+    adapters: Sequence[CheckedAdapter], weights: Sequence[float] | None = None, scale: float | None = None
+) -> Iterator[Term]:
+    """Yield every delta of some adapters, in the order of addition.
+
+    Args:
+        adapters: LocFT adapters.
+        weights: one factor per adapter, to combine the adapters first; `None`: add each separately.
+        scale: factor of all deltas; `None`: each adapter's own.
+    """
+    combined_dtype = getattr(torch, adapters[0].config.delta_dtype or "float32")
+    for index, adapter in enumerate(adapters):
+        strength = adapter.config.scale if scale is None else scale
+        weight = None if weights is None else weights[index]
+        for name, delta in adapter.delta_tensors.items():
+            yield Term(adapter, name, delta, strength, weight, combined_dtype)
 
 
 def edited_parameters(
@@ -137,16 +163,11 @@ def edited_parameters(
     """
     finder = ParameterFinder(checkpoint)
     by_spans: dict[tuple[str, ...], EditedParameter] = {}
-    combined_dtype = getattr(torch, adapters[0].config.delta_dtype or "float32")
     with one_thread():
-        for index, adapter in enumerate(adapters):
-            strength = adapter.config.scale if scale is None else scale
-            weight = None if weights is None else weights[index]
-            for name, delta in adapter.delta_tensors.items():
-                term = Term(adapter, name, delta, strength, weight, combined_dtype)
-                parameter = _find(finder, term, dtype, force)
-                spans = tuple(span.name for span in parameter.base.spans)
-                by_spans.setdefault(spans, EditedParameter(parameter.base, [], dtype)).terms.append(term)
+        for term in terms_of(adapters, weights, scale):
+            parameter = _find(finder, term, dtype, force)
+            spans = tuple(span.name for span in parameter.base.spans)
+            by_spans.setdefault(spans, EditedParameter(parameter.base, [], dtype)).terms.append(term)
     return list(by_spans.values())
 
 

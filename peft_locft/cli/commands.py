@@ -216,12 +216,19 @@ def baselines(argv: list[str]) -> None:
     print(baselines_to_markdown(run_baselines(**arguments), arguments["columns"]))
 
 
+GGUF_FLAGS = ("tensor_type", "base_model", "tolerance")
+CHECKPOINT_FLAGS = ("link", "revision")
+
+
 def merge(argv: list[str]) -> None:
-    """Merge adapters into a checkpoint on disk without loading the model: into a new folder, or in place."""
-    usage = "BASE ADAPTER... OUT [flags]\n--in_place MODEL ADAPTER... [flags]"
+    """Merge adapters into a model on disk without loading it: into a new folder or GGUF file, or in place."""
+    usage = "BASE ADAPTER... OUT [flags]\nMODEL.gguf ADAPTER... OUT.gguf [flags]\n--in_place MODEL ADAPTER... [flags]"
     parser = CommandParser("merge", usage, str(merge.__doc__), epilog=DASHES)
     parser.add_argument(
-        "paths", nargs="+", metavar="PATH", help="Base model (a folder or a name on the Hub), adapters, new folder."
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="Model (folder, GGUF file or name on the Hub), adapters, result.",
     )
     parser.add_argument("--in_place", action="store_true", help="Change MODEL's own files; `locft detach` undoes it.")
     parser.add_argument("--weights", nargs="+", type=float, help="One factor per adapter. Give it after the paths.")
@@ -229,21 +236,32 @@ def merge(argv: list[str]) -> None:
     parser.add_argument("--link", choices=["auto", "hard", "copy"], help="How unedited weight files get to OUT.")
     parser.add_argument("--revision", help="Branch, tag or commit of a base model on the Hub.")
     parser.add_argument("--force", action="store_true", help="Merge even if an adapter was trained on another base.")
+    parser.add_argument("--tensor_type", help="GGUF: type of the edited tensors: F16, BF16, F32 or Q8_0.")
+    parser.add_argument("--base_model", help="GGUF: the model that was trained on, to compare a quantized file with.")
+    parser.add_argument("--tolerance", type=float, help="GGUF: largest relative distance from the base model.")
     options = parser.parse_args(argv)
     paths, how = options.paths, {name: getattr(options, name) for name in ("weights", "scale", "force")}
-    if options.in_place:
-        unused = [f"--{name}" for name in ("link", "revision") if getattr(options, name) is not None]
-        if unused or len(paths) < 2:
-            parser.error(f"--in_place takes MODEL ADAPTER...{', and no ' + ' or '.join(unused) if unused else ''}")
-        from ..merging.in_place import merge_in_place
-
-        print(merge_in_place(paths[0], paths[1:], progress=True, **how))
-        return
-    if len(paths) < 3:
+    is_gguf = paths[0].endswith(".gguf")
+    others = (*(CHECKPOINT_FLAGS if is_gguf or options.in_place else ()), *(() if is_gguf else GGUF_FLAGS))
+    unused = " or ".join(f"--{name}" for name in others if getattr(options, name) is not None)
+    if options.in_place and (unused or len(paths) < 2):
+        parser.error(f"--in_place takes MODEL ADAPTER...{', and no ' + unused if unused else ''}")
+    if unused:
+        parser.error(f"a merge into a {'GGUF file' if is_gguf else 'folder'} takes no {unused}")
+    if len(paths) < 2 + (not options.in_place):
         parser.error("expected BASE, one or more adapters, and OUT; to change the base itself: --in_place")
-    from ..merging.stream_merge import merge_checkpoint
+    from ..merging import merge_checkpoint, merge_gguf, merge_gguf_in_place, merge_in_place
 
+    if is_gguf:
+        how |= {name: value for name in GGUF_FLAGS if (value := getattr(options, name)) is not None}
+    if options.in_place:
+        merged = merge_gguf_in_place if is_gguf else merge_in_place
+        print(merged(paths[0], paths[1:], progress=True, **how))
+        return
     base, *adapters, out = paths
+    if is_gguf:
+        print(merge_gguf(base, adapters, out, progress=True, **how))
+        return
     how |= {"link": options.link or "auto", "revision": options.revision}
     print(merge_checkpoint(base, adapters, out, progress=True, **how))
 
@@ -251,11 +269,12 @@ def merge(argv: list[str]) -> None:
 def detach(argv: list[str]) -> None:
     """Undo `locft merge --in_place`: every file gets its original bytes back."""
     parser = CommandParser("detach", "MODEL", str(detach.__doc__))
-    parser.add_argument("model", metavar="MODEL", help="Folder of the model.")
+    parser.add_argument("model", metavar="MODEL", help="Folder of the model, or its GGUF file.")
     options = parser.parse_args(argv)
-    from ..merging.in_place import detach as detach_from
+    from ..merging import detach as detach_from
+    from ..merging import detach_gguf
 
-    print(detach_from(options.model, progress=True))
+    print((detach_gguf if options.model.endswith(".gguf") else detach_from)(options.model, progress=True))
 
 
 def inspect(argv: list[str]) -> None:

@@ -74,7 +74,7 @@ FLAGS_OF: dict[str, tuple[str, ...]] = {
     "evaluate": ("adapter", "base_model_name_or_path", "protocols", "tasks"),
     "locate": ("learning_rates", "modules", "layers", "score", "stride"),
     "baselines": ("columns", "methods", "num_seeds", "num_tuning_edits", "tuning_edits"),
-    "merge": ("in_place", "link", "weights"),
+    "merge": ("base_model", "in_place", "link", "tensor_type", "tolerance", "weights"),
     "inspect": ("beside",),
     "export": ("density", "energy", "rank", "to"),
 }

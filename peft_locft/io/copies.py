@@ -93,14 +93,17 @@ def clone(source: Path, target: Path) -> bool:
     return False
 
 
-def copy_ranges(source: Path, target: Path, ranges: Sequence[tuple[int, int]], progress: Progress) -> None:
-    """Copy bytes to the same offsets in another file.
+def copy_ranges(
+    source: Path, target: Path, ranges: Sequence[tuple[int, int]], progress: Progress, shift: int = 0
+) -> None:
+    """Copy bytes to the same offsets in another file, or to offsets that are greater by `shift`.
 
     Args:
         source: the file to read.
         target: the existing file to write into.
         ranges: start and end offset of each range, the end exclusive.
         progress: called with the number of new bytes after every part.
+        shift: what to add to an offset in the source to get that in the target.
 
     Raises:
         OSError: if the source is too short, or the target cannot be written.
@@ -112,18 +115,18 @@ def copy_ranges(source: Path, target: Path, ranges: Sequence[tuple[int, int]], p
                 count, copied = min(end - start, COPIED_AT_ONCE), 0
                 if in_kernel:
                     try:
-                        copied = os.copy_file_range(reader.fileno(), writer.fileno(), count, start, start)
+                        copied = os.copy_file_range(reader.fileno(), writer.fileno(), count, start, start + shift)
                     except OSError as error:
                         if error.errno not in UNSUPPORTED:
                             raise
                         in_kernel = False
                 if not in_kernel:
                     reader.seek(start)
-                    writer.seek(start)
+                    writer.seek(start + shift)
                     copied = writer.write(reader.read(count))
                 if not copied:
                     raise OSError(errno.EIO, f"{source} ended while it was copied: another program is writing to it")
-                begin_writing(writer, start, copied)
+                begin_writing(writer, start + shift, copied)
                 start += copied
                 progress(copied)
 

@@ -1,4 +1,4 @@
-"""Merges adapters into a checkpoint on disk, in a new folder or in place, and detaches them again."""
+"""Merges adapters into a model on disk (safetensors or GGUF), as a new one or in place, and detaches them again."""
 
 import lazy_loader
 

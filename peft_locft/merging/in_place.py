@@ -95,13 +95,13 @@ def merge_in_place(
         _refuse_shared_files(folder, names)
         _refuse_existing_files(folder, names)
         _, left_out = other_files(edits.checkpoint)
-        conflicts = conflicts_of(edits)
+        conflicts = conflicts_of(edits.adapters)
         with staging(folder) as staged, progress_bar(_size(folder, shards), progress) as advance:
             stage_index(folder, staged, names)
             digests: dict[str, str] = {}
             for shard, changes in shards.items():
                 digests |= write_edited_shard(folder / shard, staged / names[shard], changes, advance)
-            write_undo(staged / UNDO_NAME, edits, digests, merge_record(edits, weights, scale))
+            write_undo(staged / UNDO_NAME, edits, digests, merge_record(edits.adapters, weights, scale))
             # before the new files, since recovery needs it to identify them
             os.replace(staged / UNDO_NAME, staged.parent / UNDO_NAME)
             exchange(folder, staged, names)

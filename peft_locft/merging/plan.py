@@ -43,6 +43,27 @@ class MergePlan:
         return edits
 
 
+def checked_adapters(
+    adapters: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], weights: Sequence[float] | None
+) -> list[CheckedAdapter]:
+    """Return adapters to merge, after checking that they are LocFT adapters with nothing but deltas.
+
+    Args:
+        adapters: one or more folders or ids on the Hub.
+        weights: one factor per adapter, or `None`.
+
+    Raises:
+        ValueError: if one is refused, or the number of weights is not that of the adapters.
+    """
+    paths = adapter_list(adapters)
+    if weights is not None and len(weights) != len(paths):
+        raise ValueError(f"weights: found {len(weights)} for {len(paths)} adapters; expected one weight per adapter.")
+    checked = [check_adapter(local_folder(path, only=["adapter_*", "locft_*"])) for path in paths]
+    for adapter in checked:
+        adapter.refuse_all_but_deltas()
+    return checked
+
+
 def plan_edits(
     checkpoint: Checkpoint,
     adapters: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
@@ -62,12 +83,7 @@ def plan_edits(
     Raises:
         ValueError: as in `merge_checkpoint`.
     """
-    paths = adapter_list(adapters)
-    if weights is not None and len(weights) != len(paths):
-        raise ValueError(f"weights: found {len(weights)} for {len(paths)} adapters; expected one weight per adapter.")
-    checked = [check_adapter(local_folder(path, only=["adapter_*", "locft_*"])) for path in paths]
-    for adapter in checked:
-        adapter.refuse_all_but_deltas()
+    checked = checked_adapters(adapters, weights)
     checkpoint.check_shards()
     parameters = edited_parameters(checkpoint, checked, weights=weights, scale=scale, force=force)
     for term in (term for parameter in parameters for term in parameter.terms):

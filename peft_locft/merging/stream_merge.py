@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from .._version import __version__
+from ..adapters.reading import CheckedAdapter
 from ..adapters.shipped_edits import Conflicts, find_conflicts
 from ..io.checkpoint import INDEX_NAME, OTHER_WEIGHTS, Checkpoint, local_folder
 from ..io.copies import Link, Progress, place_file
@@ -131,8 +132,11 @@ def merge_checkpoint(
     source = local_folder(base, revision)
     _check_target(source, target)
     edits = plan_edits(Checkpoint(source), adapters, weights, scale, force)
-    record = {"base_model": {"name_or_path": str(base), "revision": revision}, **merge_record(edits, weights, scale)}
-    conflicts = conflicts_of(edits)
+    record = {
+        "base_model": {"name_or_path": str(base), "revision": revision},
+        **merge_record(edits.adapters, weights, scale),
+    }
+    conflicts = conflicts_of(edits.adapters)
     nothing = partial("Nothing is left in {}. Run the same command to merge again.".format, target)
     with (
         explained_interruption(nothing),
@@ -142,9 +146,9 @@ def merge_checkpoint(
     return replace(summary, folder=target, conflicts=conflicts, seconds=time.perf_counter() - start)
 
 
-def conflicts_of(edits: MergePlan) -> Conflicts | None:
+def conflicts_of(adapters: Sequence[CheckedAdapter]) -> Conflicts | None:
     """Return the prompts that several of the adapters edit; `None` for a single adapter."""
-    folders = list(dict.fromkeys(adapter.folder for adapter in edits.adapters))
+    folders = list(dict.fromkeys(adapter.folder for adapter in adapters))
     return find_conflicts(folders) if len(folders) > 1 else None
 
 
@@ -160,17 +164,19 @@ def _check_target(source: Path, target: Path) -> None:
         )
 
 
-def merge_record(edits: MergePlan, weights: Sequence[float] | None, scale: float | None) -> dict[str, Any]:
+def merge_record(
+    adapters: Sequence[CheckedAdapter], weights: Sequence[float] | None, scale: float | None
+) -> dict[str, Any]:
     """Return the record of a merge: its adapters with their scales and weights."""
-    adapters = [
+    merged = [
         {
             "adapter": str(adapter.folder),
             "scale": adapter.config.scale if scale is None else scale,
             "weight": None if weights is None else weights[index],
         }
-        for index, adapter in enumerate(edits.adapters)
+        for index, adapter in enumerate(adapters)
     ]
-    return {"format": 1, "adapters": adapters, "peft-locft": __version__}
+    return {"format": 1, "adapters": merged, "peft-locft": __version__}
 
 
 def _write(edits: MergePlan, staging: Path, link: Link, record: dict[str, Any], progress: bool) -> MergeSummary:
