@@ -22,6 +22,7 @@ from peft_locft import BreadthFirstConfig, BreadthFirstTrainer, Edit, LocFTConfi
 from peft_locft.training.batches import EditBatches
 from peft_locft.training.callbacks import LossFloorCallback
 from peft_locft.training.edit_runner import MicroBatch
+from peft_locft.training.learned import LearnedEdits
 from peft_locft.training.loss_history import LossHistory
 from peft_locft.training.preserver import PreservationCallback
 from peft_locft.training.row_losses import RowLosses
@@ -410,6 +411,21 @@ def test_so_many_as_are_asked_for_are_enough(share: float, num_edits: int, tmp_p
         control = TrainerControl()
         callback.on_epoch_begin(args, TrainerState(epoch=1.0), control, train_dataloader=loader)
         assert control.should_training_stop == (unlearned == most)
+
+
+@pytest.mark.parametrize(("num_unlearned", "stops"), [(0, True), (1, True), (2, False), (None, True)])
+def test_the_model_has_to_answer_as_many_as_the_losses_promise(
+    num_unlearned: int | None, stops: bool, tmp_path: Path
+) -> None:
+    """An edit has a row as text and one in chat, and is learned if it is learned in both."""
+    args = BreadthFirstConfig(output_dir=str(tmp_path), use_cpu=True, stop_at_learned=0.99)
+    found = None if num_unlearned is None else LearnedEdits(100, (EDITS[0],) * num_unlearned, 0, 0.9)
+    record = LossHistory(epoch_losses=[9.0], unlearned=[2])
+    callback = LossFloorCallback(record, 200, args, lambda: found)
+    control = TrainerControl()
+    loader = SimpleNamespace(batch_sampler=EditBatches(200, 4, 0))
+    callback.on_epoch_begin(args, TrainerState(epoch=1.0), control, train_dataloader=loader)
+    assert control.should_training_stop == stops
 
 
 def test_a_batch_below_the_floor_takes_no_step_and_ends_training(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from .plan import checked_adapters
 from .stream_merge import conflicts_of, merge_record, progress_bar
 
 RECORD_KEY = "peft_locft.merge"
+MAX_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +76,12 @@ class GGUFSummary:
 
     def __str__(self) -> str:
         rows = [("model", str(self.path))]
-        for name, tensor in self.tensors.items():
+        for name, tensor in list(self.tensors.items())[:MAX_SHOWN]:
             types = tensor.old_type if tensor.old_type == tensor.new_type else f"{tensor.old_type} → {tensor.new_type}"
             rows.append(("changed", f"{name} ({types}; rounding {tensor.rounding:.4f} of the edit)"))
-        for evidence in dict.fromkeys(tensor.evidence for tensor in self.tensors.values()):
-            rows.append(("recognized", evidence))
+        if len(self.tensors) > MAX_SHOWN:
+            rows.append(("", f"… ({len(self.tensors)} in total)"))
+        rows += [("recognized", each) for each in dict.fromkeys(tensor.evidence for tensor in self.tensors.values())]
         if self.conflicts is not None and self.conflicts.conflicts:
             rows.append(("conflicts", str(self.conflicts)))
         rows += [("written", size(self.num_bytes)), ("time", f"{self.seconds:.1f} s")]
@@ -120,7 +122,8 @@ def merge_gguf(
             is quantized. A vector keeps its type.
         base_model: the model that the adapters were trained on, a folder or an id on the Hub, to compare with. `None`:
             the one that the adapters name, if it is on this machine.
-        tolerance: the largest relative distance, `|file - base| / |base|`, of a tensor that counts as near.
+        tolerance: the largest relative distance, `|file - base| / |base|`, of a quantized tensor that counts as near;
+            of one that is not quantized at most 0.01.
         weights: one factor per adapter, as in `merge_checkpoint`.
         scale: strength of all deltas; `None`: each adapter's own.
         force: merge even if a tensor is not near, or cannot be compared.

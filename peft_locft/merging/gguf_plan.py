@@ -20,6 +20,8 @@ from ..io.parameter_names import ParameterFinder
 # largest relative distance, |file - base| / |base|, of a tensor that still counts as the one that was trained on.
 # Types of 4 bits and more stay below 0.12; tensors that have nothing to do with each other have about 1.4
 TOLERANCE = 0.25
+# the same for a tensor that is not quantized: rounding to BF16 gives 0.002
+FLOAT_TOLERANCE = 0.01
 # above it, rounding to the file's type changes the weight by a quarter of what the edit changes
 COSTLY = 0.25
 DEFAULT_TYPE = "F16"
@@ -329,14 +331,15 @@ def recognized(
     original = ParameterFinder(base).find(term.name, term.delta.shape).read().float()
     distances = [float((layout.to_model(values).float() - original).norm() / original.norm()) for layout in layouts]
     distance, layout = min(zip(distances, layouts, strict=True), key=lambda each: each[0])
-    if not distance <= tolerance and not force:
+    allowed = tolerance if tensor.is_quantized else min(tolerance, FLOAT_TOLERANCE)
+    if not distance <= allowed and not force:
         raise ValueError(
             f"{tensor.name} of {tensor.file} ({tensor.type}) is not near {term.name} of {base.name}: its relative "
-            f"distance is {distance:.2f}, and at most {tolerance} is a rounding. It is another model, or the file "
+            f"distance is {distance:.2f}, and at most {allowed} is a rounding. It is another model, or the file "
             "arranges this weight in a way that is unknown here. Take a file made from the base model, or raise "
             "tolerance (--tolerance)."
         )
-    return layout, f"near the base, at a relative distance of {distance:.3f}"
+    return layout, f"near the base, at a relative distance of {distance:.2g}"
 
 
 def _short(dtype: torch.dtype) -> str:

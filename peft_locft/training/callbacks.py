@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .batches import EditBatches
 from .config import BreadthFirstConfig
+from .learned import LearnedEdits
 from .loss_history import LossHistory
 
 STATE_KEY = "BreadthFirstTrainer"
@@ -29,12 +30,20 @@ class LossFloorCallback(TrainerCallback):
         history: the losses of the run.
         num_new: edits that the model had not learned before the run.
         args: the recipe.
+        measure: returns which edits the model has learned; `None`, or a result of `None`: the losses alone decide.
     """
 
-    def __init__(self, history: LossHistory, num_new: int, args: BreadthFirstConfig) -> None:
+    def __init__(
+        self,
+        history: LossHistory,
+        num_new: int,
+        args: BreadthFirstConfig,
+        measure: Callable[[], LearnedEdits | None] | None = None,
+    ) -> None:
         self.history = history
         self.num_new = num_new
         self.args = args
+        self.measure = measure
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.history.restore(state.stateful_callbacks.get(STATE_KEY, LossHistory().state()))
@@ -64,7 +73,13 @@ class LossFloorCallback(TrainerCallback):
         # a quotient, since (1 - 0.9) * 10 is less than 1
         learned = (self.num_new - self.history.unlearned[-1]) / max(self.num_new, 1)
         enough = self.args.stop_at_learned or math.inf
-        return learned >= enough or self.history.epoch_losses[-1] < self.args.loss_floor
+        if self.history.epoch_losses[-1] < self.args.loss_floor:
+            return True
+        if learned < enough:
+            return False
+        # the losses are those of rows, an edit may have two, and of weights that have changed since
+        found = None if self.measure is None else self.measure()
+        return found is None or found.reliability >= enough
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.args.steps_per_edit is None and self.history.epoch_edits:

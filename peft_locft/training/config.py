@@ -261,8 +261,9 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
         loss_floor (`float`, defaults to `1e-2`):
             A batch whose loss is below it takes no step. Training stops after an epoch whose mean loss is below it.
         stop_at_learned (`float`, *optional*):
-            Stop after an epoch in which this share of the edits was learned: the whole target was more probable than
-            everything else together. 0 = off. `None`: 0, or as the recipe says.
+            Stop after an epoch in which this share of the edits was learned (the whole target was more probable than
+            everything else together) and after which the model answers this share with their targets. 0 = off.
+            `None`: 0, or as the recipe says.
         activation_cache (`str`, defaults to `"auto"`):
             Where to store the states that leave the layers before the first trained one, which run only once:
             `"memory"`, `"disk"` (a memory-mapped scratch file in `output_dir`, without one in the system's folder for

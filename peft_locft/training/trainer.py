@@ -150,7 +150,9 @@ class BreadthFirstTrainer(Trainer):
 
     def _add_callbacks(self) -> None:
         history, rows = self.loss_history, self.data.rows
-        self.add_callback(LossFloorCallback(history, rows.num_new, self.args))
+        # an update counts its new edits only
+        measure = self.measure_learned if rows.num_new == rows.num_edits else None
+        self.add_callback(LossFloorCallback(history, rows.num_new, self.args, measure))
         is_sharded = self.accelerator.distributed_type in SHARDED
         if self.rates and self.args.edit_order == "breadth_first" and not is_sharded:
             self.rate_control = RateControl(history, self.args.relative_learning_rate or 0.0)
