@@ -37,3 +37,15 @@ def test_a_process_that_dies_before_any_call_of_the_system(shard_size: str, tmp_
 def test_a_process_that_is_killed_at_random_moments(tmp_path: Path) -> None:
     for found in states(tmp_path, SHARDS, "--kills", "10").values():
         assert sum(count for state, count in found.items() if state != "not killed") == 10
+
+
+def test_a_gguf_file_and_a_process_that_dies_before_any_call_of_the_system(tmp_path: Path) -> None:
+    for found in states(tmp_path, ONE_FILE, "--gguf", "--every_call").values():
+        assert found.pop("not killed") == 1
+        assert found.keys() == {"old", "new"}
+        assert sum(found.values()) > 8
+
+
+def test_a_gguf_file_and_a_process_that_is_killed_at_random_moments(tmp_path: Path) -> None:
+    for found in states(tmp_path, ONE_FILE, "--gguf", "--kills", "10", "--intermediate_size", "2000").values():
+        assert sum(count for state, count in found.items() if state != "not killed") == 10

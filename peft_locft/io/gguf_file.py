@@ -108,7 +108,7 @@ def encode_values(values: torch.Tensor, type_name: str, where: str) -> bytes:
 
     Args:
         values: any float dtype.
-        type_name: the type, such as `"F16"` or `"Q8_0"`.
+        type_name: a type of GGUF, such as `"F16"` or `"Q8_0"`.
         where: the tensor, for messages.
 
     Raises:
@@ -121,20 +121,24 @@ def encode_values(values: torch.Tensor, type_name: str, where: str) -> bytes:
                 f"{where}: its edited values do not fit into {type_name}. Take another --tensor_type, F32."
             )
         return narrow.view(torch.uint8).numpy().tobytes()
+    import numpy as np
+
     gguf = gguf_package()
+    number = gguf.GGMLQuantizationType[type_name]
+    block_size, _ = gguf.GGML_QUANT_SIZES[number]
     try:
-        quantized = gguf.quants.quantize(values.float().contiguous().numpy(), gguf.GGMLQuantizationType[type_name])
-    except (KeyError, NotImplementedError):
+        gguf.quants.quantize(np.zeros((1, block_size), dtype=np.float32), number)
+    except NotImplementedError:
         raise ValueError(
             f"tensor_type={type_name!r}: the package gguf {gguf_version()} cannot write this type. Expected one that "
             "holds an edit (F16, BF16, F32, Q8_0), or a coarser one such as Q5_1."
         ) from None
-    except (gguf.quants.QuantError, ValueError):
+    if values.shape[-1] % block_size:
         raise ValueError(
-            f"{where}: its rows of {values.shape[-1]} values do not fit the blocks of {type_name}. Take F16, BF16 or "
-            "F32 as --tensor_type."
-        ) from None
-    return bytes(quantized.tobytes())
+            f"{where}: its rows of {values.shape[-1]} values do not fit the blocks of {type_name} ({block_size} "
+            "each). Take F16, BF16 or F32 as --tensor_type."
+        )
+    return bytes(gguf.quants.quantize(values.float().contiguous().numpy(), number).tobytes())
 
 
 class GGUFFile:

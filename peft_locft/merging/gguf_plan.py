@@ -184,7 +184,8 @@ def possible_layouts(
             layouts.append(rotary_layout(num_heads))
     if len(shape) == 1 and shape == wanted:
         layouts.append(SHIFTED)
-    if len(shape) == 2 and shape[::-1] == wanted:
+    # of a square one, only the name tells: GPT-2 has Conv1D, whose weight is that of a Linear transposed
+    if len(shape) == 2 and shape[::-1] == wanted and (shape != wanted or re.search(r"\.c_\w+\.weight$", parameter)):
         layouts.append(TRANSPOSED)
     return layouts
 
