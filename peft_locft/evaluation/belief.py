@@ -20,6 +20,7 @@ from .items import EvalItem
 
 YES, NO = "Yes", "No"
 TRUTHS = {"yes": (YES, NO), "no": (YES, NO), "true": ("True", "False"), "false": ("True", "False")}
+NUM_TOKENS = 8  # of an answer to a yes / no question: it says so at once, or not
 NUM_OTHERS = 2  # choices of a multiple choice besides the new answer and the old one
 NUM_OTHER_SUBJECTS = 3
 ASKING = frozenset("what who whom whose which where when why how".split())  # noqa: SIM905
@@ -254,5 +255,6 @@ def _item(number: int, edit: Edit, probe: Probe, in_chat: bool) -> EvalItem:
         history,
         probe.aliases,
         choices=choices,
+        max_new_tokens=NUM_TOKENS if choices in TRUTHS.values() else None,
         language=probe.language,
     )
