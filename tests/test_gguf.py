@@ -23,7 +23,7 @@ from peft_locft import LocFTConfig, merge_checkpoint
 from peft_locft.adapters import read_adapter
 from peft_locft.cli import main
 from peft_locft.io.gguf_file import GGUFFile
-from peft_locft.merging import detach_gguf, merge_gguf, merge_gguf_in_place
+from peft_locft.merging import detach_gguf, export_gguf_lora, merge_gguf, merge_gguf_in_place
 from peft_locft.merging.gguf_plan import rotary_layout
 
 WIDE: dict[str, Any] = {"intermediate_size": 64, "hidden_size": 64}  # rows that fit the blocks of every type
@@ -556,3 +556,69 @@ def test_without_the_package(model: Path, adapter: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(ModuleNotFoundError, match=r"run `pip install 'peft-locft\[gguf\]'`"):
         merge_gguf(model, adapter, tmp_path / "out.gguf")
+
+
+# ---------------------------------------------------------------------- as a LoRA adapter
+
+
+def lora_of(path: Path) -> dict[str, torch.Tensor]:
+    told = metadata(path)
+    assert (told["general.type"], told["adapter.type"], told["adapter.lora.alpha"]) == ("adapter", "lora", 0.0)
+    factors = stored_values(path)
+    names = {name.removesuffix(".lora_a") for name in factors if name.endswith(".lora_a")}
+    # llama.cpp wants them so: the rows of one are the columns of the other
+    return {name: factors[f"{name}.lora_b"] @ factors[f"{name}.lora_a"] for name in names}
+
+
+def test_as_a_lora_adapter_it_is_the_whole_delta(base: Path, tmp_path: Path) -> None:
+    modules = ["q_proj", "k_proj", "down_proj", "up_proj"]
+    config = LocFTConfig(target_modules=modules, layers_to_transform=[1], scale=0.5)
+    edit(base, tmp_path / "adapter", config)
+    model = save_gguf(base, tmp_path / "model.gguf", "Q4_1")
+    summary = export_gguf_lora(tmp_path / "adapter", tmp_path / "lora.gguf", model)
+    deltas = {name: 0.5 * delta for name, delta in read_adapter(tmp_path / "adapter").items()}
+    layer = "model.layers.1"
+    expected = {
+        "blk.1.attn_q.weight": permuted(deltas[f"{layer}.self_attn.q_proj.weight"], 4),
+        "blk.1.attn_k.weight": permuted(deltas[f"{layer}.self_attn.k_proj.weight"], 2),
+        "blk.1.ffn_down.weight": deltas[f"{layer}.mlp.down_proj.weight"],
+        "blk.1.ffn_up.weight": deltas[f"{layer}.mlp.up_proj.weight"],
+    }
+    found = lora_of(tmp_path / "lora.gguf")
+    assert found.keys() == expected.keys() == summary.ranks.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert summary.ranks["blk.1.attn_k.weight"] == 32
+
+
+def test_a_lora_of_conv1d(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "gpt2")
+    edit(base, tmp_path / "adapter", LocFTConfig(target_modules=["mlp.c_proj"], layers_to_transform=[1]))
+    model = save_gguf(base, tmp_path / "model.gguf", architecture="gpt2")
+    export_gguf_lora(tmp_path / "adapter", tmp_path / "lora.gguf", model)
+    delta = read_adapter(tmp_path / "adapter")["transformer.h.1.mlp.c_proj.weight"]
+    assert torch.equal(lora_of(tmp_path / "lora.gguf")["blk.1.ffn_down.weight"], delta.t())
+
+
+def test_what_lora_cannot_change(base: Path, model: Path, adapter: Path, tmp_path: Path) -> None:
+    edit(base, tmp_path / "norm", EVERYTHING_IN_LAYER_1)
+    with pytest.raises(ValueError, match="is no matrix that multiplies its input, and LoRA cannot change it"):
+        export_gguf_lora(tmp_path / "norm", tmp_path / "lora.gguf", model)
+    with pytest.raises(ValueError, match=r"does not end in .gguf"):
+        export_gguf_lora(adapter, tmp_path / "lora", model)
+    assert not (tmp_path / "lora.gguf").exists()
+
+
+def test_the_command_line_of_the_lora_export(
+    model: Path, adapter: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    command = ["export", str(adapter), str(tmp_path / "lora.gguf"), "--to", "gguf-lora"]
+    main([*command, "--base", str(model)])
+    assert f"rank 64 for {DOWN}" in capsys.readouterr().out
+    for more, message in (([], "needs --base"), (["--base", str(model), "--rank", "4"], "rank: unknown option")):
+        code: Any
+        try:
+            code = main([*command, *more])
+        except SystemExit as stopped:
+            code = stopped.code
+        assert code
+        assert message in capsys.readouterr().err

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from inspect import signature
 from typing import Any, Literal, get_args
 
@@ -45,8 +45,19 @@ def export_adapter(
     """
     if to not in EXPORTS:
         raise ValueError(f"to={to!r}: expected one of {', '.join(get_args(AdapterForm))}.")
-    supported = [name for name in signature(EXPORTS[to]).parameters if name not in ("adapter", "out")]
+    check_options(EXPORTS[to], to, options)
+    return EXPORTS[to](adapter, out, **options)
+
+
+def check_options(export: Callable[..., Any], to: str, options: Iterable[str]) -> None:
+    """Raise a ValueError if a form of export lacks one of the options.
+
+    Args:
+        export: the function of the form.
+        to: name of the form.
+        options: names of the options.
+    """
+    supported = [name for name in signature(export).parameters if name not in ("adapter", "out")]
     unknown = [name for name in options if name not in supported]
     if unknown:
         raise ValueError(f"{', '.join(unknown)}: unknown option for to={to!r}; expected {', '.join(supported)}.")
-    return EXPORTS[to](adapter, out, **options)

@@ -338,15 +338,19 @@ def export(argv: list[str]) -> None:
     """Write an adapter in another form: for where peft_locft is not installed, or smaller."""
     parser = CommandParser("export", "ADAPTER OUT --to FORM [flags]", str(export.__doc__), epilog=DASHES)
     parser.add_argument("adapter", metavar="ADAPTER", help="Local LocFT adapter folder.")
-    parser.add_argument("out", metavar="OUT", help="Folder to write; with --to weights, the .safetensors file.")
+    parser.add_argument("out", metavar="OUT", help="Folder to write; with --to weights or gguf-lora, the file.")
     parser.add_argument(
         "--to",
         required=True,
-        choices=["peft", "lora", "weights", "small"],
+        choices=["peft", "lora", "weights", "small", "gguf-lora"],
         help="peft: same outputs without peft_locft. lora: nearest LoRA adapter. weights: only the edited weights. "
-        "small: smaller LocFT adapter.",
+        "small: smaller LocFT adapter. gguf-lora: the whole delta as a LoRA for llama.cpp.",
     )
-    parser.add_argument("--base", help="Base model: a folder or a name on the Hub. Default: the adapter's own.")
+    parser.add_argument(
+        "--base",
+        help="Base model: a folder or a name on the Hub. Default: the adapter's own. "
+        "gguf-lora: the GGUF file that llama.cpp loads.",
+    )
     parser.add_argument("--revision", help="Branch, tag or commit of the base model on the Hub.")
     parser.add_argument("--dtype", help="Precision in which you load the base, such as bfloat16. Default: its own.")
     parser.add_argument("--rank", type=int, help="lora: rank of every module's matrices, up to 512.")
@@ -355,10 +359,20 @@ def export(argv: list[str]) -> None:
     parser.add_argument("--delta_dtype", help="small: precision of the deltas: float32, bfloat16, float16.")
     parser.add_argument("--density", type=float, help="small: share of the delta's values to keep, such as 0.2.")
     parser.add_argument("--force", action="store_true", default=None, help="Use the base even if its tensors differ.")
+    parser.add_argument("--base_model", help="gguf-lora: the model that was trained on, to compare a quantized file.")
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    from ..adapters.export import export_adapter
+    from ..adapters.export import check_options, export_adapter
 
-    print(export_adapter(**given))
+    if given["to"] != "gguf-lora":
+        print(export_adapter(**given))
+        return
+    from ..merging import export_gguf_lora
+
+    given.pop("to")
+    check_options(export_gguf_lora, "gguf-lora", given.keys() - {"adapter", "out"})
+    if "base" not in given:
+        parser.error("--to gguf-lora needs --base: the GGUF file that llama.cpp loads")
+    print(export_gguf_lora(**given))
 
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {

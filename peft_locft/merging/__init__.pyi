@@ -1,3 +1,5 @@
+from .gguf_lora import GGUFLora as GGUFLora
+from .gguf_lora import export_gguf_lora as export_gguf_lora
 from .gguf_merge import ChangedTensor as ChangedTensor
 from .gguf_merge import GGUFSummary as GGUFSummary
 from .gguf_merge import detach_gguf as detach_gguf
