@@ -27,6 +27,7 @@ commands:
   baselines  compare ways to edit on the same edits
   merge      merge adapters into a checkpoint on disk
   detach     undo a merge in place
+  history    show what was merged into a model
   inspect    verify an adapter and print what it holds
   edits      show what is understood of a file of edits; convert and split it
   export     write an adapter for PEFT, as LoRA, as plain weights, or smaller
@@ -268,13 +269,27 @@ def merge(argv: list[str]) -> None:
 
 def detach(argv: list[str]) -> None:
     """Undo `locft merge --in_place`: every file gets its original bytes back."""
-    parser = CommandParser("detach", "MODEL", str(detach.__doc__))
+    parser = CommandParser("detach", "MODEL [flags]", str(detach.__doc__))
     parser.add_argument("model", metavar="MODEL", help="Folder of the model, or its GGUF file.")
+    parser.add_argument("--adapter", help="Take only this one of several merged adapters off.")
     options = parser.parse_args(argv)
     from ..merging import detach as detach_from
-    from ..merging import detach_gguf
+    from ..merging import detach_adapter, detach_gguf
 
+    if options.adapter is not None:
+        print(detach_adapter(options.model, options.adapter, progress=True))
+        return
     print((detach_gguf if options.model.endswith(".gguf") else detach_from)(options.model, progress=True))
+
+
+def history(argv: list[str]) -> None:
+    """Show what was merged into a model, when, and whether it can be detached."""
+    parser = CommandParser("history", "MODEL", str(history.__doc__))
+    parser.add_argument("model", metavar="MODEL", help="Folder of the model, or its GGUF file.")
+    options = parser.parse_args(argv)
+    from ..merging import merge_history
+
+    print("\n".join(map(str, merge_history(options.model))) or "Nothing is merged into it, as far as its files say.")
 
 
 def inspect(argv: list[str]) -> None:
@@ -384,6 +399,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "baselines": baselines,
     "merge": merge,
     "detach": detach,
+    "history": history,
     "inspect": inspect,
     "edits": edits,
     "export": export,

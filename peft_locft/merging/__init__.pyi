@@ -5,6 +5,10 @@ from .gguf_merge import GGUFSummary as GGUFSummary
 from .gguf_merge import detach_gguf as detach_gguf
 from .gguf_merge import merge_gguf as merge_gguf
 from .gguf_merge import merge_gguf_in_place as merge_gguf_in_place
+from .history import Merge as Merge
+from .history import MergedAdapter as MergedAdapter
+from .history import detach_adapter as detach_adapter
+from .history import merge_history as merge_history
 from .in_place import detach as detach
 from .in_place import merge_in_place as merge_in_place
 from .stream_merge import MergeSummary as MergeSummary

@@ -41,6 +41,7 @@ class Undo:
             content = json.loads(metadata["locft_undo"])
             self.size, self.sha256 = int(content["size"]), dict(content["sha256"])
             self.merged_size, self.merged_sha256 = int(content["merged_size"]), dict(content["merged_sha256"])
+            self.record = content.get("record")
             is_valid = content["format"] == UNDO_FORMAT and self.sha256.keys() == self.tensors.keys()
             is_valid &= self.merged_sha256.keys() == self.sha256.keys() >= {HEADER}
         except (KeyError, ValueError, TypeError, AttributeError):

@@ -246,11 +246,13 @@ class Undo:
         merged: by tensor name: the name of its original file (`"shard"`), its offset there and in the edited file
             (`"start"`), and the sha256 of its new bytes (`"sha256"`) and original bytes (`"original_sha256"`).
         sizes: by name of the original file: its size in bytes, which the edited file has too.
+        record: what was merged, see `merge_record`.
     """
 
     originals: dict[str, StoredTensor]
     merged: Mapping[str, Mapping[str, Any]]
     sizes: Mapping[str, int]
+    record: Mapping[str, Any]
 
     def edited_names(self) -> dict[str, str]:
         """Return the names of the edited files, by the names of the original files."""
@@ -353,7 +355,7 @@ def read_undo(path: Path) -> Undo:
     originals, metadata = read_header(path)
     try:
         content = json.loads(metadata["locft_undo"])
-        undo = Undo(originals, content["merged"], content["sizes"])
+        undo = Undo(originals, content["merged"], content["sizes"], content.get("record", {}))
         is_valid = (
             content["format"] == UNDO_FORMAT
             and undo.merged.keys() == originals.keys()

@@ -24,6 +24,7 @@ from .common import REPOSITORY, machine, markdown_table, write_json
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q4_1")
 MAX_NEW_TOKENS = 16
+COMPARED = ("first token as in transformers", "mean distance of a logit")
 FACTS = REPOSITORY / "examples" / "facts.jsonl"
 
 
@@ -41,7 +42,13 @@ def main() -> None:
     edits = read_edits(arguments.edits)
     packaged = _packaged_weights()
     print(f"{machine()}\n\n{len(edits)} edits, {packaged.name}\n", flush=True)
-    rows: list[dict[str, Any]] = [row_of("not edited", packaged, edits)]
+    rows: list[dict[str, Any]] = []
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print("\n".join(markdown_table(rows).splitlines()[0 if len(rows) == 1 else -1 :]), flush=True)
+
+    add(row_of("not edited", packaged, edits) | {"rounding": "", "merge s": ""})
     with TemporaryDirectory() as scratch:
         for kind in TYPES:
             path = Path(scratch) / f"{kind}.gguf"
@@ -49,11 +56,10 @@ def main() -> None:
             summary = merge_gguf(packaged, arguments.adapter, path, tensor_type=kind)
             seconds = time.perf_counter() - begun
             cost = max(tensor.rounding for tensor in summary.tensors.values())
-            rows.append(row_of(kind, path, edits) | {"rounding": f"{cost:.4f}", "merge s": f"{seconds:.1f}"})
+            add(row_of(kind, path, edits) | {"rounding": f"{cost:.4f}", "merge s": f"{seconds:.1f}"})
         lora = Path(scratch) / "lora.gguf"
         export_gguf_lora(arguments.adapter, lora, packaged)
-        rows.append(row_of("LoRA beside it", packaged, edits, lora))
-        print(markdown_table(rows))
+        add(row_of("LoRA beside it", packaged, edits, lora))
         print(came_off(packaged, arguments.adapter, Path(scratch)))
     write_json(arguments.output / "gguf.json", {"machine": machine(), "rows": rows})
 
@@ -62,7 +68,15 @@ def row_of(name: str, model: Path, edits: Any, lora: Path | None = None) -> dict
     """Return how many edits llama.cpp answers, and how far its logits are from those of transformers."""
     from llama_cpp import Llama
 
-    llama = Llama(str(model), n_ctx=256, n_threads=1, logits_all=True, verbose=False, lora_path=lora and str(lora))
+    llama = Llama(
+        str(model),
+        n_ctx=256,
+        n_threads=1,
+        n_threads_batch=1,
+        logits_all=True,
+        verbose=False,
+        lora_path=lora and str(lora),
+    )
     num_right, logits, tokens = 0, [], []
     for edit in edits:
         reply = llama(edit.prompt, max_tokens=MAX_NEW_TOKENS, temperature=0.0)["choices"][0]["text"]
@@ -75,14 +89,12 @@ def row_of(name: str, model: Path, edits: Any, lora: Path | None = None) -> dict
         "edits answered": f"{num_right} of {len(edits)}",
     }
     if lora is not None:
-        return row
+        return row | dict.fromkeys(COMPARED, "")
     expected = logits_of(model, tokens)
     distances = [float((own - other).abs().mean()) for own, other in zip(logits, expected, strict=True)]
     same = sum(bool(own.argmax() == other.argmax()) for own, other in zip(logits, expected, strict=True))
-    return row | {
-        "first token as in transformers": f"{same} of {len(edits)}",
-        "mean distance of a logit": f"{sum(distances) / len(distances):.3f}",
-    }
+    compared = (f"{same} of {len(edits)}", f"{sum(distances) / len(distances):.3f}")
+    return row | dict(zip(COMPARED, compared, strict=True))
 
 
 def logits_of(model: Path, prompts: list[list[int]]) -> list[torch.Tensor]:
