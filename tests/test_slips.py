@@ -54,7 +54,8 @@ SLIPS: dict[str, tuple[list[str], str]] = {
     ),
     "misspelt choice of a light command": (
         ["export", "a", "b", "--to", "pefd"],
-        "argument --to: invalid choice: 'pefd' (choose from peft, lora, weights, small). Did you mean peft?",
+        "argument --to: invalid choice: 'pefd' (choose from peft, lora, weights, small, gguf-lora). "
+        "Did you mean peft?",
     ),
     "word without a flag": (
         ["train", *NEEDED, "facts.csv"],
