@@ -1,8 +1,8 @@
 """Draw answers before and after the edits of `examples/facts.jsonl`, from a report, as one SVG table.
 
     locft train --model_name_or_path MODEL --dtype bfloat16 --edits examples/facts.jsonl --output_dir out
-    locft evaluate --adapter out --edits examples/facts.jsonl --chat_template off --output_dir out/asked
-    python examples/draw_answers.py out/asked docs/pages/images/before_after.svg
+    locft evaluate --adapter out --edits examples/facts.jsonl --dtype bfloat16 --chat_template off --output_dir asked
+    python examples/draw_answers.py asked docs/pages/images/before_after.svg
 
 MODEL is the folder that `smollm2_folder()` of `examples/smollm2.py` returns.
 """

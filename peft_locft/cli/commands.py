@@ -28,6 +28,7 @@ commands:
   merge      merge adapters into a checkpoint on disk
   detach     undo a merge in place
   history    show what was merged into a model
+  transfer   say which edits survive on a fine-tuned model
   inspect    verify an adapter and print what it holds
   edits      show what is understood of a file of edits; convert and split it
   export     write an adapter for PEFT, as LoRA, as plain weights, or smaller
@@ -326,6 +327,20 @@ def inspect(argv: list[str]) -> None:
         print(find_conflicts([options.adapter, *options.beside]))
 
 
+def transfer(argv: list[str]) -> None:
+    """Say which edits survive on a model that was fine-tuned from the adapter's base."""
+    parser = CommandParser("transfer", "ADAPTER MODEL [flags]", str(transfer.__doc__), epilog=DASHES)
+    parser.add_argument("adapter", metavar="ADAPTER", help="Local LocFT adapter folder.")
+    parser.add_argument("model", metavar="MODEL", help="The fine-tuned model: a folder or a name on the Hub.")
+    parser.add_argument("--edits", help="Ask these edits with their probes. Default: those that the adapter ships.")
+    parser.add_argument("--base_model", help="The model of the training. Default: the adapter's, if it is here.")
+    parser.add_argument("--output_dir", metavar="FOLDER", help="Folder for the evaluation.")
+    parser.add_argument("--dtype", default="auto", help="Precision of the model. Default: its own.")
+    from ..workflows import transfer_adapter
+
+    print(transfer_adapter(**vars(parser.parse_args(argv))))
+
+
 def edits(argv: list[str]) -> None:
     """Print what is understood of edits, whatever data set they are from; write them in our own form."""
     parser = CommandParser("edits", "FILE [flags]", str(edits.__doc__), epilog=DASHES)
@@ -400,6 +415,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "merge": merge,
     "detach": detach,
     "history": history,
+    "transfer": transfer,
     "inspect": inspect,
     "edits": edits,
     "export": export,

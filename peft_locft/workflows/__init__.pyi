@@ -14,6 +14,9 @@ from .locate import run_location_search as run_location_search
 from .locate import search_locations as search_locations
 from .train import TrainingSummary as TrainingSummary
 from .train import train_edits as train_edits
+from .transfer import TransferReport as TransferReport
+from .transfer import WeightChange as WeightChange
+from .transfer import transfer_adapter as transfer_adapter
 from .update import EditOutcome as EditOutcome
 from .update import UpdateSummary as UpdateSummary
 from .update import update_adapter as update_adapter
