@@ -1,4 +1,4 @@
-"""Which edits survive fine-tuning of their base: SmolLM2-135M, all weights trained on a text after the adapter was made."""
+"""Which edits survive fine-tuning of their base: SmolLM2-135M, all weights trained after the adapter was made."""
 
 from __future__ import annotations
 
