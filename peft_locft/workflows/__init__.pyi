@@ -9,6 +9,12 @@ from .edit_files import convert_edits as convert_edits
 from .edited_model import EditedModel as EditedModel
 from .edited_model import edit as edit
 from .evaluate import evaluate_model as evaluate_model
+from .live import LiveEdit as LiveEdit
+from .live import LocFTWorkerExtension as LocFTWorkerExtension
+from .live import push_to_sglang as push_to_sglang
+from .live import push_to_vllm as push_to_vllm
+from .live import withdraw_from_sglang as withdraw_from_sglang
+from .live import withdraw_from_vllm as withdraw_from_vllm
 from .locate import SearchPlan as SearchPlan
 from .locate import run_location_search as run_location_search
 from .locate import search_locations as search_locations
