@@ -386,6 +386,7 @@ def export(argv: list[str]) -> None:
     parser.add_argument("--rank", type=int, help="lora: rank of every module's matrices, up to 512.")
     parser.add_argument("--energy", type=float, help="lora: smallest rank that keeps this share of every delta.")
     parser.add_argument("--edits", help="lora: evaluate these edits with the adapter and with the LoRA adapter.")
+    parser.add_argument("--refine", action="store_true", help="lora: then train the matrices on the edits.")
     parser.add_argument("--delta_dtype", help="small: precision of the deltas: float32, bfloat16, float16.")
     parser.add_argument("--density", type=float, help="small: share of the delta's values to keep, such as 0.2.")
     parser.add_argument("--force", action="store_true", default=None, help="Use the base even if its tensors differ.")
@@ -393,6 +394,14 @@ def export(argv: list[str]) -> None:
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     from ..adapters.export import check_options, export_adapter
 
+    if given.pop("refine", False):
+        if given.pop("to") != "lora":
+            parser.error("--refine trains a LoRA adapter: use it with --to lora")
+        from ..workflows import export_refined_lora
+
+        check_options(export_refined_lora, "lora --refine", given.keys() - {"adapter", "out"})
+        print(export_refined_lora(**given))
+        return
     if given["to"] != "gguf-lora":
         print(export_adapter(**given))
         return

@@ -103,6 +103,8 @@ class BreadthFirstTrainer(Trainer):
     args: BreadthFirstConfig
     train_dataset: EncodedEdits
 
+    as_reference: Any = staticmethod(as_base)  # how retained prompts are answered
+
     def __init__(
         self,
         model: nn.Module,
@@ -303,7 +305,7 @@ class BreadthFirstTrainer(Trainer):
             with self.compute_loss_context_manager():
                 self.runner.prepare(model, self.args, self.accelerator)
                 plain = self.accelerator.unwrap_model(model)
-                self.losses.store_base(plain, as_base(plain))
+                self.losses.store_base(plain, self.as_reference(plain))
                 if self.rate_control is not None and self.rate_control.needs_first_loss:
                     self.rate_control.state.first_loss = self._mean_loss(plain)
         weight = num_items_in_batch or self.losses.weight(torch.tensor(inputs))

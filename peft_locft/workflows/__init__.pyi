@@ -18,6 +18,8 @@ from .live import withdraw_from_vllm as withdraw_from_vllm
 from .locate import SearchPlan as SearchPlan
 from .locate import run_location_search as run_location_search
 from .locate import search_locations as search_locations
+from .refined_lora import RefinedLora as RefinedLora
+from .refined_lora import export_refined_lora as export_refined_lora
 from .train import TrainingSummary as TrainingSummary
 from .train import train_edits as train_edits
 from .transfer import TransferReport as TransferReport
