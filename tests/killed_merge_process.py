@@ -39,8 +39,7 @@ from peft_locft.merging import detach_gguf, gguf_undo, in_place, merge_gguf, mer
 SYSTEM_CALLS = ("chmod", "copy_file_range", "fsync", "link", "mkdir", "rename", "replace", "rmdir", "unlink")
 CALLS = [
     *((os, name) for name in SYSTEM_CALLS),
-    *((module, "write_all") for module in (patched_file, in_place, gguf_undo)),
-    (gguf_file, "_write"),
+    *((module, "write_all") for module in (patched_file, in_place, gguf_undo, gguf_file)),
 ]
 
 

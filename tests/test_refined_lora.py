@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from tiny_training import EDITS, base_model, make_trainer, peft_model
+from tiny_training import EDITS, save_base_and_adapter
 from tokenizers_for_tests import make_tokenizer
 from transformers import AutoModelForCausalLM
 
-from peft_locft import EvaluationConfig, LocFTConfig, describe_adapter, evaluate_edits
+from peft_locft import EvaluationConfig, LocFTConfig, evaluate_edits
 from peft_locft.adapters import export_lora, inspect_adapter, read_adapter
 from peft_locft.cli import main
 from peft_locft.engine.model_state import as_base
@@ -23,25 +23,19 @@ RANK = 8
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    base_model(sharp=True).save_pretrained(folder)
-    make_tokenizer("llama2").save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
-    folder = tmp_path_factory.mktemp("adapter")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     config = LocFTConfig(target_modules=["down_proj"], layers_to_transform=[0, 1], task_type="CAUSAL_LM", scale=0.5)
-    model = peft_model(config=config, sharp=True)
-    model.peft_config["default"].base_model_name_or_path = str(base)
-    trainer = make_trainer(folder, model, learning_rate=3e-2, num_train_epochs=40, stop_at_learned=1.0)
-    trainer.train()
-    trainer.save_model()
-    assert trainer.learned is not None and trainer.learned.reliability == 1
-    describe_adapter(folder, edits=EDITS)
-    return folder
+    return save_base_and_adapter(tmp_path_factory.mktemp("saved"), config)
+
+
+@pytest.fixture
+def base(saved: tuple[Path, Path]) -> Path:
+    return saved[0]
+
+
+@pytest.fixture
+def adapter(saved: tuple[Path, Path]) -> Path:
+    return saved[1]
 
 
 def reliability(base: Path, lora: Path) -> float:

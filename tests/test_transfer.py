@@ -9,35 +9,28 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import EDITS, base_model, make_trainer, peft_model
+from tiny_training import base_model, save_base_and_adapter
 from tokenizers_for_tests import make_tokenizer
 from transformers import AutoModelForCausalLM
 
-from peft_locft import describe_adapter
 from peft_locft.adapters import read_adapter
 from peft_locft.cli import main
 from peft_locft.workflows import transfer_adapter
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    base_model(sharp=True).save_pretrained(folder)
-    make_tokenizer("llama2").save_pretrained(folder)
-    return folder
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return save_base_and_adapter(tmp_path_factory.mktemp("saved"))
 
 
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
-    folder = tmp_path_factory.mktemp("adapter")
-    model = peft_model(sharp=True)
-    model.peft_config["default"].base_model_name_or_path = str(base)
-    trainer = make_trainer(folder, model, learning_rate=3e-2, num_train_epochs=40, stop_at_learned=1.0)
-    trainer.train()
-    trainer.save_model()
-    assert trainer.learned is not None and trainer.learned.reliability == 1
-    describe_adapter(folder, edits=EDITS)
-    return folder
+@pytest.fixture
+def base(saved: tuple[Path, Path]) -> Path:
+    return saved[0]
+
+
+@pytest.fixture
+def adapter(saved: tuple[Path, Path]) -> Path:
+    return saved[1]
 
 
 def descendant(base: Path, folder: Path, change: Callable[[Any], object]) -> Path:

@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from tiny_models import build
 from tokenizers_for_tests import make_tokenizer
 
-from peft_locft import BreadthFirstConfig, BreadthFirstTrainer, Edit, LocFTConfig
+from peft_locft import BreadthFirstConfig, BreadthFirstTrainer, Edit, LocFTConfig, describe_adapter
 
 # every training run collects garbage, which takes half a second while all imported modules are looked through
 gc.freeze()
@@ -70,3 +70,18 @@ def make_trainer(
 def trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return a copy of every trainable tensor."""
     return {name: tensor.detach().clone() for name, tensor in model.named_parameters() if tensor.requires_grad}
+
+
+def save_base_and_adapter(folder: Path, config: LocFTConfig | None = None) -> tuple[Path, Path]:
+    """Save a tiny model, and an adapter of it that has learned all edits and ships them; return their folders."""
+    base, adapter = folder / "base", folder / "adapter"
+    base_model(sharp=True).save_pretrained(base)
+    make_tokenizer("llama2").save_pretrained(base)
+    model = peft_model(config=config, sharp=True)
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    trainer = make_trainer(adapter, model, learning_rate=3e-2, num_train_epochs=40, stop_at_learned=1.0)
+    trainer.train()
+    trainer.save_model()
+    assert trainer.learned is not None and trainer.learned.reliability == 1
+    describe_adapter(adapter, edits=EDITS)
+    return base, adapter

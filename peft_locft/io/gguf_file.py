@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .copies import Progress, copy_ranges
+from .copies import Progress, copy_ranges, write_all
 from .disk_space import check_room
 from .untrusted_json import one_line, shortened
 
@@ -25,6 +25,7 @@ INSTALL = "pip install 'peft-locft[gguf]'"
 # of the types that torch has; every other one is quantized
 FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 KV_COUNT_AT = 16  # bytes from the file's beginning
+STRING = 8  # the type of a text in the metadata
 
 
 def gguf_package() -> Any:
@@ -232,9 +233,6 @@ class GGUFFile:
         return num_bytes + -num_bytes % self.alignment
 
 
-STRING = 8  # the type of a text in the metadata
-
-
 def _string(text: str) -> bytes:
     content = text.encode()
     return struct.pack("<Q", len(content)) + content
@@ -283,7 +281,7 @@ def write_gguf(
     parts = list(_parts(source, new))
     check_room(target.parent, len(header) + sum(size for size, _, _ in parts))
     with open(target, "wb", buffering=0) as writer:
-        _write(writer, header)
+        write_all(writer, memoryview(header))
         position = writer.tell()
         for size, start, content in parts:
             if content is None:
@@ -292,7 +290,7 @@ def write_gguf(
             else:
                 writer.seek(position)
                 for each in content:
-                    _write(writer, each)
+                    write_all(writer, memoryview(each))
                 progress(size)
             position += size
         os.fsync(writer.fileno())
@@ -314,12 +312,6 @@ def _parts(source: GGUFFile, new: Mapping[str, Sequence[bytes]]) -> Iterator[tup
         yield sum(len(each) for each in new[name]), tensor.start, new[name]
     if size:
         yield size, start, None
-
-
-def _write(writer: Any, content: bytes) -> None:
-    view = memoryview(content)
-    while view:
-        view = view[writer.write(view) :]
 
 
 def _verify(target: Path, header: bytes, parts: Sequence[tuple[int, int, Sequence[bytes] | None]]) -> None:
