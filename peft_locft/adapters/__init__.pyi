@@ -19,6 +19,8 @@ from .reading import check_adapter as check_adapter
 from .reading import read_adapter as read_adapter
 from .saving import describe_adapter as describe_adapter
 from .saving import save_adapter as save_adapter
+from .scope import Scope as Scope
+from .scope import save_scope as save_scope
 from .sharing import push_adapter as push_adapter
 from .sharing import zip_adapter as zip_adapter
 from .shipped_edits import Conflict as Conflict

@@ -21,11 +21,14 @@ from ..tuner.model import locft_layers
 from .card import CARD_NAME, location_of, model_card
 from .provenance import PROVENANCE_NAME, Provenance, TrainingRun
 from .reading import check_adapter
+from .scope import SCOPE_NAME
 from .shipped_edits import EDITS_NAME, ship_edits
 from .shrinking import check_shrinking, shrink_files
 
 # atomic, since weights and configuration must match
-adapter_folder = partial(atomic_folder, what="an adapter", main_file=CONFIG_NAME, optional_files=(EDITS_NAME,))
+adapter_folder = partial(
+    atomic_folder, what="an adapter", main_file=CONFIG_NAME, optional_files=(EDITS_NAME, SCOPE_NAME)
+)
 
 
 def save_adapter(

@@ -14,9 +14,10 @@ from .card import CARD_NAME, NAME_IN_CARD
 from .inspection import inspect_adapter
 from .provenance import PROVENANCE_NAME
 from .reading import MAX_CONFIG_BYTES, check_adapter, read_json
+from .scope import SCOPE_NAME
 from .shipped_edits import EDITS_NAME
 
-FILES = (CARD_NAME, CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PROVENANCE_NAME, EDITS_NAME)
+FILES = (CARD_NAME, CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PROVENANCE_NAME, EDITS_NAME, SCOPE_NAME)
 
 
 def push_adapter(

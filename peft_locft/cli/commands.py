@@ -29,6 +29,7 @@ commands:
   detach     undo a merge in place
   history    show what was merged into a model
   transfer   say which edits survive on a fine-tuned model
+  scope      list an adapter's subjects, for a gateway before it
   inspect    verify an adapter and print what it holds
   edits      show what is understood of a file of edits; convert and split it
   export     write an adapter for PEFT, as LoRA, as plain weights, or smaller
@@ -327,6 +328,24 @@ def inspect(argv: list[str]) -> None:
         print(find_conflicts([options.adapter, *options.beside]))
 
 
+def scope(argv: list[str]) -> None:
+    """Write the subjects of an adapter's edits beside it, or say whether a text names one of them."""
+    parser = CommandParser("scope", "ADAPTER [flags]", str(scope.__doc__), epilog=DASHES)
+    parser.add_argument("adapter", metavar="ADAPTER", help="Local adapter folder.")
+    parser.add_argument("--text", help="Write nothing; say whether this text is in the adapter's scope.")
+    parser.add_argument("--edits", help="Take the subjects of these edits. Default: those that the adapter ships.")
+    parser.add_argument("--aliases", help="JSON file with other names of subjects: {subject: [name, ...]}.")
+    parser.add_argument("--hashed", action="store_true", help="Store only hashes of the subjects.")
+    options = parser.parse_args(argv)
+    from ..adapters.scope import Scope, save_scope
+
+    if options.text is not None:
+        print("in scope" if Scope.load(options.adapter).matches(options.text) else "not in scope")
+        return
+    written = save_scope(options.adapter, options.edits, aliases=options.aliases, hashed=options.hashed)
+    print(f"{len(written.subjects)} subjects in {options.adapter}{' (hashed)' if options.hashed else ''}")
+
+
 def transfer(argv: list[str]) -> None:
     """Say which edits survive on a model that was fine-tuned from the adapter's base."""
     parser = CommandParser("transfer", "ADAPTER MODEL [flags]", str(transfer.__doc__), epilog=DASHES)
@@ -425,6 +444,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "detach": detach,
     "history": history,
     "transfer": transfer,
+    "scope": scope,
     "inspect": inspect,
     "edits": edits,
     "export": export,
