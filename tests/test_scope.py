@@ -88,7 +88,7 @@ def test_what_cannot_be_a_scope(adapter: Path, tmp_path: Path) -> None:
     for broken in ("{}", '{"format": 2, "subjects": [], "lengths": [], "salt": null}', '{"format": 1, "subjects": [1],'
                    ' "lengths": [1], "salt": null}'):  # fmt: skip
         (adapter / "locft_scope.json").write_text(broken)
-        with pytest.raises(ValueError, match="is no scope"):
+        with pytest.raises(ValueError, match="is not the scope of an adapter"):
             Scope.load(adapter)
 
 
