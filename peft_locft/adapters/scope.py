@@ -16,7 +16,7 @@ from ..data.edits import Edit, EditSource, read_edits
 from ..data.scripts import begins_word, ends_word
 from ..io.files import write_atomically
 from .reading import check_adapter, read_json
-from .shipped_edits import adapter_edits
+from .shipped_edits import shipped_edits
 
 SCOPE_NAME = "locft_scope.json"
 SCOPE_FORMAT = 1
@@ -156,7 +156,9 @@ def save_scope(
         OSError: if a file cannot be read or written.
     """
     folder = check_adapter(adapter, method=None).folder
-    read = adapter_edits(adapter) if edits is None else read_edits(edits)
+    read = shipped_edits(folder) if edits is None else read_edits(edits)
+    if read is None:
+        raise ValueError(f"{adapter} ships no edits. Give them as edits, or `locft scope {adapter} --edits FILE`.")
     if isinstance(aliases, str | os.PathLike):
         aliases = _read_aliases(Path(aliases))
     scope = Scope.of(read, aliases, hashed=hashed)
