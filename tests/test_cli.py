@@ -601,7 +601,7 @@ def test_a_model_that_is_not_there_is_named(call: Words, tmp_path: Path, capsys:
             ["poem"],
             r"unknown command .poem.; expected one of train, evaluate, compare, try, locate, baselines, merge, "
             r"detach, "
-            r"inspect, edits, export\n`locft --help` lists the commands\.\n$",
+            r"history, transfer, scope, inspect, edits, export\n`locft --help` lists the commands\.\n$",
         ),
         (
             ["trian"],
