@@ -32,8 +32,8 @@ from ..training.config import BreadthFirstConfig
 from ..training.learned import LearnedEdits
 from ..training.trainer import BreadthFirstTrainer
 
-RELATIVE_RATE = 0.02  # of the root mean square of the factors, which are scaled to have the same one
-NUM_EPOCHS = 20
+RELATIVE_RATE = 0.1  # of the root mean square of the factors, which are scaled to have the same one
+NUM_EPOCHS = 30
 # prompts about other subjects, held to the full delta's distributions
 RETAINED: dict[str, Any] = {
     "retained_subjects": 4,
