@@ -301,8 +301,9 @@ def test_in_place_and_back(kind: str, base: Path, tmp_path: Path) -> None:
         assert model.read_bytes() == (tmp_path / "out.gguf").read_bytes()
         assert reader.read() != model.read_bytes()
     assert model.stat().st_mode & 0o777 == 0o640
-    with pytest.raises(ValueError, match="already has an edit merged in place"):
-        merge_gguf_in_place(model, tmp_path / "adapter", force=True)
+    for force in (False, True):
+        with pytest.raises(ValueError, match="already has an edit merged in place"):
+            merge_gguf_in_place(model, tmp_path / "adapter", force=force)
     detach_gguf(model)
     assert snapshot(folder) == before
     assert model.stat().st_mode & 0o777 == 0o640

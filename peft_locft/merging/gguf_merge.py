@@ -208,20 +208,22 @@ def merge_gguf_in_place(
         ModuleNotFoundError: as in `merge_gguf`.
     """
     start = time.perf_counter()
-    plan = _plan(model, adapters, weights, scale, base_model, tolerance, force)
-    changed_files = [file for file in plan.model.files if plan.edits.keys() & file.tensors.keys()]
-    if len(changed_files) > 1:
-        raise ValueError(
-            f"{model}: the edited tensors are in {len(changed_files)} files, which cannot be replaced in one step. "
-            "Merge into a new file."
-        )
-    file = changed_files[0]
-    with exclusive_access(file.path) as is_merged:
-        if is_merged:
+    path = Path(model).absolute()
+    # the file is read under the lock: another process may have changed it before
+    with exclusive_access(path) as merged:
+        if merged:
             raise ValueError(
-                f"{file.path} already has an edit merged in place. Run `locft detach {file.path}`, then merge all "
+                f"{merged[0]} already has an edit merged in place. Run `locft detach {model}`, then merge all "
                 "adapters together."
             )
+        plan = _plan(path, adapters, weights, scale, base_model, tolerance, force)
+        changed_files = [file for file in plan.model.files if plan.edits.keys() & file.tensors.keys()]
+        if len(changed_files) > 1:
+            raise ValueError(
+                f"{model}: the edited tensors are in {len(changed_files)} files, which cannot be replaced in one "
+                "step. Merge into a new file."
+            )
+        file = changed_files[0]
         new, changed = _new_tensors(plan, tensor_type)
         header = _header(file, new, plan.record)
         with progress_bar(file.path.stat().st_size, progress) as advance:
@@ -252,14 +254,10 @@ def detach_gguf(model: str | os.PathLike[str], *, progress: bool = False) -> GGU
         ModuleNotFoundError: if the package `gguf` is not installed.
     """
     start = time.perf_counter()
-    path = Path(model)
-    merged = [each for each in split_names(path) if undo_path(each).is_file()]
-    if not path.is_file() or not merged:
-        raise ValueError(f"{path} has no originals at {undo_path(path)}: nothing is merged in place there.")
-    path = merged[0].absolute()
-    with exclusive_access(path) as is_merged:
-        if not is_merged:
-            raise ValueError(f"{path} is the original model: nothing is merged in place there.")
+    with exclusive_access(Path(model).absolute()) as merged:
+        if not merged:
+            raise ValueError(f"{model} has no originals beside it: nothing is merged in place there.")
+        path = merged[0]
         undo = Undo(undo_path(path))
         undo.check_originals()
         file = GGUFFile(path)

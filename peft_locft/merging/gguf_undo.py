@@ -16,6 +16,7 @@ from ..io.folders import locked, sync_folder
 from ..io.gguf_file import GGUFFile
 from ..io.interruption import explained_interruption
 from ..io.safetensors_file import StoredTensor, read_header, write_header
+from .gguf_plan import split_names
 from .plan import IN_PLACE_FOLDER
 
 UNDO_ENDING = ".undo.safetensors"
@@ -159,23 +160,31 @@ def _neither(model: Path) -> ValueError:
 
 
 @contextmanager
-def exclusive_access(model: Path) -> Iterator[bool]:
-    """Lock the folder of a file, recover from a killed process, and yield whether an edit is merged in place."""
-    if model.is_symlink():
+def exclusive_access(model: Path) -> Iterator[list[Path]]:
+    """Lock a model's folder, recover from a killed process, and yield its files that have an edit merged in place.
+
+    Args:
+        model: the model's file; of several, any.
+    """
+    if not model.is_file():
+        raise FileNotFoundError(f"{model} is not a file: expected a model in GGUF.")
+    paths = [path for path in split_names(model) if path.exists()]
+    links = [path for path in paths if path.is_symlink()]
+    if links:
         raise ValueError(
-            f"{model} is a symbolic link to {model.resolve()}: other programs share that file, so a merge in place "
-            "would change their model too. Merge into a new file."
+            f"{links[0]} is a symbolic link to {links[0].resolve()}: other programs share that file, so a merge in "
+            "place would change their model too. Merge into a new file."
         )
     with locked(model.parent) as acquired, explained_disk_full(model.parent):
         if not acquired:
             raise ValueError(f"Another process is merging or detaching in {model.parent}. Wait until it has finished.")
-        is_merged = recover(model)
-        with explained_interruption(partial(_what_is_left, model, is_merged)):
-            yield is_merged
+        merged = [path for path in paths if recover(path)]
+        with explained_interruption(partial(_what_is_left, model, paths, merged)):
+            yield merged
 
 
-def _what_is_left(model: Path, was_merged: bool) -> str:
-    is_merged = recover(model)
-    if is_merged == was_merged:
+def _what_is_left(model: Path, paths: Sequence[Path], merged: Sequence[Path]) -> str:
+    now = [path for path in paths if recover(path)]
+    if now == merged:
         return f"{model} is as it was before. Run the same command to try again."
-    return f"{model} is complete: the adapters are {'merged' if is_merged else 'detached'}."
+    return f"{model} is complete: the adapters are {'merged' if now else 'detached'}."
