@@ -218,7 +218,8 @@ def test_another_model_is_refused(kind: str, adapter: Path, tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"is not near model.layers.1.mlp.down_proj.weight of .*: its relative dist"):
         merge_gguf(other, adapter, tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()
-    merge_gguf(other, adapter, tmp_path / "out.gguf", force=True)
+    forced = merge_gguf(other, adapter, tmp_path / "out.gguf", force=True)
+    assert forced.tensors[DOWN].evidence.startswith("not near the base, but forced, at a relative distance of 1.")
 
 
 def test_a_fine_tuned_model_in_full_precision_is_not_near(base: Path, adapter: Path, tmp_path: Path) -> None:

@@ -340,7 +340,8 @@ def recognized(
             "arranges this weight in a way that is unknown here. Take a file made from the base model, or raise "
             "tolerance (--tolerance)."
         )
-    return layout, f"near the base, at a relative distance of {distance:.2g}"
+    how = "near the base" if distance <= allowed else "not near the base, but forced"
+    return layout, f"{how}, at a relative distance of {distance:.2g}"
 
 
 def _short(dtype: torch.dtype) -> str:
