@@ -82,26 +82,41 @@ class GGUFTensor:
         Raises:
             ValueError: if the package `gguf` cannot dequantize its type.
         """
-        if self.type in FLOAT_TYPES:
-            return torch.frombuffer(bytearray(self.bytes()), dtype=FLOAT_TYPES[self.type]).reshape(self.shape)
-        import numpy as np
-
-        gguf = gguf_package()
-        try:
-            content = np.frombuffer(self.bytes(), dtype=np.uint8).reshape(*self.shape[:-1], -1)
-            values = gguf.quants.dequantize(content, gguf.GGMLQuantizationType[self.type])
-        except NotImplementedError:
-            raise ValueError(
-                f"{self.name} of {self.file} has the type {self.type}, which the package gguf {gguf_version()} cannot "
-                "dequantize. Take a file of another type, such as Q8_0 or F16, or update the package."
-            ) from None
-        return torch.from_numpy(values.astype(np.float32, copy=False)).reshape(self.shape)
+        return decode_values(self.bytes(), self.type, self.shape, f"{self.name} of {self.file}")
 
 
 def gguf_version() -> str:
     from importlib.metadata import version
 
     return version("gguf")
+
+
+def decode_values(content: bytes, type_name: str, shape: tuple[int, ...], where: str) -> torch.Tensor:
+    """Return the values of bytes of a GGUF type: in its own dtype, or float32 if it is quantized.
+
+    Args:
+        content: the bytes.
+        type_name: their type.
+        shape: shape of the values.
+        where: the tensor, for messages.
+
+    Raises:
+        ValueError: if the package `gguf` cannot dequantize the type.
+    """
+    if type_name in FLOAT_TYPES:
+        return torch.frombuffer(bytearray(content), dtype=FLOAT_TYPES[type_name]).reshape(shape)
+    import numpy as np
+
+    gguf = gguf_package()
+    try:
+        packed = np.frombuffer(content, dtype=np.uint8).reshape(*shape[:-1], -1)
+        values = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[type_name])
+    except NotImplementedError:
+        raise ValueError(
+            f"{where} has the type {type_name}, which the package gguf {gguf_version()} cannot dequantize. Take a "
+            "file of another type, such as Q8_0 or F16, or update the package."
+        ) from None
+    return torch.from_numpy(values.astype(np.float32, copy=False)).reshape(shape)
 
 
 def encode_values(values: torch.Tensor, type_name: str, where: str) -> bytes:

@@ -14,7 +14,7 @@ import torch
 from ..adapters.edited_parameters import NARROW_DTYPES, Term, deltas_of
 from ..io.arithmetic import compose_weight, tensor_sha256
 from ..io.checkpoint import Checkpoint
-from ..io.gguf_file import FLOAT_TYPES, GGUFFile, GGUFTensor, encode_values, gguf_package
+from ..io.gguf_file import GGUFFile, GGUFTensor, decode_values, encode_values, gguf_package
 from ..io.parameter_names import ParameterFinder
 
 # largest relative distance, |file - base| / |base|, of a tensor that still counts as the one that was trained on.
@@ -237,20 +237,9 @@ class GGUFEdit:
         content = encode_values(stored, type_name, self.tensor.name)
         exact = self.layout.to_file(compose_weight(base.float(), deltas))
         change = (exact - self.layout.to_file(base).float()).norm()
-        written = _decode(content, type_name, stored)
+        written = decode_values(content, type_name, tuple(stored.shape), self.tensor.name).float()
         cost = float((written - exact).norm() / change) if change else 0.0
         return type_name, content, cost
-
-
-def _decode(content: bytes, type_name: str, like: torch.Tensor) -> torch.Tensor:
-    if type_name in FLOAT_TYPES:
-        return torch.frombuffer(bytearray(content), dtype=FLOAT_TYPES[type_name]).reshape(like.shape).float()
-    import numpy as np
-
-    gguf = gguf_package()
-    packed = np.frombuffer(content, dtype=np.uint8).reshape(*like.shape[:-1], -1)
-    values: torch.Tensor = torch.from_numpy(gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[type_name]))
-    return values.reshape(like.shape)
 
 
 def plan_gguf_edits(
