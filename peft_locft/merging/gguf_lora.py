@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from ..adapters.edited_parameters import deltas_of, terms_of
+from ..adapters.edited_parameters import base_to_compare, deltas_of, terms_of
 from ..io.arithmetic import one_thread
 from ..io.disk_space import size
 from ..io.files import atomic_file
 from ..io.gguf_file import gguf_package
-from .gguf_plan import TOLERANCE, GGUFEdit, GGUFModel, base_to_compare, plan_gguf_edits
+from .gguf_plan import TOLERANCE, GGUFEdit, GGUFModel, plan_gguf_edits
 from .plan import checked_adapters
 
 

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..adapters.edited_parameters import terms_of
+from ..adapters.edited_parameters import base_to_compare, terms_of
 from ..adapters.reading import CheckedAdapter
 from ..adapters.shipped_edits import Conflicts
 from ..io.arithmetic import one_thread
@@ -26,7 +26,6 @@ from .gguf_plan import (
     TOLERANCE,
     GGUFEdit,
     GGUFModel,
-    base_to_compare,
     plan_gguf_edits,
     split_names,
     warn_about_costs,

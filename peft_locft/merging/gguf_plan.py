@@ -337,33 +337,6 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def base_to_compare(model: str | None, adapters: Sequence[Any]) -> Checkpoint | None:
-    """Return the model that adapters were trained on; `None` if it is not on this machine and was not named.
-
-    Args:
-        model: a folder or an id on the Hub; `None`: the adapters' own, if it is on this machine.
-        adapters: the adapters.
-
-    Raises:
-        ValueError: if `model` is given and has no safetensors checkpoint.
-        OSError: if `model` is given and cannot be had.
-    """
-    if model is not None:
-        return Checkpoint(model)
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    name = next((each for adapter in adapters if (each := adapter.config.base_model_name_or_path)), None)
-    if name is None:
-        return None
-    try:
-        # what is not on this machine would be downloaded, gigabytes for a comparison
-        here = Path(name).is_dir() or isinstance(try_to_load_from_cache(name, "config.json"), str)
-        return Checkpoint(name) if here else None
-    except (ValueError, OSError, HFValidationError):
-        return None
-
-
 def warn_about_costs(costs: Mapping[str, tuple[str, float]]) -> None:
     """Warn where the type of a tensor rounds much of an edit away.
 

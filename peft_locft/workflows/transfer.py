@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..adapters.edited_parameters import Term, deltas_of, terms_of
+from ..adapters.edited_parameters import Term, base_to_compare, deltas_of, terms_of
 from ..adapters.reading import check_adapter
 from ..adapters.shipped_edits import adapter_edits
 from ..data.edit_types import without_questions
@@ -18,7 +18,6 @@ from ..evaluation.tables import markdown_table
 from ..io.arithmetic import one_thread
 from ..io.checkpoint import Checkpoint
 from ..io.parameter_names import ParameterFinder
-from ..merging.gguf_plan import base_to_compare
 from .evaluate import evaluate_model
 
 SURVIVES, LOST = 0.95, 0.5  # shares of the edits that were learned
@@ -140,8 +139,7 @@ def transfer_adapter(
 
 def _change(term: Term, descendant: ParameterFinder, original: ParameterFinder | None) -> WeightChange:
     weight = descendant.find(term.name, term.delta.shape).read().double()
-    deltas = deltas_of([replace(term, weight=None)], 0, term.delta.num_values)
-    ((values, scale),) = deltas
+    ((values, scale),) = deltas_of([term], 0, term.delta.num_values)
     delta = scale * values.double().reshape(term.delta.shape)
     found = WeightChange(term.name, float(delta.norm() / weight.norm()))
     if original is None:
