@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from ..adapters.edited_parameters import edited_parameters
 from ..adapters.exports import base_of, export_weights
 from ..adapters.reading import check_adapter
 from ..io.checkpoint import Checkpoint
@@ -227,10 +228,9 @@ def withdraw_from_sglang(
         RuntimeError: if the engine refuses the weights.
         OSError: as in `export_weights`.
     """
-    with TemporaryDirectory() as place:
-        export = export_weights(adapter, Path(place) / "edited.safetensors", base)
-    checkpoint = Checkpoint(*base_of(check_adapter(adapter), base, None))
-    tensors = {name: checkpoint.tensor(name) for name in export.tensors}
+    checked = check_adapter(adapter)
+    parameters = edited_parameters(Checkpoint(*base_of(checked, base, None)), [checked])
+    tensors = {span.name: span.tensor for parameter in parameters for span in parameter.base.spans}
     return _update_sglang(engine, {name: tensor.read().reshape(tensor.shape) for name, tensor in tensors.items()})
 
 
