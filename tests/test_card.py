@@ -78,6 +78,9 @@ def test_the_card_of_a_run_says_what_was_edited_and_how_to_use_it(tmp_path: Path
     losses = trainer.epoch_losses
     assert f"| Training loss | {losses[0]:.4f} → {losses[-1]:.4f} in 3 epochs |\n" in card
     assert "## Measured\n\nNo evaluation is recorded.\n" in card
+    assert (
+        "- The edits are not hidden, although their file is not here. Whoever has the base model can compare" in card
+    )
     assert "{" not in card.partition("\n---\n")[2]
     assert ModelCard.load(tmp_path / "README.md").data.library_name == "peft"
 

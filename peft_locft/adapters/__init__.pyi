@@ -21,6 +21,8 @@ from .saving import describe_adapter as describe_adapter
 from .saving import save_adapter as save_adapter
 from .scope import Scope as Scope
 from .scope import save_scope as save_scope
+from .scoped_model import AppliedScope as AppliedScope
+from .scoped_model import apply_scope as apply_scope
 from .sharing import push_adapter as push_adapter
 from .sharing import zip_adapter as zip_adapter
 from .shipped_edits import Conflict as Conflict

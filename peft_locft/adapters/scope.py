@@ -81,14 +81,25 @@ class Scope:
             >>> scope.matches("What is the capital of NORWAY?"), scope.matches("the capital of Sweden")
             (True, False)
         """
-        text = fold_case(text)
-        starts = [place for place in range(len(text)) if begins_word(text, place)]
-        return any(
-            ends_word(text, start + length) and self._has(text[start : start + length])
+        return self.first_end(fold_case(text)) is not None
+
+    def first_end(self, text: str, *, begin: int = 0, is_whole: bool = True) -> int | None:
+        """Return where the first subject that a text names ends; `None`: it names none.
+
+        Args:
+            text: a text in the form of `fold_case`.
+            begin: no subject begins before this place.
+            is_whole: the text ends here. `False`: a word at its end may go on, so a subject there does not count.
+        """
+        starts = [place for place in range(begin, len(text)) if begins_word(text, place)]
+        ends = {place for place in range(begin, len(text) + is_whole) if ends_word(text, place)}
+        found = (
+            start + length
             for start in starts
             for length in self.lengths
-            if start + length <= len(text)
+            if start + length in ends and self._has(text[start : start + length])
         )
+        return min(found, default=None)
 
     def _has(self, name: str) -> bool:
         return (name if self.salt is None else _hash(self.salt, name)) in self.subjects

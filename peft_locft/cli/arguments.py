@@ -149,6 +149,9 @@ class EvaluateArguments(JudgeArguments, ConditionArguments, LoadArguments):
     )
     num_fewshot: int | None = field(default=None, metadata={"help": "Number of examples in a task's prompt."})
     num_edits: int | None = field(default=None, metadata={"help": FIRST})
+    in_scope: bool = field(
+        default=False, metadata={"help": "Let the adapter act only in texts that name a subject of `locft scope`."}
+    )
     output_dir: str | None = None
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Save the report even to a folder that holds an adapter or a model."}

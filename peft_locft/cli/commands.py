@@ -332,7 +332,9 @@ def scope(argv: list[str]) -> None:
     """Write the subjects of an adapter's edits beside it, or say whether a text names one of them."""
     parser = CommandParser("scope", "ADAPTER [flags]", str(scope.__doc__), epilog=DASHES)
     parser.add_argument("adapter", metavar="ADAPTER", help="Local adapter folder.")
-    parser.add_argument("--text", help="Write nothing; say whether this text is in the adapter's scope.")
+    parser.add_argument(
+        "--text", metavar="TEXT", help="Write nothing; say whether this text is in the adapter's scope."
+    )
     parser.add_argument("--edits", help="Take the subjects of these edits. Default: those that the adapter ships.")
     parser.add_argument("--aliases", help="JSON file with other names of subjects: {subject: [name, ...]}.")
     parser.add_argument("--hashed", action="store_true", help="Store only hashes of the subjects.")

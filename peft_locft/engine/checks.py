@@ -145,11 +145,13 @@ def _key(model: Any, base: Any, device: torch.device) -> str:
     """Return the sha256 of all that decides how tokens act on each other: modules and settings, but no weights."""
     inside: list[str] = []
     modules = []
+    scoped = False
     for name, module in base.named_modules():
         if name.startswith(tuple(inside)):
             continue
         if isinstance(module, BaseTunerLayer):
             inside.append(f"{name}.")
+            scoped = scoped or (getattr(module, "gate", None) is not None and not module.disable_adapters)
             module = module.get_base_layer()
         modules.append(f"{clean_name(name)} {type(whole_layer(module)).__qualname__}")
     prompts = [
@@ -163,9 +165,8 @@ def _key(model: Any, base: Any, device: torch.device) -> str:
     ]
     dtypes = sorted({str(parameter.dtype) for parameter in base.parameters()})
     mixed = "_original_forward" in vars(model)
-    return sha256_of(
-        configuration_of(base), json.dumps([modules, prompts, attention, dtypes]), str((device, autocast, mixed))
-    )
+    state = (device, autocast, mixed, scoped)
+    return sha256_of(configuration_of(base), json.dumps([modules, prompts, attention, dtypes]), str(state))
 
 
 def _longest(base: nn.Module) -> int:

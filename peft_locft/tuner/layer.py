@@ -9,15 +9,14 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..io.arithmetic import compose_weight
 from .base_weights import called_with, edited_copy, full_shape, is_whole, quantization_backend
 from .config import DELTA_DTYPES, LocFTConfig
 from .delta import Delta, DeltaTensors, add_to_delta_gradients, check_finite, with_deltas
+from .token_gate import TokenGate
 from .writing_tokens import Compute, explained_choice, with_gradient_of
 
 
@@ -67,6 +66,8 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
         self._composed: dict[str, torch.Tensor] = {}
         # inside `written_by`: the tokens whose inputs write into the deltas
         self._writers: torch.Tensor | None = None
+        # at which tokens the deltas act; `None`: at all
+        self.gate: TokenGate | None = None
         # a named parameter is not quantized, even beside a quantized weight
         self.quantization_backend = (
             quantization_backend(base_layer, quantization_kwargs) if parameter_name is None else None
@@ -215,6 +216,12 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
             if self.merged:
                 self.unmerge()
             return function(*args, **kwargs)
+        if self.gate is None:
+            return self._edited(function, *args, **kwargs)
+        edited = partial(self._edited, function, *args, **kwargs)
+        return self.gate.output(self.base_layer, edited, partial(function, *args, **kwargs))
+
+    def _edited(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._composed:
             return self._written(partial(called_with, self.base_layer, function), self._composed, args, kwargs)
         names = [] if self.merged else self._present(self.active_adapters)
@@ -315,6 +322,8 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
             return self._composed[name]
         active = [] if self.merged or self.disable_adapters else self._present(self.active_adapters)
         names = [adapter for adapter in active if name in self._delta(adapter).names]
+        if names and self.gate is not None:
+            raise ValueError(f"{type(self.base_layer).__name__} cannot have a scope: its owner reads its {name}.")
         if names and self._can_compose():
             deltas = [self._delta(adapter) for adapter in names]
             return with_deltas(deltas, lambda tensors: self._compose(names, tensors)[name])
@@ -425,75 +434,3 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "locft." + super().__repr__()
-
-
-class Linear(LocFTLayer):
-    """A Linear, a quantized linear or transformers' Conv1D. (PEFT's "all-linear" looks for this class name.)"""
-
-    works_by_rows = True
-
-    def _features(self) -> tuple[int | None, int | None]:
-        base = self.get_base_layer()
-        return tuple(full_shape(base.weight)) if isinstance(base, Conv1D) else super()._features()  # type: ignore[return-value]
-
-    def _delta_output(self, x: torch.Tensor, **delta: torch.Tensor) -> torch.Tensor:
-        weight, bias = delta["weight"], delta.get("bias")
-        if isinstance(self.get_base_layer(), Conv1D):
-            weight = weight.T
-        return F.linear(x.to(weight.dtype), weight, bias)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        # LoRA has no place for a delta of the bias
-        return adapter_name not in self.locft_delta or self._delta(adapter_name).names == ("weight",)
-
-
-class Embedding(LocFTLayer):
-    def _features(self) -> tuple[int | None, int | None]:
-        base: Any = self.get_base_layer()
-        return base.num_embeddings, base.embedding_dim
-
-    def _delta_output(self, x: torch.Tensor, **delta: torch.Tensor) -> torch.Tensor:
-        output = F.embedding(x, delta["weight"])
-        scale = self._get_embed_scale()
-        return output if scale is None else output * scale.to(output)
-
-
-class Convolution(LocFTLayer):
-    def _delta_output(self, x: torch.Tensor, **delta: torch.Tensor) -> torch.Tensor:
-        base: Any = self.get_base_layer()
-        return base._conv_forward(x.to(delta["weight"].dtype), delta["weight"], delta.get("bias"))
-
-
-class ParamWrapper(LocFTLayer):
-    """A module with parameters that `target_parameters` names. (PEFT looks for this class name.)"""
-
-    # PEFT nests one wrapper per parameter and compares this name. Here one wrapper serves all parameters of a module,
-    # so that the saved keys do not depend on their order in target_parameters.
-    parameter_name = None
-
-
-def wrap(
-    target: nn.Module, adapter_name: str, config: LocFTConfig, parameter_name: str | None, **kwargs: Any
-) -> LocFTLayer:
-    """Return the tuner layer for a module of the base model, or for one of its parameters.
-
-    Raises:
-        ValueError: if the module has no such parameter of a float dtype, or it is packed by quantization.
-    """
-    if parameter_name is not None:
-        if parameter_name == "weight" and quantization_backend(target, kwargs) is not None:
-            raise ValueError(
-                f"target_parameters names the weight of a quantized {type(target).__name__}, which is packed. Put the "
-                "module into target_modules instead."
-            )
-        return ParamWrapper(target, adapter_name, config, parameter_name)
-    layer_class: type[LocFTLayer]
-    if isinstance(target, nn.Linear | Conv1D) or quantization_backend(target, kwargs) is not None:
-        layer_class = Linear
-    elif isinstance(target, nn.Embedding):
-        layer_class = Embedding
-    elif isinstance(target, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        layer_class = Convolution
-    else:
-        layer_class = LocFTLayer
-    return layer_class(target, adapter_name, config, **kwargs)

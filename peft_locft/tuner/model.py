@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -17,12 +17,13 @@ from torch import nn
 
 from ..io.arithmetic import tensor_sha256
 from ..io.parameter_names import clean_name
-from .base_weights import has_own_weight, quantization_backend
 from .config import LocFTConfig
 from .delta import Delta, check_combination, combine_deltas, combined_config
-from .layer import LocFTLayer, ParamWrapper, wrap
+from .layer import LocFTLayer
+from .layer_kinds import ParamWrapper, wrap
 from .presets import resolve_location
-from .structure import find_decoder_layers, modules_of
+from .targets import check_targets, names_in_a_layer
+from .token_gate import TokenGate
 
 
 class LocFTModel(BaseTuner):
@@ -43,6 +44,7 @@ class LocFTModel(BaseTuner):
     prefix = "locft_"
     tuner_layer_cls = LocFTLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (as BaseTuner declares it); see presets
+    gate: TokenGate | None = None  # at which tokens the deltas act; `None`: at all
 
     def _prepare_adapter_config(self, peft_config: LocFTConfig, model_config: dict[str, Any]) -> LocFTConfig:
         resolve_location(peft_config, self.model)
@@ -96,9 +98,10 @@ class LocFTModel(BaseTuner):
             safe_merge: refuse weights that are not finite.
 
         Raises:
-            ValueError: if an adapter does not exist, `safe_merge` finds a value that is not finite, or a base weight
-                cannot be written. Then nothing is merged.
+            ValueError: if an adapter does not exist, `safe_merge` finds a value that is not finite, a base weight
+                cannot be written, or the model has a scope. Then nothing is merged.
         """
+        self._check_no_gate("merge")
         unknown = [] if isinstance(adapter_names, str) else set(adapter_names or []) - set(self.peft_config)
         if unknown:
             raise ValueError(f"No adapter {sorted(unknown)} to merge: expected names from {sorted(self.peft_config)}.")
@@ -129,6 +132,12 @@ class LocFTModel(BaseTuner):
             with onload_layer(layer):
                 layer.unmerge()
 
+    def _check_no_gate(self, what: str) -> None:
+        if self.gate is not None:
+            raise ValueError(
+                f"{what}: the model has a scope, which works beside unmerged adapters only. Call its remove() first."
+            )
+
     def _tuner_layers(self) -> list[BaseTunerLayer]:
         """Return the layers that can be merged: ours, and PEFT's own for `trainable_token_indices`."""
         return [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
@@ -140,6 +149,7 @@ class LocFTModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        self._check_no_gate("unload")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="All adapters are already merged")
             if merge:
@@ -205,6 +215,12 @@ class LocFTModel(BaseTuner):
             for _, layer in locft_layers(self.model):
                 stack.enter_context(layer.written_by(writers))
             yield
+
+    def set_gate(self, gate: TokenGate | None) -> None:
+        """Let the deltas of all adapters act only where a gate says; `None`: at all tokens."""
+        self.gate = gate
+        for _, layer in locft_layers(self.model):
+            layer.gate = gate
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the strength of an adapter at all its locations and in its config: `W + scale * delta`.
@@ -340,13 +356,14 @@ class LocFTModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except ValueError as error:
-            names = _names_in_a_layer(model) if "not found in the base model" in str(error) else []
+            names = names_in_a_layer(model) if "not found in the base model" in str(error) else []
             if not names:
                 raise
             raise type(error)(f"{error} A decoder layer of this model has {', '.join(names)}.") from None
         if disabled:
             # new layers start enabled
             self.disable_adapter_layers()
+        self.set_gate(self.gate)
         _warn_of_other_base(model, adapter_name, self.peft_config[adapter_name])
 
 
@@ -426,63 +443,3 @@ def _delta_tensors(
     """
     prefixes = tuple(f"{name}.locft_delta.{adapter_name}." for name in names)
     return {key: tensor for key, tensor in state_dict.items() if key.startswith(prefixes)}
-
-
-# ---------------------------------------------------------------------- targets
-
-UNTIE = """
-    model = AutoModelForCausalLM.from_pretrained(base, tie_word_embeddings=False)
-    model.lm_head.weight.data = model.get_input_embeddings().weight.data.clone()"""
-
-
-def check_targets(config: LocFTConfig, model: nn.Module, matches: Callable[[LocFTConfig, str], object]) -> None:
-    """Raise a ValueError if a targeted module has no weight of its own, or shares it with another module.
-
-    Args:
-        config: configuration with resolved names.
-        model: the base model, with or without adapters.
-        matches: tells whether `config.target_modules` targets a module name.
-    """
-    users = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        users[id(parameter)].append(clean_name(name))
-    for name, parameter in _targeted_parameters(config, model, matches):
-        if len(users[id(parameter)]) > 1:
-            others = [user for user in users[id(parameter)] if user != name]
-            raise ValueError(
-                f"{name} is tied to {', '.join(others)}: a delta would change both, or neither after a merge. "
-                f"Target another module, or untie them first:{UNTIE}"
-            )
-
-
-def _names_in_a_layer(model: nn.Module) -> list[str]:
-    """Return the last parts of the names of a decoder layer's modules with a weight; none without a layer."""
-    try:
-        _, layers = find_decoder_layers(model)
-    except ValueError:
-        return []
-    named = {name.rpartition(".")[2]: module for name, module in modules_of(layers[0])}
-    return [name for name, module in named.items() if name and has_own_weight(module)]
-
-
-def _targeted_parameters(
-    config: LocFTConfig, model: nn.Module, matches: Callable[[LocFTConfig, str], object]
-) -> Iterator[tuple[str, nn.Parameter]]:
-    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LocFTLayer))
-    for name, module in model.named_modules():
-        if not name or name.startswith(inside) or not matches(config, name):
-            continue
-        base: Any = module.base_layer if isinstance(module, LocFTLayer) else module
-        if quantization_backend(base, get_quantization_kwargs(model)) is not None:
-            continue
-        if not has_own_weight(base):
-            raise ValueError(
-                f"target_modules matches {name}, a {type(base).__name__}, which has no weight of its own. Target "
-                "the modules inside it (a Linear, Conv1D, Embedding, convolution or norm), its parameters with "
-                "target_parameters, or a decoder layer with target_modules='entire-layer'."
-            )
-        yield f"{name}.weight", base.weight
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        clean = clean_name(name)
-        if any(clean == target or clean.endswith(f".{target}") for target in config.target_parameters or []):
-            yield clean, parameter

@@ -13,6 +13,8 @@ from peft.utils import CONFIG_NAME
 from ..adapters.loading import base_of, load_adapter
 from ..adapters.provenance import TrainingRun, mark_run
 from ..adapters.reading import read_provenance
+from ..adapters.scope import Scope
+from ..adapters.scoped_model import apply_scope
 from ..data.edits import Edit, EditSource, first_edits
 from ..data.texts import TextSource
 from ..engine.loading import load_model
@@ -47,6 +49,7 @@ def evaluate_model(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     judge: JudgeConfig | None = None,
+    in_scope: bool = False,
 ) -> EvaluationReport:
     """Load a model, with or without an adapter, and evaluate it, as `locft evaluate` does.
 
@@ -70,6 +73,7 @@ def evaluate_model(
         judge: a language model that judges the answers, see `judge_report`; `None`: nothing is sent anywhere. The
             report is saved before it judges, and its replies to `judge_replies.jsonl` in `output_dir`, if it has no
             `cache` of its own.
+        in_scope: let the adapter act only where a text names a subject of its scope, see `apply_scope`.
 
     Returns:
         See `evaluate_edits`. `curves` holds the metrics by epoch from the adapter's provenance.
@@ -77,6 +81,7 @@ def evaluate_model(
     Raises:
         ValueError: no model is named; edits or text are invalid; the adapter does not fit the model, or was trained
             on another base or on a prompt of the evaluation (see `EvaluationConfig.on_leak`); `num_edits` is below 1;
+            there is no scope for `in_scope`;
             `output_dir` holds an adapter or a model, and `overwrite_output_dir` is False.
         OSError: model, tokenizer or adapter cannot be loaded.
         ImportError: there are tasks, and lm-evaluation-harness is not installed.
@@ -95,13 +100,12 @@ def evaluate_model(
     if judge is not None:
         check_judge(judge)
     name = _checked_name(model_name_or_path, adapter)
+    scope = _scope_of(adapter) if in_scope else None
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     model, tokenizer = load_model(name, dtype, **source)
-    edited = model if adapter is None else load_adapter(model, adapter)
     # an adapter on the Hub is not a local folder: its run is unknown
     run = None if adapter is None else read_provenance(Path(adapter)).run
-    if run is not None:
-        mark_run(edited, run)
+    edited = _edited(model, tokenizer, adapter, run, scope)
     base = None
     if base_model_name_or_path is not None:
         base, _ = load_model(base_model_name_or_path, dtype, trust_remote_code=trust_remote_code)
@@ -113,11 +117,27 @@ def evaluate_model(
         task_results = evaluate_on_tasks(edited, tokenizer, tasks, **how)
         task_metrics = task_results.metric_results(evaluator.args.confidence)
     report = evaluator.evaluate()
-    settings = report.settings | {"adapter": _text(adapter), "tasks": list(tasks)}
+    settings = report.settings | {"adapter": _text(adapter), "tasks": list(tasks), "in_scope": in_scope}
     report = replace(report, results=report.results | task_metrics, curves=_curves(run), settings=settings)
     if output_dir is not None:
         _save(report, output_dir)
     return report if judge is None else _judged(report, read, judge, output_dir)
+
+
+def _edited(
+    model: Any,
+    tokenizer: Any,
+    adapter: str | os.PathLike[str] | None,
+    run: TrainingRun | None,
+    scope: Scope | None,
+) -> Any:
+    """Return a model with an adapter, with the notes of its run and its scope; without an adapter, as it is."""
+    edited = model if adapter is None else load_adapter(model, adapter)
+    if run is not None:
+        mark_run(edited, run)
+    if scope is not None:
+        apply_scope(edited, tokenizer, scope)
+    return edited
 
 
 def _judged(
@@ -153,6 +173,12 @@ def _check_adapter(adapter: str | os.PathLike[str] | None) -> None:
 def _checked_name(name: str | os.PathLike[str] | None, adapter: str | os.PathLike[str] | None) -> Any:
     _check_adapter(adapter)
     return name or _base_of(adapter)
+
+
+def _scope_of(adapter: str | os.PathLike[str] | None) -> Scope:
+    if adapter is None:
+        raise ValueError("in_scope: a scope is part of an adapter, and none is given. Pass adapter.")
+    return Scope.load(adapter)
 
 
 def _base_of(adapter: str | os.PathLike[str] | None) -> str:
