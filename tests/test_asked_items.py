@@ -16,7 +16,7 @@ from peft_locft.data.relations import same_subject
 from peft_locft.evaluation import EditEvaluator
 from peft_locft.evaluation.asked_items import AskedItems, Sources, asked_items
 from peft_locft.evaluation.contexts import CONTEXTS, EXAMPLES, FIRST_TURN, PARAGRAPH, in_context
-from peft_locft.evaluation.items import Reply
+from peft_locft.evaluation.items import TOKENS_BESIDE_ANSWER, ItemEncoder, Reply
 from peft_locft.evaluation.kinds import ALL_KINDS, BY_PROBES, asked_kinds
 from peft_locft.evaluation.metrics import METRICS
 from peft_locft.evaluation.rings import BEGINNINGS, same_relation
@@ -46,6 +46,24 @@ def asked(
 
 
 # ---------------------------------------------------------------------- contexts
+
+
+def test_answers_have_the_tokens_that_they_need() -> None:
+    """Short answers end early, but none before the target; long ones are as long as they were asked."""
+    tokenizer = make_tokenizer("gpt2")
+    long = replace(SPAIN, target="Paris, " * 30)
+    found = {}
+    for edit in (SPAIN, long):
+        items = asked([edit], contexts=["question_answer"], probes=["belief"]).items
+        encoder = ItemEncoder(items, tokenizer, max_new_tokens=40)
+        by_prompt = dict(zip(encoder._by_prompt, encoder.questions(), strict=True))
+        found[edit.target] = {item.kind: by_prompt[item.asked].max_new_tokens for item in items}
+    short, longer = found.values()
+    assert short["reliability"] == longer["reliability"] == 40
+    yes = len(tokenizer(" Yes").input_ids) + TOKENS_BESIDE_ANSWER
+    assert short["reliability_question_answer"] == 16 and short["belief_yes_no_new"] == max(8, yes)
+    length = len(tokenizer(" " + long.target).input_ids)
+    assert length > 40 and longer["reliability_question_answer"] == length + TOKENS_BESIDE_ANSWER
 
 
 def test_a_prompt_in_each_context() -> None:

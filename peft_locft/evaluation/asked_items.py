@@ -11,7 +11,7 @@ from ..data.edits import Edit, Message, Prompt
 from ..data.relations import is_english, same_subject
 from .belief import BeliefProbes, belief_items, belief_probes
 from .config import EvaluationConfig
-from .contexts import NEEDS_CHAT, NEEDS_ENGLISH, in_context
+from .contexts import NEEDS_CHAT, NEEDS_ENGLISH, NUM_TOKENS, in_context
 from .items import EvalItem, eval_items
 from .kinds import OTHER_LANGUAGE_KINDS, PUBLISHED, Kind, asked_kinds
 from .long_answers import long_items
@@ -123,6 +123,7 @@ def _add_contexts(
                         None,
                         prompt.history,
                         edit.aliases,
+                        max_new_tokens=NUM_TOKENS,
                     )
                 )
     if others and set(contexts) & set(NEEDS_ENGLISH):

@@ -14,6 +14,7 @@ CONTEXTS = ("question_answer", "few_shot", "chat", "after_paragraph", "second_tu
 NEEDS_CHAT = ("chat", "second_turn")
 NEEDS_ENGLISH = ("question_answer", "few_shot", "after_paragraph", "second_turn")
 
+NUM_TOKENS = 16  # of an answer, or what the target needs: five contexts are five times the work
 EXAMPLES = (
     ("How many days are in a week?", "Seven"),
     ("The opposite of hot is", "cold"),

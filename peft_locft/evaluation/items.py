@@ -17,7 +17,7 @@ from ..engine.questions import STOPS, UNTIL_EOS, Answer, Continuation, Question,
 from .scoring import cut_answer
 
 NUM_GUESSED_TOKENS = 8  # of an earlier answer, as a guess at how the next one begins
-TOKENS_BESIDE_CHOICE = 6  # that an answer may have beside the longest of its choices
+TOKENS_BESIDE_ANSWER = 6  # that an answer may have beside the longest of its choices, or the expected one
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,8 @@ class EvalItem:
         history: the messages of a conversation before the prompt; `None`: the prompt is plain text.
         aliases: other right answers; the best over all counts where the text of an answer is compared.
         choices: the possible answers, `expected` among them; `()`: any.
-        max_new_tokens: longest answer; `None`: as the encoder says or, with choices, little more than the longest.
+        max_new_tokens: longest answer, unless the expected one needs more; `None`: as the encoder says or, with
+            choices, little more than the longest.
         is_whole: the answer ends with EOS only, not at a stop.
         language: the code of the prompt's language; `None`: that of the edit.
     """
@@ -221,10 +222,11 @@ class ItemEncoder:
         """Return the largest number of tokens of an answer to an item; 0 if none is generated."""
         if not self._max_new_tokens or (item.max_new_tokens is None and not item.choices):
             return self._max_new_tokens
-        if item.max_new_tokens is not None:
-            return item.max_new_tokens
-        scored = (self._continuations[item.asked, choice] for choice in item.choices)
-        return TOKENS_BESIDE_CHOICE + max(len(each.token_ids) - each.start for each in scored)
+        # of an answer that is long by its nature, the expected one's length is no measure
+        texts = [item.expected] if item.max_new_tokens is not None and not item.is_whole else [*item.choices]
+        scored = (self._continuations[item.asked, text] for text in texts if text)
+        needed = TOKENS_BESIDE_ANSWER + max((len(each.token_ids) - each.start for each in scored), default=0)
+        return needed if item.max_new_tokens is None else max(item.max_new_tokens, needed)
 
     def _guess(self, number: int, earlier: Sequence[Reply] | None) -> tuple[int, ...]:
         item = self.items[number]
