@@ -47,15 +47,15 @@ def gateway(scope: Scope, base: str, edited: str, upstream: str, port: int) -> T
             headers = {"Content-Type": "application/json", "Authorization": self.headers.get("Authorization", "")}
             request = Request(upstream.rstrip("/") + self.path, json.dumps(body).encode(), headers)
             try:
-                with urlopen(request) as response:
-                    status, content = response.status, response.read()
+                response = urlopen(request)
             except HTTPError as error:
-                status, content = error.code, error.read()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+                response = error
+            with response:
+                self.send_response(response.status)
+                self.send_header("Content-Type", response.headers.get("Content-Type", "application/json"))
+                self.end_headers()
+                while part := response.read1():  # as it comes: an answer may be streamed
+                    self.wfile.write(part)
 
         def log_message(self, *arguments: Any) -> None:
             pass

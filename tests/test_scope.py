@@ -120,6 +120,9 @@ def test_the_command_line(adapter: Path, capsys: pytest.CaptureFixture[str], tmp
 # ---------------------------------------------------------------------- the gateway
 
 
+has_read = threading.Event()
+
+
 @pytest.fixture
 def address() -> Iterator[str]:
     """Start a server that answers with the model it was asked for, and the gateway before it."""
@@ -128,14 +131,27 @@ def address() -> Iterator[str]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             content = json.dumps({"model": body["model"], "path": self.path}).encode()
+            if body.get("stream"):
+                self.stream()
+                return
             self.send_response(400 if body.get("temperature") == -1 else 200)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
 
+        def stream(self) -> None:
+            """Send a part, and the next one only when somebody has read the first."""
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.end_headers()
+            self.wfile.write(b"data: one\n\n")
+            has_read.wait(30)
+            self.wfile.write(b"data: two\n\n")
+
         def log_message(self, *arguments: Any) -> None:
             pass
 
+    has_read.clear()
     upstream = ThreadingHTTPServer(("localhost", 0), Upstream)
     before = gateway(Scope.of(EDITS), "base", "edited", f"http://localhost:{upstream.server_port}/", 0)
     for server in (upstream, before):
@@ -163,6 +179,15 @@ def test_the_gateway_sends_each_request_to_its_model(address: str) -> None:
     assert ask(address, {"messages": conversation})["model"] == "edited"
     with pytest.raises(HTTPError, match="400"):
         ask(address, about("Norway") | {"temperature": -1})
+
+
+def test_a_streamed_answer_is_passed_on_as_it_comes(address: str) -> None:
+    body = {"stream": True, "messages": [{"role": "user", "content": "Where is Norway?"}]}
+    with urlopen(Request(f"{address}/v1/chat/completions", json.dumps(body).encode()), timeout=20) as response:
+        assert response.headers["Content-Type"] == "text/event-stream"
+        assert response.readline() == b"data: one\n"
+        has_read.set()
+        assert response.read() == b"\ndata: two\n\n"
 
 
 def test_every_text_of_a_request_is_looked_at() -> None:

@@ -54,7 +54,8 @@ def ultraedit_delta(
 
     Inputs h and gradients g are normalized together, `ĥ, ĝ = normalizer([h, g])`. The output of the layer shall move
     by `v = -rate |ĥ|² ĝ`, and the change is the ridge regression of v on h, `D = Vᵀ H (Hᵀ H + ridge I)⁻¹` (Gu et al.,
-    "UltraEdit", arXiv 2505.14679; the values are those of one step on normalized features).
+    "UltraEdit", arXiv 2505.14679, compared with the authors' code in EasyEdit; the values are those of one step on
+    normalized features).
 
     Args:
         inputs: (n, d_in), inputs of the layer at the positions that predict the targets' tokens.
