@@ -28,14 +28,18 @@ from peft_locft.evaluation import EditEvaluator
 
 from .common import machine, markdown_table, write_json
 
-EARLY = [4, 5, 6, 7, 8]
+EARLY, MIDDLE = [4, 5, 6, 7, 8], [13, 14, 15, 16, 17]  # of 30 layers
 OTHER_FACTS = {"retained_relations": 4, "retained_per_edit": 2.0}
 # layers, `None` being those of `balanced_config`, and fields of BreadthFirstConfig
 SETTINGS: dict[str, tuple[list[int] | None, dict[str, Any]]] = {
     "late, all tokens": (None, {}),
+    "late, all tokens, no damping": (None, {"preserve_soft_strength": 0.0}),
+    "late, all tokens, no other subjects retained": (None, {"retained_subjects": 0}),
     "late, all tokens, other facts retained": (None, OTHER_FACTS),
     "early, all tokens": (EARLY, {}),
+    "middle, all tokens": (MIDDLE, {}),
     "early, from the subject": (EARLY, {"gradient_tokens": "from_subject"}),
+    "early, from the subject, no damping": (EARLY, {"gradient_tokens": "from_subject", "preserve_soft_strength": 0.0}),
     "early, from the subject, other facts retained": (EARLY, {"gradient_tokens": "from_subject"} | OTHER_FACTS),
     "early, subject": (EARLY, {"gradient_tokens": "subject"}),
     "early, subject, other facts retained": (EARLY, {"gradient_tokens": "subject"} | OTHER_FACTS),
@@ -52,7 +56,7 @@ METRICS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--edits", type=Path, required=True, help="a file that read_edits reads")
-    parser.add_argument("--num_edits", type=int, default=100, help="take so many")
+    parser.add_argument("--num_edits", type=int, default=200, help="take so many")
     parser.add_argument("--skip", type=int, default=0, help="pass over so many edits first")
     parser.add_argument("--text", type=Path, required=True, help="for perplexity, not seen in training")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="rows")
