@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from plain import byte_tokenizer
 from tiny_models import build, every_family, randomize, same_bits
 from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from peft_locft import Edit, EvaluationConfig, LocFTConfig, Probe, evaluate_edits
+from peft_locft import Edit, EvaluationConfig, LocFTConfig, Probe, evaluate_edits, save_adapter
 from peft_locft.adapters import Scope, apply_scope
 
 SCOPE = Scope.of([Edit("Norway is", "cold", subject="Norway"), Edit("挪威的", "好", subject="挪威")])
@@ -187,6 +188,19 @@ def test_a_model_with_recurrent_states(tokenizer: Any) -> None:
         with apply_scope(model, tokenizer, SCOPE):
             found = generate(model, inputs)
         assert torch.equal(found, edited_answer if "Norway" in text else base_answer)
+
+
+def test_the_scope_in_an_adapters_folder(tokenizer: Any, tmp_path: Path) -> None:
+    model = edited()
+    inputs = batch(tokenizer, OUTSIDE)
+    with model.disable_adapter():
+        base = read(model, inputs)
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"has no scope\. Write one"):
+        apply_scope(model, tokenizer, tmp_path / "adapter")
+    SCOPE.save(tmp_path / "adapter")
+    with apply_scope(model, tokenizer, str(tmp_path / "adapter")):
+        assert same_bits(read(model, inputs), base)
 
 
 def test_every_adapter_has_the_scope(tokenizer: Any) -> None:

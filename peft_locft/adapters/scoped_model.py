@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,9 @@ CACHES = ("cache", "past_key_values", "cache_params")  # names in transformers, 
 REORDERING = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
 
 
-def apply_scope(model: PeftModel, tokenizer: Any, scope: Scope, *, whole_prompt: bool = True) -> AppliedScope:
+def apply_scope(
+    model: PeftModel, tokenizer: Any, scope: Scope | str | os.PathLike[str], *, whole_prompt: bool = True
+) -> AppliedScope:
     """Let the deltas of a model act only in sequences that name a subject.
 
     A sequence that names none is the base's, bit for bit: read at once or in parts, alone or in a batch, with a KV
@@ -41,7 +44,7 @@ def apply_scope(model: PeftModel, tokenizer: Any, scope: Scope, *, whole_prompt:
     Args:
         model: a PEFT model with LocFT adapters, of a decoder-only language model.
         tokenizer: its tokenizer.
-        scope: the subjects, such as `Scope.load("out")`.
+        scope: the subjects, or a local adapter folder that has a scope.
         whole_prompt: let the deltas act at every token of a prompt that names a subject, as they did in training.
             `False`: from the last token of the first name on; what stands before is the base's. That is for an
             adapter which was trained with such a scope applied, since others answer many edits otherwise then.
@@ -50,11 +53,12 @@ def apply_scope(model: PeftModel, tokenizer: Any, scope: Scope, *, whole_prompt:
         The applied scope; `remove()` takes it off.
 
     Raises:
-        ValueError: if the model has no LocFT adapter, has a scope already, is merged, or is not decoder-only.
+        ValueError: if the model has no LocFT adapter, has a scope already, is merged, or is not decoder-only; or as in
+            `Scope.load`.
 
     Example:
         >>> model = PeftModel.from_pretrained(base, "out")
-        >>> apply_scope(model, tokenizer, Scope.load("out"))
+        >>> apply_scope(model, tokenizer, "out")
         >>> model.generate(**tokenizer("The capital of Sweden is", return_tensors="pt"))  # the base's answer
     """
     check_model_and_tokenizer(model, tokenizer, "apply_scope")
@@ -68,7 +72,8 @@ def apply_scope(model: PeftModel, tokenizer: Any, scope: Scope, *, whole_prompt:
         raise ValueError(f"apply_scope: {type(base).__name__} has an encoder; a scope needs a decoder-only model.")
     if any(layer.merged for layer in tuner._tuner_layers()):
         raise ValueError("apply_scope: the adapter is merged, and a merged model has no scope. Call unmerge first.")
-    return AppliedScope(tuner, base, tokenizer, scope, whole_prompt)
+    loaded = scope if isinstance(scope, Scope) else Scope.load(scope)
+    return AppliedScope(tuner, base, tokenizer, loaded, whole_prompt)
 
 
 class AppliedScope:
