@@ -104,7 +104,10 @@ def test_vllm_answers_as_merged_and_then_as_before(base: Path, adapter: Path, ot
     assert engine.num_emptied == 1
     for model in models:
         assert torch.equal(logits(model), logits(merged)) and not torch.equal(logits(model), first)
-    assert engine.collective_rpc("locft_status") == [{"pushed": str(adapter), "changed": changed[0]}] * 2
+    assert (
+        engine.collective_rpc("locft_status")
+        == [{"pushed": str(adapter), "changed": changed[0], "dtype": "bfloat16"}] * 2
+    )
     # another one takes its place, and nothing of the first stays
     push_to_vllm(engine, other)
     assert all(same(bits(model), stored_with(base, other)) for model in models)
@@ -113,8 +116,74 @@ def test_vllm_answers_as_merged_and_then_as_before(base: Path, adapter: Path, ot
     assert engine.num_emptied == 3
     assert all(same(bits(model), before) for model in models)
     assert torch.equal(logits(models[1]), first)
-    assert engine.collective_rpc("locft_status") == [{"pushed": None, "changed": []}] * 2
+    assert engine.collective_rpc("locft_status") == [{"pushed": None, "changed": [], "dtype": "bfloat16"}] * 2
     assert withdraw_from_vllm(engine) == [[], []]
+
+
+def test_a_checkpoint_in_float32_that_is_served_in_bfloat16(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    loaded = edit(base, tmp_path / "adapter", ENTIRE_LAYER, dtype=torch.bfloat16)
+    model = served(base).to(torch.bfloat16)
+    engine, before = Engine(model), bits(model)
+    merged = loaded.merge_and_unload()
+    push_to_vllm(engine, tmp_path / "adapter")
+    assert same(bits(model), bits(merged))
+    withdraw_from_vllm(engine)
+    assert same(bits(model), before)
+    with pytest.raises(ValueError, match="it is after rounding to bfloat16"):
+        push_to_sglang(engine, tmp_path / "adapter")
+    push_to_sglang(engine, tmp_path / "adapter", dtype="bfloat16")
+    assert same(bits(model), bits(merged))
+    withdraw_from_sglang(engine, tmp_path / "adapter")
+    assert same(bits(model), before)
+
+
+class PackedRunner:
+    """The runner of an engine that packs the weights of its linears and frees them, as vLLM's for CPUs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        module: Any
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.output_size, module.input_size = module.weight.shape
+                self.pack(module, module.weight.data)
+
+    def pack(self, module: Any, weight: torch.Tensor) -> None:
+        module.weight = nn.Parameter(torch.empty(0, dtype=weight.dtype), requires_grad=False)
+        packed = weight.T.contiguous()
+        module.forward = lambda x: x @ packed
+
+    def get_model(self) -> nn.Module:
+        return self.model
+
+    def reload_weights(self, weights_iterator: Pairs) -> None:
+        modules = dict(self.model.named_modules())
+        for name, weight in weights_iterator:
+            self.pack(modules[name.removesuffix(".weight")], weight)
+
+
+def test_an_engine_that_packs_its_weights(base: Path, other: Path, adapter: Path) -> None:
+    model = served(base)
+    engine = Engine(model)
+    worker: Any = engine.workers[0]
+    worker.model_runner = PackedRunner(model)
+    first = logits(model)
+    changed = push_to_vllm(engine, other)
+    assert changed == [["model.layers.0.mlp.down_proj.weight", "model.layers.2.mlp.down_proj.weight"]]
+    pushed = logits(model)
+    assert not torch.equal(pushed, first)
+    # the same again: the originals are those of the checkpoint, not the edited ones
+    push_to_vllm(engine, other)
+    assert torch.equal(logits(model), pushed)
+    assert withdraw_from_vllm(engine) == changed and torch.equal(logits(model), first)
+    # norms are not packed, and a linear with a bias is more than its weight
+    with pytest.raises(ValueError, match="has packed its weights and can only load a whole linear of this name"):
+        push_to_vllm(engine, adapter)
+    model.model.layers[2].mlp.down_proj.bias = nn.Parameter(torch.zeros(32))
+    with pytest.raises(ValueError, match=r"layers.2.mlp.down_proj.weight: the server has packed .* without a bias"):
+        push_to_vllm(engine, other)
+    assert torch.equal(logits(model), first) and engine.collective_rpc("locft_status")[0]["pushed"] is None
 
 
 def stored_with(base: Path, adapter: Path) -> dict[str, torch.Tensor]:

@@ -1,21 +1,23 @@
 """Pushes an adapter into a running inference server and takes it off exactly: vLLM, SGLang.
 
 vLLM's workers get methods by `--worker-extension-cls peft_locft.workflows.live.LocFTWorkerExtension`. Each keeps the
-original values of what a push changed. SGLang has no place for such methods: its originals come from the checkpoint.
-Neither server is imported here.
+original values of what a push changed. Where an engine packs its weights and frees them, as vLLM's build for CPUs
+does, and in SGLang, which has no place for such methods, the originals come from the checkpoint. Neither server is
+imported here.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..adapters.edited_parameters import edited_parameters
@@ -32,30 +34,49 @@ class LiveEdit:
     Args:
         model: a model whose `load_weights(pairs)` takes tensors by their names in the checkpoint, as those of vLLM do.
             It may fuse them, split them between processes and hold them on any device.
+        reload: loads and packs tensors by their names in the checkpoint, for a model that has packed its weights.
 
     Attributes:
         label: what is pushed; `None` if nothing is.
-        originals: the original values of each changed parameter, by its name in the model.
+        originals: the original values of each changed parameter, by its name in the model; of packed ones, by its name
+            in the checkpoint.
     """
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(
+        self, model: Any, reload: Callable[[Iterator[tuple[str, torch.Tensor]]], object] | None = None
+    ) -> None:
+        self.model, self.reload = model, reload
         self.label: str | None = None
         self.originals: dict[str, torch.Tensor] = {}
+        self._is_packed = False
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that most of the model's parameters of two bytes or more have, such as `"bfloat16"`."""
+        sizes: Counter[str] = Counter()
+        for parameter in self.model.parameters():
+            if parameter.is_floating_point() and parameter.element_size() > 1:
+                sizes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+        return max(sizes, key=sizes.__getitem__, default="auto")
 
     @torch.no_grad()
-    def push(self, weights: Mapping[str, torch.Tensor], label: str) -> list[str]:
+    def push(
+        self, weights: Mapping[str, torch.Tensor], label: str, stored: Mapping[str, torch.Tensor] | None = None
+    ) -> list[str]:
         """Load edited weights, after taking off what was pushed before, and return the names of changed parameters.
 
         Args:
             weights: the edited tensors, by their names in the checkpoint, see `export_weights`.
             label: what they are, for `label`.
+            stored: the same tensors of the checkpoint, which a model with packed weights needs.
 
         Raises:
             ValueError: if the model has not loaded them as they are: it is quantized, or knows none of the names. The
                 model is as it was.
         """
         self.withdraw()
+        if any(not parameter.numel() for _, parameter in _near(self.model, weights)):
+            return self._push_packed(weights, label, stored or {})
         before = {name: parameter.clone() for name, parameter in _near(self.model, weights)}
         try:
             self.model.load_weights(iter(weights.items()))
@@ -71,9 +92,33 @@ class LiveEdit:
     def withdraw(self) -> list[str]:
         """Put the original values back, bit for bit, and return the names of the restored parameters."""
         restored = sorted(self.originals)
-        self._restore(self.originals)
-        self.label, self.originals = None, {}
+        if self._is_packed:
+            self._pack(self.originals)
+        else:
+            self._restore(self.originals)
+        self.label, self.originals, self._is_packed = None, {}, False
         return restored
+
+    def _push_packed(
+        self, weights: Mapping[str, torch.Tensor], label: str, stored: Mapping[str, torch.Tensor]
+    ) -> list[str]:
+        modules = dict(self.model.named_modules())
+        for name, weight in weights.items():
+            module: Any = modules.get(name.removesuffix(".weight"))
+            shape = (getattr(module, "output_size", None), getattr(module, "input_size", None))
+            # a reload that fails leaves an engine without weights, so nothing that may fail is tried
+            if self.reload is None or name not in stored or shape != weight.shape or module.bias is not None:
+                raise ValueError(
+                    f"{name}: the server has packed its weights and can only load a whole linear of this name and "
+                    f"shape, {tuple(weight.shape)}, without a bias. Serve the merged model."
+                )
+        self._pack(weights)
+        self.label, self.originals, self._is_packed = label, dict(stored), True
+        return sorted(weights)
+
+    def _pack(self, weights: Mapping[str, torch.Tensor]) -> None:
+        assert self.reload is not None
+        self.reload(iter(weights.items()))
 
     @torch.no_grad()
     def _restore(self, values: Mapping[str, torch.Tensor]) -> None:
@@ -119,23 +164,28 @@ def _layer(name: str) -> str | None:
 class LocFTWorkerExtension:
     """Methods that vLLM's workers get by `worker_extension_cls`; `llm.collective_rpc` calls them."""
 
-    def locft_push(self, path: str, label: str = "") -> list[str]:
+    def locft_push(self, path: str, label: str = "", stored: str | None = None) -> list[str]:
         """Load the edited weights of a file that `export_weights` wrote; see `LiveEdit.push`."""
-        return self._locft_edit().push(load_file(path), label or path)
+        return self._locft_edit().push(load_file(path), label or path, None if stored is None else load_file(stored))
 
     def locft_withdraw(self) -> list[str]:
         """Put the original weights back; see `LiveEdit.withdraw`."""
         return self._locft_edit().withdraw()
 
     def locft_status(self) -> dict[str, Any]:
-        """Return what is pushed, and which parameters it changed."""
+        """Return what is pushed, which parameters it changed, and the dtype of the model's parameters."""
         live = self._locft_edit()
-        return {"pushed": live.label, "changed": sorted(live.originals)}
+        return {"pushed": live.label, "changed": sorted(live.originals), "dtype": live.dtype}
 
     def _locft_edit(self) -> LiveEdit:
         if not hasattr(self, "_locft_live"):
             runner: Any = self.model_runner  # type: ignore[attr-defined]
-            self._locft_live = LiveEdit(runner.get_model())
+            reload: Any = getattr(runner, "reload_weights", None)
+
+            def pack(pairs: Iterator[tuple[str, torch.Tensor]]) -> None:
+                reload(weights_iterator=pairs)
+
+            self._locft_live = LiveEdit(runner.get_model(), pack if reload else None)
         return self._locft_live
 
 
@@ -167,9 +217,14 @@ def push_to_vllm(
         >>> push_to_vllm(llm, "out")
         >>> withdraw_from_vllm(llm)
     """
+    # the checkpoint may have another dtype than the engine, as SmolLM2's float32, which it serves in bfloat16
+    dtype = llm.collective_rpc("locft_status")[0]["dtype"]
     with TemporaryDirectory(dir=folder) as place:
-        export = export_weights(adapter, Path(place) / "edited.safetensors", base)
-        changed: list[list[str]] = llm.collective_rpc("locft_push", args=(str(export.path), str(adapter)))
+        export = export_weights(adapter, Path(place) / "edited.safetensors", base, dtype=dtype)
+        stored = Path(place) / "stored.safetensors"
+        save_file(_stored(adapter, base), stored)
+        given = (str(export.path), str(adapter), str(stored))
+        changed: list[list[str]] = llm.collective_rpc("locft_push", args=given)
     llm.reset_prefix_cache()
     return changed
 
@@ -189,7 +244,7 @@ def withdraw_from_vllm(llm: Any) -> list[list[str]]:
 
 
 def push_to_sglang(
-    engine: Any, adapter: str | os.PathLike[str], base: str | os.PathLike[str] | None = None
+    engine: Any, adapter: str | os.PathLike[str], base: str | os.PathLike[str] | None = None, *, dtype: str = "auto"
 ) -> list[str]:
     """Push an adapter into a running SGLang engine, which empties its cache.
 
@@ -197,6 +252,7 @@ def push_to_sglang(
         engine: a `sglang.Engine`.
         adapter: a local LocFT adapter folder.
         base: the model that the engine serves; `None`: the one that the adapter names.
+        dtype: the dtype in which the engine serves it, such as `"bfloat16"`; `"auto"`: that of its checkpoint.
 
     Returns:
         The names of the edited tensors in the checkpoint.
@@ -207,7 +263,7 @@ def push_to_sglang(
         OSError: as in `export_weights`.
     """
     with TemporaryDirectory() as place:
-        weights = load_file(export_weights(adapter, Path(place) / "edited.safetensors", base).path)
+        weights = load_file(export_weights(adapter, Path(place) / "edited.safetensors", base, dtype=dtype).path)
     return _update_sglang(engine, weights)
 
 
@@ -228,10 +284,15 @@ def withdraw_from_sglang(
         RuntimeError: if the engine refuses the weights.
         OSError: as in `export_weights`.
     """
+    return _update_sglang(engine, _stored(adapter, base))
+
+
+def _stored(adapter: str | os.PathLike[str], base: str | os.PathLike[str] | None) -> dict[str, torch.Tensor]:
+    """Return the checkpoint's own tensors that an adapter edits."""
     checked = check_adapter(adapter)
-    parameters = edited_parameters(Checkpoint(*base_of(checked, base, None)), [checked])
+    parameters = edited_parameters(Checkpoint(*base_of(checked, base, None)), [checked], force=True)
     tensors = {span.name: span.tensor for parameter in parameters for span in parameter.base.spans}
-    return _update_sglang(engine, {name: tensor.read().reshape(tensor.shape) for name, tensor in tensors.items()})
+    return {name: tensor.read().reshape(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _update_sglang(engine: Any, weights: Mapping[str, torch.Tensor]) -> list[str]:
