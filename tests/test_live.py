@@ -143,11 +143,10 @@ class PackedRunner:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        module: Any
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                module.output_size, module.input_size = module.weight.shape
-                self.pack(module, module.weight.data)
+        linears: list[Any] = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        for linear in linears:
+            linear.output_size, linear.input_size = linear.weight.shape
+            self.pack(linear, linear.weight.data)
 
     def pack(self, module: Any, weight: torch.Tensor) -> None:
         module.weight = nn.Parameter(torch.empty(0, dtype=weight.dtype), requires_grad=False)
