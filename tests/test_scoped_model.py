@@ -245,6 +245,19 @@ def test_kinds_of_modules(config: dict[str, Any], family: str, tokenizer: Any) -
         torch.testing.assert_close(found[row][real], expected[row][real], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("parts", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [5]}])
+def test_parts_of_an_adapter_that_act_everywhere_are_refused(parts: dict[str, Any], tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="adapter 'default' has modules_to_save or trainable_token_indices"):
+        apply_scope(edited(**parts), tokenizer, SCOPE)
+    model = edited()
+    scoped = apply_scope(model, tokenizer, SCOPE)
+    with pytest.raises(ValueError, match="Adapter 'other' has modules_to_save or trainable_token_indices"):
+        model.add_adapter("other", LocFTConfig(layers_to_transform=[2], **parts))
+    assert list(model.peft_config) == ["default"]
+    scoped.remove()
+    model.add_adapter("other", LocFTConfig(layers_to_transform=[2], **parts))
+
+
 def test_modules_that_mix_up_tokens_are_refused(tokenizer: Any) -> None:
     model = edited("qwen3", target_modules=["q_norm"])  # (B, T, heads, head size)
     with apply_scope(model, tokenizer, SCOPE), pytest.raises(ValueError, match=r"RMSNorm cannot have a scope: found"):

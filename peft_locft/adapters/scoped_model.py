@@ -17,8 +17,8 @@ from transformers.utils import ModelOutput
 
 from ..data.edit_types import fold_case
 from ..engine.model_state import check_model_and_tokenizer
-from ..tuner.model import LocFTModel
-from ..tuner.token_gate import TokenGate
+from ..tuner.model import LocFTModel, locft_layers
+from ..tuner.token_gate import UNGATED, TokenGate, has_ungated_parts
 from .scope import Scope
 
 STATE = "locft_sequences"  # the attribute of a KV cache
@@ -53,8 +53,8 @@ def apply_scope(
         The applied scope; `remove()` takes it off.
 
     Raises:
-        ValueError: if the model has no LocFT adapter, has a scope already, is merged, or is not decoder-only; or as in
-            `Scope.load`.
+        ValueError: if the model has no LocFT adapter, has a scope already, is merged, or is not decoder-only; if an
+            adapter has `modules_to_save` or `trainable_token_indices`; or as in `Scope.load`.
 
     Example:
         >>> model = PeftModel.from_pretrained(base, "out")
@@ -70,6 +70,9 @@ def apply_scope(
     base = model.get_base_model()
     if getattr(base.config, "is_encoder_decoder", False):
         raise ValueError(f"apply_scope: {type(base).__name__} has an encoder; a scope needs a decoder-only model.")
+    ungated = next((name for name, config in tuner.peft_config.items() if has_ungated_parts(config)), None)
+    if ungated is not None:
+        raise ValueError(f"apply_scope: adapter '{ungated}' {UNGATED}.")
     if any(layer.merged for layer in tuner._tuner_layers()):
         raise ValueError("apply_scope: the adapter is merged, and a merged model has no scope. Call unmerge first.")
     loaded = scope if isinstance(scope, Scope) else Scope.load(scope)
@@ -93,6 +96,7 @@ class AppliedScope:
         self.scope, self.whole_prompt = scope, whole_prompt
         self._tuner, self._base, self._tokenizer = tuner, base, tokenizer
         self._gate = TokenGate()
+        self._layers = [layer for _, layer in locft_layers(base)]
         # accelerate's hooks set a forward on the instance
         self._own_forward = vars(base).get("forward")
         self._forward = base.forward
@@ -119,7 +123,7 @@ class AppliedScope:
         return f"AppliedScope({len(self.scope.subjects)} subjects)"
 
     def _scoped_forward(self, *args: Any, **kwargs: Any) -> Any:
-        if any(layer.disable_adapters for layer in self._tuner._tuner_layers()):
+        if any(layer.disable_adapters for layer in self._layers):
             return self._forward(*args, **kwargs)
         bound = self._signature.bind_partial(*args, **kwargs).arguments
         given = bound | bound.pop("kwargs", {})

@@ -23,7 +23,7 @@ from .layer import LocFTLayer
 from .layer_kinds import ParamWrapper, wrap
 from .presets import resolve_location
 from .targets import check_targets, names_in_a_layer
-from .token_gate import TokenGate
+from .token_gate import UNGATED, TokenGate, has_ungated_parts
 
 
 class LocFTModel(BaseTuner):
@@ -348,6 +348,8 @@ class LocFTModel(BaseTuner):
         return selected | _delta_tensors(names, adapter_name, state_dict)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if self.gate is not None and has_ungated_parts(self.peft_config[adapter_name]):
+            raise ValueError(f"Adapter '{adapter_name}' {UNGATED}. Call the scope's remove() first.")
         if self.peft_config[adapter_name].trainable_token_indices and any(x.merged for x in self._tuner_layers()):
             # PEFT would take the merged rows for the base's
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)

@@ -6,7 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from peft import PeftConfig
 from torch import nn
+
+UNGATED = "has modules_to_save or trainable_token_indices, which act on every text, so the model cannot have a scope"
+
+
+def has_ungated_parts(config: PeftConfig) -> bool:
+    """Whether an adapter has parts that PEFT's own modules compute, which know of no gate."""
+    return bool(getattr(config, "modules_to_save", None) or getattr(config, "trainable_token_indices", None))
 
 
 class TokenGate:
