@@ -18,7 +18,7 @@ from ..io.parameter_names import clean_name
 from .attention_probe import why_not_packed
 from .fingerprint import configuration_of, sha256_of
 from .forward_plan import ForwardPlan, Layout
-from .model_state import max_length
+from .model_state import has_scope, max_length
 from .narrowing import find_narrowable
 from .offload import whole_layer
 from .tail import logits_at
@@ -145,13 +145,11 @@ def _key(model: Any, base: Any, device: torch.device) -> str:
     """Return the sha256 of all that decides how tokens act on each other: modules and settings, but no weights."""
     inside: list[str] = []
     modules = []
-    scoped = False
     for name, module in base.named_modules():
         if name.startswith(tuple(inside)):
             continue
         if isinstance(module, BaseTunerLayer):
             inside.append(f"{name}.")
-            scoped = scoped or (getattr(module, "gate", None) is not None and not module.disable_adapters)
             module = module.get_base_layer()
         modules.append(f"{clean_name(name)} {type(whole_layer(module)).__qualname__}")
     prompts = [
@@ -165,7 +163,7 @@ def _key(model: Any, base: Any, device: torch.device) -> str:
     ]
     dtypes = sorted({str(parameter.dtype) for parameter in base.parameters()})
     mixed = "_original_forward" in vars(model)
-    state = (device, autocast, mixed, scoped)
+    state = (device, autocast, mixed, has_scope(base))
     return sha256_of(configuration_of(base), json.dumps([modules, prompts, attention, dtypes]), str(state))
 
 
@@ -211,6 +209,9 @@ def find_layout(
 
 def why_not_laid_out(model: nn.Module, plan: ForwardPlan, checks: ModelChecks) -> str | None:
     """Return why a plan's layout does not give the model's own logits; `None`: it does."""
+    if plan.packed and has_scope(model):
+        # nor is the base packed: its answers are compared with those of the model with the scope
+        return "the model has a scope"
     words = {"packed": "packed edits", "padded": "padding without a mask", "masked": "padding"}
 
     def find() -> str | None:

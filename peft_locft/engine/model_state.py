@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..tuner.layer import LocFTLayer
 from ..tuner.structure import text_config
 
 
@@ -33,6 +34,11 @@ def check_model_and_tokenizer(model: Any, tokenizer: Any, where: str) -> None:
         found = f"found a {type(tokenizer).__name__} as the tokenizer"
         advice = "load it with AutoTokenizer.from_pretrained(name of the model)"
         raise ValueError(f"{where}: {found}; expected the tokenizer of the model: {advice}.")
+
+
+def has_scope(model: nn.Module) -> bool:
+    """Whether the model's deltas act at some tokens only, so that its layers need its own forward around them."""
+    return any(isinstance(module, LocFTLayer) and module.gate is not None for module in model.modules())
 
 
 def dropout_off(model: nn.Module) -> None:
