@@ -23,9 +23,9 @@ BATCH = 20
 NUM_TOKENS = 32
 NUM_ANSWER_TOKENS = 8
 SETTINGS: dict[str, dict[str, Any] | None] = {
-    "no scope": None,
     "scope": {},
     "scope, from the name on": {"whole_prompt": False},
+    "no scope": None,
 }
 
 
@@ -46,9 +46,9 @@ def main() -> None:
     edits = read_edits(arguments.edits)
     scope = Scope.of(edits)
     outside = [probe.prompt for edit in read_edits(arguments.probes, on_conflict="last") for probe in edit.locality]
-    outside = [text for text in dict.fromkeys(outside) if not scope.matches(text)][: arguments.num_probes]
-    print(f"{machine()}\n\n{len(edits)} edits, {len(outside)} probes outside\n", flush=True)
-    asked = Asked(model, tokenizer, edits, outside)
+    outside = [text for text in dict.fromkeys(outside) if not scope.matches(text)]
+    asked = Asked(model, tokenizer, edits, scope, outside, arguments.num_probes)
+    print(f"{machine()}\n\n{len(edits)} edits, {len(asked.outside)} probes outside\n", flush=True)
     rows = []
     for name, how in SETTINGS.items():
         if how is None:
@@ -63,12 +63,26 @@ def main() -> None:
 
 
 class Asked:
-    """What is asked of a model: its edits, and prompts outside of them, of which it knows the base's answers."""
+    """What is asked of a model: its edits, and prompts outside of them, with the base's answers.
 
-    def __init__(self, model: Any, tokenizer: Any, edits: Sequence[Edit], outside: Sequence[str]) -> None:
-        self.model, self.tokenizer, self.edits, self.outside = model, tokenizer, edits, outside
+    Where the base itself comes to name a subject, its answer is not outside.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, edits: Sequence[Edit], scope: Scope, outside: Sequence[str], num: int
+    ) -> None:
+        self.model, self.tokenizer, self.edits = model, tokenizer, edits
+        self.outside: list[str] = []
+        self.alone: list[tuple[Any, Any]] = []
         with model.disable_adapter():
-            self.alone, self.batched = self.answers(outside, 1), self.answers(outside, BATCH)
+            for prompt in outside:
+                if len(self.outside) == num:
+                    break
+                answer = self.answers([prompt], 1)
+                if not scope.matches(prompt + tokenizer.decode(answer[0][1])):
+                    self.outside.append(prompt)
+                    self.alone += answer
+            self.batched = self.answers(self.outside, BATCH)
 
     @torch.no_grad()
     def answers(self, prompts: Sequence[str], size: int, length: int = NUM_TOKENS) -> list[tuple[Any, Any]]:
