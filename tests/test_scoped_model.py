@@ -299,6 +299,33 @@ def test_what_cannot_be_told_apart_is_refused(tokenizer: Any) -> None:
         apply_scope(get_peft_model(t5, LocFTConfig(target_modules=["wo"])), tokenizer, SCOPE)
 
 
+def test_base_and_edited_model_are_asked_in_the_same_batches(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other batches would round otherwise in bfloat16, and answers outside of the scope would differ."""
+    model = edited()
+    probes = tuple(Probe(f"{name} {'and ' * number}is") for number in range(3) for name in ("Peru", "Chad", "Fiji"))
+    edits = [
+        Edit(f"Norway {word}", "cold" * 4, subject="Norway", locality=probes) for word in ("is", "was", "will be")
+    ]
+    args = EvaluationConfig(protocols=["generation"], chat_template="off", max_tokens_per_forward=60)
+    base, asked = model.get_base_model(), []
+    generate = base.generate
+
+    def note(**inputs: Any) -> Any:
+        asked.append(inputs["input_ids"].tolist())
+        return generate(**inputs)
+
+    monkeypatch.setattr(base, "generate", note)
+    with apply_scope(model, tokenizer, SCOPE):
+        report = evaluate_edits(model, tokenizer, edits, args)
+    assert report["locality_unchanged"].after.value == 1.0
+    prompts = [edit.prompt for edit in edits] + [probe.prompt for probe in probes]
+    known = {tuple(ids) for ids in tokenizer(prompts).input_ids}
+    # without the batches of made-up sequences, on which the model's code was tried
+    real = [rows for rows in asked if all(tuple(token for token in row if token) in known for row in rows)]
+    half = len(real) // 2
+    assert half > 1 and real[:half] == real[half:]
+
+
 @pytest.mark.parametrize("base_first", [True, False])
 def test_evaluation_knows_of_the_scope(base_first: bool, tokenizer: Any) -> None:
     """The engine's short cuts, which hold for base and edited model, do not hold for a scope."""

@@ -147,7 +147,7 @@ class Answering:
 
     def left_padded(self, questions: Sequence[Question], progress: tqdm[Any]) -> list[Answer]:
         """Pad prompts on the left, and continue them with `model.generate`."""
-        batches = batches_by_length([num_tokens(question) for question in questions], self.max_tokens)
+        batches = batches_by_length(list(map(_padded_length, questions)), self.max_tokens)
         return self._by_batches(questions, batches, progress, self._generate)
 
     def unpadded(self, questions: Sequence[Question], progress: tqdm[Any]) -> list[Answer]:
@@ -158,7 +158,7 @@ class Answering:
         batches = [
             [numbers[index] for index in batch]
             for numbers in by_length.values()
-            for batch in batches_by_length([num_tokens(questions[number]) for number in numbers], self.max_tokens)
+            for batch in batches_by_length([_padded_length(questions[number]) for number in numbers], self.max_tokens)
         ]
         return self._by_batches(questions, batches, progress, self._generate)
 
@@ -259,6 +259,12 @@ class Answering:
         for number, question, row in zip(batch, batch_questions, generated[:, width:].tolist(), strict=True):
             length = next((n for n in range(1, len(row)) if ends.is_finished(question, row[:n])), len(row))
             answers[number].token_ids = row[:length]
+
+
+def _padded_length(question: Question) -> int:
+    """Return the tokens of a question without its guess, which is not read: the base and the edited model, which have
+    other guesses, answer the same batches and round in the same way."""
+    return num_tokens(question) - len(question.guess)
 
 
 Way = Callable[[Answering, Sequence[Question], "tqdm[Any]"], "list[Answer]"]
