@@ -71,7 +71,7 @@ class Asked:
     def __init__(
         self, model: Any, tokenizer: Any, edits: Sequence[Edit], scope: Scope, outside: Sequence[str], num: int
     ) -> None:
-        self.model, self.tokenizer, self.edits = model, tokenizer, edits
+        self.model, self.tokenizer, self.edits, self.scope = model, tokenizer, edits, scope
         self.outside: list[str] = []
         self.alone: list[tuple[Any, Any]] = []
         with model.disable_adapter():
@@ -97,15 +97,25 @@ class Asked:
 
     def measured(self) -> dict[str, Any]:
         """Return how many answers outside are the base's, and how many edits are answered."""
-        alone = same(self.answers(self.outside, 1), self.alone)
-        batched = same(self.answers(self.outside, BATCH), self.batched)
+        alone = self.same(self.answers(self.outside, 1), self.alone)
+        batched = self.same(self.answers(self.outside, BATCH), self.batched)
         rephrased = [(edit.rephrasings[0], edit.target) for edit in self.edits if edit.rephrasings]
         return {
-            "base's bits, one by one": f"{alone} of {len(self.outside)}",
-            f"base's bits, batches of {BATCH}": f"{batched} of {len(self.outside)}",
+            "base's bits, one by one": alone,
+            f"base's bits, batches of {BATCH}": batched,
             "edits": self.answered([(edit.prompt, edit.target) for edit in self.edits]),
             "in other words": self.answered(rephrased),
         }
+
+    def same(self, found: Sequence[tuple[Any, Any]], expected: Sequence[tuple[Any, Any]]) -> str:
+        """Return how many logits and answers are equal in every bit, where the base's answer names no subject."""
+        pairs = [
+            (own, base)
+            for prompt, own, base in zip(self.outside, found, expected, strict=True)
+            if not self.scope.matches(prompt + self.tokenizer.decode(base[1]))
+        ]
+        equal = sum(torch.equal(own[0], base[0]) and own[1] == base[1] for own, base in pairs)
+        return f"{equal} of {len(pairs)}"
 
     def answered(self, pairs: Sequence[tuple[str, str]]) -> str:
         answers = self.answers([prompt for prompt, _ in pairs], BATCH, NUM_ANSWER_TOKENS)
@@ -138,11 +148,6 @@ def milliseconds(run: Callable[[], object]) -> float:
     begun = time.perf_counter()
     run()
     return 1000 * (time.perf_counter() - begun)
-
-
-def same(found: Sequence[tuple[Any, Any]], expected: Sequence[tuple[Any, Any]]) -> int:
-    """Return how many logits and answers are equal in every bit."""
-    return sum(torch.equal(a[0], b[0]) and a[1] == b[1] for a, b in zip(found, expected, strict=True))
 
 
 if __name__ == "__main__":
