@@ -46,8 +46,8 @@ def apply_scope(
         tokenizer: its tokenizer.
         scope: the subjects, or a local adapter folder that has a scope.
         whole_prompt: let the deltas act at every token of a prompt that names a subject, as they did in training.
-            `False`: from the last token of the first name on; what stands before is the base's. That is for an
-            adapter which was trained with such a scope applied, since others answer many edits otherwise then.
+            `False`: from the last token of the first name on; what stands before is the base's. Adapters that were
+            trained without a scope generalize a little less then.
 
     Returns:
         The applied scope; `remove()` takes it off.
