@@ -134,7 +134,11 @@ def test_a_checkpoint_in_float32_that_is_served_in_bfloat16(tmp_path: Path) -> N
         push_to_sglang(engine, tmp_path / "adapter")
     push_to_sglang(engine, tmp_path / "adapter", dtype="bfloat16")
     assert same(bits(model), bits(merged))
-    withdraw_from_sglang(engine, tmp_path / "adapter")
+    # another base's tensors are not loaded in place of the originals
+    with pytest.raises(ValueError, match="is not the weight that"):
+        withdraw_from_sglang(engine, tmp_path / "adapter", save_base(tmp_path / "other", seed=1), dtype="bfloat16")
+    assert same(bits(model), bits(merged))
+    withdraw_from_sglang(engine, tmp_path / "adapter", dtype="bfloat16")
     assert same(bits(model), before)
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..adapters.edited_parameters import edited_parameters
-from ..adapters.exports import base_of, export_weights
+from ..adapters.exports import base_of, dtype_of, export_weights
 from ..adapters.reading import check_adapter
 from ..io.checkpoint import Checkpoint
 
@@ -222,7 +222,7 @@ def push_to_vllm(
     with TemporaryDirectory(dir=folder) as place:
         export = export_weights(adapter, Path(place) / "edited.safetensors", base, dtype=dtype)
         stored = Path(place) / "stored.safetensors"
-        save_file(_stored(adapter, base), stored)
+        save_file(_stored(adapter, base, dtype), stored)
         given = (str(export.path), str(adapter), str(stored))
         changed: list[list[str]] = llm.collective_rpc("locft_push", args=given)
     llm.reset_prefix_cache()
@@ -268,7 +268,7 @@ def push_to_sglang(
 
 
 def withdraw_from_sglang(
-    engine: Any, adapter: str | os.PathLike[str], base: str | os.PathLike[str] | None = None
+    engine: Any, adapter: str | os.PathLike[str], base: str | os.PathLike[str] | None = None, *, dtype: str = "auto"
 ) -> list[str]:
     """Take a pushed adapter off a running SGLang engine: load the checkpoint's own tensors again.
 
@@ -276,21 +276,31 @@ def withdraw_from_sglang(
         engine: as in `push_to_sglang`.
         adapter: the adapter that was pushed.
         base: as in `push_to_sglang`.
+        dtype: as in `push_to_sglang`.
 
     Returns:
         The names of the restored tensors in the checkpoint.
 
     Raises:
+        ValueError: if the base has other weights than the adapter's training.
         RuntimeError: if the engine refuses the weights.
         OSError: as in `export_weights`.
     """
-    return _update_sglang(engine, _stored(adapter, base))
+    return _update_sglang(engine, _stored(adapter, base, dtype))
 
 
-def _stored(adapter: str | os.PathLike[str], base: str | os.PathLike[str] | None) -> dict[str, torch.Tensor]:
-    """Return the checkpoint's own tensors that an adapter edits."""
+def _stored(
+    adapter: str | os.PathLike[str], base: str | os.PathLike[str] | None, dtype: str
+) -> dict[str, torch.Tensor]:
+    """Return the checkpoint's own tensors that an adapter edits, after checking that it was trained on them.
+
+    Args:
+        adapter: the adapter.
+        base: the base.
+        dtype: the dtype in which training loaded it; the tensors have that of the checkpoint.
+    """
     checked = check_adapter(adapter)
-    parameters = edited_parameters(Checkpoint(*base_of(checked, base, None)), [checked], force=True)
+    parameters = edited_parameters(Checkpoint(*base_of(checked, base, None)), [checked], dtype=dtype_of(dtype))
     tensors = {span.name: span.tensor for parameter in parameters for span in parameter.base.spans}
     return {name: tensor.read().reshape(tensor.shape) for name, tensor in tensors.items()}
 
