@@ -7,7 +7,7 @@ import inspect
 import os
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -187,7 +187,7 @@ class Sequences:
     """
 
     slots: list[list[int]]
-    since: list[int | None] = field(default_factory=list)
+    since: list[int | None]
 
     @property
     def num_slots(self) -> int:
