@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -117,9 +117,13 @@ def test_prompts_write_with_subjects_of_their_own() -> None:
 
 
 class MaskedGradients:
-    """Sums the gradient of each delta over the marked tokens of a row, `Σ g kᵀ`, as a plain loop computes it."""
+    """Sums the gradient of each delta over the marked tokens of a row, `Σ g kᵀ`, as a plain loop computes it.
 
-    def __init__(self, model: nn.Module) -> None:
+    All tokens are marked for modules that are not among `modules`.
+    """
+
+    def __init__(self, model: nn.Module, modules: Container[str] | None) -> None:
+        self.modules = modules
         self.sums: dict[str, torch.Tensor] = {}
         self.marks = torch.zeros(0)
         self.handles = [
@@ -132,14 +136,17 @@ class MaskedGradients:
         output.register_hook(partial(self.add, name, args[0].detach()[0]))
 
     def add(self, name: str, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
-        own = gradient[0][self.marks].T @ inputs[self.marks]
+        marks = self.marks if self.modules is None or name in self.modules else torch.ones_like(self.marks)
+        own = gradient[0][marks].T @ inputs[marks]
         self.sums[name] = self.sums[name] + own if name in self.sums else own
 
 
-def plain_gradients(model: Any, trainer: Any, rows: list[int]) -> dict[str, torch.Tensor]:
+def plain_gradients(
+    model: Any, trainer: Any, rows: list[int], modules: Container[str] | None
+) -> dict[str, torch.Tensor]:
     """Return the masked gradient of each delta, one unpadded row after the other."""
     encoded = trainer.data.encoded
-    found = MaskedGradients(model)
+    found = MaskedGradients(model, modules)
     for index in rows:
         row = encoded[index]
         begin, end = encoded.offsets[index : index + 2].tolist()
@@ -151,6 +158,27 @@ def plain_gradients(model: Any, trainer: Any, rows: list[int]) -> dict[str, torc
         handle.remove()
     model.zero_grad()
     return {name: gradient / len(rows) for name, gradient in found.sums.items()}
+
+
+@pytest.mark.parametrize("cache", ["auto", "off"])
+def test_auto_lets_the_subject_write_in_early_layers_and_every_token_in_late_ones(cache: str, tmp_path: Path) -> None:
+    config = LocFTConfig(target_modules=["down_proj", "o_proj"], layers_to_transform=[1, 3], task_type="CAUSAL_LM")
+    model = peft_model(config=config, num_hidden_layers=5)
+    early = {f"base_model.model.model.layers.1.{name}" for name in ("mlp.down_proj", "self_attn.o_proj")}
+    found = gradients_of_a_step(model, "auto", tmp_path, modules=early, activation_cache=cache)
+    assert len(found.expected) == 4
+    for name, gradient in found.expected.items():
+        torch.testing.assert_close(found.own[name], gradient, rtol=1e-4, atol=1e-6)
+        assert torch.allclose(found.all_tokens[name], gradient, rtol=1e-2) == (name not in early)
+
+
+def test_auto_is_all_tokens_without_early_layers(tmp_path: Path) -> None:
+    model = peft_model(config=LocFTConfig(target_modules=["down_proj"], layers_to_transform=[1, 2]))
+    trainer = make_trainer(tmp_path, model, WITH_SUBJECTS, gradient_tokens="auto")
+    assert trainer.data.encoded.writes is None
+    assert trainer.training_run().recipe["gradient_tokens"] == "auto"
+    lora = peft_model(config=LoraConfig(target_modules=["down_proj"], task_type="CAUSAL_LM"))
+    assert make_trainer(tmp_path, lora, WITH_SUBJECTS, gradient_tokens="auto").data.encoded.writes is None
 
 
 @pytest.mark.parametrize("cache", ["auto", "off"])
@@ -170,7 +198,9 @@ class _Found:
     expected: dict[str, torch.Tensor]
 
 
-def gradients_of_a_step(model: Any, mode: GradientTokens, folder: Path, **arguments: Any) -> _Found:
+def gradients_of_a_step(
+    model: Any, mode: str, folder: Path, modules: Container[str] | None = None, **arguments: Any
+) -> _Found:
     found = _Found()
     rows = list(range(len(WITH_SUBJECTS)))
     for name, tokens in (("all_tokens", "all"), ("own", mode)):
@@ -186,7 +216,7 @@ def gradients_of_a_step(model: Any, mode: GradientTokens, folder: Path, **argume
         }
         setattr(found, name, gradients)
         model.zero_grad()
-    found.expected = plain_gradients(model, trainer, rows)
+    found.expected = plain_gradients(model, trainer, rows, modules)
     assert found.expected.keys() == found.own.keys()
     return found
 
@@ -244,7 +274,7 @@ def test_another_method_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_choice_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="gradient_tokens='object': expected one of all, prompt, subject"):
+    with pytest.raises(ValueError, match="gradient_tokens='object': expected one of auto, all, prompt, subject"):
         make_trainer(tmp_path, gradient_tokens="object")
 
 

@@ -30,6 +30,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "stop_at_learned": 0.1,
         "num_train_epochs": 12,
     },
+    "prompt writes": {"per_device_train_batch_size": 2, "gradient_tokens": "prompt"},
     "depth first": {"num_edits": 3, "per_device_train_batch_size": 1, "edit_order": "depth_first"},
 }
 # what needs the base whole in every process

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from transformers import TrainingArguments
 
 from ..data.chat import chat_template_mode, template_arguments
-from ..data.gradient_tokens import GradientTokens
+from ..data.gradient_tokens import GradientTokens as FixedTokens
 from ..data.joining import TargetSeparator, target_separator_mode
 from ..engine.preparations import AUTO
 from .objectives import LossAveraging, Objective
@@ -18,6 +18,7 @@ from .recipes import RECIPES
 Recipe = Literal["published", "balanced"]
 RetainedLoss = Literal["kl", "likelihood"]
 RetainedFactsChoice = Literal["random", "nearest"]
+GradientTokens = Literal["auto", FixedTokens]
 
 BATCHES_PER_EPOCH = 10  # with a batch size that fits the number of edits
 SMALLEST_BATCH, LARGEST_BATCH = 5, 100  # the published one is 100
@@ -243,8 +244,8 @@ class BreadthFirstConfig(PreservationArguments, TrainingArguments):
         gradient_tokens (`str`, *optional*):
             Tokens that write into the delta; the forward uses `W + delta` at every token. `"all"`; `"prompt"`: those
             of the prompt; `"subject"`: the last token of each mention of the subject; `"from_subject"`: from there to
-            the last token before the target. A row without a subject is written by its prompt. `None`: `"all"`, or
-            as the recipe says.
+            the last token before the target. A row without a subject is written by its prompt. `"auto"`: `"subject"`
+            in the first half of the decoder layers, `"all"` elsewhere. `None`: `"all"`, or as the recipe says.
         edit_order (`str`, defaults to `"breadth_first"`):
             `"depth_first"` trains one edit after the other, each for at most `num_train_epochs` steps or down to the
             loss floor, with a fresh optimizer. For comparison with older methods.

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +23,7 @@ from ..engine.forward_plan import ForwardPlan, Layout
 from ..engine.memory import FEWEST_TOKENS_ON_CPU, MOST_TOKENS, fitting_tokens, run_halving
 from ..engine.prefix_tree import PrefixTree
 from ..engine.tail import CacheUnusableError, Tail, find_tail
+from ..tuner.targets import early_modules
 from .batches import micro_batches
 from .config import BreadthFirstConfig
 from .objectives import Objective, Scored, labels_for, scored_positions
@@ -110,7 +112,9 @@ class EditRunner:
             head, share = unwrapped.get_output_embeddings(), self._share_scored()
             self.max_tokens, self._choose_tokens = fitting_tokens(tail, head, share, self.device), False
         self.plan = self._find_plan(model, tail, args, checks, longest)
-        self._written_by = unwrapped.written_by if self.edits.writes is not None else None
+        if self.edits.writes is not None:
+            early = early_modules(unwrapped) if args.gradient_tokens == "auto" else None
+            self._written_by = partial(unwrapped.written_by, modules=early)
         # a narrowed module has other tokens than those that write
         if self.plan.packed and not is_sharded and self._written_by is None:
             self.plan = find_narrow(model, self.plan, checks)

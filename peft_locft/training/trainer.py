@@ -473,7 +473,8 @@ def _check(model: nn.Module, args: object, tokenizer: PreTrainedTokenizerBase) -
         raise ValueError(f"BreadthFirstTrainer: {found}; expected a BreadthFirstConfig with the same fields.")
     check_model_and_tokenizer(model, tokenizer, "BreadthFirstTrainer")
     check_trainable(model)
-    if args.gradient_tokens != "all" and not any(isinstance(module, LocFTLayer) for module in model.modules()):
+    has_deltas = any(isinstance(module, LocFTLayer) for module in model.modules())
+    if args.gradient_tokens not in ("all", "auto") and not has_deltas:
         raise ValueError(
             f"BreadthFirstConfig.gradient_tokens={args.gradient_tokens!r} chooses what writes into a LocFT delta, and "
             "the model has none. Use LocFTConfig, or gradient_tokens='all'."

@@ -33,6 +33,7 @@ from ..data.subjects import find_subjects
 from ..data.texts import TextSource, joined_text, text_windows
 from ..engine.model_state import max_length
 from ..engine.preparations import Preparations
+from ..tuner.targets import early_modules
 from .config import GENERATED, LOCALITY, BreadthFirstConfig
 from .training_rows import TrainingRows
 
@@ -111,6 +112,25 @@ def with_chat_template(
     return settled
 
 
+def with_gradient_tokens(args: BreadthFirstConfig, model: nn.Module) -> BreadthFirstConfig:
+    """Return a recipe whose `gradient_tokens` are those of the early modules; it is a copy if it was `"auto"`.
+
+    Args:
+        args: the recipe; it is not changed.
+        model: the model with its adapter.
+    """
+    if args.gradient_tokens != "auto":
+        return args
+    settled = copy.copy(args)
+    settled.gradient_tokens = "subject" if early_modules(model) else "all"
+    return settled
+
+
+def _gradient_tokens(args: BreadthFirstConfig) -> GradientTokens:
+    assert args.gradient_tokens != "auto"
+    return args.gradient_tokens or "all"
+
+
 def training_data(
     edits: Sequence[Edit], model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: BreadthFirstConfig
 ) -> TrainingData:
@@ -127,6 +147,7 @@ def training_data(
             rephrasing for evaluation, or the recipe needs retained facts and there are none.
     """
     check_paraphrases(edits)
+    args = with_gradient_tokens(args, model)
     edits, prefixes, own_retained, preserved = _generated(edits, model, tokenizer, args)
     forms = in_forms(edits, args.chat_template)
     subjects = _retained_prompts(own_retained, edits, model, tokenizer, args)
@@ -139,14 +160,13 @@ def training_data(
     }
     variants = [[variant for own in of_edit for variant in own] for of_edit in zip(*kinds.values(), strict=True)]
     trained = [*forms, *(variant for own in variants for variant in own)]
-    gradient_tokens: GradientTokens = args.gradient_tokens or "all"
     encoded = encode_edits(
         trained,
         tokenizer,
         append_eos=args.append_eos,
         chat_template_kwargs=args.chat_template_kwargs,
         max_length=max_length(model),
-        gradient_tokens=gradient_tokens,
+        gradient_tokens=_gradient_tokens(args),
         target_separator=args.target_separator,
     )
     retained = None
@@ -178,7 +198,7 @@ def _with_writing_tokens(
     args: BreadthFirstConfig,
 ) -> EncodedEdits:
     """Return retained rows with the tokens that write into the delta: those of their own subjects."""
-    mode: GradientTokens = args.gradient_tokens or "all"
+    mode = _gradient_tokens(args)
     if mode == "all":
         return encoded
     rows = prompts_writing(

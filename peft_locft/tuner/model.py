@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -200,20 +200,23 @@ class LocFTModel(BaseTuner):
             yield
 
     @contextmanager
-    def written_by(self, writers: torch.Tensor) -> Iterator[None]:
+    def written_by(self, writers: torch.Tensor, modules: Container[str] | None = None) -> Iterator[None]:
         """Let only some tokens write into the deltas: the gradient of a delta is made of their inputs alone.
 
         The forward, and the gradient of everything else, is that of the edited model at every token.
 
         Args:
             writers: (B, T) bool, as the tokens of the forwards inside.
+            modules: names of the modules whose deltas they write; every token writes into those of the others. `None`:
+                all modules.
 
         Raises:
             ValueError: in a forward, if an edited module does not compute token by token, or has other tokens.
         """
         with ExitStack() as stack:
-            for _, layer in locft_layers(self.model):
-                stack.enter_context(layer.written_by(writers))
+            for name, layer in locft_layers(self.model):
+                if modules is None or name in modules:
+                    stack.enter_context(layer.written_by(writers))
             yield
 
     def set_gate(self, gate: TokenGate | None) -> None:

@@ -50,6 +50,24 @@ def names_in_a_layer(model: nn.Module) -> list[str]:
     return [name for name, module in named.items() if name and has_own_weight(module)]
 
 
+def early_modules(model: nn.Module) -> frozenset[str]:
+    """Return the modules with deltas in the first half of the decoder layers, by their names in the base model.
+
+    There a model looks up what it knows of a subject; the layers after them ask for one relation of it. The first
+    half of an uneven number of layers is the smaller one.
+
+    Args:
+        model: a base model with tuner layers in it.
+    """
+    edited = [clean_name(name) for name, module in model.named_modules() if isinstance(module, LocFTLayer)]
+    try:
+        stack_name, stack = find_decoder_layers(model)
+    except ValueError:
+        return frozenset()
+    layers = {f"{clean_name(stack_name)}.{index}." for index in range(len(stack) // 2)}
+    return frozenset(name for name in edited if any(name.startswith(layer) for layer in layers))
+
+
 def _targeted_parameters(
     config: LocFTConfig, model: nn.Module, matches: Callable[[LocFTConfig, str], object]
 ) -> Iterator[tuple[str, nn.Parameter]]:
