@@ -1,8 +1,8 @@
 """Where edits are written and by which tokens: what generalizes, and what other facts about a subject pay for it.
 
-Every setting is the balanced recipe with the fields of its row. It trains the same edits of SmolLM2-135M as plain
-text, from the same base, and is evaluated on what it has not seen: rephrasings, the data set's locality probes, other
-facts about the edited subjects, and a text. A setting that is in the output folder already is not run again.
+Every setting is a recipe with the fields of its row. It trains the same edits of SmolLM2-135M as plain text, from the
+same base, once a seed, and is evaluated on what it has not seen: rephrasings, the data set's locality probes, other
+facts about the edited subjects, and a text. A run that is in the output folder already is not repeated.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -26,27 +28,39 @@ from peft_locft import (
 )
 from peft_locft.evaluation import EditEvaluator
 
-from .common import machine, markdown_table, write_json
+from .common import load, machine, markdown_table, write_json
 
-EARLY, MIDDLE = [4, 5, 6, 7, 8], [13, 14, 15, 16, 17]  # of 30 layers
-OTHER_FACTS = {"retained_relations": 4, "retained_per_edit": 2.0}
-# layers, `None` being those of `balanced_config`, and fields of BreadthFirstConfig
+LATE, EARLY, MIDDLE = [22, 23, 24], [5, 6, 7], [13, 14, 15]  # of 30 layers
+EVERY_TOKEN = {"gradient_tokens": "all"}
+LATE_RATE = {"relative_learning_rate": 0.06}  # of half as many matrices
+# layers, `None` being those of the recipe, and fields of BreadthFirstConfig beside the balanced recipe
 SETTINGS: dict[str, tuple[list[int] | None, dict[str, Any]]] = {
-    "late, all tokens": (None, {}),
-    "late, all tokens, no damping": (None, {"preserve_soft_strength": 0.0}),
-    "late, all tokens, no other subjects retained": (None, {"retained_subjects": 0}),
-    "late, all tokens, other facts retained": (None, OTHER_FACTS),
-    "early, all tokens": (EARLY, {}),
-    "middle, all tokens": (MIDDLE, {}),
-    "early, from the subject": (EARLY, {"gradient_tokens": "from_subject"}),
-    "early, from the subject, no damping": (EARLY, {"gradient_tokens": "from_subject", "preserve_soft_strength": 0.0}),
-    "early, from the subject, other facts retained": (EARLY, {"gradient_tokens": "from_subject"} | OTHER_FACTS),
-    "early, subject": (EARLY, {"gradient_tokens": "subject"}),
-    "early, subject, other facts retained": (EARLY, {"gradient_tokens": "subject"} | OTHER_FACTS),
+    "published": (None, {"recipe": "published"}),
+    "balanced": (None, {}),
+    "both bands, all tokens": (None, EVERY_TOKEN),
+    "both bands, the subject in both": (None, {"gradient_tokens": "subject"}),
+    "both bands, no damping": (None, {"preserve_soft_strength": 0.0}),
+    "both bands, no other subjects retained": (None, {"retained_subjects": 0}),
+    "both bands, other facts retained": (None, {"retained_relations": 8, "retained_per_edit": 3.0}),
+    "late, all tokens": (LATE, LATE_RATE),
+    "late, all tokens, other facts retained": (
+        LATE,
+        LATE_RATE | {"retained_relations": 8, "retained_per_edit": 3.0},
+    ),
+    "middle, all tokens": (MIDDLE, LATE_RATE),
+    "early, all tokens": (EARLY, LATE_RATE | EVERY_TOKEN),
+    "early, from the subject": (EARLY, LATE_RATE | {"gradient_tokens": "from_subject"}),
+    "early, subject": (EARLY, LATE_RATE | {"gradient_tokens": "subject"}),
+    "early, subject, other facts retained": (
+        EARLY,
+        LATE_RATE | {"gradient_tokens": "subject", "retained_relations": 8, "retained_per_edit": 3.0},
+    ),
 }
 METRICS = {
     "reliability": "reliability_exact_match",
     "generalization": "generalization_exact_match",
+    "by tokens": "generalization_token_accuracy",
+    "more probable": "generalization_more_probable",
     "other subjects unchanged": "locality_first_word_unchanged",
     "same subject unchanged": "locality_same_subject_first_word_unchanged",
     "same subject says target": "locality_same_subject_says_target",
@@ -60,46 +74,89 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=0, help="pass over so many edits first")
     parser.add_argument("--text", type=Path, required=True, help="for perplexity, not seen in training")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="rows")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42], help="one run each; a row is their mean")
+    parser.add_argument("--drop_subjects", action="store_true", help="train without the edits' subjects")
     parser.add_argument("--output", type=Path, default=Path("benchmark_results"), help="folder of what is written")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch's threads")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     edits = read_edits(arguments.edits, on_conflict="last")[arguments.skip :][: arguments.num_edits]
     print(f"{machine()}\n\n{len(edits)} edits of {arguments.edits.name} from {arguments.skip}\n", flush=True)
+    benchmark = Benchmark(edits, arguments)
     rows = []
     for name in arguments.settings:
-        path = arguments.output / f"{arguments.edits.stem}_{arguments.skip}_{len(edits)}_{name.replace(' ', '_')}.json"
-        if not path.exists():
-            write_json(path, {"machine": machine(), "row": measured(name, edits, arguments)})
-        rows.append({"setting": name} | json.loads(path.read_text())["row"])
+        rows.append({"setting": name} | mean_row([benchmark.run(name, seed) for seed in arguments.seeds]))
         print("\n".join(markdown_table(rows).splitlines()[0 if len(rows) == 1 else -1 :]), flush=True)
 
 
-def measured(name: str, edits: Any, arguments: Any) -> dict[str, Any]:
-    """Train one setting and evaluate it."""
-    from smollm2 import load_smollm2
+def mean_row(runs: list[dict[str, float]]) -> dict[str, str]:
+    """Return a row of means, with the smallest and the largest value where there are several runs."""
+    row = {}
+    for name in runs[0]:
+        values = [run[name] for run in runs]
+        places = 0 if name in ("epochs", "processor seconds") else 2
+        row[name] = f"{fmean(values):.{places}f}"
+        if len(runs) > 1:
+            row[name] += f" ({min(values):.{places}f} to {max(values):.{places}f})"
+    return row
 
-    base, tokenizer = load_smollm2(dtype=torch.bfloat16)
-    tokenizer.chat_template = None
-    layers, fields = SETTINGS[name]
-    config = LocFTConfig(target_modules=["down_proj"], layers_to_transform=layers) if layers else balanced_config(base)
-    model = get_peft_model(base, config)
-    begun = time.process_time()  # other work on the machine does not count
-    args = BreadthFirstConfig(recipe="balanced", disable_tqdm=True, report_to=[], **fields)
-    trainer = BreadthFirstTrainer(model=model, args=args, train_dataset=edits, processing_class=tokenizer)
-    trainer.train()
-    seconds = time.process_time() - begun
-    asked = EvaluationConfig(
-        protocols=["generation"], probes=["locality_rings"], max_new_tokens=16, max_text_tokens=16_384
-    )
-    results = EditEvaluator(model, tokenizer, edits, asked, text=arguments.text).evaluate(model).results
-    perplexity = results["perplexity"]
-    assert perplexity.before is not None
-    return (
-        {"epochs": len(trainer.epoch_losses), "processor seconds": round(seconds)}
-        | {metric: f"{results[key].after.value:.2f}" for metric, key in METRICS.items()}
-        | {"perplexity rise": f"{perplexity.after.value - perplexity.before.value:.2f}"}
-    )
+
+class Benchmark:
+    """Trains and evaluates settings on one base, which answers the questions once.
+
+    Args:
+        edits: the edits.
+        arguments: those of the command line.
+    """
+
+    def __init__(self, edits: Any, arguments: argparse.Namespace) -> None:
+        self.edits = edits
+        self.arguments = arguments
+        self.base: Any = None
+        self.evaluator: EditEvaluator | None = None
+
+    def run(self, name: str, seed: int) -> dict[str, float]:
+        """Return the figures of one setting and seed, from the output folder if they are there."""
+        own, found = self.arguments, "_found_subjects" if self.arguments.drop_subjects else ""
+        stem = f"{own.edits.stem}_{own.skip}_{len(self.edits)}{found}_{name.replace(' ', '_')}_{seed}"
+        path = own.output / f"{stem}.json"
+        if not path.exists():
+            write_json(path, {"machine": machine(), "row": self._measured(name, seed)})
+        row: dict[str, float] = json.loads(path.read_text())["row"]
+        return row
+
+    def _measured(self, name: str, seed: int) -> dict[str, float]:
+        if self.base is None:
+            self.base, self.tokenizer = load("bfloat16")
+        layers, fields = SETTINGS[name]
+        fields = {"recipe": "balanced", "seed": seed} | fields
+        config = LocFTConfig() if fields["recipe"] == "published" else balanced_config(self.base)
+        if layers:
+            config = LocFTConfig(target_modules=["down_proj"], layers_to_transform=layers)
+        model = get_peft_model(self.base, config)
+        edits = [replace(edit, subject=None) for edit in self.edits] if self.arguments.drop_subjects else self.edits
+        begun = time.process_time()  # other work on the machine does not count
+        args = BreadthFirstConfig(disable_tqdm=True, report_to=[], **fields)
+        trainer = BreadthFirstTrainer(model=model, args=args, train_dataset=edits, processing_class=self.tokenizer)
+        trainer.train()
+        seconds = time.process_time() - begun
+        figures = self._evaluated(model)
+        self.base = model.unload()
+        return {"epochs": len(trainer.epoch_losses), "processor seconds": seconds} | figures
+
+    def _evaluated(self, model: Any) -> dict[str, float]:
+        if self.evaluator is None:
+            asked = EvaluationConfig(
+                probes=["locality_rings"], max_new_tokens=16, max_text_tokens=16_384, on_leak="drop"
+            )
+            self.evaluator = EditEvaluator(
+                model, self.tokenizer, self.edits, asked, text=self.arguments.text, progress=False
+            )
+        results = self.evaluator.evaluate(model).results
+        perplexity = results["perplexity"]
+        assert perplexity.before is not None
+        figures = {metric: results[key].after.value for metric, key in METRICS.items()}
+        return figures | {"perplexity rise": perplexity.after.value - perplexity.before.value}
 
 
 if __name__ == "__main__":
