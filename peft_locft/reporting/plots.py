@@ -356,7 +356,8 @@ def baselines_figure(results: Sequence[BaselineResult], columns: Sequence[str] |
 def locations_figure(search: LocationSearchResult) -> Figure:
     """Return a heatmap for the score and for each metric: modules by layers, better is darker, the best is framed.
 
-    Each width and each choice of tokens has rows of its own; a band is in the column of its first layer. All cells come from the first rung, where every location was tried in the same way.
+    Each width and each choice of tokens has rows of its own; a band is in the column of its first layer. All cells
+    come from the first rung, where every location was tried in the same way.
     """
     from matplotlib.figure import Figure
 

@@ -125,7 +125,7 @@ def search_locations(
     Raises:
         ValueError: edits, plan, score or text are invalid; the folder holds a search with other settings; the
             processes form a group (see `leave_group`); `args.output_dir` is missing, or holds an adapter or a model
-            (see `overwrite_output_dir`); or training diverges at every location.
+            (see `overwrite_output_dir`); or training fails at every location.
 
     Example:
         >>> args = BreadthFirstConfig(output_dir="search", learning_rate=5e-3, per_device_train_batch_size=20)
