@@ -272,7 +272,7 @@ def test_each_width_and_choice_of_tokens_has_a_row() -> None:
     shallow = replace(trial("down", 1, 0, 0.5), gradient_tokens="subject")
     band = replace(trial("down", 1, 0, 0.75), num_layers=3, gradient_tokens="subject")
     search = LocationSearchResult([shallow, replace(shallow, layer=2, score=0.25), band], {}, {})
-    [axes] = locations_figure(search).axes
+    [axes] = panels(search).values()
     assert axes.get_title(loc="left").startswith("score by first layer, 3 edits")
     assert [label.get_text() for label in axes.get_yticklabels()] == ["down, subject", "down, 3 layers, subject"]
     np.testing.assert_array_equal(axes.images[0].get_array().filled(-1), [[0.5, 0.25], [0.75, -1]])
