@@ -161,7 +161,8 @@ def first_candidates(
     Raises:
         ValueError: if `stride` is below 1 or above the number of layers, or a width fits nowhere.
     """
-    coarse = {1: coarse_layers(layers, stride)}
+    coarse_layers(layers, stride)  # raises for a stride that is too long at every width
+    coarse = {}
     for width in widths:
         fitting = [layer for layer in layers if layer + width <= num_layers]
         if not fitting:
