@@ -51,6 +51,27 @@ def test_a_rate_that_is_given_goes_before_that_of_the_location(tmp_path: Path) -
     assert parse_train([*words[:-1], "--config", str(tmp_path / "run.yaml")])["args"].learning_rate == 1e-5
 
 
+def test_tokens_that_are_given_go_before_those_of_the_location(tmp_path: Path) -> None:
+    preset_for(base_model(), gradient_tokens="subject").save(tmp_path / "best.json")
+    words = ["--model_name_or_path", "m", "--edits", "e", "--output_dir", str(tmp_path)]
+    words += ["--location", str(tmp_path / "best.json")]
+    assert parse_train(words)["args"].gradient_tokens == "subject"
+    assert parse_train([*words, "--gradient_tokens", "prompt"])["args"].gradient_tokens == "prompt"
+    # a location without tokens leaves them to the recipe
+    preset_for(base_model()).save(tmp_path / "best.json")
+    assert parse_train(words)["args"].gradient_tokens == "all"
+
+
+def test_a_band_that_is_found_is_trained_with_its_tokens(call: list[str], tmp_path: Path) -> None:
+    out, best = ["--output_dir", str(tmp_path / "search")], tmp_path / "search" / "best.json"
+    plan = ["--modules", "up", "--layers", "1", "--widths", "2", "--try_gradient_tokens", "from_subject"]
+    assert main(["locate", *call, *out, *plan]) == 0
+    assert main(["train", *call, "--output_dir", str(tmp_path / "out"), "--location", str(best)]) == 0
+    summary = inspect_adapter(tmp_path / "out")
+    assert set(summary.config.target_modules) == {f"model.layers.{layer}.mlp.up_proj" for layer in (1, 2)}
+    assert summary.provenance.to_dict()["recipe"]["gradient_tokens"] == "from_subject"
+
+
 def test_flags_become_arguments() -> None:
     words = ["--model_name_or_path", "m", "--edits", "e", "--output_dir", "o", "--layers", "1", "3", "--stride", "2"]
     asked = [
@@ -73,7 +94,12 @@ def test_flags_become_arguments() -> None:
         {"mlp": 1e-3},
     )
     assert (evaluation.max_text_tokens, evaluation.text_window, found["args"].seed) == (99, 33, 5)
-    assert parse_locate(words)["score"] is None
+    plan = parse_locate(words)["plan"]
+    assert (parse_locate(words)["score"], plan.widths, plan.gradient_tokens) == (None, [1], None)
+    axes = ["--widths", "1", "3", "--try_gradient_tokens", "all", "subject", "--gradient_tokens", "prompt"]
+    found = parse_locate([*words, *axes])
+    plan, tokens_of_recipe = found["plan"], found["args"].gradient_tokens
+    assert (plan.widths, plan.gradient_tokens, tokens_of_recipe) == ([1, 3], ["all", "subject"], "prompt")
 
 
 def refused(command: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -88,6 +114,9 @@ def refused(command: str, words: list[str], capsys: pytest.CaptureFixture[str]) 
         (["--learning_rates", "mlp"], "--learning_rates: found 'mlp'; expected NAME=NUMBER."),
         (["--score", "locality"], "score: found locality; expected one or more of"),
         (["--modules", "middle"], "has no module of that kind or name"),
+        (["--widths", "0"], "widths: found [0]; expected numbers of neighbouring layers"),
+        (["--widths", "4"], "widths: found 4, but the model has 3 decoder layers"),
+        (["--try_gradient_tokens", "object"], "gradient_tokens: found ['object']; expected a list of some of auto"),
     ],
 )
 def test_mistakes_in_a_search(

@@ -136,6 +136,8 @@ def fake_measure(monkeypatch: pytest.MonkeyPatch, score: Any) -> list[Candidate]
             (),
             1,
             1,
+            candidate.num_layers,
+            candidate.gradient_tokens,
         )
 
     monkeypatch.setattr(LocationTrials, "_measure", measure)
@@ -215,6 +217,82 @@ def test_a_sample_is_drawn_by_the_seed(tmp_path: Path, monkeypatch: pytest.Monke
     assert samples[0] == samples[1] != samples[2]
 
 
+def test_bands_and_tokens_are_tried_at_each_location(tmp_path: Path) -> None:
+    plan = SearchPlan(
+        modules=["down"], layers=[0, 1, 2], num_rungs=1, widths=(1, 2), gradient_tokens=("all", "subject")
+    )
+    found = search(tmp_path, plan=plan)
+    own = {trial.candidate: trial for trial in found.trials}
+    assert len(own) == len(found.trials) == 2 * 3 + 2 * 2
+    band = own[Candidate("down", 1, 2, "subject")]
+    assert band.target_modules == ("model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj")
+    # each of the two changes what is trained
+    for other in (Candidate("down", 1, 1, "subject"), Candidate("down", 1, 2, "all")):
+        assert band.metrics != own[other].metrics
+    assert (found.preset.num_layers, found.preset.gradient_tokens) == (found.best.num_layers, "all")
+    assert found.preset.target_modules == found.best.target_modules
+    assert search(tmp_path, plan=plan).trials == found.trials
+    # the same as a search with that width and those tokens in its recipe
+    alone = replace(plan, layers=[1], widths=[2], gradient_tokens=None)
+    [same] = search(tmp_path / "alone", plan=alone, recipe={"gradient_tokens": "subject"}).trials
+    assert (same.metrics, same.epochs) == (band.metrics, band.epochs)
+    with pytest.raises(ValueError, match=r"\(gradient_tokens, widths\): found gradient_tokens=\['all', 'subject'\]"):
+        search(tmp_path, plan=replace(plan, widths=(1,), gradient_tokens=None))
+
+
+def test_bands_are_approached_within_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = fake_measure(monkeypatch, lambda candidate, edits: candidate.layer / 9 + candidate.num_layers / 99)
+    plan = SearchPlan(modules=["down"], stride=4, num_rungs=1, widths=[3])
+    found = search(tmp_path, base_model(num_hidden_layers=9), plan=plan)
+    # 6 and 2; then those between and beside them, none behind layer 6
+    assert [candidate.layer for candidate in tried] == [6, 2, 4, 0, 5, 3]
+    assert {candidate.num_layers for candidate in tried} == {3} and str(found.best.candidate) == "down, layers 6 to 8"
+
+
+def test_a_search_from_before_there_were_bands_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = search(tmp_path)
+    for path in (tmp_path / "search.json", *(tmp_path / "trials").iterdir()):
+        content = json.loads(path.read_text())
+        names = ("widths", "gradient_tokens") if path.name == "search.json" else ("num_layers", "gradient_tokens")
+        assert [content.pop(name) for name in names] in ([[1], None], [1, None])
+        path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"\(widths\): found widths=\[1\], expected \[2\]"):
+        search(tmp_path, plan=replace(PLAN, num_rungs=2, widths=[2]))
+    tried = fake_measure(monkeypatch, lambda candidate, edits: 0.5)
+    assert search(tmp_path).trials == found.trials
+    assert tried == []
+
+
+def test_a_module_in_which_tokens_cannot_be_chosen_is_the_last(tmp_path: Path) -> None:
+    # the router of a mixture of experts returns a tuple
+    plan = SearchPlan(modules=["mlp"], layers=[1], num_rungs=1, gradient_tokens=["subject", "all"])
+    found = search(tmp_path / "one", base_model("mixtral"), plan=plan)
+    assert [trial.gradient_tokens for trial in found.ranking] == ["all", "subject"]
+    worst = found.ranking[-1]
+    assert worst.failed and worst.failed.startswith("gradient_tokens cannot choose tokens in MixtralTopKRouter: ")
+    assert (worst.score, worst.diverged) == (0, False) and "| mlp, layer 1, subject | 8 | failed | - |" in str(found)
+    only = replace(plan, gradient_tokens=["subject"])
+    with pytest.raises(ValueError, match=r"Training failed at every location \(gradient_tokens cannot .*try .*'all'"):
+        search(tmp_path / "none", base_model("mixtral"), plan=only)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"widths": []}, r"widths: found \[\]; expected numbers of neighbouring layers, 1 or more, no repeats"),
+        ({"widths": [2, 2]}, r"widths: found \[2, 2\]"),
+        ({"widths": [1, 0]}, r"widths: found \[1, 0\]"),
+        ({"gradient_tokens": []}, r"gradient_tokens: found \[\]; expected a list of some of auto, all, prompt"),
+        ({"gradient_tokens": ["all", "all"]}, r"gradient_tokens: found \['all', 'all'\]"),
+        ({"gradient_tokens": ["all", "object"]}, r"gradient_tokens: found \['all', 'object'\]"),
+        ({"gradient_tokens": "subject"}, "gradient_tokens: found 'subject'; expected a list"),
+    ],
+)
+def test_a_plan_that_cannot_be(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SearchPlan(**arguments)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -226,6 +304,8 @@ def test_a_sample_is_drawn_by_the_seed(tmp_path: Path, monkeypatch: pytest.Monke
         ({"plan": SearchPlan(layers=[])}, r"plan: found .*layers=\[\]; expected one or more of each"),
         ({"plan": SearchPlan(modules=["up", "up"])}, r"plan: found modules=\['up', 'up'\]"),
         ({"plan": SearchPlan(stride=4)}, "stride=4: expected 1 to 3"),
+        ({"plan": SearchPlan(widths=[1, 4])}, "widths: found 4, but the model has 3 decoder layers"),
+        ({"plan": SearchPlan(layers=[2], widths=[2])}, "widths: found 2, .* no band of 2 fits from layer 2 on"),
         (
             {"plan": SearchPlan(learning_rates={"updown": 1e-3})},
             "learning_rates: found updown; expected rates above 0",

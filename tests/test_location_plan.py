@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from peft_locft.locating.plan import (
+    GRADIENT_TOKENS,
     Candidate,
     Rung,
     coarse_layers,
     edits_of,
+    first_candidates,
     neighbours,
     num_trained,
     rungs,
     survivors,
 )
 from peft_locft.locating.results import LocationTrial
+from peft_locft.training.config import GradientTokens
 from peft_locft.workflows.location_trials import mean_scores
 
 
@@ -101,9 +104,58 @@ def test_layers_are_approached() -> None:
     assert coarse_layers(layers, 3) == [1, 4, 7]
     assert coarse_layers(layers, 1) == layers
     best = [Candidate("down", 7), Candidate("up", 4)]
-    assert neighbours(best, layers, 2) == [Candidate("down", 5), Candidate("up", 2), Candidate("up", 6)]
+    assert neighbours(best, layers, 2, 8) == [Candidate("down", 5), Candidate("up", 2), Candidate("up", 6)]
     # among those that are to be tried, not among all that there are
-    assert neighbours([Candidate("up", 20)], [5, 10, 20, 25], 1) == [Candidate("up", 10), Candidate("up", 25)]
+    assert neighbours([Candidate("up", 20)], [5, 10, 20, 25], 1, 26) == [Candidate("up", 10), Candidate("up", 25)]
     for stride in (0, 9):
         with pytest.raises(ValueError, match=f"stride={stride}: expected 1 to 8"):
             coarse_layers(layers, stride)
+
+
+def test_a_candidate_names_its_band_and_its_tokens() -> None:
+    names = {
+        Candidate("down", 5): ("down, layer 5", "down", "down-005"),
+        Candidate("down", 5, 3): ("down, layers 5 to 7", "down, 3 layers", "down-005-007"),
+        Candidate("down", 5, 1, "subject"): ("down, layer 5, subject", "down, subject", "down-005-subject"),
+        Candidate("down", 5, 3, "from_subject"): (
+            "down, layers 5 to 7, from_subject",
+            "down, 3 layers, from_subject",
+            "down-005-007-from_subject",
+        ),
+    }
+    for candidate, expected in names.items():
+        assert (str(candidate), candidate.kind, candidate.file_name) == expected
+
+
+def test_a_search_begins_with_every_combination_that_fits() -> None:
+    # as before there were bands
+    assert first_candidates(["down", "up"], [0, 4], 1, 5) == [
+        Candidate("down", 0), Candidate("down", 4), Candidate("up", 0), Candidate("up", 4)
+    ]  # fmt: skip
+    found = first_candidates(["down"], range(5), 1, 5, widths=(1, 4), gradient_tokens=("all", "subject"))
+    assert [str(candidate) for candidate in found] == [
+        *(f"down, layer {layer}, {tokens}" for tokens in ("all", "subject") for layer in range(5)),
+        *(f"down, layers {layer} to {layer + 3}, {tokens}" for tokens in ("all", "subject") for layer in (0, 1)),
+    ]
+    # the stride counts the layers where a band fits, and may be longer than they are
+    assert [each.layer for each in first_candidates(["down"], range(9), 4, 9, widths=(3,))] == [2, 6]
+    assert [each.layer for each in first_candidates(["down"], range(9), 4, 9, widths=(8,))] == [1]
+    with pytest.raises(ValueError, match="stride=10: expected 1 to 9"):
+        first_candidates(["down"], range(9), 10, 9, widths=(3,))
+
+
+@pytest.mark.parametrize(("layers", "width"), [(range(5), 6), ([3, 4], 3)])
+def test_a_band_that_fits_nowhere_is_refused(layers: Any, width: int) -> None:
+    message = f"widths: found {width}, but the model has 5 decoder layers, .* fits from layer {layers[0]} on"
+    with pytest.raises(ValueError, match=message):
+        first_candidates(["down"], layers, 1, 5, widths=(1, width))
+
+
+def test_neighbours_keep_module_width_and_tokens() -> None:
+    best = Candidate("up", 4, 3, "subject")
+    assert neighbours([best], range(8), 2, 8) == [Candidate("up", 2, 3, "subject")]  # layers 6 to 8 are too many
+    assert neighbours([best], range(8), 1, 8) == [Candidate("up", layer, 3, "subject") for layer in (3, 5)]
+
+
+def test_the_tokens_to_try_are_those_of_the_recipe() -> None:
+    assert sorted(GRADIENT_TOKENS) == sorted(get_args(GradientTokens))

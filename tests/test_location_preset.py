@@ -19,14 +19,30 @@ from peft_locft import BreadthFirstConfig, LocationPreset, train_edits
 @every_family
 def test_it_comes_back_as_it_was_and_names_the_same_weights(family: str, tmp_path: Path) -> None:
     model = build(family)
-    for module in ("down", "entire-layer"):
-        preset = preset_for(model, module, 2)
+    for module, layer, num_layers in (("down", 2, 1), ("entire-layer", 2, 1), ("down", 1, 2)):
+        preset = preset_for(model, module, layer, num_layers)
         preset.save(tmp_path / "best.json")
         loaded = LocationPreset.load(tmp_path / "best.json")
         assert loaded == preset
         found = locations(get_peft_model(build(family), loaded.config_for(model.config)))
         named = {f"{name}.weight" for name in preset.target_modules} | set(preset.target_parameters)
         assert set(found) == named
+
+
+def test_a_band_has_the_weights_of_all_its_layers(tmp_path: Path) -> None:
+    preset = preset_for(base_model(), "down", 1, 2, "subject")
+    assert preset.target_modules == ("model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj")
+    preset.save(tmp_path / "best.json")
+    assert LocationPreset.load(tmp_path / "best.json") == preset
+
+
+def test_a_file_from_before_there_were_bands_is_one_layer(tmp_path: Path) -> None:
+    path = tmp_path / "best.json"
+    preset_for(base_model()).save(path)
+    content = json.loads(path.read_text())
+    assert (content.pop("num_layers"), content.pop("gradient_tokens")) == (1, None)
+    path.write_text(json.dumps(content))
+    assert LocationPreset.load(path) == preset_for(base_model())
 
 
 def test_training_takes_it(tmp_path: Path) -> None:
@@ -71,6 +87,7 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
         whole | {"learning_rate": 0.0},
         whole | {"learning_rate": "1e-3"},
         whole | {"model": "llama"},
+        whole | {"gradient_tokens": "object"},
         whole | {"unknown": 1},
     ]
     for content in wrong:

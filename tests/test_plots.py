@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +266,22 @@ def test_a_cell_is_a_location_of_the_first_rung() -> None:
     assert [label.get_text() for label in score.get_xticklabels()] == ["1", "7"]
     assert [label.get_text() for label in score.get_yticklabels()] == ["down", "up"]
     assert sorted(text.get_text() for text in score.texts) == ["-", "0.25", "0.5", "0.75"]
+
+
+def test_each_width_and_choice_of_tokens_has_a_row() -> None:
+    shallow = replace(trial("down", 1, 0, 0.5), gradient_tokens="subject")
+    band = replace(trial("down", 1, 0, 0.75), num_layers=3, gradient_tokens="subject")
+    search = LocationSearchResult([shallow, replace(shallow, layer=2, score=0.25), band], {}, {})
+    [axes] = panels(search).values()
+    assert axes.get_title(loc="left").startswith("score by first layer, 3 edits")
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["down, subject", "down, 3 layers, subject"]
+    np.testing.assert_array_equal(axes.images[0].get_array().filled(-1), [[0.5, 0.25], [0.75, -1]])
+    [frame] = axes.patches
+    assert frame.get_xy() == (-0.5, 0.5)
+    # long labels have the room that they need
+    [label] = [each for each in axes.get_yticklabels() if each.get_text() == band.candidate.kind]
+    axes.figure.canvas.draw()
+    assert label.get_window_extent().x0 >= 0
 
 
 def test_the_best_is_framed_and_better_is_darker() -> None:

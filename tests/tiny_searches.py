@@ -10,7 +10,7 @@ from tiny_training import EDITS, base_model
 from tokenizers_for_tests import make_tokenizer
 
 from peft_locft import BreadthFirstConfig, EvaluationConfig, LocationPreset, Probe
-from peft_locft.locating.module_kinds import location_of
+from peft_locft.locating.module_kinds import band_of
 from peft_locft.locating.preset import model_shape
 from peft_locft.locating.results import LocationSearchResult
 from peft_locft.workflows.locate import SearchPlan, search_locations
@@ -44,8 +44,11 @@ def without_seconds(found: LocationSearchResult) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if "seconds" not in name} for row in rows]
 
 
-def preset_for(model: Any, module: str = "up", layer: int = 1) -> LocationPreset:
+def preset_for(
+    model: Any, module: str = "up", layer: int = 1, num_layers: int = 1, gradient_tokens: str | None = None
+) -> LocationPreset:
     """Return a preset as a search writes it."""
-    location = location_of(model, module, layer)
+    location = band_of(model, module, layer, num_layers)
     names = (location.target_modules, location.target_parameters)
-    return LocationPreset(module, layer, *names, 2e-3, model_shape(model.config), {"score": {"perplexity": 1.0}})
+    shape, found = model_shape(model.config), {"score": {"perplexity": 1.0}}
+    return LocationPreset(module, layer, *names, 2e-3, shape, found, num_layers, gradient_tokens)

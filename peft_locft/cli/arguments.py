@@ -18,6 +18,7 @@ from peft.utils import CONFIG_NAME
 
 from ..evaluation.config import EvaluationConfig
 from ..locating.module_kinds import KINDS
+from ..locating.plan import GRADIENT_TOKENS
 from ..training.config import BreadthFirstConfig
 from ..tuner import LocFTConfig
 from ..tuner.config import ALL_LINEAR, ENTIRE_LAYER
@@ -124,7 +125,8 @@ class PresetArguments:
     """A location that `locft locate` found."""
 
     location: str | None = field(
-        default=None, metadata={"help": "Train at the location, and learning rate, in a best.json of `locft locate`."}
+        default=None,
+        metadata={"help": "Train at the location, learning rate and tokens in a best.json of `locft locate`."},
     )
 
 
@@ -169,6 +171,16 @@ class LocateArguments(LoadArguments):
         default_factory=lambda: list(KINDS), metadata={"help": f"Some of {', '.join(KINDS)}, or names of modules."}
     )
     layers: list[int] | None = field(default=None, metadata={"help": "Decoder layers, from 0. Default: all."})
+    widths: list[int] = field(
+        default_factory=lambda: [1], metadata={"help": "Numbers of neighbouring layers to train together."}
+    )
+    try_gradient_tokens: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": f"Values of --gradient_tokens to try at each location: some of {', '.join(GRADIENT_TOKENS)}. "
+            "Default: only that of the recipe."
+        },
+    )
     stride: int = field(default=1, metadata={"help": "Try every Nth layer first, then layers nearer to the best."})
     keep: int = field(
         default=5, metadata={"help": "After each round, continue with one in N locations, and with at least two."}
@@ -241,7 +253,7 @@ EVALUATE_SECTIONS = {
 }
 LOCATE_SECTIONS = {
     "model and edits": ("model_name_or_path", "edits", "num_edits"),
-    "which locations": ("modules", "layers", "stride"),
+    "which locations": ("modules", "layers", "widths", "try_gradient_tokens", "stride"),
     "how to rank them": ("score", "text"),
     "recipe of a trial": (*_RECIPE, "learning_rates"),
     "output": ("output_dir",),
@@ -286,7 +298,7 @@ def parse_train(argv: Sequence[str]) -> dict[str, Any]:
     parser.require("model_name_or_path", "edits", required=value_of("resume_from_adapter", words) is None)
     preset = value_of("location", words)
     if preset is not None:
-        words = [f"--learning_rate={load_preset(preset).learning_rate}", *words]  # before a rate that is given
+        words = [*recipe_words(load_preset(preset)), *words]  # before what is given
     run, location, _, args = parser.parse_fields(words)
     arguments = vars(run)
     adapter = arguments.pop("resume_from_adapter")
@@ -336,6 +348,8 @@ def parse_locate(argv: Sequence[str]) -> dict[str, Any]:
     from ..workflows.locate import SearchPlan
 
     arguments = vars(run)
+    # --gradient_tokens is a field of the recipe
+    arguments["gradient_tokens"] = arguments.pop("try_gradient_tokens")
     planned = {each.name: arguments.pop(each.name) for each in dataclasses.fields(SearchPlan)}
     planned["learning_rates"] = named_numbers("learning_rates", planned["learning_rates"])
     of_text = {name: arguments.pop(name) for name in ("max_text_tokens", "text_window")}
@@ -424,6 +438,12 @@ def load_preset(path: str) -> LocationPreset:
     from ..locating.preset import LocationPreset
 
     return LocationPreset.load(path)
+
+
+def recipe_words(preset: LocationPreset) -> list[str]:
+    """Return the part of the recipe that a location was found with, as words of a command line."""
+    tokens = [] if preset.gradient_tokens is None else [f"--gradient_tokens={preset.gradient_tokens}"]
+    return [f"--learning_rate={preset.learning_rate}", *tokens]
 
 
 def changed_fields(location: LocationArguments) -> dict[str, Any]:

@@ -59,6 +59,19 @@ def location_of(model: nn.Module, kind: str, layer: int) -> Location:
     return location_in_layers([(f"{stack_name}.{layer}", matrix) for matrix in found])
 
 
+def band_of(model: nn.Module, kind: str, layer: int, num_layers: int) -> Location:
+    """Return the weights of one kind in `num_layers` neighbouring decoder layers, from `layer` on.
+
+    Raises:
+        ValueError: as `location_of`, for each of the layers.
+    """
+    parts = [location_of(model, kind, each) for each in range(layer, layer + num_layers)]
+    modules = [name for part in parts for name in part.target_modules]
+    parameters = [name for part in parts for name in part.target_parameters]
+    # some models run one block in several layers
+    return Location(tuple(dict.fromkeys(modules)), tuple(dict.fromkeys(parameters)))
+
+
 def config_of(location: Location) -> LocFTConfig:
     """Return the configuration that trains a location."""
     return LocFTConfig(

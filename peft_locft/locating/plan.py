@@ -4,25 +4,59 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import get_args
+
+from ..data.gradient_tokens import GradientTokens
 
 MIN_EDITS = 8  # of the first rung
 MIN_FINALISTS = 2  # tried on all edits: on few edits, the order of similar locations is chance
+GRADIENT_TOKENS = ("auto", *get_args(GradientTokens))  # the choices of `BreadthFirstConfig.gradient_tokens`
 
 
 @dataclass(frozen=True, order=True)
 class Candidate:
-    """A location to try: a kind of module (see `location_of`) in a decoder layer, from 0."""
+    """A location to try: a kind of module in one or more neighbouring decoder layers.
+
+    Args:
+        module: the kind of module, see `location_of`.
+        layer: index of the decoder layer, from 0; of a band, the first one.
+        num_layers: number of layers that are trained together.
+        gradient_tokens: the tokens that write into the delta; `None`: as the recipe says.
+
+    Example:
+        >>> print(Candidate("down", 5, num_layers=3, gradient_tokens="subject"))
+        down, layers 5 to 7, subject
+    """
 
     module: str
     layer: int
+    num_layers: int = 1
+    gradient_tokens: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.module}, layer {self.layer}"
+        layers = f"layer {self.layer}" if self.num_layers == 1 else f"layers {self.layer} to {self.last}"
+        return ", ".join([self.module, layers, *self._tokens])
+
+    @property
+    def last(self) -> int:
+        """The last layer."""
+        return self.layer + self.num_layers - 1
+
+    @property
+    def kind(self) -> str:
+        """What is trained, without the place: candidates of one kind differ in their layer alone."""
+        width = [] if self.num_layers == 1 else [f"{self.num_layers} layers"]
+        return ", ".join([self.module, *width, *self._tokens])
 
     @property
     def file_name(self) -> str:
-        return f"{self.module}-{self.layer:03d}"
+        layers = [self.layer] if self.num_layers == 1 else [self.layer, self.last]
+        return "-".join([self.module, *(f"{layer:03d}" for layer in layers), *self._tokens])
+
+    @property
+    def _tokens(self) -> list[str]:
+        return [] if self.gradient_tokens is None else [self.gradient_tokens]
 
 
 @dataclass(frozen=True)
@@ -106,15 +140,59 @@ def coarse_layers(layers: Sequence[int], stride: int) -> list[int]:
     return list(layers[::-1][::stride][::-1])
 
 
-def neighbours(best: Iterable[Candidate], layers: Sequence[int], step: int) -> list[Candidate]:
-    """Return the candidates `step` places before and after the best ones in `layers`, each once."""
+def first_candidates(
+    modules: Sequence[str],
+    layers: Sequence[int],
+    stride: int,
+    num_layers: int,
+    widths: Sequence[int] = (1,),
+    gradient_tokens: Sequence[str | None] = (None,),
+) -> list[Candidate]:
+    """Return the candidates that a search begins with: every combination, in every `stride`-th layer.
+
+    Args:
+        modules: kinds of modules.
+        layers: first layers to try, in ascending order.
+        stride: see `coarse_layers`. For each width, it counts the layers where a band fits.
+        num_layers: decoder layers of the model. A band that goes past the last one is no candidate.
+        widths: numbers of neighbouring layers to train together.
+        gradient_tokens: tokens that write; `None`: as the recipe says.
+
+    Raises:
+        ValueError: if `stride` is below 1 or above the number of layers, or a width fits nowhere.
+    """
+    coarse_layers(layers, stride)  # raises for a stride that is too long at every width
+    coarse = {}
+    for width in widths:
+        fitting = [layer for layer in layers if layer + width <= num_layers]
+        if not fitting:
+            raise ValueError(
+                f"widths: found {width}, but the model has {num_layers} decoder layers, and no band of {width} fits "
+                f"from layer {layers[0]} on. Use a smaller width, or earlier layers."
+            )
+        coarse[width] = coarse_layers(fitting, min(stride, len(fitting)))
+    return [
+        Candidate(module, layer, width, tokens)
+        for module in modules
+        for width in widths
+        for tokens in gradient_tokens
+        for layer in coarse[width]
+    ]
+
+
+def neighbours(best: Iterable[Candidate], layers: Sequence[int], step: int, num_layers: int) -> list[Candidate]:
+    """Return the candidates `step` places before and after the best ones in `layers`, each once.
+
+    They have the module, width and tokens of the best ones. A band that goes past the last of the model's `num_layers`
+    layers is left out.
+    """
     place = {layer: index for index, layer in enumerate(layers)}
     return list(
         dict.fromkeys(
-            Candidate(candidate.module, layers[index])
+            replace(candidate, layer=layers[index])
             for candidate in best
             for index in (place[candidate.layer] - step, place[candidate.layer] + step)
-            if 0 <= index < len(layers)
+            if 0 <= index < len(layers) and layers[index] + candidate.num_layers <= num_layers
         )
     )
 

@@ -15,6 +15,7 @@ from ..io.files import write_atomically
 from ..tuner.config import LocFTConfig
 from ..tuner.presets import Location
 from .module_kinds import config_of
+from .plan import GRADIENT_TOKENS
 
 FORMAT = "locft_location"
 VERSION = 1
@@ -25,14 +26,19 @@ SHAPE = ("model_type", "num_hidden_layers", "hidden_size")
 class LocationPreset:
     """A location with its learning rate, for models of one architecture and size.
 
+    `locft train --location` also uses the learning rate and the tokens. In Python they are arguments of
+    `BreadthFirstConfig`.
+
     Args:
         module: the kind of module, see `location_of`.
-        layer: index of the decoder layer, from 0.
+        layer: index of the decoder layer, from 0; of a band, the first one.
         target_modules: full names of modules.
         target_parameters: full names of parameters that are not a module's weight.
         learning_rate: of the trial; `"auto"`: relative to the weights, see `BreadthFirstConfig`.
         model: `model_type`, `num_hidden_layers` and `hidden_size` that a model's configuration must have.
         found: information for readers: base, edits, score and metrics of the search.
+        num_layers: number of neighbouring layers, from `layer` on.
+        gradient_tokens: the tokens that wrote into the delta, see `BreadthFirstConfig`; `None`: as the recipe says.
 
     Example:
         >>> preset = LocationPreset.load("search/best.json")
@@ -46,6 +52,8 @@ class LocationPreset:
     learning_rate: float | str
     model: dict[str, Any]
     found: dict[str, Any] = field(default_factory=dict)
+    num_layers: int = 1
+    gradient_tokens: str | None = None
 
     def config_for(self, config: PretrainedConfig, where: str = "location") -> LocFTConfig:
         """Return the configuration that trains this location in a model.
@@ -90,6 +98,10 @@ class LocationPreset:
                 raise ValueError("no location, or no learning rate above 0")
             if not isinstance(preset.model, dict):
                 raise ValueError("no model")
+            if preset.gradient_tokens not in (None, *GRADIENT_TOKENS):
+                raise ValueError(
+                    f"gradient_tokens {preset.gradient_tokens!r}, not one of {', '.join(GRADIENT_TOKENS)}"
+                )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path}: found no location ({error!r}); expected a best.json of `locft locate`, version {VERSION}."

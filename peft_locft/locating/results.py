@@ -11,6 +11,7 @@ from typing import Any
 from ..evaluation.metric_result import MetricResult
 from ..evaluation.tables import estimate_cell, markdown_table
 from ..io.files import write_atomically
+from ..tuner.writing_tokens import CANNOT_CHOOSE
 from .plan import Candidate
 from .preset import LocationPreset
 
@@ -33,19 +34,22 @@ class LocationTrial:
 
     Args:
         module: the kind of module.
-        layer: index of the decoder layer, from 0.
+        layer: index of the decoder layer, from 0; of a band, the first one.
         rung: index of the rung, from 0; a location that goes on is tried again on more edits.
         num_edits: edits that were trained and evaluated.
         learning_rate: of the trial; `"auto"`: relative to the weights.
         score: from 0 to 1; 0 if the trial failed.
         metrics: value, low and high after the edit, by the metric's name.
         before: the same for the base.
-        failed: why the trial failed (training diverged); `None` if it did not.
+        failed: why the trial failed: training diverged, or its tokens cannot be chosen in this module; `None` if it
+            did not.
         epochs: epochs that were trained.
         target_modules: full names of modules.
         target_parameters: full names of parameters that are not a module's weight.
         training_seconds: duration of training.
         evaluation_seconds: duration of evaluation.
+        num_layers: number of neighbouring layers that were trained together.
+        gradient_tokens: the tokens that wrote into the delta; `None`: as the recipe says.
     """
 
     module: str
@@ -62,10 +66,17 @@ class LocationTrial:
     target_parameters: tuple[str, ...]
     training_seconds: float
     evaluation_seconds: float
+    num_layers: int = 1
+    gradient_tokens: str | None = None
 
     @property
     def candidate(self) -> Candidate:
-        return Candidate(self.module, self.layer)
+        return Candidate(self.module, self.layer, self.num_layers, self.gradient_tokens)
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the trial failed because training diverged."""
+        return self.failed is not None and not self.failed.startswith(CANNOT_CHOOSE)
 
 
 @dataclass(frozen=True)
@@ -113,6 +124,8 @@ class LocationSearchResult:
             best.learning_rate,
             self.model,
             found | {"num_edits": best.num_edits, "score_value": best.score, "metrics": metrics},
+            best.num_layers,
+            best.gradient_tokens,
         )
 
     @property
@@ -129,7 +142,7 @@ class LocationSearchResult:
         names = [name for name in TABLE_METRICS if any(name in trial.metrics for trial in ranking)]
         rows = [["base", self.best.num_edits, "", *(estimate_cell(self.best.before.get(name)) for name in names)]]
         for trial in ranking:
-            score = "diverged" if trial.failed else f"{trial.score:.3f}"
+            score = f"{trial.score:.3f}" if trial.failed is None else "diverged" if trial.diverged else "failed"
             cells = (estimate_cell(trial.metrics.get(name)) for name in names)
             rows.append([trial.candidate, trial.num_edits, score, *cells])
         table = markdown_table(["location", "edits", "score", *names], rows)

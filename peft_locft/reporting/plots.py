@@ -45,6 +45,7 @@ ROW, TITLE, SCALE, GAP = 0.46, 0.3, 0.24, 0.14
 SCORE = "score"
 # inches, of the heatmaps
 CELL_WIDTH, CELL_HEIGHT, MAP_LEFT, MAP_TITLE, MAP_GAP = 0.4, 0.26, 0.95, 0.32, 0.3
+CHARACTER_WIDTH, CHARACTERS_LEFT = 0.07, 12  # as many characters of a row's label fit into MAP_LEFT
 MIN_MAP_WIDTH = 3.2
 MAX_COLUMNS_BESIDE = 12  # columns of a heatmap that has another one beside it
 MAX_COLUMNS_WITH_NUMBERS = 16
@@ -355,24 +356,26 @@ def baselines_figure(results: Sequence[BaselineResult], columns: Sequence[str] |
 def locations_figure(search: LocationSearchResult) -> Figure:
     """Return a heatmap for the score and for each metric: modules by layers, better is darker, the best is framed.
 
-    All cells come from the first rung, where every location was tried in the same way.
+    Each width and each choice of tokens has rows of its own; a band is in the column of its first layer. All cells
+    come from the first rung, where every location was tried in the same way.
     """
     from matplotlib.figure import Figure
 
     trials = search.first_rung()
     names = [SCORE, *(name for name in TABLE_METRICS if any(name in trial.metrics for trial in trials))]
-    modules = list(dict.fromkeys(trial.module for trial in trials))
+    kinds = list(dict.fromkeys(trial.candidate.kind for trial in trials))
     layers = sorted({trial.layer for trial in trials})
     columns = 2 if len(layers) <= MAX_COLUMNS_BESIDE else 1
     cell = max(CELL_WIDTH, MIN_MAP_WIDTH / len(layers))
-    wide, high = MAP_LEFT + cell * len(layers) + MAP_GAP, MAP_TITLE + CELL_HEIGHT * len(modules) + MAP_GAP
+    margin = MAP_LEFT + CHARACTER_WIDTH * max(0, max(map(len, kinds)) - CHARACTERS_LEFT)
+    wide, high = margin + cell * len(layers) + MAP_GAP, MAP_TITLE + CELL_HEIGHT * len(kinds) + MAP_GAP
     num_rows = math.ceil(len(names) / columns)
     figure = Figure(figsize=(wide * columns, high * num_rows))
     for number, name in enumerate(names):
         row, column = divmod(number, columns)
-        left, bottom = (column + MAP_LEFT / wide) / columns, 1 - (row + 1 - MAP_GAP / high) / num_rows
-        place = (left, bottom, cell * len(layers) / (wide * columns), CELL_HEIGHT * len(modules) / (high * num_rows))
-        _draw_map(figure.add_axes(place), name, trials, modules, layers, search.best)
+        left, bottom = (column + margin / wide) / columns, 1 - (row + 1 - MAP_GAP / high) / num_rows
+        place = (left, bottom, cell * len(layers) / (wide * columns), CELL_HEIGHT * len(kinds) / (high * num_rows))
+        _draw_map(figure.add_axes(place), name, trials, kinds, layers, search.best)
     return figure
 
 
@@ -380,7 +383,7 @@ def _draw_map(
     axes: Axes,
     name: str,
     trials: Sequence[LocationTrial],
-    modules: Sequence[str],
+    kinds: Sequence[str],
     layers: Sequence[int],
     best: LocationTrial,
 ) -> None:
@@ -390,23 +393,24 @@ def _draw_map(
     lower_is_better = name != SCORE and higher_is_better(name) is False
     ends = ["#ffffff", COLOURS["after"][0]]
     colours = LinearSegmentedColormap.from_list(name, ends[::-1] if lower_is_better else ends)
-    values = {(trial.module, trial.layer): _map_value(name, trial) for trial in trials}
+    values = {(trial.candidate.kind, trial.layer): _map_value(name, trial) for trial in trials}
     known = [value for value in values.values() if not math.isnan(value)]
     low, high = min(known, default=0.0), max(known, default=1.0)
     norm = Normalize(low, high if high > low else low + 1)
-    table = [[values.get((module, layer), math.nan) for layer in layers] for module in modules]
+    table = [[values.get((kind, layer), math.nan) for layer in layers] for kind in kinds]
     axes.imshow(table, cmap=colours, norm=norm, aspect="auto")
     axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
-    axes.set_yticks(range(len(modules)), list(modules))
+    axes.set_yticks(range(len(kinds)), list(kinds))
     for label in axes.get_yticklabels():
         label.set_parse_math(False)  # a name is not a formula
-    title = f"score by layer, {trials[0].num_edits} edits" if name == SCORE else label_of(name)
+    by = "layer" if all(trial.num_layers == 1 for trial in trials) else "first layer"
+    title = f"score by {by}, {trials[0].num_edits} edits" if name == SCORE else label_of(name)
     if name != SCORE and short_name(name) != name:
         title = f"{group_of(name)}: {title}"
     axes.set_title(f"{title} ({low:.3g} to {high:.3g})", loc="left", parse_math=False)
     if len(layers) <= MAX_COLUMNS_WITH_NUMBERS:
         _write_numbers(axes, table, norm, lower_is_better)
-    corner = (layers.index(best.layer) - 0.5, modules.index(best.module) - 0.5)
+    corner = (layers.index(best.layer) - 0.5, kinds.index(best.candidate.kind) - 0.5)
     axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=COLOURS["generalization"][0], linewidth=2))
 
 

@@ -12,6 +12,12 @@ from torch import nn
 # tensors by name, then the arguments of a module
 Compute: TypeAlias = Callable[..., Any]
 
+CANNOT_CHOOSE = "gradient_tokens cannot choose tokens in"
+
+
+class TokenChoiceError(ValueError):
+    """A module computes its output in a way that does not let single tokens write into its delta."""
+
 
 def with_gradient_of(
     writers: torch.Tensor,
@@ -62,11 +68,9 @@ def _detached(values: Any) -> Any:
 
 @contextmanager
 def explained_choice(module: nn.Module) -> Iterator[None]:
-    """Say in a ValueError which module cannot choose among tokens, and what to do."""
+    """Say in a TokenChoiceError which module cannot choose among tokens, and what to do."""
     try:
         yield
     except ValueError as error:
         advice = "Set gradient_tokens to 'all', or train Linear modules."
-        raise ValueError(
-            f"gradient_tokens cannot choose tokens in {type(module).__name__}: {error}. {advice}"
-        ) from None
+        raise TokenChoiceError(f"{CANNOT_CHOOSE} {type(module).__name__}: {error}. {advice}") from None

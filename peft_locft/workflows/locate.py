@@ -20,7 +20,7 @@ from ..engine.loading import load_model
 from ..evaluation.config import EvaluationConfig
 from ..io.interruption import explained_interruption
 from ..locating.module_kinds import KINDS, location_of
-from ..locating.plan import Rung, coarse_layers, rungs
+from ..locating.plan import GRADIENT_TOKENS, Candidate, Rung, first_candidates, rungs
 from ..locating.preset import model_shape
 from ..locating.results import LocationSearchResult
 from ..locating.score import LocationScore
@@ -45,12 +45,20 @@ class SearchPlan:
 
     Args:
         modules: kinds of modules or their names, see `location_of`.
-        layers: indices of decoder layers, from 0; `None` for all.
+        layers: indices of decoder layers, from 0; `None` for all. Of a band, the first layer.
         stride: start with every `stride`-th layer, then halve the distance around the best ones.
         keep: one in `keep` locations advances to the next rung, at least two. A trial there costs up to `keep` times
             as much.
         num_rungs: 1 tries every location on all edits; `None` chooses, see `rungs`.
         learning_rates: learning rates by module, instead of the recipe's; coarse modules need a lower one.
+        widths: numbers of neighbouring layers to train together: width 3 at layer 5 trains layers 5, 6 and 7. A band
+            that goes past the last layer is not tried.
+        gradient_tokens: values of `BreadthFirstConfig.gradient_tokens` to try at each location; `None`: only the
+            recipe's.
+
+    Raises:
+        ValueError: if `widths` or `gradient_tokens` is empty or has repeats, a width is below 1, or a value of
+            `gradient_tokens` is unknown.
     """
 
     modules: Sequence[str] = KINDS
@@ -59,6 +67,23 @@ class SearchPlan:
     keep: int = 5
     num_rungs: int | None = None
     learning_rates: Mapping[str, float] | None = None
+    widths: Sequence[int] = (1,)
+    gradient_tokens: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.widths or len(set(self.widths)) < len(self.widths) or min(self.widths) < 1:
+            raise ValueError(
+                f"widths: found {list(self.widths)}; expected numbers of neighbouring layers, 1 or more, no repeats."
+            )
+        tokens = self.gradient_tokens
+        if tokens is None:
+            return
+        if isinstance(tokens, str) or not tokens or len(set(tokens)) < len(tokens) or set(tokens) - {*GRADIENT_TOKENS}:
+            found = tokens if isinstance(tokens, str) else list(tokens)
+            raise ValueError(
+                f"gradient_tokens: found {found!r}; expected a list of some of {', '.join(GRADIENT_TOKENS)}, no "
+                "repeats, or None for the recipe's."
+            )
 
 
 def search_locations(
@@ -100,7 +125,7 @@ def search_locations(
     Raises:
         ValueError: edits, plan, score or text are invalid; the folder holds a search with other settings; the
             processes form a group (see `leave_group`); `args.output_dir` is missing, or holds an adapter or a model
-            (see `overwrite_output_dir`); or training diverges at every location.
+            (see `overwrite_output_dir`); or training fails at every location.
 
     Example:
         >>> args = BreadthFirstConfig(output_dir="search", learning_rate=5e-3, per_device_train_batch_size=20)
@@ -123,9 +148,8 @@ def search_locations(
     )
     args = with_chat_template(args, sample, tokenizer)
     evaluation = replace(evaluation, **written_form(args)._asdict())
-    coarse = coarse_layers(layers, plan.stride)
-    num_candidates = len(coarse) * len(plan.modules)
-    ladder = rungs(len(sample), batch_size_for(len(sample), args), num_candidates, plan.keep, plan.num_rungs)
+    first = _first_candidates(plan, layers, model)
+    ladder = rungs(len(sample), batch_size_for(len(sample), args), len(first), plan.keep, plan.num_rungs)
     progress = not args.disable_tqdm if show_progress is None else show_progress
     rates = plan.learning_rates or {}
     shared = SharedActivations(folder / STATES, layers)
@@ -134,7 +158,7 @@ def search_locations(
     trials.begin(folder, setting)
     stopped = explained_interruption(what_trials_leave(folder, f"{TRIALS}/*.json"))
     with stopped, logging_beside_bars(progress):
-        found = trials.search(plan.modules, layers, coarse, plan.stride, plan.keep, progress)
+        found = trials.search(first, layers, plan.stride, plan.keep, progress)
         search = LocationSearchResult(found, setting, model_shape(model.config))
         search.save(folder)
         if can_draw():
@@ -167,10 +191,18 @@ def _check_plan(plan: SearchPlan, model: PreTrainedModel) -> list[int]:
             f"learning_rates: found {', '.join(unknown + wrong)}; expected rates above 0 for modules among "
             f"{', '.join(plan.modules)}."
         )
+    bands = {range(layer, layer + width) for layer in layers for width in plan.widths if layer + width <= num_layers}
+    reached = sorted({*layers, *(layer for band in bands for layer in band)})
     for module in plan.modules:
-        for layer in layers:
+        for layer in reached:
             location_of(model, module, layer)
     return layers
+
+
+def _first_candidates(plan: SearchPlan, layers: Sequence[int], model: PreTrainedModel) -> list[Candidate]:
+    tokens = (None,) if plan.gradient_tokens is None else plan.gradient_tokens
+    num_layers = len(find_decoder_layers(model)[1])
+    return first_candidates(plan.modules, layers, plan.stride, num_layers, plan.widths, tokens)
 
 
 def _score(weights: Mapping[str, float] | None, edits: Sequence[Edit], has_text: bool) -> LocationScore:
@@ -219,6 +251,8 @@ def _setting(
         "keep": plan.keep,
         "rungs": [[rung.num_edits, rung.batch_size] for rung in ladder],
         "learning_rates": dict(plan.learning_rates or {}),
+        "widths": list(plan.widths),
+        "gradient_tokens": None if plan.gradient_tokens is None else list(plan.gradient_tokens),
     }
 
 

@@ -24,16 +24,20 @@ from ..evaluation.evaluator import EditEvaluator
 from ..io.arithmetic import tensor_sha256
 from ..io.files import write_atomically
 from ..io.folders import locked
-from ..locating.module_kinds import config_of, location_of
+from ..locating.module_kinds import band_of, config_of
 from ..locating.plan import Candidate, Rung, edits_of, neighbours, num_trained, survivors
 from ..locating.results import LocationTrial, finite_estimates, read_trial
 from ..locating.score import LocationScore
 from ..training.config import BreadthFirstConfig
+from ..tuner.presets import find_decoder_layers
+from ..tuner.writing_tokens import TokenChoiceError
 from .trials import known_result, try_adapter
 
 logger = logging.getLogger(__name__)
 
 SETTING, TRIALS = "search.json", "trials"
+# settings of a search.json that was written before they could be chosen
+EARLIER_SETTING = {"widths": [1], "gradient_tokens": None}
 POLL_SECONDS = 1.0  # interval of checks for the results of other processes
 
 
@@ -83,7 +87,7 @@ class LocationTrials:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = folder / SETTING
         if path.is_file():
-            before = json.loads(path.read_text(encoding="utf-8"))
+            before = EARLIER_SETTING | json.loads(path.read_text(encoding="utf-8"))
             now = json.loads(json.dumps(setting))
             differing = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
             if differing:
@@ -97,32 +101,37 @@ class LocationTrials:
 
     def search(
         self,
-        modules: Sequence[str],
+        first: Sequence[Candidate],
         layers: Sequence[int],
-        coarse: Sequence[int],
         stride: int,
         keep: int,
         progress: bool,
     ) -> list[LocationTrial]:
         """Try locations rung by rung; return all trials.
 
+        Args:
+            first: the candidates to begin with, see `first_candidates`.
+            layers: the layers of all candidates; of a band, the first layer.
+            stride: distance in `layers` between the first candidates.
+            keep: one in `keep` candidates goes on to the next rung.
+            progress: show a progress bar.
+
         Raises:
-            ValueError: if training diverges at every location.
+            ValueError: if training fails at every location.
         """
-        first = [Candidate(module, layer) for module in modules for layer in coarse]
+        num_layers = len(find_decoder_layers(self.model)[1])
         with tqdm(
             total=num_trained(self.ladder, len(first), keep), desc="locating", unit="edit", disable=not progress
         ) as bar:
             rung_trials = self._rung(0, first, bar)
             while stride > 1:
                 stride = (stride + 1) // 2 if stride > 2 else 1
-                closer = neighbours(survivors(mean_scores(rung_trials.values(), rung_trials), keep), layers, stride)
+                best = survivors(mean_scores(rung_trials.values(), rung_trials), keep)
+                closer = neighbours(best, layers, stride, num_layers)
                 new = [candidate for candidate in closer if candidate not in rung_trials]
                 bar.total += len(new) * self.ladder[0].num_edits
                 rung_trials |= self._rung(0, new, bar)
-            if all(trial.failed for trial in rung_trials.values()):
-                reasons = "; ".join(sorted({str(trial.failed) for trial in rung_trials.values()})[:2])
-                raise ValueError(f"Training diverged at every location ({reasons}). Lower the learning rate.")
+            _check_any_succeeded(rung_trials.values())
             trials = list(rung_trials.values())
             for rung in range(1, len(self.ladder)):
                 rung_trials = self._rung(rung, survivors(mean_scores(trials, rung_trials), keep), bar)
@@ -150,7 +159,9 @@ class LocationTrials:
     def _trial(self, rung: int, candidate: Candidate, bar: tqdm[Any]) -> LocationTrial | None:
         """Return a trial; `None` while another process runs it."""
         path = self._folder / f"{rung}-{candidate.file_name}.json"
-        cell = asdict(candidate) | {"rung": rung, "num_edits": self.ladder[rung].num_edits}
+        # width and tokens are in the file's name; trials of earlier searches do not hold them
+        cell = {"module": candidate.module, "layer": candidate.layer, "rung": rung}
+        cell["num_edits"] = self.ladder[rung].num_edits
         row = known_result(path, cell)
         if row is None:
             place = path.with_suffix("")
@@ -170,13 +181,15 @@ class LocationTrials:
         return read_trial(row)
 
     def _measure(self, rung: int, candidate: Candidate, place: Path) -> LocationTrial:
-        location = location_of(self.model, candidate.module, candidate.layer)
+        location = band_of(self.model, candidate.module, candidate.layer, candidate.num_layers)
         step = self.ladder[rung]
         edits = self._edits(rung)
         rate = self.learning_rates.get(candidate.module) or self.args.learning_rate
         overrides: dict[str, Any] = {"output_dir": str(place), "per_device_train_batch_size": step.batch_size}
         overrides |= {"learning_rate": rate, "report_to": "none", "disable_tqdm": True}
         overrides |= dict.fromkeys(("save_strategy", "logging_strategy"), "no")
+        if candidate.gradient_tokens is not None:
+            overrides["gradient_tokens"] = candidate.gradient_tokens
         args = replace(self.args, **overrides)
         known = {
             **asdict(candidate),
@@ -190,7 +203,7 @@ class LocationTrials:
         try:
             config, evaluator = config_of(location), self._evaluator(rung)
             trial = try_adapter(self.model, self.tokenizer, edits, config, args, evaluator, self.shared_activations)
-        except (TrainingDivergedError, FloatingPointError) as error:
+        except (TrainingDivergedError, FloatingPointError, TokenChoiceError) as error:
             logger.warning("%s: %s", candidate, error)
             nothing: dict[str, Any] = {"score": 0.0, "metrics": {}, "before": {}, "epochs": 0, "evaluation_seconds": 0}
             return LocationTrial(**known, **nothing, failed=str(error), training_seconds=time.perf_counter() - begun)
@@ -232,8 +245,20 @@ class LocationTrials:
         return num_tokens * head.shape[0] * head.itemsize < free_memory(head.device) / 4
 
 
+def _check_any_succeeded(trials: Collection[LocationTrial]) -> None:
+    if not all(trial.failed for trial in trials):
+        return
+    reasons = "; ".join(sorted({str(trial.failed) for trial in trials})[:2])
+    if all(trial.diverged for trial in trials):
+        raise ValueError(f"Training diverged at every location ({reasons}). Lower the learning rate.")
+    raise ValueError(
+        f"Training failed at every location ({reasons}). Also try gradient_tokens 'all', and a lower learning rate "
+        "where training diverged."
+    )
+
+
 def mean_scores(trials: Collection[LocationTrial], candidates: Iterable[Candidate]) -> dict[Candidate, float]:
-    """Return the mean score of each candidate over its trials, weighted by their edits; 0 if a trial diverged."""
+    """Return the mean score of each candidate over its trials, weighted by their edits; 0 if a trial failed."""
     scores = {}
     for candidate in candidates:
         own = [trial for trial in trials if trial.candidate == candidate]
