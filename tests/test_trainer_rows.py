@@ -12,14 +12,18 @@ import pytest
 import torch
 from tiny_models import assert_same_tensors
 from tiny_training import EDITS, make_trainer, peft_model, trained
+from tokenizers_for_tests import make_tokenizer
 from transformers import TrainerCallback
 
 from peft_locft import BreadthFirstTrainer, Edit, LocFTConfig
+from peft_locft.data.encoding import encode_prompts
+from peft_locft.data.relations import answered_otherwise
 from peft_locft.training import training_data
 from peft_locft.training.recipes import RECIPES
 
 SUBJECTS = ["France", "Spain", "Spain", "France", "river", "Dave", "city", "city"]
 FACTS = [replace(edit, subject=subject) for edit, subject in zip(EDITS, SUBJECTS, strict=True)]
+WORDS = [f"{verb} {noun}" for verb in ("is", "was", "has", "said") for noun in ("the", "in", "of")]
 ALL: dict[str, Any] = {
     "recipe": "balanced",
     "num_prefixes": 3,
@@ -64,6 +68,29 @@ def test_other_facts_about_an_edits_subject_go_with_the_edit(tmp_path: Path) -> 
         own = list(islice(prompts, count))
         assert count <= 2 and all((fact.subject or "") in prompt for prompt in own)
     assert not {edit.prompt for edit in FACTS} & set(made.data.prompts)
+
+
+def test_what_the_base_answers_like_the_edit_is_no_other_fact() -> None:
+    model, tokenizer = peft_model(sharp=True), make_tokenizer("llama2")
+    edits = FACTS[:3]
+    # those that end as the prompt does are mostly answered alike
+    candidates = [
+        [f"{each} {fact.prompt}" for each in WORDS[:6]] + [f"{fact.subject} {each}" for each in WORDS]
+        for fact in edits
+    ]
+
+    def begins(prompt: str) -> int:
+        ids = torch.tensor(encode_prompts([prompt], tokenizer))
+        return int(model.get_base_model()(ids).logits[0, -1].argmax())
+
+    expected = [
+        [text for text in own if begins(text) != begins(edit.prompt)]
+        for edit, own in zip(edits, candidates, strict=True)
+    ]
+    assert 0 < sum(map(len, expected)) < sum(map(len, candidates))
+    assert answered_otherwise(model, tokenizer, edits, candidates, 99) == expected
+    assert answered_otherwise(model, tokenizer, edits, candidates, 1) == [own[:1] for own in expected]
+    assert answered_otherwise(model, tokenizer, edits, [[], [], []], 2) == [[], [], []]
 
 
 @pytest.mark.parametrize("recipe", [ALL, LIKELIHOOD], ids=["kl", "likelihood"])

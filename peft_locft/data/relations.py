@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence, Set
+from itertools import islice
 
 import numpy as np
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
+from ..engine.decoding import check_fits, generate_and_score
+from ..engine.model_state import as_base
+from ..engine.preparations import Preparations
+from ..engine.questions import UNTIL_EOS, Question
 from .edits import Edit, fold_case, prompts_of
+from .encoding import encode_prompts
 from .leaks import is_trained
 from .scripts import replace_word
 
@@ -92,3 +100,47 @@ def same_subject(edits: Sequence[Edit], seed: int, num: int, trained: Set[str] =
                 own.append(prompt)
         prompts.append(own)
     return prompts
+
+
+def answered_otherwise(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    edits: Sequence[Edit],
+    prompts: Sequence[Sequence[str]],
+    num: int,
+    *,
+    preparations: Preparations | None = None,
+) -> list[list[str]]:
+    """Return, for each edit, the first of some prompts that the base begins to answer otherwise than the edit's own.
+
+    One whose answer begins with the same token may ask for the same fact in other words. To keep its answer would
+    work against the edit.
+
+    Args:
+        model: a decoder-only language model; its adapter is disabled meanwhile.
+        tokenizer: its tokenizer.
+        edits: the edits.
+        prompts: (edits,) prompts for each edit, such as those of [`same_subject`].
+        num: number of prompts for an edit, at most.
+        preparations: stores the first tokens for later calls.
+
+    Raises:
+        ValueError: if a prompt cannot be encoded, or is too long for the model.
+    """
+    texts = list(dict.fromkeys(text for edit, own in zip(edits, prompts, strict=True) for text in (edit.prompt, *own)))
+    if not any(prompts):
+        return [[] for _ in edits]
+    encoded = encode_prompts(texts, tokenizer)
+    questions = [Question(tuple(ids), num_stops=UNTIL_EOS, max_new_tokens=1) for ids in encoded]
+    check_fits(model, questions, tokenizer)
+
+    def first_tokens() -> list[int]:
+        with as_base(model):
+            answers = generate_and_score(model, tokenizer, questions, label="the base", progress=False)
+        return [answer.token_ids[0] for answer in answers]
+
+    begins = dict(zip(texts, (preparations or Preparations(model)).stored([encoded, 1], first_tokens), strict=True))
+    return [
+        list(islice((text for text in own if begins[text] != begins[edit.prompt]), num))
+        for edit, own in zip(edits, prompts, strict=True)
+    ]

@@ -57,7 +57,8 @@ class PreservationArguments:
             the subjects; if it generates none, those of the other edits are used.
         retained_relations (`int`, *optional*):
             Number of prompts to retain for each edit, made by putting its subject into the words of other edits: other
-            facts about what the edit changes. A few edits, or edits of one relation, have fewer.
+            facts about what the edit changes. Those that the base begins to answer as it does the edit's prompt are
+            left out: they may be rewordings of it. A few edits, or edits of one relation, have fewer.
         retained_answer_tokens (`int`, *optional*):
             Number of tokens of the base's answers to retain. With 1 and `retained_loss="kl"` nothing is decoded.
         retained_per_edit (`float`, *optional*):

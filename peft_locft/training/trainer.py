@@ -42,7 +42,7 @@ from ..engine.model_state import (
 )
 from ..engine.offload import trunk_offloaded
 from ..io.disk_space import explained_disk_full
-from ..tuner.layer import LocFTLayer
+from ..tuner.model import locft_layers
 from .batches import EditBatches
 from .callbacks import (
     CURVES_KEY,
@@ -473,8 +473,7 @@ def _check(model: nn.Module, args: object, tokenizer: PreTrainedTokenizerBase) -
         raise ValueError(f"BreadthFirstTrainer: {found}; expected a BreadthFirstConfig with the same fields.")
     check_model_and_tokenizer(model, tokenizer, "BreadthFirstTrainer")
     check_trainable(model)
-    has_deltas = any(isinstance(module, LocFTLayer) for module in model.modules())
-    if args.gradient_tokens not in ("all", "auto") and not has_deltas:
+    if args.gradient_tokens not in ("all", "auto") and not any(locft_layers(model)):
         raise ValueError(
             f"BreadthFirstConfig.gradient_tokens={args.gradient_tokens!r} chooses what writes into a LocFT delta, and "
             "the model has none. Use LocFTConfig, or gradient_tokens='all'."

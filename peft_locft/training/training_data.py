@@ -22,7 +22,7 @@ from ..data.encoding import EncodedEdits, encode_edits, join_encoded, prompts_wr
 from ..data.generated_text import LONG_PREFIX, NAME_TOKENS, base_texts, generate_prefixes, generate_subjects
 from ..data.gradient_tokens import GradientTokens
 from ..data.leaks import check_paraphrases
-from ..data.relations import same_subject
+from ..data.relations import answered_otherwise, same_subject
 from ..data.retained_facts import (
     BaseAnswers,
     base_answers,
@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 SUBJECT_TOKENS = 5  # of an edit's subject, about
 MAX_SUBJECTS = 192  # that the base generates
+CANDIDATES = 3  # other facts to ask the base about, for one that is retained
 WINDOW = 128  # tokens in a window of preserved text
 
 
@@ -284,7 +285,11 @@ def _own_retained(
 ) -> list[dict[Prompt, str | None]]:
     """Return, for each row of an edit, the prompts to retain beside it in the form of that row, and their subjects."""
     swapped = _swapped(edits, model, tokenizer, args, made)
-    related = same_subject(edits, args.seed, args.retained_relations) if args.retained_relations else [[]] * len(edits)
+    related: list[list[str]] = [[] for _ in edits]
+    if args.retained_relations:
+        made.begin("other facts")
+        candidates = same_subject(edits, args.seed, CANDIDATES * args.retained_relations)
+        related = answered_otherwise(model, tokenizer, edits, candidates, args.retained_relations, preparations=made)
     rows: list[dict[Prompt, str | None]] = []
     found: set[Prompt] = set()
     for edit, others, own in zip(edits, swapped, related, strict=True):

@@ -128,8 +128,8 @@ class Benchmark:
     def _measured(self, name: str, seed: int) -> dict[str, float]:
         if self.base is None:
             self.base, self.tokenizer = load("bfloat16")
-        layers, fields = SETTINGS[name]
-        fields = {"recipe": "balanced", "seed": seed} | fields
+        layers, own = SETTINGS[name]
+        fields: dict[str, Any] = {"recipe": "balanced", "seed": seed} | own
         config = LocFTConfig() if fields["recipe"] == "published" else balanced_config(self.base)
         if layers:
             config = LocFTConfig(target_modules=["down_proj"], layers_to_transform=layers)
