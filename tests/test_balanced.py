@@ -60,17 +60,7 @@ def test_the_location_is_down_projections_whatever_is_published(family: str) -> 
 
 def test_it_is_as_deep_in_a_deep_model() -> None:
     found = balanced_config(build("llama", num_hidden_layers=30))
-    layers = [5, 6, 7, 22, 23, 24]
-    assert set(found.target_modules or ()) == {f"model.layers.{layer}.mlp.down_proj" for layer in layers}
-
-
-@pytest.mark.parametrize(
-    ("depth", "expected"),
-    [(1, [0]), (3, [0, 1, 2]), (4, [0, 1, 2, 3]), (8, [1, 2, 3, 5, 6, 7]), (18, [3, 4, 5, 13, 14, 15])],
-)
-def test_a_shallow_model_has_fewer_early_layers(depth: int, expected: list[int]) -> None:
-    found = balanced_config(build("llama", num_hidden_layers=depth))
-    assert set(found.target_modules or ()) == {f"model.layers.{layer}.mlp.down_proj" for layer in expected}
+    assert sorted(found.target_modules or ()) == [f"model.layers.{layer}.mlp.down_proj" for layer in range(22, 25)]
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "dbrx", "jetmoe"])

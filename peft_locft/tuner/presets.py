@@ -119,12 +119,10 @@ def _is_model(model: nn.Module, name: str) -> bool:
 
 
 def balanced_config(model: nn.Module, **fields: Any) -> LocFTConfig:
-    """Return the configuration of `BreadthFirstConfig(recipe="balanced")`: down-projections of two bands of layers.
+    """Return the configuration of `BreadthFirstConfig(recipe="balanced")`: down-projections of three layers.
 
-    An early band of three layers begins at a sixth of the model's depth, and a late one of three at three quarters
-    (layers 5 to 7 and 22 to 24 of 30); a shallow model has fewer early ones. Layers without an MLP are passed over.
-    In the early band, where a model looks up what it knows of a subject, only the subject writes
-    (`gradient_tokens="auto"`); the late band, with every token, asks for one relation of it.
+    They begin at three quarters of the model's depth (layers 22 to 24 of 30); in a shallow model they are the last
+    three. Layers without an MLP are passed over. Together they learn the same edits with a smaller change in each.
 
     Args:
         model: a decoder-only language model.
@@ -139,9 +137,9 @@ def balanced_config(model: nn.Module, **fields: Any) -> LocFTConfig:
     """
     stack_name, stack = find_decoder_layers(model)
     eligible = _layers_with_mlp(model) or list(range(len(stack)))
-    late = _band(eligible, len(stack) * 3 // 4)
-    early = _band([layer for layer in eligible if layer < len(stack) // 2 and layer not in late], len(stack) // 6)
-    layers = [*early, *late]
+    first = sum(layer < len(stack) * 3 // 4 for layer in eligible)
+    first = max(min(first, len(eligible) - 3), 0)
+    layers = eligible[first : first + 3]
     for layer in layers:
         for down in projections_in(model, layer).downs:
             if not down.is_linear:
@@ -151,13 +149,6 @@ def balanced_config(model: nn.Module, **fields: Any) -> LocFTConfig:
                     "LocFTConfig(target_modules=['o_proj'], layers_to_transform=[...])."
                 )
     return LocFTConfig(target_modules=list(down_projections(model, layers).target_modules), **fields)
-
-
-def _band(layers: Sequence[int], begin: int) -> list[int]:
-    """Return three of some layers, the first from `begin` on, or the last three if there are not as many."""
-    first = sum(layer < begin for layer in layers)
-    first = max(min(first, len(layers) - 3), 0)
-    return list(layers[first : first + 3])
 
 
 def projections_in(model: nn.Module, layer: int) -> Projections:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -30,31 +31,29 @@ from peft_locft.evaluation import EditEvaluator
 
 from .common import load, machine, markdown_table, write_json
 
-LATE, EARLY, MIDDLE = [22, 23, 24], [5, 6, 7], [13, 14, 15]  # of 30 layers
-EVERY_TOKEN = {"gradient_tokens": "all"}
-LATE_RATE = {"relative_learning_rate": 0.06}  # of half as many matrices
+EARLY, MIDDLE, LATE = [5, 6, 7], [13, 14, 15], [22, 23, 24]  # of 30 layers
+BOTH = [*EARLY, *LATE]
+SUBJECTS_ALONE = {"retained_relations": 0, "retained_per_edit": 1.0, "retained_weight": 1.0}
+AUTO = SUBJECTS_ALONE | {"gradient_tokens": "auto", "relative_learning_rate": 0.04}
+ALL = SUBJECTS_ALONE | {"gradient_tokens": "all", "relative_learning_rate": 0.06}  # of half as many matrices
+OTHER_FACTS = {"retained_relations": 4, "retained_per_edit": 1.5, "retained_weight": 2.0}
 # layers, `None` being those of the recipe, and fields of BreadthFirstConfig beside the balanced recipe
 SETTINGS: dict[str, tuple[list[int] | None, dict[str, Any]]] = {
     "published": (None, {"recipe": "published"}),
     "balanced": (None, {}),
-    "both bands, all tokens": (None, EVERY_TOKEN),
-    "both bands, the subject in both": (None, {"gradient_tokens": "subject"}),
-    "both bands, no damping": (None, {"preserve_soft_strength": 0.0}),
-    "both bands, no other subjects retained": (None, {"retained_subjects": 0}),
-    "both bands, other facts retained": (None, {"retained_relations": 8, "retained_per_edit": 3.0}),
-    "late, all tokens": (LATE, LATE_RATE),
-    "late, all tokens, other facts retained": (
-        LATE,
-        LATE_RATE | {"retained_relations": 8, "retained_per_edit": 3.0},
-    ),
-    "middle, all tokens": (MIDDLE, LATE_RATE),
-    "early, all tokens": (EARLY, LATE_RATE | EVERY_TOKEN),
-    "early, from the subject": (EARLY, LATE_RATE | {"gradient_tokens": "from_subject"}),
-    "early, subject": (EARLY, LATE_RATE | {"gradient_tokens": "subject"}),
-    "early, subject, other facts retained": (
-        EARLY,
-        LATE_RATE | {"gradient_tokens": "subject", "retained_relations": 8, "retained_per_edit": 3.0},
-    ),
+    "late, all tokens": (LATE, ALL),
+    "late, all tokens, no damping": (LATE, ALL | {"preserve_soft_strength": 0.0}),
+    "late, all tokens, no other subjects retained": (LATE, ALL | {"retained_subjects": 0}),
+    "late, all tokens, other facts retained": (LATE, ALL | OTHER_FACTS),
+    "middle, all tokens": (MIDDLE, ALL),
+    "early, all tokens": (EARLY, ALL),
+    "early, from the subject": (EARLY, ALL | {"gradient_tokens": "from_subject"}),
+    "early, subject": (EARLY, ALL | {"gradient_tokens": "subject"}),
+    "early, subject, other facts retained": (EARLY, ALL | {"gradient_tokens": "subject"} | OTHER_FACTS),
+    "both, all tokens": (BOTH, AUTO | {"gradient_tokens": "all"}),
+    "both, auto": (BOTH, AUTO),
+    "both, auto, no damping": (BOTH, AUTO | {"preserve_soft_strength": 0.0}),
+    "both, auto, other facts retained": (BOTH, AUTO | OTHER_FACTS),
 }
 METRICS = {
     "reliability": "reliability_exact_match",
@@ -145,6 +144,7 @@ class Benchmark:
         return {"epochs": len(trainer.epoch_losses), "processor seconds": seconds} | figures
 
     def _evaluated(self, model: Any) -> dict[str, float]:
+        is_first = self.evaluator is None
         if self.evaluator is None:
             asked = EvaluationConfig(
                 probes=["locality_rings"], max_new_tokens=16, max_text_tokens=16_384, on_leak="drop"
@@ -152,11 +152,39 @@ class Benchmark:
             self.evaluator = EditEvaluator(
                 model, self.tokenizer, self.edits, asked, text=self.arguments.text, progress=False
             )
-        results = self.evaluator.evaluate(model).results
+        report = self.evaluator.evaluate(model)
+        if is_first:
+            print(alike_before(report.rows), flush=True)
+        results = report.results
         perplexity = results["perplexity"]
         assert perplexity.before is not None
         figures = {metric: results[key].after.value for metric, key in METRICS.items()}
         return figures | {"perplexity rise": perplexity.after.value - perplexity.before.value}
+
+
+def alike_before(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Say how often the base begins its answers to an edit's prompt and to other questions with the same word.
+
+    This is what the base itself understands: where it answers a rewording of a prompt as if it asked for something
+    else, an edit of that prompt alone cannot know better.
+
+    Args:
+        rows: those of an evaluation report.
+    """
+    begins = {row["edit"]: first_word(row["answer_before"]) for row in rows if row["kind"] == "reliability"}
+    found = {}
+    for kind in ("generalization", "locality_same_subject"):
+        own = [row for row in rows if row["kind"] == kind]
+        found[kind] = fmean(first_word(row["answer_before"]) == begins[row["edit"]] != "" for row in own)
+    return (
+        "Before any edit, answers begin with the word that answers the edit's own prompt: "
+        f"{found['generalization']:.2f} of rephrasings, {found['locality_same_subject']:.2f} of other facts about the "
+        "subject.\n"
+    )
+
+
+def first_word(answer: str) -> str:
+    return " ".join(answer.split()[:1]).strip(".,;:")
 
 
 if __name__ == "__main__":
