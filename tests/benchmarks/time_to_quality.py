@@ -9,6 +9,7 @@ variant has a process of its own and plain text.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ def main() -> None:
     write_json(
         arguments.output / "time_to_quality.json", {"machine": machine(), "settings": str(settings), "rows": rows}
     )
+    sys.exit(any("error" in row for row in rows))
 
 
 def measure(
